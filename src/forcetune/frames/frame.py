@@ -1,0 +1,79 @@
+"""One frame: a structure and the labels a quantum-chemistry code gave it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+class Origin(NamedTuple):
+    """Where a frame was read: file and zero-based position in it. ``str()`` is what errors print."""
+
+    file: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, frame {self.index}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """A structure with its labels, in eV and Å.
+
+    Attributes:
+        numbers: (atoms,) atomic numbers.
+        positions: (atoms, 3), Å.
+        cell: (3, 3), rows are lattice vectors, Å; zeros for a molecule without a cell.
+        pbc: (3,) periodic directions.
+        energy: total energy, eV, or None where the frame has no such label.
+        forces: (atoms, 3), eV/Å, or None.
+        stress: (3, 3), eV/Å³, ASE's sign (positive under tension), or None.
+        origin: file and position, for error messages.
+    """
+
+    numbers: IntArray
+    positions: FloatArray
+    cell: FloatArray
+    pbc: npt.NDArray[np.bool_]
+    energy: float | None
+    forces: FloatArray | None
+    stress: FloatArray | None
+    origin: Origin
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class LabelKeys(NamedTuple):
+    """The keys under which energy, forces and stress were found; None where there is no such label.
+
+    A key of ``calculator`` means the results of an attached ASE calculator.
+    """
+
+    energy: str | None
+    forces: str | None
+    stress: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameSet:
+    """Frames read together, the label keys they were read with, and the hash of the files."""
+
+    frames: tuple[Frame, ...]
+    keys: LabelKeys
+    files: tuple[str, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers that occur, ascending."""
+        return tuple(sorted({int(z) for frame in self.frames for z in frame.numbers}))
