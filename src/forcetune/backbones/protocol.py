@@ -1,0 +1,128 @@
+"""What forcetune asks of a foundation model, whichever library it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.graphs.graph import Batch
+
+
+class Prediction(NamedTuple):
+    """What a backbone predicts for a batch.
+
+    Attributes:
+        energy: (graphs,), eV, reference energies included.
+        forces: (atoms, 3), eV/Å.
+        stress: (graphs, 3, 3), eV/Å³, ASE's sign, or None when not asked for.
+    """
+
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPath:
+    """One path of a site: a contiguous block of the flat weight that couples one irrep in to one irrep out.
+
+    Attributes:
+        name: unique within the site and independent of the library's layout, such as ``1o->1o``.
+        start: first element of the block in the flattened weight.
+        shape: (fan in, fan out); for contractions (elements, couplings, channels).
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One learnable weight of the backbone with its equivariant meaning.
+
+    Attributes:
+        name: dotted name of the weight in the backbone's module.
+        module: dotted name of the module that owns it.
+        parameter: the weight's name in that module.
+        kind: ``linear``, ``tensor_product``, ``radial_mlp``, ``contraction``, ``contraction_lower``,
+            ``radial_basis``, ``readout`` or ``other``.
+        irreps_in, irreps_out: of the module's features, where it has some.
+        paths: blocks of the weight that updates act on.
+    """
+
+    name: str
+    module: str
+    parameter: str
+    kind: str
+    paths: tuple[WeightPath, ...]
+    irreps_in: str | None = None
+    irreps_out: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return sum(path.size for path in self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The identity of a foundation model, pinned by adapters.
+
+    Attributes:
+        name: published name, or the file's name.
+        sha256: of the file.
+        fingerprint: SHA-256 over architecture, parameters and coupling tensors as they were loaded.
+        licence: SPDX identifier or ``unknown``.
+    """
+
+    name: str
+    sha256: str
+    fingerprint: str
+    licence: str
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A loaded foundation model."""
+
+    model: nn.Module
+    base: Base
+    library: str
+    elements: tuple[int, ...]
+    cutoff: float
+    head: str
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def reference_energies(self) -> dict[int, float]:
+        """Energy of each isolated element, eV (E0)."""
+        ...
+
+    def set_reference_energies(self, energies: Mapping[int, float]) -> None: ...
+
+    def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        """Energy and forces; ``create_graph`` keeps what is needed to differentiate them again."""
+        ...
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every learnable weight."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write a plain model of the library, atomically."""
+        ...

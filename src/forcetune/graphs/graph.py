@@ -1,0 +1,161 @@
+"""A frame as a graph, and several graphs as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from matscipy.neighbours import neighbour_list
+from torch import Tensor
+
+from forcetune.errors import InputError
+from forcetune.frames.frame import FloatArray, Frame, IntArray
+
+
+def neighbours(
+    positions: FloatArray, cell: FloatArray, pbc: Sequence[bool] | np.ndarray, cutoff: float
+) -> tuple[IntArray, FloatArray]:
+    """All ordered pairs of atoms nearer than ``cutoff``, periodic images included.
+
+    Args:
+        positions: (atoms, 3), Å.
+        cell: (3, 3), rows are lattice vectors, Å; rows of open directions are ignored.
+        pbc: (3,) periodic directions.
+        cutoff: Å.
+
+    Returns:
+        ``edge_index`` (2, edges), sender first; ``unit_shifts`` (edges, 3), so that the vector of an edge is
+        ``positions[receiver] - positions[sender] + unit_shifts @ cell``. Sorted by receiver, then sender.
+    """
+    pbc = np.asarray(pbc, dtype=bool)
+    box = _closed_box(positions, np.asarray(cell, dtype=float), pbc, cutoff)
+    sender, receiver, shifts = neighbour_list("ijS", positions=positions, cell=box, pbc=pbc, cutoff=cutoff)
+    order = np.lexsort((shifts[:, 2], shifts[:, 1], shifts[:, 0], sender, receiver))
+    edge_index = np.stack((sender, receiver)).astype(np.int64)[:, order]
+    return edge_index, shifts[order].astype(np.float64)
+
+
+def _closed_box(positions: FloatArray, cell: FloatArray, pbc: np.ndarray, cutoff: float) -> FloatArray:
+    """The cell with vectors of open directions replaced by ones at right angles to the periodic ones."""
+    if pbc.all():
+        return cell
+    extent = float(np.ptp(positions, axis=0).max()) + 2 * cutoff + 1.0
+    periodic = cell[pbc]
+    # the rows of vh past the rank span what the periodic vectors leave open
+    open_directions = np.linalg.svd(periodic, full_matrices=True)[2][len(periodic) :] if len(periodic) else np.eye(3)
+    box = cell.copy()
+    box[~pbc] = extent * open_directions
+    return box
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Graphs laid one after another; a single graph is a batch of one.
+
+    Attributes:
+        numbers: (atoms,) atomic numbers.
+        positions: (atoms, 3), Å.
+        cell: (graphs, 3, 3), Å.
+        edge_index: (2, edges), sender and receiver.
+        unit_shifts: (edges, 3), periodic image of the receiver, in lattice vectors.
+        graph_index: (atoms,) the graph of each atom.
+        ptr: (graphs + 1,) first atom of each graph, and the number of atoms.
+        energy: (graphs,), eV; NaN where there is no label.
+        forces: (atoms, 3), eV/Å; NaN where there is no label.
+        stress: (graphs, 3, 3), eV/Å³; NaN where there is no label.
+    """
+
+    numbers: Tensor
+    positions: Tensor
+    cell: Tensor
+    edge_index: Tensor
+    unit_shifts: Tensor
+    graph_index: Tensor
+    ptr: Tensor
+    energy: Tensor
+    forces: Tensor
+    stress: Tensor
+
+    @property
+    def n_graphs(self) -> int:
+        return len(self.ptr) - 1
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def n_edges(self) -> int:
+        return self.edge_index.shape[1]
+
+    @property
+    def atoms_per_graph(self) -> Tensor:
+        """(graphs,) number of atoms of each graph."""
+        return self.ptr[1:] - self.ptr[:-1]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch elsewhere; ``dtype`` applies to the real-valued tensors."""
+        moved = {
+            field.name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            for field in fields(self)
+            if isinstance(tensor := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
+    """The graph of one frame as a batch of one.
+
+    Raises:
+        InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others.
+    """
+    pbc = frame.pbc
+    if pbc.any() and np.linalg.matrix_rank(frame.cell[pbc]) < pbc.sum():
+        raise InputError(
+            f"{frame.origin}: periodic, but its lattice vectors are zero or linearly dependent; "
+            "give the frame a cell or set pbc to F F F."
+        )
+    edge_index, unit_shifts = neighbours(frame.positions, frame.cell, pbc, cutoff)
+    atoms = len(frame)
+
+    def label(value: FloatArray | float | None, shape: tuple[int, ...]) -> Tensor:
+        if value is None:
+            return torch.full(shape, torch.nan, dtype=dtype)
+        return torch.as_tensor(np.asarray(value), dtype=dtype).reshape(shape)
+
+    return Batch(
+        numbers=torch.as_tensor(frame.numbers, dtype=torch.int64),
+        positions=torch.as_tensor(frame.positions, dtype=dtype),
+        cell=torch.as_tensor(frame.cell, dtype=dtype).reshape(1, 3, 3),
+        edge_index=torch.as_tensor(edge_index),
+        unit_shifts=torch.as_tensor(unit_shifts, dtype=dtype),
+        graph_index=torch.zeros(atoms, dtype=torch.int64),
+        ptr=torch.tensor([0, atoms]),
+        energy=label(frame.energy, (1,)),
+        forces=label(frame.forces, (atoms, 3)),
+        stress=label(frame.stress, (1, 3, 3)),
+    )
+
+
+def collate(graphs: Sequence[Batch]) -> Batch:
+    """Lay graphs one after another."""
+    offsets = np.cumsum([0, *(graph.n_atoms for graph in graphs)])
+    counts = np.cumsum([0, *(graph.n_graphs for graph in graphs)])
+
+    def joined(name: str, dim: int = 0) -> Tensor:
+        return torch.cat([getattr(graph, name) for graph in graphs], dim=dim)
+
+    return Batch(
+        numbers=joined("numbers"),
+        positions=joined("positions"),
+        cell=joined("cell"),
+        edge_index=torch.cat([g.edge_index + int(o) for g, o in zip(graphs, offsets, strict=False)], dim=1),
+        unit_shifts=joined("unit_shifts"),
+        graph_index=torch.cat([g.graph_index + int(c) for g, c in zip(graphs, counts, strict=False)]),
+        ptr=torch.cat([torch.zeros(1, dtype=torch.int64)] + [g.ptr[1:] + int(o) for g, o in zip(graphs, offsets, strict=False)]),
+        energy=joined("energy"),
+        forces=joined("forces"),
+        stress=joined("stress"),
+    )
