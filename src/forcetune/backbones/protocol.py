@@ -55,6 +55,7 @@ class Site:
         name: dotted name of the weight in the backbone's module.
         module: dotted name of the module that owns it.
         parameter: the weight's name in that module.
+        reader: dotted name of the module whose call reads the weight; mostly the owner itself.
         kind: ``linear``, ``tensor_product``, ``radial_mlp``, ``contraction``, ``contraction_lower``,
             ``radial_basis``, ``readout`` or ``other``.
         irreps_in, irreps_out: of the module's features, where it has some.
@@ -64,6 +65,7 @@ class Site:
     name: str
     module: str
     parameter: str
+    reader: str
     kind: str
     paths: tuple[WeightPath, ...]
     irreps_in: str | None = None

@@ -1,0 +1,10 @@
+"""The updates a method can make, one file each."""
+
+from forcetune.adapters.updates.base import ActivationUpdate, Update, WeightUpdate
+from forcetune.adapters.updates.dense import Dense, Frozen
+from forcetune.adapters.updates.gate import Gate
+from forcetune.adapters.updates.low_rank import LowRank
+
+UPDATES: dict[str, type[Update]] = {update.name: update for update in (Gate, LowRank, Dense, Frozen)}
+
+__all__ = ["UPDATES", "ActivationUpdate", "Dense", "Frozen", "Gate", "LowRank", "Update", "WeightUpdate"]

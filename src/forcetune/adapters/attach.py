@@ -1,0 +1,290 @@
+"""Put an adapter into a backbone in place, and take it out again without a trace.
+
+The backbone's modules keep their class, their names and their (frozen) parameters. A weight update is seen through
+a shadow: while the module that reads a weight runs, an instance attribute of the same name hides the parameter.
+An activation update is a forward hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.adapters.methods import Method
+from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.backbones.protocol import Backbone, Site
+from forcetune.errors import InputError
+
+ATTRIBUTE = "forcetune_adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What a method trains at the sites of one kind.
+
+    Attributes:
+        kind: site kind.
+        update: description of the updates, or ``Frozen``.
+        sites: number of sites of this kind.
+        covered: weights at sites that are updated.
+        total: weights at all sites of this kind.
+        trainable: parameters of the updates.
+    """
+
+    kind: str
+    update: str
+    sites: int
+    covered: int
+    total: int
+    trainable: int
+
+
+class Adapter(nn.Module):
+    """The trainable parts of a method on one backbone. All trainable parameters of an adapted model are its own.
+
+    Attributes:
+        method: the table it was built from.
+        enabled: when False the backbone behaves as if nothing were attached.
+    """
+
+    def __init__(self, method: Method, sites: tuple[Site, ...], model: nn.Module) -> None:
+        super().__init__()
+        self.method = method
+        self.sites = sites
+        self.enabled = True
+        self.parts = nn.ModuleDict()
+        for site in sites:
+            weight = _parameter(model, site)
+            for update in method.updates_at(site):
+                part = update.build(site, weight)
+                if part is not None:
+                    self.parts[_key(site, part)] = part
+        self._handles: list[Any] = []
+        self._required_grad: dict[str, bool] = {}
+        self._references: dict[int, float] = {}
+
+    def part(self, site: Site, kind: type[nn.Module]) -> Any:
+        """The part of one kind at ``site``, or None."""
+        key = f"{site.name.replace('.', '/')}|{'weight' if issubclass(kind, WeightUpdate) else 'gate'}"
+        return self.parts[key] if key in self.parts else None
+
+    def effective_weight(self, site: Site, weight: Tensor) -> Tensor:
+        """W' at ``site`` for the frozen W."""
+        part = self.part(site, WeightUpdate)
+        return weight if part is None else part(weight)
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def coverage(self) -> list[Coverage]:
+        """What is trained, by site kind, in the order in which kinds first occur."""
+        rows: dict[str, list[Site]] = {}
+        for site in self.sites:
+            rows.setdefault(site.kind, []).append(site)
+        result = []
+        for kind, sites in rows.items():
+            parts = {site.name: [p for k in (WeightUpdate, ActivationUpdate) if (p := self.part(site, k))] for site in sites}
+            covered = [site for site in sites if parts[site.name]]
+            updates = dict.fromkeys(update.describe() for site in covered for update in self.method.updates_at(site))
+            result.append(
+                Coverage(
+                    kind=kind,
+                    update=" + ".join(updates) or "Frozen",
+                    sites=len(sites),
+                    covered=sum(site.numel for site in covered),
+                    total=sum(site.numel for site in sites),
+                    trainable=sum(p.numel() for site in covered for part in parts[site.name] for p in part.parameters()),
+                )
+            )
+        return result
+
+    def parameter_kinds(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trainable parameter with the kind of its site."""
+        for site in self.sites:
+            for kind in (WeightUpdate, ActivationUpdate):
+                part = self.part(site, kind)
+                if part is not None:
+                    yield from ((site.kind, parameter) for parameter in part.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and total counts in one line, as peft does."""
+        total = sum(site.numel for site in self.sites)
+        print(f"trainable params: {self.trainable:,} || all params: {total:,} || trainable%: {100 * self.trainable / total:.2f}")
+
+
+def _key(site: Site, part: nn.Module) -> str:
+    return f"{site.name.replace('.', '/')}|{'weight' if isinstance(part, WeightUpdate) else 'gate'}"
+
+
+def _parameter(model: nn.Module, site: Site) -> nn.Parameter:
+    return model.get_submodule(site.module)._parameters[site.parameter]  # type: ignore[return-value]
+
+
+class _ShowWeights:
+    """Before a module runs: hide its parameters behind their effective weights."""
+
+    def __init__(self, adapter: Adapter, shadows: list[tuple[nn.Module, str, WeightUpdate]]) -> None:
+        self.adapter = adapter
+        self.shadows = shadows
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.adapter.enabled:
+            for owner, name, part in self.shadows:
+                owner.__dict__[name] = part(owner._parameters[name])
+
+
+class _HideWeights:
+    """After a module ran, or failed: show its parameters again."""
+
+    def __init__(self, shadows: list[tuple[nn.Module, str, WeightUpdate]]) -> None:
+        self.shadows = shadows
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        for owner, name, _ in self.shadows:
+            owner.__dict__.pop(name, None)
+
+
+class _ChangeOutput:
+    """After a module ran: apply its gate."""
+
+    def __init__(self, adapter: Adapter, part: ActivationUpdate) -> None:
+        self.adapter = adapter
+        self.part = part
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return self.part(args[0], output) if self.adapter.enabled else None
+
+
+def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapter:
+    """Freeze ``backbone`` and put an adapter for ``method`` into it.
+
+    A freshly attached adapter changes nothing unless the method says otherwise (``shift_init``).
+
+    Args:
+        backbone: a loaded foundation model; changed in place, class and names kept.
+        method: the table of updates.
+        seed: of the initial values; None takes the global generator as it is.
+
+    Returns:
+        The adapter, also found as ``backbone.model.forcetune_adapter``.
+
+    Raises:
+        InputError: an adapter is attached already, or the method matches no site.
+    """
+    model = backbone.model
+    if adapter_of(backbone) is not None:
+        raise InputError("this model already carries an adapter; detach it first.")
+    sites = backbone.sites()
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        adapter = Adapter(method, sites, model)
+    if not adapter.parts:
+        raise InputError(_matches_nothing(method, sites))
+    adapter._references = backbone.reference_energies
+    for name, parameter in model.named_parameters():
+        adapter._required_grad[name] = parameter.requires_grad
+        parameter.requires_grad_(False)
+    _install(adapter, model)
+    model.add_module(ATTRIBUTE, adapter)
+    return adapter
+
+
+def _install(adapter: Adapter, model: nn.Module) -> None:
+    readers: dict[str, list[tuple[nn.Module, str, WeightUpdate]]] = {}
+    for site in adapter.sites:
+        part = adapter.part(site, WeightUpdate)
+        if part is not None:
+            readers.setdefault(site.reader, []).append((model.get_submodule(site.module), site.parameter, part))
+        gate = adapter.part(site, ActivationUpdate)
+        if gate is not None:
+            handle = model.get_submodule(site.reader).register_forward_hook(_ChangeOutput(adapter, gate))
+            adapter._handles.append(handle)
+    for reader, shadows in readers.items():
+        module = model.get_submodule(reader)
+        adapter._handles.append(module.register_forward_pre_hook(_ShowWeights(adapter, shadows)))
+        adapter._handles.append(module.register_forward_hook(_HideWeights(shadows), always_call=True))
+
+
+def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
+    if method.target is not None:
+        return (
+            f"method {method.name} with target {method.target!r} matches none of the model's {len(sites)} sites, "
+            f"such as {sites[0].name}; a text must match a whole name as a regular expression, a list gives endings."
+        )
+    kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
+    return f"method {method.name} matches none of the model's sites; it acts on {', '.join(method.table)}, the model has {kinds}."
+
+
+def adapter_of(backbone: Backbone) -> Adapter | None:
+    """The attached adapter, or None."""
+    return backbone.model._modules.get(ATTRIBUTE)  # type: ignore[return-value]
+
+
+def attached(backbone: Backbone) -> Adapter:
+    """The attached adapter.
+
+    Raises:
+        InputError: none is attached.
+    """
+    adapter = adapter_of(backbone)
+    if adapter is None:
+        raise InputError("this model carries no adapter; attach one or load one first.")
+    return adapter
+
+
+def detach(backbone: Backbone) -> Adapter:
+    """Take the adapter out; the backbone is bit for bit what it was, reference energies included."""
+    adapter = attached(backbone)
+    _remove(adapter, backbone)
+    backbone.set_reference_energies(adapter._references)
+    return adapter
+
+
+def _remove(adapter: Adapter, backbone: Backbone) -> None:
+    for handle in adapter._handles:
+        handle.remove()
+    adapter._handles.clear()
+    del backbone.model._modules[ATTRIBUTE]
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(adapter._required_grad[name])
+
+
+@contextmanager
+def disable_adapter(backbone: Backbone) -> Iterator[None]:
+    """Within this context the backbone predicts as the untouched foundation model does."""
+    adapter = attached(backbone)
+    tuned, was_enabled = backbone.reference_energies, adapter.enabled
+    adapter.enabled = False
+    backbone.set_reference_energies(adapter._references)
+    try:
+        yield
+    finally:
+        adapter.enabled = was_enabled
+        backbone.set_reference_energies(tuned)
+
+
+def merge_weights(backbone: Backbone) -> None:
+    """Write W' into the backbone's own weights and take the adapter out; reference energies stay as tuned.
+
+    Raises:
+        InputError: the method has gates, which depend on the input and which no weight can absorb.
+    """
+    adapter = attached(backbone)
+    if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
+        raise InputError(
+            f"method {adapter.method.name} has gates: they depend on the input of each layer, so no weights can absorb "
+            "them. Use base and adapter together (forcetune.calculator(model, adapter=...)), or train with elora, which merges."
+        )
+    with torch.no_grad():
+        for site in adapter.sites:
+            weight = _parameter(backbone.model, site)
+            weight.copy_(adapter.effective_weight(site, weight))
+    _remove(adapter, backbone)

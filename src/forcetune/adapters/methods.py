@@ -1,0 +1,203 @@
+"""Methods: named tables from site kinds to updates."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from forcetune.adapters.updates import UPDATES, Dense, Frozen, Gate, LowRank, Update
+from forcetune.backbones.protocol import Site
+from forcetune.errors import InputError
+
+KINDS = ("linear", "tensor_product", "radial_mlp", "contraction", "contraction_lower", "radial_basis", "readout", "other")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A table from site kinds to updates, with the learning rate it trains best with.
+
+    Attributes:
+        name: as on the command line.
+        table: site kind to the updates made there; kinds not named stay frozen. At most one weight update and one
+            activation update share a site.
+        description: one line for tables.
+        learning_rate: default of the optimisation.
+        target: only these sites: a regular expression that must match the whole site name, or a sequence of
+            endings of site names; None for all.
+    """
+
+    name: str
+    table: Mapping[str, tuple[Update, ...]]
+    description: str
+    learning_rate: float = 5e-3
+    target: str | tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        unknown = set(self.table) - set(KINDS)
+        if unknown:
+            raise InputError(f"method {self.name}: there is no site kind {sorted(unknown)}; kinds are {', '.join(KINDS)}.")
+        if isinstance(self.target, str):
+            try:
+                re.compile(self.target)
+            except re.error as error:
+                raise InputError(f"method.target: {self.target!r} is not a regular expression ({error}).") from error
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether every update can be absorbed by the weights."""
+        return all(update.mergeable for updates in self.table.values() for update in updates)
+
+    def updates_at(self, site: Site) -> tuple[Update, ...]:
+        """Updates this method makes at ``site``, those that do not apply there left out."""
+        if not self._targets(site):
+            return ()
+        return tuple(
+            update
+            for update in self.table.get(site.kind, ())
+            if not isinstance(update, Frozen) and update.reason_against(site) is None
+        )
+
+    def _targets(self, site: Site) -> bool:
+        if self.target is None:
+            return True
+        if isinstance(self.target, str):
+            return re.fullmatch(self.target, site.name) is not None
+        return any(site.name == ending or site.name.endswith("." + ending) for ending in self.target)
+
+    def to_json(self) -> dict[str, Any]:
+        """The complete table with every hyper-parameter."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "learning_rate": self.learning_rate,
+            "target": list(self.target) if isinstance(self.target, tuple) else self.target,
+            "table": {kind: [update.to_json() for update in updates] for kind, updates in self.table.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Method:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            InputError: an update or hyper-parameter this version does not know.
+        """
+        try:
+            table = {
+                str(kind): tuple(_update_from_json(entry) for entry in entries) for kind, entries in data["table"].items()
+            }
+            target = data.get("target")
+            return Method(
+                name=str(data["name"]),
+                table=table,
+                description=str(data.get("description", "")),
+                learning_rate=float(data.get("learning_rate", 5e-3)),
+                target=tuple(target) if isinstance(target, list) else target,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"the method table cannot be read ({error}); was it written by a newer forcetune?") from error
+
+
+def _update_from_json(entry: Mapping[str, Any]) -> Update:
+    options = {key: value for key, value in entry.items() if key != "update"}
+    kind = UPDATES[entry["update"]]
+    known = {field.name for field in fields(kind)}
+    if set(options) - known:
+        raise ValueError(f"{entry['update']} has no option {sorted(set(options) - known)}")
+    return kind(**options)
+
+
+EVERYWHERE_DENSE = {kind: (Dense(),) for kind in KINDS}
+
+
+def mmea(rank: int = 16, **gate: Any) -> Method:
+    """MMEA as published: gates on every equivariant linear layer, ELoRA (r = α = 16) on tensor products, radial MLPs
+    and the highest-order contraction, dense lower orders and Bessel frequencies."""
+    low_rank = LowRank(16, 16.0)
+    return Method(
+        "mmea",
+        {
+            "linear": (Gate(rank, **gate),),
+            "readout": (Gate(rank, **gate),),
+            "tensor_product": (low_rank,),
+            "radial_mlp": (low_rank,),
+            "contraction": (low_rank,),
+            "contraction_lower": (Dense(),),
+            "radial_basis": (Dense(),),
+        },
+        "gates on linears, low rank elsewhere, as published (AAAI 2026)",
+    )
+
+
+def mmea_pure(rank: int = 16, **gate: Any) -> Method:
+    """Gates on every equivariant linear layer and nothing else."""
+    return Method("mmea-pure", {"linear": (Gate(rank, **gate),), "readout": (Gate(rank, **gate),)}, "gates on linears only")
+
+
+def elora(rank: int = 16, alpha: float | None = None, cap_rank: bool = False) -> Method:
+    """ELoRA (ICML 2025): low rank on every path, dense lower-order contractions and Bessel frequencies."""
+    low_rank = LowRank(rank, float(rank if alpha is None else alpha), cap_rank)
+    kinds = ("linear", "readout", "tensor_product", "radial_mlp", "contraction")
+    return Method(
+        "elora",
+        {**dict.fromkeys(kinds, (low_rank,)), "contraction_lower": (Dense(),), "radial_basis": (Dense(),)},
+        "low rank on every path (ICML 2025)",
+    )
+
+
+def full() -> Method:
+    """Every parameter is trained."""
+    return Method("full", EVERYWHERE_DENSE, "every parameter", learning_rate=1e-3)
+
+
+def readout() -> Method:
+    """Only the readouts are trained."""
+    return Method("readout", {"readout": (Dense(),)}, "readouts only")
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "mmea": mmea,
+    "mmea-pure": mmea_pure,
+    "elora": elora,
+    "full": full,
+    "readout": readout,
+}
+
+
+def method(name: str, *, target: str | Sequence[str] | None = None, **options: Any) -> Method:
+    """Make a method by name.
+
+    Args:
+        name: a key of :data:`METHODS`.
+        target: restrict it to some sites, as in :class:`Method`.
+        **options: hyper-parameters of the method, such as ``rank=32`` or ``gain="linear"``.
+
+    Raises:
+        InputError: no such method, or an option the method has no use for.
+    """
+    if name not in METHODS:
+        raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
+    make = METHODS[name]
+    known = _options_of(make)
+    for option in options:
+        if option not in known:
+            can = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise InputError(f"method {name} has no use for {option!r}; {can}.")
+    try:
+        made = make(**options)
+    except ValueError as error:
+        raise InputError(f"method {name}: {error}.") from error
+    chosen = target if target is None or isinstance(target, str) else tuple(target)
+    return Method(made.name, made.table, made.description, made.learning_rate, chosen)
+
+
+def _options_of(make: Callable[..., Method]) -> list[str]:
+    names = []
+    for parameter in inspect.signature(make).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            names += [field.name for field in fields(Gate) if field.name not in names]
+        else:
+            names.append(parameter.name)
+    return names

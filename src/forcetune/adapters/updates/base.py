@@ -1,0 +1,57 @@
+"""What an update is: a small specification that builds the trainable part of one site."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from forcetune.backbones.protocol import Site
+
+
+class WeightUpdate(nn.Module, ABC):
+    """The trainable part of a weight update: maps the frozen weight W to the effective weight W'.
+
+    Weight updates merge exactly: the merged model's weight is W'.
+    """
+
+    @abstractmethod
+    def forward(self, weight: Tensor) -> Tensor:
+        """W' with the shape of ``weight``."""
+
+
+class ActivationUpdate(nn.Module, ABC):
+    """The trainable part of an activation update: changes what the site's module puts out.
+
+    It depends on the module's input, so no weight can absorb it: it does not merge.
+    """
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The new output, with the shape of ``outputs``."""
+
+
+@dataclass(frozen=True)
+class Update(ABC):
+    """What a method does at a site: hyper-parameters only, no tensors. One subclass per file."""
+
+    name: ClassVar[str]
+    mergeable: ClassVar[bool] = True
+
+    def reason_against(self, site: Site) -> str | None:
+        """Why this update leaves ``site`` alone, or None if it applies."""
+        return None
+
+    @abstractmethod
+    def build(self, site: Site, weight: Tensor) -> WeightUpdate | ActivationUpdate | None:
+        """The trainable part for ``site``, in the dtype and on the device of ``weight``; None for none."""
+
+    def describe(self) -> str:
+        """Name and hyper-parameters, as in a table."""
+        given = ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in asdict(self).items())
+        return f"{self.name}({given})" if given else self.name
+
+    def to_json(self) -> dict[str, Any]:
+        return {"update": self.name, **asdict(self)}

@@ -1,0 +1,151 @@
+"""Magnitude-modulated gate (MMEA, arXiv 2511.06696, AAAI 2026)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from forcetune.adapters.updates.base import ActivationUpdate, Update
+from forcetune.backbones.protocol import Site
+from forcetune.irreps import Block, parse_irreps
+
+# Beyond this argument the exponential goes on as its tangent: gains of e^10 are met in no sane run, and
+# neither the gain nor its derivative can overflow, in float32 either.
+LARGEST_EXPONENT = 10.0
+
+
+def gain_exp(x: Tensor) -> Tensor:
+    """eˣ, continued by its tangent beyond :data:`LARGEST_EXPONENT`; once continuously differentiable, positive."""
+    excess = functional.relu(x - LARGEST_EXPONENT)
+    return torch.exp(x - excess) * (1 + excess)
+
+
+def gain_linear(x: Tensor) -> Tensor:
+    """1 + x."""
+    return 1 + x
+
+
+class GateActivation(ActivationUpdate):
+    """Shift of even scalars and gain of all other channels, computed from the input's even scalars.
+
+    z = SiLU(W↓ h⁽⁰⁾ + b↓); even scalars: out + W↑ z + b↑; others: out · φ(W↑ z + b↑), one number for each
+    irrep and multiplicity of the output, the same for its 2 l + 1 components.
+    """
+
+    def __init__(self, site: Site, weight: Tensor, spec: Gate) -> None:
+        super().__init__()
+        assert site.irreps_in is not None and site.irreps_out is not None
+        self.spec = spec
+        self.scalars_in = tuple(b for b in parse_irreps(site.irreps_in) if b.is_even_scalar)
+        self.blocks_out = parse_irreps(site.irreps_out)
+        self.gains_of = [self._gains(block) for block in self.blocks_out]
+        n_in = sum(block.multiplicity for block in self.scalars_in)
+        n_shift = sum(block.multiplicity for block in self.blocks_out if block.is_even_scalar) if spec.shift else 0
+        n_gain = sum(self.gains_of)
+        options = {"dtype": weight.dtype, "device": weight.device}
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, **options)
+
+        both = n_shift > 0 and n_gain > 0
+        self.down = linear(n_in, spec.rank)
+        self.down_gain = linear(n_in, spec.rank) if both and not spec.shared_bottleneck else None
+        self.shift = linear(spec.rank, n_shift) if n_shift else None
+        self.gain = linear(spec.rank, n_gain) if n_gain else None
+        for layer, spread in ((self.shift, spec.shift_init), (self.gain, 0.0)):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=spread) if spread else nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def _gains(self, block: Block) -> int:
+        if block.is_even_scalar or not self.spec.modulation:
+            return 0
+        return 1 if self.spec.shared_gain else block.multiplicity
+
+    def _bottleneck(self, down: nn.Linear, scalars: Tensor) -> Tensor:
+        hidden = down(scalars)
+        return functional.silu(hidden) if self.spec.activation else hidden
+
+    def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
+        scalars = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        hidden = self._bottleneck(self.down, scalars)
+        shifts = self.shift(hidden) if self.shift is not None else None
+        gains = None
+        if self.gain is not None:
+            hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars)
+            raw = self.gain(hidden)
+            gains = gain_exp(raw) if self.spec.gain == "exp" else gain_linear(raw)
+        return self._apply(outputs, shifts, gains)
+
+    def _apply(self, outputs: Tensor, shifts: Tensor | None, gains: Tensor | None) -> Tensor:
+        batch = outputs.shape[:-1]
+        n_shift = n_gain = 0
+        changed = []
+        for block, count in zip(self.blocks_out, self.gains_of, strict=True):
+            part = outputs[..., block.start : block.stop]
+            if block.is_even_scalar and shifts is not None:
+                part = part + shifts[..., n_shift : n_shift + block.multiplicity]
+                n_shift += block.multiplicity
+            elif count and gains is not None:
+                factor = gains[..., n_gain : n_gain + count].unsqueeze(-1)
+                part = (part.reshape(*batch, block.multiplicity, block.dim) * factor).reshape(*batch, -1)
+                n_gain += count
+            changed.append(part)
+        return changed[0] if len(changed) == 1 else torch.cat(changed, dim=-1)
+
+
+@dataclass(frozen=True)
+class Gate(Update):
+    """MMEA's gate after an equivariant linear layer. It mixes no two channels and keeps O(3) equivariance exactly.
+
+    Trainable parameters, with S non-scalar output channels, n₀ even scalar outputs and n_in even scalar inputs:
+    n_in r + r + r S + S + r n₀ + n₀.
+
+    Attributes:
+        rank: r, width of the bottleneck.
+        gain: φ(x) = eˣ (``exp``) or 1 + x (``linear``).
+        activation: SiLU in the bottleneck.
+        shift: the additive part on even scalars.
+        modulation: the multiplicative part on all other channels.
+        shared_bottleneck: one bottleneck for both parts.
+        shared_gain: one gain for all channels of an irrep block instead of one each.
+        shift_init: standard deviation of the additive part's initial weights; 0 starts at the identity.
+    """
+
+    rank: int = 16
+    gain: Literal["exp", "linear"] = "exp"
+    activation: bool = True
+    shift: bool = True
+    modulation: bool = True
+    shared_bottleneck: bool = True
+    shared_gain: bool = False
+    shift_init: float = 0.0
+    name: ClassVar[str] = "Gate"
+    mergeable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (self.shift or self.modulation):
+            raise ValueError("a gate without shift and without modulation does nothing")
+        if not (self.rank >= 1 and math.isfinite(self.shift_init)):
+            raise ValueError("a gate needs a rank of at least 1 and a finite shift_init")
+
+    def reason_against(self, site: Site) -> str | None:
+        if site.irreps_in is None or site.irreps_out is None:
+            return "its module has no irreps"
+        if not any(block.is_even_scalar for block in parse_irreps(site.irreps_in)):
+            return "its input has no even scalars to drive a gate"
+        outputs = parse_irreps(site.irreps_out)
+        shifted = self.shift and any(block.is_even_scalar for block in outputs)
+        gained = self.modulation and any(not block.is_even_scalar for block in outputs)
+        if not (shifted or gained):
+            return "its output has no channels that this gate changes"
+        return None
+
+    def build(self, site: Site, weight: Tensor) -> GateActivation:
+        return GateActivation(site, weight, self)

@@ -1,0 +1,175 @@
+"""MACE models behind the backbone protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
+from forcetune.backbones.mace.sites import mace_sites
+from forcetune.backbones.mace.surgery import cut_elements, select_head
+from forcetune.backbones.protocol import Base, Prediction, Site
+from forcetune.errors import InputError
+from forcetune.graphs.graph import Batch
+
+
+class MaceBackbone:
+    """A MACE or ScaleShiftMACE model with one head.
+
+    Attributes:
+        model: the library's own module; adapters are attached to it in place.
+        base: identity of the file it was read from, before elements were cut.
+        elements: atomic numbers it knows, ascending as in the model.
+        cutoff: Å.
+        head: name of the head in use.
+    """
+
+    library = "mace"
+
+    def __init__(self, model: nn.Module, base: Base) -> None:
+        self.model: Any = model
+        self.base = base
+        self.elements: tuple[int, ...] = tuple(int(z) for z in self.model.atomic_numbers)
+        self.cutoff = float(self.model.r_max)
+        self.head = str(getattr(self.model, "heads", ["Default"])[0])
+        self._references = self._stored_references()
+        self._species = torch.full((len(chemical_symbols) + 1,), -1, dtype=torch.int64)
+        self._species[torch.tensor(self.elements)] = torch.arange(len(self.elements))
+        self._species = self._species.to(self.device)
+        self._energies_of_species = self._reference_tensor()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        licence: str = "unknown",
+        sha256: str = "",
+        head: str | None = None,
+        elements: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: str | torch.device = "cpu",
+        trust: bool = False,
+    ) -> MaceBackbone:
+        """Read a ``.model`` file without running code from it.
+
+        Args:
+            path: file of mace-torch.
+            name, licence, sha256: identity, recorded in adapters.
+            head: which head of a multi-head model.
+            elements: cut the element table to these atomic numbers; None keeps it.
+            dtype: precision to compute in.
+            device: where to.
+            trust: allow the file to run its own code where it cannot be rebuilt without.
+
+        Raises:
+            InputError: the file cannot be read or rebuilt, the head is unknown or missing, an element is unknown.
+        """
+        model = read_mace(path, trust=trust)
+        base = Base(name or Path(path).stem, sha256, fingerprint(model), licence)
+        return cls.from_module(model, base=base, head=head, elements=elements, dtype=dtype, device=device)
+
+    @classmethod
+    def from_module(
+        cls,
+        model: nn.Module,
+        *,
+        base: Base | None = None,
+        head: str | None = None,
+        elements: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: str | torch.device = "cpu",
+    ) -> MaceBackbone:
+        """Wrap a loaded module; it is used as it is unless a head or elements are cut."""
+        base = base or Base(type(model).__name__, "", fingerprint(model), "unknown")
+        heads = list(getattr(model, "heads", ["Default"]))
+        if head is None and len(heads) > 1:
+            raise InputError(f"{base.name} has the heads {', '.join(heads)}; choose one with --head (model.head).")
+        if head is not None or len(heads) > 1:
+            model = select_head(model, head or heads[0])
+        if elements is not None:
+            unknown = sorted(set(elements) - {int(z) for z in model.atomic_numbers})  # type: ignore[union-attr]
+            if unknown:
+                names = ", ".join(chemical_symbols[z] for z in unknown)
+                raise InputError(f"{base.name} does not know the element {names}; choose a model that does.")
+            model = cut_elements(model, sorted(elements))
+        return cls(model.to(dtype=dtype, device=torch.device(device)).eval(), base)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.atomic_energies_fn.atomic_energies.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.atomic_energies_fn.atomic_energies.device
+
+    @property
+    def reference_energies(self) -> dict[int, float]:
+        """E0 of each element, eV."""
+        return dict(self._references)
+
+    def _stored_references(self) -> dict[int, float]:
+        stored = torch.atleast_2d(self.model.atomic_energies_fn.atomic_energies)[0].double()
+        return {z: float(energy) for z, energy in zip(self.elements, stored, strict=True)}
+
+    def _reference_tensor(self) -> Tensor:
+        return torch.tensor([self._references[z] for z in self.elements], dtype=torch.float64, device=self.device)
+
+    def set_reference_energies(self, energies: Mapping[int, float]) -> None:
+        """Set E0 of the elements given, eV; others stay."""
+        self._references.update({int(z): float(energies[z]) for z in energies if int(z) in self._references})
+        self._energies_of_species = self._reference_tensor()
+        buffer = self.model.atomic_energies_fn.atomic_energies
+        with torch.no_grad():
+            buffer.copy_(self._energies_of_species.view_as(buffer))
+
+    def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        """Energies, forces and on request stress of a batch on the model's device and in its dtype.
+
+        Reference energies are added in float64, so that a total energy of 10⁵ eV keeps its last meV when the model
+        runs in float32; the returned energy is float64.
+        """
+        species = self._species[batch.numbers]
+        data = self._inputs(batch, species)
+        with torch.enable_grad():
+            out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
+        interaction = self._interaction_energy(out)
+        per_atom = self._energies_of_species[species]
+        total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
+        total = total.index_add(0, batch.graph_index, per_atom)
+        energy = total + interaction.double()
+        return Prediction(energy, out["forces"], out["stress"] if stress else None)
+
+    @staticmethod
+    def _interaction_energy(out: dict[str, Tensor]) -> Tensor:
+        if "interaction_energy" in out:
+            return out["interaction_energy"]
+        return out["contributions"][:, 1:].sum(dim=-1)
+
+    def _inputs(self, batch: Batch, species: Tensor) -> dict[str, Tensor]:
+        cell_of_edge = batch.cell[batch.graph_index[batch.edge_index[0]]]
+        return {
+            # the library marks positions as requiring gradients in place: give it its own tensor
+            "positions": batch.positions.detach().clone(),
+            "node_attrs": torch.nn.functional.one_hot(species, len(self.elements)).to(batch.positions.dtype),
+            "edge_index": batch.edge_index,
+            "shifts": torch.einsum("ei,eij->ej", batch.unit_shifts, cell_of_edge),
+            "unit_shifts": batch.unit_shifts,
+            "cell": batch.cell.reshape(-1, 3),
+            "batch": batch.graph_index,
+            "ptr": batch.ptr,
+            "head": torch.zeros(batch.n_graphs, dtype=torch.int64, device=batch.ptr.device),
+        }
+
+    def sites(self) -> tuple[Site, ...]:
+        return mace_sites(self.model)
+
+    def save(self, path: str | Path) -> None:
+        """Write a plain ``.model`` file that mace's own calculator reads, atomically."""
+        save_mace(self.model, path)

@@ -1,0 +1,273 @@
+"""The run configuration: every option once, shared by YAML, command line and Python.
+
+All models are frozen and refuse unknown keys, so a mistyped option is an error and never silently ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forcetune.errors import InputError
+from forcetune.files import write_text
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Section):
+    """Which frames, and under which keys their labels stand."""
+
+    train: list[str] = Field(min_length=1, description="Training files or globs; everything ASE reads.")
+    valid: list[str] | float | int = Field(
+        0.1, description="Validation files, or the fraction (below 1) or count (1 or more) split off the training frames."
+    )
+    test: list[str] = Field([], description="Test files; evaluated before and after, never trained on.")
+    energy_key: str = Field("auto", description="Key of the energy; `auto` detects it, `calculator` takes ASE results.")
+    forces_key: str = Field("auto", description="Key of the forces; `none` trains on energies alone.")
+    stress_key: str = Field("auto", description="Key of the stress or virial; `none` ignores it.")
+    split_seed: int = Field(123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split.")
+
+    @model_validator(mode="after")
+    def _positive_split(self) -> DataConfig:
+        if not isinstance(self.valid, list) and self.valid <= 0:
+            raise ValueError("valid must be files, a fraction between 0 and 1, or a count of frames")
+        return self
+
+
+class ModelConfig(Section):
+    """The foundation model and how it is run."""
+
+    model: str = Field(description="Name of a published model (`forcetune models`) or a path.")
+    head: str | None = Field(None, description="Head of a multi-head model; needed when it has several.")
+    elements: Literal["data", "keep"] = Field(
+        "data", description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole."
+    )
+    dtype: Literal["float64", "float32"] = Field("float64", description="Precision of the model during training.")
+    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.")
+    trust: bool = Field(False, description="Allow a model file to run its own code where it cannot be rebuilt without.")
+
+
+class ReferenceConfig(Section):
+    """Reference energies (E0): the energy of each isolated element at the level of theory of the data."""
+
+    mode: Literal["estimate", "model", "isolated", "average", "table"] = Field(
+        "estimate", description="`estimate` fits them on the foundation model's residuals; see docs for the others."
+    )
+    table: dict[str, float] | None = Field(None, description="Element symbol to eV, for mode `table`.")
+
+    @model_validator(mode="after")
+    def _table_with_its_mode(self) -> ReferenceConfig:
+        if (self.mode == "table") != (self.table is not None):
+            raise ValueError("references.table and references.mode=table go together")
+        return self
+
+
+class MethodConfig(Section):
+    """What is trained. Options a method has no use for are refused by it."""
+
+    name: str = Field("mmea", description="mmea, mmea-pure, elora, full, readout.")
+    rank: int | None = Field(None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16.")
+    alpha: float | None = Field(None, gt=0, description="Scale of the low-rank update: W + (alpha / rank) A B; 16.")
+    cap_rank: bool | None = Field(None, description="Cap the rank at what a path can use; off gives the published counts.")
+    gain: Literal["exp", "linear"] | None = Field(None, description="Gain of the gate: exp(x) or 1 + x.")
+    activation: bool | None = Field(None, description="SiLU in the gate's bottleneck (ablation).")
+    shift: bool | None = Field(None, description="The gate's additive shift of even scalars (ablation).")
+    modulation: bool | None = Field(None, description="The gate's multiplicative gain of other channels (ablation).")
+    shared_bottleneck: bool | None = Field(None, description="One bottleneck for shift and gain (ablation: separate ones).")
+    shared_gain: bool | None = Field(None, description="One gain for all channels of an order (ablation).")
+    shift_init: float | None = Field(None, ge=0, description="Standard deviation of the shift's initial weights; 0 starts at identity.")
+    target: str | list[str] | None = Field(
+        None, description="Only sites whose name matches this regular expression, or ends with one of these names."
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The options that were given, without name and target."""
+        return self.model_dump(exclude={"name", "target"}, exclude_none=True)
+
+
+class LossConfig(Section):
+    """Weights and form of the loss."""
+
+    energy: float = Field(1.0, ge=0, description="Weight of the energy term.")
+    forces: float = Field(1000.0, ge=0, description="Weight of the force term.")
+    stress: float = Field(0.0, ge=0, description="Weight of the stress term; needs stress labels.")
+    form: Literal["mse", "huber", "mae"] = Field("mse", description="Form of every term.")
+    huber_delta: float = Field(0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
+    energy_per_atom: bool = Field(False, description="Energy error divided by the number of atoms before the loss.")
+
+
+class SecondStageConfig(Section):
+    """A last part of the training with other weights and learning rate."""
+
+    start: int | None = Field(None, ge=1, description="Epoch (counted from 1) at which it starts; none by default.")
+    loss: LossConfig = Field(LossConfig(energy=1000.0, forces=100.0, energy_per_atom=True), description="Its loss.")
+    learning_rate: float = Field(1e-3, gt=0, description="Its learning rate.")
+
+
+class ScheduleConfig(Section):
+    """How the learning rate changes."""
+
+    name: Literal["plateau", "cosine", "constant"] = Field("plateau", description="After warm-up.")
+    warmup_epochs: int = Field(0, ge=0, description="Linear warm-up, counted in epochs but applied at every step.")
+    factor: float = Field(0.8, gt=0, lt=1, description="plateau: factor of each reduction.")
+    patience: int = Field(5, ge=0, description="plateau: validations without improvement before a reduction.")
+    minimum: float = Field(1e-6, ge=0, description="Learning rate that is not gone below.")
+
+
+class TrainingConfig(Section):
+    """The optimisation. Defaults are those of the published MMEA runs."""
+
+    epochs: int = Field(500, ge=1, description="Passes over the training frames.")
+    batch_size: int = Field(5, ge=1, description="Frames a batch.")
+    batch_atoms: int | None = Field(None, ge=1, description="Most atoms a batch; batches are then packed by this budget.")
+    batch_edges: int | None = Field(None, ge=1, description="Most edges a batch; batches are then packed by this budget.")
+    optimizer: Literal["adam", "adamw", "schedulefree"] = Field("adam", description="Adam with amsgrad, AdamW, schedule-free AdamW.")
+    learning_rate: float | None = Field(None, gt=0, description="The method's own default when not given.")
+    weight_decay: float = Field(1e-8, ge=0, description="On linear and contraction sites.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning-rate schedule (not for schedule-free).")
+    loss: LossConfig = Field(LossConfig(), description="Loss.")
+    second_stage: SecondStageConfig = Field(SecondStageConfig(), description="Second stage.")
+    ema: float | None = Field(0.995, gt=0, lt=1, description="Decay of the moving average of trainable parameters; null for none.")
+    clip: float | None = Field(100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
+    valid_every: int = Field(1, ge=1, description="Validate every so many epochs.")
+    early_stopping: int | None = Field(None, ge=1, description="Validations without improvement before the run stops.")
+    seed: int = Field(1, ge=0, description="Seed of initial values and of the order of frames.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
+
+
+class OutputConfig(Section):
+    """Where results go."""
+
+    run: str = Field("run", description="The run folder; must not exist or be empty unless `overwrite`.")
+    overwrite: bool = Field(False, description="Replace an existing run folder.")
+    tensorboard: bool = Field(False, description="Also log for TensorBoard, in the run folder.")
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    data: DataConfig
+    model: ModelConfig
+    references: ReferenceConfig = Field(ReferenceConfig())
+    method: MethodConfig = Field(MethodConfig())
+    training: TrainingConfig = Field(TrainingConfig())
+    output: OutputConfig = Field(OutputConfig())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        training = self.training
+        if training.optimizer == "schedulefree" and training.ema is not None and "ema" in training.model_fields_set:
+            raise ValueError("training.ema: schedule-free AdamW averages by itself; leave ema out or set it to null")
+        if training.second_stage.start is not None and training.second_stage.start > training.epochs:
+            raise ValueError("training.second_stage.start lies after the last epoch")
+        if self.data.stress_key == "none" and training.loss.stress > 0:
+            raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the complete configuration as YAML, atomically."""
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def parse_setting(text: str) -> tuple[list[str], Any]:
+    """Parse ``section.key=value``; the value is read as YAML.
+
+    Raises:
+        InputError: no ``=``, or a value that is no YAML.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise InputError(f"--set {text}: write it as section.key=value, for example training.learning_rate=1e-3.")
+    try:
+        return name.strip().split("."), _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {text}: the value is not valid YAML.") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` as a string; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def load_config(
+    path: str | Path | None = None, settings: Sequence[str] = (), given: dict[str, Any] | None = None
+) -> RunConfig:
+    """Merge a YAML file, command-line options and ``--set`` settings, in rising priority, and check the result.
+
+    Args:
+        path: YAML file, or None.
+        settings: ``section.key=value`` texts.
+        given: nested options from the command line; None values are left out.
+
+    Raises:
+        InputError: unreadable file, unknown key or value out of range; names the key.
+    """
+    merged: dict[str, Any] = _read_yaml(path) if path is not None else {}
+    _merge(merged, given or {})
+    for text in settings:
+        keys, value = parse_setting(text)
+        nested: Any = value
+        for key in reversed(keys):
+            nested = {key: nested}
+        if not isinstance(nested, dict):
+            raise InputError(f"--set {text}: name a section and a key.")
+        _merge(merged, nested, keep_none=True)
+    source = f"{path}: " if path is not None else ""
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise InputError(source + _explain(error)) from error
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" (line {error.problem_mark.line + 1})" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
+        raise InputError(f"{path}: is not valid YAML{where}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a run configuration is a mapping with sections data, model, method, training, output.")
+    return content
+
+
+def _merge(target: dict[str, Any], source: dict[str, Any], keep_none: bool = False) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _merge(target[key], value, keep_none)
+        elif isinstance(value, dict):
+            target[key] = {}
+            _merge(target[key], value, keep_none)
+            if not target[key] and not keep_none:
+                del target[key]
+        elif value is not None or keep_none:
+            target[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first few problems in one line, each with its key."""
+    problems = []
+    for item in error.errors()[:3]:
+        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "float", "int")))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such option"
+        elif item["type"] == "missing":
+            message = "is needed"
+        given = "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f" (given: {item['input']!r})"
+        problems.append(f"{key}: {message}{given}" if key else message)
+    return "; ".join(problems) + "."

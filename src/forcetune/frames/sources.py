@@ -1,0 +1,188 @@
+"""From file names and patterns to ASE structures, every failure on the way told in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ase.db
+import ase.io
+from ase import Atoms
+from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
+
+from forcetune.errors import InputError, warn
+from forcetune.frames.frame import Origin
+
+XYZ_FORMATS = frozenset({"extxyz", "xyz"})
+DATABASE_FORMATS = frozenset({"db", "json"})
+
+
+def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """The files that names and patterns stand for, in the order given; matches of a pattern are sorted.
+
+    A file that is named twice is read once, and a warning says so.
+
+    Raises:
+        InputError: nothing was named, a pattern matches no file, or a file is missing, a folder or empty.
+    """
+    named = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not named:
+        raise InputError("No data file was named; name at least one.")
+    files: dict[Path, Path] = {}
+    for source in named:
+        for path in _matches(Path(source).expanduser()):
+            _check_readable(path)
+            if path.resolve() in files:
+                warn(f"{path}: named more than once; its frames are used once.")
+            files.setdefault(path.resolve(), path)
+    return tuple(files.values())
+
+
+def _matches(path: Path) -> list[Path]:
+    """The path itself, or the files that match it where it is a pattern."""
+    if path.exists() or not any(character in str(path) for character in "*?["):
+        return [path]
+    start = Path(path.anchor) if path.anchor else Path()
+    pattern = str(path.relative_to(path.anchor)) if path.anchor else str(path)
+    try:
+        found = sorted(match for match in start.glob(pattern) if match.is_file())
+    except ValueError as error:
+        raise InputError(f"{path}: not a pattern that can be followed ({error}).") from error
+    if not found:
+        raise InputError(f"{path}: no file matches this pattern; check the folder and the ending.")
+    return found
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, not a file; name a file in it or a pattern such as {path}/*.xyz.")
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file; check its name and folder.")
+    try:
+        with path.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); check its permissions.") from error
+    if empty:
+        raise InputError(f"{path}: the file is empty; copy or write it again.")
+
+
+def file_format(path: Path) -> str:
+    """ASE's name for the format of a file.
+
+    Raises:
+        InputError: ASE does not know it.
+    """
+    try:
+        return filetype(str(path))
+    except UnknownFileTypeError as error:
+        raise _unknown_format(path) from error
+    except Exception as error:
+        # a damaged compressed file raises whatever its library raises
+        raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
+
+
+def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
+    """The structures of one file, one at a time; ``format_name`` is what :func:`file_format` says.
+
+    Raises:
+        InputError: the file is damaged, cut short or holds no frames; the message has the frame reached.
+    """
+    if format_name in XYZ_FORMATS:
+        _check_xyz(path)
+    structures = _structures(path, format_name)
+    count = 0
+    while True:
+        try:
+            atoms = next(structures)
+        except StopIteration:
+            break
+        except UnknownFileTypeError as error:
+            raise _unknown_format(path) from error
+        except Exception as error:
+            # ASE's readers raise KeyError, ValueError, OSError, sqlite3 and json errors, … for a damaged file
+            raise InputError(
+                f"{Origin(str(path), count)}: cannot be read ({_told(error)}); "
+                "the file is cut short or damaged here, mend or remove this frame."
+            ) from error
+        yield atoms
+        count += 1
+    if count == 0:
+        raise InputError(f"{path}: holds no frames ({format_name} format); write it again.")
+
+
+def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
+    if format_name in DATABASE_FORMATS:
+        return _database_rows(path, format_name)
+    # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
+    found: Iterable[Atoms] = ase.io.iread(
+        str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True
+    )
+    return iter(found)
+
+
+def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
+    """Rows of an ASE database, with their key-value pairs and data, which ``ase.io`` leaves behind."""
+    kind = "extract_from_name" if path.suffix == ".aselmdb" else format_name
+    with ase.db.connect(str(path), type=kind, serial=True) as database:
+        for row in database.select():
+            atoms = row.toatoms()
+            atoms.info.update(row.data)
+            atoms.info.update(row.key_value_pairs)
+            yield atoms
+
+
+def _check_xyz(path: Path) -> None:
+    """Walk the skeleton of an XYZ file: ASE stops silently at a blank line and reports no position.
+
+    Raises:
+        InputError: a frame is cut short, or something else stands where a number of atoms is expected.
+    """
+    try:
+        with open_with_compression(str(path), "rt") as stream:
+            _walk_xyz(path, enumerate(stream, start=1))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
+
+
+def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
+    frame, vectors = 0, 3  # no lattice vectors before the first frame
+    for line_number, line in lines:
+        words = line.split()
+        if not words:
+            trailing = next(((n, rest) for n, rest in lines if rest.strip()), None)
+            if trailing is None:
+                return
+            raise InputError(
+                f"{Origin(str(path), frame)}: line {line_number} is blank where a number of atoms is expected, "
+                "and more follows; remove the blank line."
+            )
+        if words[0].startswith("VEC") and vectors < 3:
+            vectors += 1
+            continue
+        if len(words) > 1 or not words[0].isdigit():
+            raise InputError(
+                f"{Origin(str(path), frame)}: line {line_number} should be a number of atoms but is "
+                f"'{line.strip()[:40]}'; the frame before it has more lines than it announces, "
+                "or this is no XYZ file."
+            )
+        atoms = int(words[0])
+        missing = 1 + atoms - sum(1 for _ in zip(range(1 + atoms), lines, strict=False))
+        if missing > 0 and atoms > 0:
+            raise InputError(
+                f"{Origin(str(path), frame)}: the file ends after {max(0, atoms - missing)} of the frame's "
+                f"{atoms} atoms; it was cut short, copy it again or remove this frame."
+            )
+        frame, vectors = frame + 1, 0
+
+
+def _unknown_format(path: Path) -> InputError:
+    return InputError(f"{path}: not a format that ASE can read; convert it to extended XYZ (.xyz).")
+
+
+def _told(error: BaseException) -> str:
+    """The first line of an exception of another library, short enough for a sentence."""
+    if isinstance(error, KeyError) and error.args:
+        return f"unknown element or key '{error.args[0]}'"
+    text = str(error).strip()
+    return text.splitlines()[0][:120] if text else type(error).__name__

@@ -1,0 +1,105 @@
+"""Batches of graphs that fit in memory: by frames, or packed by a budget of atoms and edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from forcetune.errors import InputError
+from forcetune.graphs.graph import Batch, collate
+
+
+def pack(
+    sizes: Sequence[tuple[int, int]],
+    order: Sequence[int],
+    batch_size: int,
+    batch_atoms: int | None = None,
+    batch_edges: int | None = None,
+) -> list[list[int]]:
+    """Cut ``order`` into batches.
+
+    Without a budget every batch has ``batch_size`` frames (the last may have fewer). With one, frames are added in
+    order until the next would exceed it; ``batch_size`` does not apply then.
+
+    Args:
+        sizes: (atoms, edges) of each graph.
+        order: indices of the graphs in the order in which they are taken.
+        batch_size: frames a batch.
+        batch_atoms, batch_edges: budgets.
+    """
+    if batch_atoms is None and batch_edges is None:
+        return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    atoms = edges = 0
+    for index in order:
+        more_atoms, more_edges = sizes[index]
+        full = (batch_atoms is not None and atoms + more_atoms > batch_atoms) or (
+            batch_edges is not None and edges + more_edges > batch_edges
+        )
+        if not batches or full:
+            batches.append([])
+            atoms = edges = 0
+        batches[-1].append(index)
+        atoms += more_atoms
+        edges += more_edges
+    return batches
+
+
+class BatchLoader:
+    """Iterates over batches; shuffled anew every epoch from (seed, epoch) alone, so a resumed run sees the same order.
+
+    Attributes:
+        epoch: the epoch whose order the next iteration gives.
+    """
+
+    def __init__(
+        self,
+        graphs: Sequence[Batch],
+        batch_size: int,
+        *,
+        batch_atoms: int | None = None,
+        batch_edges: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Raises:
+            InputError: a single graph exceeds a budget.
+        """
+        self.graphs = [graph.to(device=device) for graph in graphs]
+        self.sizes = [(graph.n_atoms, graph.n_edges) for graph in graphs]
+        self.batch_size = batch_size
+        self.batch_atoms = batch_atoms
+        self.batch_edges = batch_edges
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self._fixed: list[Batch] | None = None
+        for index, (atoms, edges) in enumerate(self.sizes):
+            for what, size, budget in (("atoms", atoms, batch_atoms), ("edges", edges, batch_edges)):
+                if budget is not None and size > budget:
+                    raise InputError(
+                        f"frame {index} of the set has {size} {what}, more than the budget of {budget} "
+                        f"(training.batch_{what}); raise it to at least {size}."
+                    )
+
+    def _batches(self) -> list[list[int]]:
+        order = np.arange(len(self.graphs))
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        return pack(self.sizes, [int(i) for i in order], self.batch_size, self.batch_atoms, self.batch_edges)
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.shuffle:
+            for indices in self._batches():
+                yield collate([self.graphs[i] for i in indices])
+            return
+        if self._fixed is None:
+            self._fixed = [collate([self.graphs[i] for i in indices]) for indices in self._batches()]
+        yield from self._fixed
