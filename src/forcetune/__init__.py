@@ -1,0 +1,81 @@
+"""Fine-tune pretrained equivariant interatomic potentials on your own DFT data by training a small adapter.
+
+>>> import forcetune
+>>> run = forcetune.fit("train.xyz", model="mace-off23-medium", method="mmea", test="test.xyz")
+>>> atoms.calc = forcetune.calculator(run.folder)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from forcetune._version import __version__
+
+if TYPE_CHECKING:
+    from forcetune.adapters.attach import Adapter, attach, detach, disable_adapter
+    from forcetune.adapters.file import load_adapter, save_adapter
+    from forcetune.adapters.methods import METHODS, Method, method
+    from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
+    from forcetune.api import compare_methods, evaluate
+    from forcetune.backbones.loading import load
+    from forcetune.config import RunConfig, load_config
+    from forcetune.deployment.calculator import calculator
+    from forcetune.deployment.merge import merge
+    from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
+    from forcetune.frames.read import read_frames
+    from forcetune.run import Run, fit, run_fit
+
+_HOMES = {
+    "adapters.attach": ("Adapter", "attach", "detach", "disable_adapter"),
+    "adapters.file": ("load_adapter", "save_adapter"),
+    "adapters.methods": ("METHODS", "Method", "method"),
+    "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
+    "api": ("compare_methods", "evaluate"),
+    "backbones.loading": ("load",),
+    "config": ("RunConfig", "load_config"),
+    "deployment.calculator": ("calculator",),
+    "deployment.merge": ("merge",),
+    "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
+    "run": ("Run", "fit", "run_fit"),
+    "frames.read": ("read_frames",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Dense",
+    "ForcetuneError",
+    "ForcetuneWarning",
+    "Frozen",
+    "Gate",
+    "InputError",
+    "LowRank",
+    "Method",
+    "Run",
+    "RunConfig",
+    "__version__",
+    "attach",
+    "calculator",
+    "compare_methods",
+    "detach",
+    "disable_adapter",
+    "evaluate",
+    "fit",
+    "load",
+    "load_adapter",
+    "load_config",
+    "merge",
+    "method",
+    "read_frames",
+    "run_fit",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``import forcetune`` is instant."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'forcetune' has no attribute {name!r}")
+    return getattr(import_module(f"forcetune.{_HOME_OF[name]}"), name)

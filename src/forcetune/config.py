@@ -5,7 +5,7 @@ All models are frozen and refuse unknown keys, so a mistyped option is an error 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +27,18 @@ class DataConfig(Section):
 
     train: list[str] = Field(min_length=1, description="Training files or globs; everything ASE reads.")
     valid: list[str] | float | int = Field(
-        0.1, description="Validation files, or the fraction (below 1) or count (1 or more) split off the training frames."
+        default=0.1,
+        description="Validation files, or the fraction (below 1) or count (1 or more) split off the training frames.",
     )
-    test: list[str] = Field([], description="Test files; evaluated before and after, never trained on.")
-    energy_key: str = Field("auto", description="Key of the energy; `auto` detects it, `calculator` takes ASE results.")
-    forces_key: str = Field("auto", description="Key of the forces; `none` trains on energies alone.")
-    stress_key: str = Field("auto", description="Key of the stress or virial; `none` ignores it.")
-    split_seed: int = Field(123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split.")
+    test: list[str] = Field(default=[], description="Test files; evaluated before and after, never trained on.")
+    energy_key: str = Field(
+        default="auto", description="Key of the energy; `auto` detects it, `calculator` takes ASE results."
+    )
+    forces_key: str = Field(default="auto", description="Key of the forces; `none` trains on energies alone.")
+    stress_key: str = Field(default="auto", description="Key of the stress or virial; `none` ignores it.")
+    split_seed: int = Field(
+        default=123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split."
+    )
 
     @model_validator(mode="after")
     def _positive_split(self) -> DataConfig:
@@ -46,22 +51,28 @@ class ModelConfig(Section):
     """The foundation model and how it is run."""
 
     model: str = Field(description="Name of a published model (`forcetune models`) or a path.")
-    head: str | None = Field(None, description="Head of a multi-head model; needed when it has several.")
+    head: str | None = Field(default=None, description="Head of a multi-head model; needed when it has several.")
     elements: Literal["data", "keep"] = Field(
-        "data", description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole."
+        default="data",
+        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole.",
     )
-    dtype: Literal["float64", "float32"] = Field("float64", description="Precision of the model during training.")
-    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.")
-    trust: bool = Field(False, description="Allow a model file to run its own code where it cannot be rebuilt without.")
+    dtype: Literal["float64", "float32"] = Field(
+        default="float64", description="Precision of the model during training."
+    )
+    device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.")
+    trust: bool = Field(
+        default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
+    )
 
 
 class ReferenceConfig(Section):
     """Reference energies (E0): the energy of each isolated element at the level of theory of the data."""
 
     mode: Literal["estimate", "model", "isolated", "average", "table"] = Field(
-        "estimate", description="`estimate` fits them on the foundation model's residuals; see docs for the others."
+        default="estimate",
+        description="`estimate` fits them on the foundation model's residuals; see docs for the others.",
     )
-    table: dict[str, float] | None = Field(None, description="Element symbol to eV, for mode `table`.")
+    table: dict[str, float] | None = Field(default=None, description="Element symbol to eV, for mode `table`.")
 
     @model_validator(mode="after")
     def _table_with_its_mode(self) -> ReferenceConfig:
@@ -73,19 +84,32 @@ class ReferenceConfig(Section):
 class MethodConfig(Section):
     """What is trained. Options a method has no use for are refused by it."""
 
-    name: str = Field("mmea", description="mmea, mmea-pure, elora, full, readout.")
-    rank: int | None = Field(None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16.")
-    alpha: float | None = Field(None, gt=0, description="Scale of the low-rank update: W + (alpha / rank) A B; 16.")
-    cap_rank: bool | None = Field(None, description="Cap the rank at what a path can use; off gives the published counts.")
-    gain: Literal["exp", "linear"] | None = Field(None, description="Gain of the gate: exp(x) or 1 + x.")
-    activation: bool | None = Field(None, description="SiLU in the gate's bottleneck (ablation).")
-    shift: bool | None = Field(None, description="The gate's additive shift of even scalars (ablation).")
-    modulation: bool | None = Field(None, description="The gate's multiplicative gain of other channels (ablation).")
-    shared_bottleneck: bool | None = Field(None, description="One bottleneck for shift and gain (ablation: separate ones).")
-    shared_gain: bool | None = Field(None, description="One gain for all channels of an order (ablation).")
-    shift_init: float | None = Field(None, ge=0, description="Standard deviation of the shift's initial weights; 0 starts at identity.")
+    name: str = Field(default="mmea", description="mmea, mmea-pure, elora, full, readout.")
+    rank: int | None = Field(
+        default=None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16."
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="Scale of the low-rank update: W + (alpha / rank) A B; 16."
+    )
+    cap_rank: bool | None = Field(
+        default=None, description="Cap the rank at what a path can use; off gives the published counts."
+    )
+    gain: Literal["exp", "linear"] | None = Field(default=None, description="Gain of the gate: exp(x) or 1 + x.")
+    activation: bool | None = Field(default=None, description="SiLU in the gate's bottleneck (ablation).")
+    shift: bool | None = Field(default=None, description="The gate's additive shift of even scalars (ablation).")
+    modulation: bool | None = Field(
+        default=None, description="The gate's multiplicative gain of other channels (ablation)."
+    )
+    shared_bottleneck: bool | None = Field(
+        default=None, description="One bottleneck for shift and gain (ablation: separate ones)."
+    )
+    shared_gain: bool | None = Field(default=None, description="One gain for all channels of an order (ablation).")
+    shift_init: float | None = Field(
+        default=None, ge=0, description="Standard deviation of the shift's initial weights; 0 starts at identity."
+    )
     target: str | list[str] | None = Field(
-        None, description="Only sites whose name matches this regular expression, or ends with one of these names."
+        default=None,
+        description="Only sites whose name matches this regular expression, or ends with one of these names.",
     )
 
     def options(self) -> dict[str, Any]:
@@ -96,59 +120,84 @@ class MethodConfig(Section):
 class LossConfig(Section):
     """Weights and form of the loss."""
 
-    energy: float = Field(1.0, ge=0, description="Weight of the energy term.")
-    forces: float = Field(1000.0, ge=0, description="Weight of the force term.")
-    stress: float = Field(0.0, ge=0, description="Weight of the stress term; needs stress labels.")
-    form: Literal["mse", "huber", "mae"] = Field("mse", description="Form of every term.")
-    huber_delta: float = Field(0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
-    energy_per_atom: bool = Field(False, description="Energy error divided by the number of atoms before the loss.")
+    energy: float = Field(default=1.0, ge=0, description="Weight of the energy term.")
+    forces: float = Field(default=1000.0, ge=0, description="Weight of the force term.")
+    stress: float = Field(default=0.0, ge=0, description="Weight of the stress term; needs stress labels.")
+    form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
+    huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
+    energy_per_atom: bool = Field(
+        default=False, description="Energy error divided by the number of atoms before the loss."
+    )
 
 
 class SecondStageConfig(Section):
     """A last part of the training with other weights and learning rate."""
 
-    start: int | None = Field(None, ge=1, description="Epoch (counted from 1) at which it starts; none by default.")
-    loss: LossConfig = Field(LossConfig(energy=1000.0, forces=100.0, energy_per_atom=True), description="Its loss.")
-    learning_rate: float = Field(1e-3, gt=0, description="Its learning rate.")
+    start: int | None = Field(
+        default=None, ge=1, description="Epoch (counted from 1) at which it starts; none by default."
+    )
+    loss: LossConfig = Field(
+        default=LossConfig(energy=1000.0, forces=100.0, energy_per_atom=True), description="Its loss."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Its learning rate.")
 
 
 class ScheduleConfig(Section):
     """How the learning rate changes."""
 
-    name: Literal["plateau", "cosine", "constant"] = Field("plateau", description="After warm-up.")
-    warmup_epochs: int = Field(0, ge=0, description="Linear warm-up, counted in epochs but applied at every step.")
-    factor: float = Field(0.8, gt=0, lt=1, description="plateau: factor of each reduction.")
-    patience: int = Field(5, ge=0, description="plateau: validations without improvement before a reduction.")
-    minimum: float = Field(1e-6, ge=0, description="Learning rate that is not gone below.")
+    name: Literal["plateau", "cosine", "constant"] = Field(default="plateau", description="After warm-up.")
+    warmup_epochs: int = Field(
+        default=0, ge=0, description="Linear warm-up, counted in epochs but applied at every step."
+    )
+    factor: float = Field(default=0.8, gt=0, lt=1, description="plateau: factor of each reduction.")
+    patience: int = Field(default=5, ge=0, description="plateau: validations without improvement before a reduction.")
+    minimum: float = Field(default=1e-6, ge=0, description="Learning rate that is not gone below.")
 
 
 class TrainingConfig(Section):
     """The optimisation. Defaults are those of the published MMEA runs."""
 
-    epochs: int = Field(500, ge=1, description="Passes over the training frames.")
-    batch_size: int = Field(5, ge=1, description="Frames a batch.")
-    batch_atoms: int | None = Field(None, ge=1, description="Most atoms a batch; batches are then packed by this budget.")
-    batch_edges: int | None = Field(None, ge=1, description="Most edges a batch; batches are then packed by this budget.")
-    optimizer: Literal["adam", "adamw", "schedulefree"] = Field("adam", description="Adam with amsgrad, AdamW, schedule-free AdamW.")
-    learning_rate: float | None = Field(None, gt=0, description="The method's own default when not given.")
-    weight_decay: float = Field(1e-8, ge=0, description="On linear and contraction sites.")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning-rate schedule (not for schedule-free).")
-    loss: LossConfig = Field(LossConfig(), description="Loss.")
-    second_stage: SecondStageConfig = Field(SecondStageConfig(), description="Second stage.")
-    ema: float | None = Field(0.995, gt=0, lt=1, description="Decay of the moving average of trainable parameters; null for none.")
-    clip: float | None = Field(100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
-    valid_every: int = Field(1, ge=1, description="Validate every so many epochs.")
-    early_stopping: int | None = Field(None, ge=1, description="Validations without improvement before the run stops.")
-    seed: int = Field(1, ge=0, description="Seed of initial values and of the order of frames.")
-    threads: int | None = Field(None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
+    epochs: int = Field(default=500, ge=1, description="Passes over the training frames.")
+    batch_size: int = Field(default=5, ge=1, description="Frames a batch.")
+    batch_atoms: int | None = Field(
+        default=None, ge=1, description="Most atoms a batch; batches are then packed by this budget."
+    )
+    batch_edges: int | None = Field(
+        default=None, ge=1, description="Most edges a batch; batches are then packed by this budget."
+    )
+    optimizer: Literal["adam", "adamw", "schedulefree"] = Field(
+        default="adam", description="Adam with amsgrad, AdamW, schedule-free AdamW."
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="The method's own default when not given.")
+    weight_decay: float = Field(default=1e-8, ge=0, description="On linear and contraction sites.")
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Learning-rate schedule (not for schedule-free)."
+    )
+    loss: LossConfig = Field(default=LossConfig(), description="Loss.")
+    second_stage: SecondStageConfig = Field(default=SecondStageConfig(), description="Second stage.")
+    ema: float | None = Field(
+        default=0.995, gt=0, lt=1, description="Decay of the moving average of trainable parameters; null for none."
+    )
+    clip: float | None = Field(default=100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
+    valid_every: int = Field(default=1, ge=1, description="Validate every so many epochs.")
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="Validations without improvement before the run stops."
+    )
+    seed: int = Field(default=1, ge=0, description="Seed of initial values and of the order of frames.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
 
 
 class OutputConfig(Section):
     """Where results go."""
 
-    run: str = Field("run", description="The run folder; must not exist or be empty unless `overwrite`.")
-    overwrite: bool = Field(False, description="Replace an existing run folder.")
-    tensorboard: bool = Field(False, description="Also log for TensorBoard, in the run folder.")
+    run: str = Field(default="run", description="The run folder; must not exist or be empty unless `overwrite`.")
+    overwrite: bool = Field(default=False, description="Replace an existing run folder.")
+    adapter_dtype: Literal["float32", "float64"] = Field(
+        default="float32",
+        description="Precision of the adapter file. The trained adapter is rounded to it before it is evaluated, "
+        "so that the file gives the reported numbers exactly.",
+    )
+    tensorboard: bool = Field(default=False, description="Also log for TensorBoard, in the run folder.")
 
 
 class RunConfig(Section):
@@ -156,16 +205,20 @@ class RunConfig(Section):
 
     data: DataConfig
     model: ModelConfig
-    references: ReferenceConfig = Field(ReferenceConfig())
-    method: MethodConfig = Field(MethodConfig())
-    training: TrainingConfig = Field(TrainingConfig())
-    output: OutputConfig = Field(OutputConfig())
+    references: ReferenceConfig = Field(default=ReferenceConfig())
+    method: MethodConfig = Field(default=MethodConfig())
+    training: TrainingConfig = Field(default=TrainingConfig())
+    output: OutputConfig = Field(default=OutputConfig())
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         training = self.training
         if training.optimizer == "schedulefree" and training.ema is not None and "ema" in training.model_fields_set:
             raise ValueError("training.ema: schedule-free AdamW averages by itself; leave ema out or set it to null")
+        if training.optimizer == "schedulefree" and training.schedule.model_fields_set - {"warmup_epochs"}:
+            raise ValueError("training.schedule: schedule-free AdamW takes warmup_epochs only")
+        if training.valid_every > training.epochs:
+            raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
         if training.second_stage.start is not None and training.second_stage.start > training.epochs:
             raise ValueError("training.second_stage.start lies after the last epoch")
         if self.data.stress_key == "none" and training.loss.stress > 0:
@@ -203,7 +256,10 @@ def _number(value: Any) -> Any:
 
 
 def load_config(
-    path: str | Path | None = None, settings: Sequence[str] = (), given: dict[str, Any] | None = None
+    path: str | Path | None = None,
+    settings: Sequence[str] = (),
+    given: dict[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Merge a YAML file, command-line options and ``--set`` settings, in rising priority, and check the result.
 
@@ -211,19 +267,21 @@ def load_config(
         path: YAML file, or None.
         settings: ``section.key=value`` texts.
         given: nested options from the command line; None values are left out.
+        overrides: dotted name to value, as ``settings`` but from Python.
 
     Raises:
         InputError: unreadable file, unknown key or value out of range; names the key.
     """
     merged: dict[str, Any] = _read_yaml(path) if path is not None else {}
     _merge(merged, given or {})
-    for text in settings:
-        keys, value = parse_setting(text)
+    chosen = [(text, *parse_setting(text)) for text in settings]
+    chosen += [(name, name.split("."), value) for name, value in (overrides or {}).items()]
+    for text, keys, value in chosen:
         nested: Any = value
         for key in reversed(keys):
             nested = {key: nested}
         if not isinstance(nested, dict):
-            raise InputError(f"--set {text}: name a section and a key.")
+            raise InputError(f"setting {text}: name a section and a key, as in training.epochs.")
         _merge(merged, nested, keep_none=True)
     source = f"{path}: " if path is not None else ""
     try:
@@ -241,7 +299,9 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         where = f" (line {error.problem_mark.line + 1})" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
         raise InputError(f"{path}: is not valid YAML{where}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a run configuration is a mapping with sections data, model, method, training, output.")
+        raise InputError(
+            f"{path}: a run configuration is a mapping with sections data, model, method, training, output."
+        )
     return content
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.adapters.updates.base import TrainablePart
 from forcetune.backbones.protocol import Backbone, Site
 from forcetune.errors import InputError
 
@@ -63,15 +64,20 @@ class Adapter(nn.Module):
             for update in method.updates_at(site):
                 part = update.build(site, weight)
                 if part is not None:
-                    self.parts[_key(site, part)] = part
+                    self.parts[_key(site, type(part))] = part
         self._handles: list[Any] = []
         self._required_grad: dict[str, bool] = {}
         self._references: dict[int, float] = {}
 
     def part(self, site: Site, kind: type[nn.Module]) -> Any:
         """The part of one kind at ``site``, or None."""
-        key = f"{site.name.replace('.', '/')}|{'weight' if issubclass(kind, WeightUpdate) else 'gate'}"
-        return self.parts[key] if key in self.parts else None
+        return dict(self.parts.items()).get(_key(site, kind))
+
+    def trainable_parts(self) -> Iterator[tuple[str, TrainablePart]]:
+        """Every part with its key."""
+        for key, part in self.parts.items():
+            assert isinstance(part, TrainablePart)
+            yield key, part
 
     def effective_weight(self, site: Site, weight: Tensor) -> Tensor:
         """W' at ``site`` for the frozen W."""
@@ -90,7 +96,9 @@ class Adapter(nn.Module):
             rows.setdefault(site.kind, []).append(site)
         result = []
         for kind, sites in rows.items():
-            parts = {site.name: [p for k in (WeightUpdate, ActivationUpdate) if (p := self.part(site, k))] for site in sites}
+            parts = {
+                site.name: [p for k in (WeightUpdate, ActivationUpdate) if (p := self.part(site, k))] for site in sites
+            }
             covered = [site for site in sites if parts[site.name]]
             updates = dict.fromkeys(update.describe() for site in covered for update in self.method.updates_at(site))
             result.append(
@@ -100,7 +108,9 @@ class Adapter(nn.Module):
                     sites=len(sites),
                     covered=sum(site.numel for site in covered),
                     total=sum(site.numel for site in sites),
-                    trainable=sum(p.numel() for site in covered for part in parts[site.name] for p in part.parameters()),
+                    trainable=sum(
+                        p.numel() for site in covered for part in parts[site.name] for p in part.parameters()
+                    ),
                 )
             )
         return result
@@ -116,11 +126,12 @@ class Adapter(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print trainable and total counts in one line, as peft does."""
         total = sum(site.numel for site in self.sites)
-        print(f"trainable params: {self.trainable:,} || all params: {total:,} || trainable%: {100 * self.trainable / total:.2f}")
+        share = 100 * self.trainable / total
+        print(f"trainable params: {self.trainable:,} || all params: {total:,} || trainable%: {share:.2f}")
 
 
-def _key(site: Site, part: nn.Module) -> str:
-    return f"{site.name.replace('.', '/')}|{'weight' if isinstance(part, WeightUpdate) else 'gate'}"
+def _key(site: Site, kind: type[nn.Module]) -> str:
+    return f"{site.name.replace('.', '/')}|{'weight' if issubclass(kind, WeightUpdate) else 'gate'}"
 
 
 def _parameter(model: nn.Module, site: Site) -> nn.Parameter:
@@ -220,7 +231,8 @@ def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
             f"such as {sites[0].name}; a text must match a whole name as a regular expression, a list gives endings."
         )
     kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
-    return f"method {method.name} matches none of the model's sites; it acts on {', '.join(method.table)}, the model has {kinds}."
+    acts = ", ".join(method.table)
+    return f"method {method.name} matches none of the model's sites; it acts on {acts}, the model has {kinds}."
 
 
 def adapter_of(backbone: Backbone) -> Adapter | None:
@@ -271,9 +283,32 @@ def disable_adapter(backbone: Backbone) -> Iterator[None]:
         backbone.set_reference_energies(tuned)
 
 
-def merge_weights(backbone: Backbone) -> None:
-    """Write W' into the backbone's own weights and take the adapter out; reference energies stay as tuned.
+def fold_weights(backbone: Backbone) -> None:
+    """Write W' into the backbone's own weights, so that weight updates cost nothing any more; gates stay.
 
+    There is no way back: :func:`detach` afterwards leaves the folded weights.
+    """
+    adapter = attached(backbone)
+    with torch.no_grad():
+        for site in adapter.sites:
+            part = adapter.part(site, WeightUpdate)
+            if part is not None:
+                weight = _parameter(backbone.model, site)
+                weight.copy_(part(weight))
+                del adapter.parts[_key(site, type(part))]
+    required = dict(adapter._required_grad)
+    references = adapter._references
+    _remove(adapter, backbone)
+    if adapter.parts:
+        for parameter in backbone.model.parameters():
+            parameter.requires_grad_(False)
+        adapter._required_grad, adapter._references = required, references
+        _install(adapter, backbone.model)
+        backbone.model.add_module(ATTRIBUTE, adapter)
+
+
+def check_mergeable(backbone: Backbone) -> None:
+    """
     Raises:
         InputError: the method has gates, which depend on the input and which no weight can absorb.
     """
@@ -281,10 +316,16 @@ def merge_weights(backbone: Backbone) -> None:
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
         raise InputError(
             f"method {adapter.method.name} has gates: they depend on the input of each layer, so no weights can absorb "
-            "them. Use base and adapter together (forcetune.calculator(model, adapter=...)), or train with elora, which merges."
+            "them. Use base and adapter together (forcetune.calculator(model, adapter=...)), or train with elora, "
+            "which merges."
         )
-    with torch.no_grad():
-        for site in adapter.sites:
-            weight = _parameter(backbone.model, site)
-            weight.copy_(adapter.effective_weight(site, weight))
-    _remove(adapter, backbone)
+
+
+def merge_weights(backbone: Backbone) -> None:
+    """Write W' into the backbone's own weights and take the adapter out; reference energies stay as tuned.
+
+    Raises:
+        InputError: as :func:`check_mergeable`.
+    """
+    check_mergeable(backbone)
+    fold_weights(backbone)

@@ -12,7 +12,16 @@ from forcetune.adapters.updates import UPDATES, Dense, Frozen, Gate, LowRank, Up
 from forcetune.backbones.protocol import Site
 from forcetune.errors import InputError
 
-KINDS = ("linear", "tensor_product", "radial_mlp", "contraction", "contraction_lower", "radial_basis", "readout", "other")
+KINDS = (
+    "linear",
+    "tensor_product",
+    "radial_mlp",
+    "contraction",
+    "contraction_lower",
+    "radial_basis",
+    "readout",
+    "other",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,9 @@ class Method:
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
         if unknown:
-            raise InputError(f"method {self.name}: there is no site kind {sorted(unknown)}; kinds are {', '.join(KINDS)}.")
+            raise InputError(
+                f"method {self.name}: there is no site kind {sorted(unknown)}; kinds are {', '.join(KINDS)}."
+            )
         if isinstance(self.target, str):
             try:
                 re.compile(self.target)
@@ -86,7 +97,8 @@ class Method:
         """
         try:
             table = {
-                str(kind): tuple(_update_from_json(entry) for entry in entries) for kind, entries in data["table"].items()
+                str(kind): tuple(_update_from_json(entry) for entry in entries)
+                for kind, entries in data["table"].items()
             }
             target = data.get("target")
             return Method(
@@ -97,7 +109,9 @@ class Method:
                 target=tuple(target) if isinstance(target, list) else target,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the method table cannot be read ({error}); was it written by a newer forcetune?") from error
+            raise InputError(
+                f"the method table cannot be read ({error}); was it written by a newer forcetune?"
+            ) from error
 
 
 def _update_from_json(entry: Mapping[str, Any]) -> Update:
@@ -133,7 +147,11 @@ def mmea(rank: int = 16, **gate: Any) -> Method:
 
 def mmea_pure(rank: int = 16, **gate: Any) -> Method:
     """Gates on every equivariant linear layer and nothing else."""
-    return Method("mmea-pure", {"linear": (Gate(rank, **gate),), "readout": (Gate(rank, **gate),)}, "gates on linears only")
+    return Method(
+        "mmea-pure",
+        {"linear": (Gate(rank, **gate),), "readout": (Gate(rank, **gate),)},
+        "gates on linears only",
+    )
 
 
 def elora(rank: int = 16, alpha: float | None = None, cap_rank: bool = False) -> Method:
@@ -180,7 +198,7 @@ def method(name: str, *, target: str | Sequence[str] | None = None, **options: A
     if name not in METHODS:
         raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
     make = METHODS[name]
-    known = _options_of(make)
+    known = options_of(make)
     for option in options:
         if option not in known:
             can = f"its options are {', '.join(known)}" if known else "it has no options"
@@ -193,7 +211,8 @@ def method(name: str, *, target: str | Sequence[str] | None = None, **options: A
     return Method(made.name, made.table, made.description, made.learning_rate, chosen)
 
 
-def _options_of(make: Callable[..., Method]) -> list[str]:
+def options_of(make: Callable[..., Method]) -> list[str]:
+    """Names of the hyper-parameters of a method in :data:`METHODS`."""
     names = []
     for parameter in inspect.signature(make).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:

@@ -1,8 +1,9 @@
 """Fetching large files: resumable, atomic, checked.
 
-A file under way is ``.NAME.part`` beside its target, with ``.NAME.part.json`` that remembers which content it is a
-part of (the server's ETag or date). The target appears in one step, after length and checksum have been checked, so
-whoever finds it has all of it. Only the standard library is used; proxies are taken from the environment.
+A file under way is ``.NAME.part`` beside its target, with ``.NAME.part.json`` that remembers which content it
+is a part of (the server's ETag or date). The target appears in one step, after length and checksum have been
+checked, so whoever finds it has all of it. Only the standard library is used; proxies are taken from the
+environment.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _BACKOFF = 1.0  # s, doubled after each attempt that brought nothing new
 _BLOCK = 1 << 18
 _STALE_LOCK = 300.0  # s without a byte, after which a lock file is taken to be left over
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_UNREACHABLE = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL}
+_UNREACHABLE = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
 
 class _InterruptedTransfer(Exception):
@@ -59,8 +60,9 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         scheme = urllib.parse.urlsplit(newurl).scheme.lower()
         if scheme not in ("http", "https") or (req.type == "https" and scheme != "https"):
             raise InputError(
-                f"{req.full_url} redirects to {newurl}, which is not a secure web address; nothing was downloaded. "
-                "A proxy or login page may stand in between: download the file by hand and pass its path."
+                f"{req.full_url} redirects to {newurl}, which is not a secure web address; nothing was "
+                "downloaded. A proxy or login page may stand in between: download the file by hand and pass "
+                "its path."
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -75,9 +77,9 @@ def download(
 ) -> str:
     """Fetch ``url`` into ``target`` and return the SHA-256 of what arrived, as 64 hexadecimal digits.
 
-    An earlier part is resumed when the server can tell that the content is still the same; broken connections are
-    tried again a few times. Of several processes that ask for the same target, one downloads and the others wait
-    and take its result. A target that exists already is replaced.
+    An earlier part is resumed when the server can tell that the content is still the same; broken connections
+    are tried again a few times. Of several processes that ask for the same target, one downloads and the
+    others wait and take its result. A target that exists already is replaced.
 
     Args:
         url: http or https address.
@@ -87,12 +89,11 @@ def download(
         timeout: longest silence of the server, s.
 
     Raises:
-        InputError: the address is wrong or refused, the host is out of reach, the disk is full, the content is not
-            what was expected. The target is left as it was.
+        InputError: the address is wrong or refused, the host is out of reach, the disk is full, the content
+            is not what was expected. The target is left as it was.
         ForcetuneError: the connection kept breaking; what arrived is kept and the next call resumes.
     """
-    if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
-        raise InputError(f"{url}: only http and https addresses can be downloaded.")
+    _check_address(url)
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +108,19 @@ def download(
             return part.finish(sha256)
     except OSError as error:
         raise _disk_problem(error, target) from error
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        web = parts.scheme.lower() in ("http", "https") and bool(parts.hostname)
+        well_formed = parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        web, well_formed = True, False
+    if not web:
+        raise InputError(f"{url}: only http and https addresses can be downloaded.")
+    if not well_formed:
+        raise InputError(f"{url}: not a well-formed address; write spaces and letters with accents as %20, %C3%A9.")
 
 
 class _Part:
@@ -150,16 +164,16 @@ class _Part:
                 furthest = max(furthest, self.size)
                 if failures >= _ATTEMPTS:
                     raise ForcetuneError(
-                        f"{self.url}: the download broke off {_ATTEMPTS} times without getting further ({error}); "
-                        f"{self.size / 1e6:.1f} MB are kept, run again to resume."
+                        f"{self.url}: the download broke off {_ATTEMPTS} times without getting further "
+                        f"({error}); {self.size / 1e6:.1f} MB are kept, run again to resume."
                     ) from error
                 time.sleep(_BACKOFF * 2 ** (failures - 1))
 
     def _by_hand(self, reason: str) -> str:
         host = urllib.parse.urlsplit(self.url).hostname
         return (
-            f"Could not reach {host} ({reason}). Download {self.target.name} by hand from {self.url} on a machine "
-            f"that is online and pass its path, or put it into {self.target}."
+            f"Could not reach {host} ({reason}). Download {self.target.name} by hand from {self.url} on a "
+            f"machine that is online and pass its path, or put it into {self.target}."
         )
 
     def _transfer(self, progress: ProgressCallback | None, timeout: float) -> None:
@@ -196,12 +210,12 @@ class _Part:
             raise _InterruptedTransfer(_say(error)) from error
 
     def _begin(self, response: Any, have: int) -> int | None:
-        """Prepare the part for this response; returns the length of the whole file in bytes, None if unknown."""
+        """Prepare the part for this response; returns the bytes of the whole file, None if unknown."""
         headers = response.headers
         if headers.get_content_type() == "text/html" and headers["Content-Type"]:
             raise InputError(
-                f"{self.url} answered with a web page instead of a file; a proxy or login page may stand in between. "
-                "Download the file by hand and pass its path."
+                f"{self.url} answered with a web page instead of a file; a proxy or login page may stand in "
+                "between. Download the file by hand and pass its path."
             )
         if response.status == 206:
             start, total = _content_range(headers)
@@ -242,9 +256,10 @@ class _Part:
         if sha256 is not None and digest != sha256.lower():
             self.discard()
             raise InputError(
-                f"{self.url}: the downloaded file is not the expected one (SHA-256 expected {sha256.lower()}, got "
-                f"{digest}); it was removed. Run again; if it happens again, the file was changed by its publisher "
-                "or on the way: ask the publisher, or download it by hand, check it, and pass its path."
+                f"{self.url}: the downloaded file is not the expected one (SHA-256 expected "
+                f"{sha256.lower()}, got {digest}); it was removed. Run again; if it happens again, the file "
+                "was changed by its publisher or on the way: ask the publisher, or download it by hand, "
+                "check it, and pass its path."
             )
         self.path.replace(self.target)
         self.record.unlink(missing_ok=True)
@@ -252,7 +267,7 @@ class _Part:
 
 
 def _validator(headers: Message) -> str | None:
-    """The strong validator of a response; weak ETags do not promise equal bytes (RFC 9110, 8.8.1 and 13.1.5)."""
+    """The strong validator of a response; weak ETags do not promise equal bytes (RFC 9110, 8.8.1)."""
     tag = headers["ETag"]
     if tag and not tag.startswith("W/"):
         return tag
@@ -277,7 +292,9 @@ def _http_problem(error: urllib.error.HTTPError, url: str) -> Exception:
         return _InterruptedTransfer(f"the server answered {error.code} {error.reason}")
     by_hand = "download the file by hand and pass its path."
     if error.code in (404, 410):
-        return InputError(f"{url}: no such file on the server ({error.code}); it may have moved: update forcetune, or {by_hand}")
+        return InputError(
+            f"{url}: no such file on the server ({error.code}); it may have moved: update forcetune, or {by_hand}"
+        )
     if error.code in (401, 403, 407):
         return InputError(f"{url}: the server or a proxy refused access ({error.code} {error.reason}); {by_hand}")
     return InputError(f"{url}: the server answered {error.code} {error.reason}; try later, or {by_hand}")
@@ -286,8 +303,9 @@ def _http_problem(error: urllib.error.HTTPError, url: str) -> Exception:
 def _connection_problem(reason: object, url: str) -> Exception:
     if isinstance(reason, ssl.SSLCertVerificationError):
         return InputError(
-            f"{url}: the server's certificate is not trusted ({reason.verify_message}). Behind a proxy that inspects "
-            "traffic, set SSL_CERT_FILE to your institution's certificates, or download the file by hand."
+            f"{url}: the server's certificate is not trusted ({reason.verify_message}). Behind a proxy that "
+            "inspects traffic, set SSL_CERT_FILE to your institution's certificates, or download the file by "
+            "hand."
         )
     offline = isinstance(reason, (socket.gaierror, TimeoutError)) or getattr(reason, "errno", None) in _UNREACHABLE
     return (_UnreachableHost if offline else _InterruptedTransfer)(_say(reason))
@@ -296,8 +314,8 @@ def _connection_problem(reason: object, url: str) -> Exception:
 def _disk_problem(error: OSError, target: Path) -> InputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(
-            f"{target}: no space left in {target.parent}. Free some, or choose another folder; what has arrived "
-            "is kept and the next run resumes."
+            f"{target}: no space left in {target.parent}. Free some, or choose another folder; what has "
+            "arrived is kept and the next run resumes."
         )
     return InputError(f"{target}: cannot be written ({_say(error)}); choose another folder.")
 
@@ -362,23 +380,16 @@ def _create_lock(lock: Path, target: Path) -> None:
 @contextmanager
 def progress_bar(label: str) -> Iterator[ProgressCallback]:
     """Show bytes, speed and time left on standard error; yields the callback for :func:`download`."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with progress.Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -28,7 +28,9 @@ def backbone_class(library: str) -> Any:
     try:
         return found[library].load()
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed; install forcetune with the extra: pip install 'forcetune[{library}]'.") from error
+        raise InputError(
+            f"{error.name} is not installed; install forcetune with the extra: pip install 'forcetune[{library}]'."
+        ) from error
 
 
 def choose_device(device: str) -> torch.device:

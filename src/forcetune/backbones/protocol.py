@@ -27,6 +27,11 @@ class Prediction(NamedTuple):
     forces: Tensor
     stress: Tensor | None
 
+    def detached(self) -> Prediction:
+        """Without the graph that led to it."""
+        stress = None if self.stress is None else self.stress.detach()
+        return Prediction(self.energy.detach(), self.forces.detach(), stress)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightPath:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 
-from forcetune.backbones.protocol import Backbone
+from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame
 from forcetune.graphs.graph import Batch, collate, graph_of
+from forcetune.graphs.loader import BatchLoader
 
 EVALUATION_ATOMS = 512
 
@@ -60,10 +61,27 @@ class Predictions:
     stress: FloatArray | None
     stress_label: FloatArray | None
 
+    @staticmethod
+    def of(batch: Batch, found: Prediction) -> Predictions:
+        """Of one batch on the CPU."""
+        stress = found.stress
+        return Predictions(
+            numbers=batch.numbers.numpy(),
+            atoms=batch.atoms_per_graph.numpy(),
+            energy=found.energy.double().numpy(),
+            energy_label=batch.energy.numpy(),
+            forces=found.forces.double().numpy(),
+            forces_label=batch.forces.double().numpy(),
+            stress=None if stress is None else stress.double().numpy(),
+            stress_label=None if stress is None else batch.stress.double().numpy(),
+        )
+
     def errors(self) -> Errors:
         """Mean absolute and root mean square errors against the labels there are."""
         energy = self.energy - self.energy_label
-        stress = np.full(1, np.nan) if self.stress is None else self.stress - self.stress_label
+        stress = (
+            np.full(1, np.nan) if self.stress is None or self.stress_label is None else self.stress - self.stress_label
+        )
         mae_e, rmse_e = _mean_errors(energy)
         mae_atom, rmse_atom = _mean_errors(energy / self.atoms)
         mae_f, rmse_f = _mean_errors(self.forces - self.forces_label)
@@ -111,45 +129,41 @@ def graphs_of(backbone: Backbone, frames: Sequence[Frame], progress: Callable[[]
     return graphs
 
 
-def predict(backbone: Backbone, graphs: Sequence[Batch], *, stress: bool | None = None) -> Predictions:
+def predict(
+    backbone: Backbone,
+    graphs: Sequence[Batch],
+    *,
+    stress: bool | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Predictions:
     """Predict for graphs, in batches of some hundred atoms.
 
     Args:
         backbone: the model.
         graphs: as from :func:`graphs_of`.
         stress: whether to compute stresses; by default where there are labels.
+        progress: called with the number of frames done after each batch.
     """
     if stress is None:
         stress = any(not bool(torch.isnan(graph.stress).all()) for graph in graphs)
-    batches: list[list[Batch]] = []
-    atoms = 0
-    for graph in graphs:
-        if not batches or atoms + graph.n_atoms > EVALUATION_ATOMS:
-            batches.append([])
-            atoms = 0
-        batches[-1].append(graph)
-        atoms += graph.n_atoms
-    energy, forces, stresses = [], [], []
-    for members in batches:
-        found = backbone.predict(collate(members).to(device=backbone.device), stress=stress)
-        energy.append(found.energy.detach().double().cpu().numpy())
-        forces.append(found.forces.detach().double().cpu().numpy())
-        if found.stress is not None:
-            stresses.append(found.stress.detach().double().cpu().numpy())
+    pairs: list[tuple[Batch, Prediction]] = []
+    for batch in BatchLoader(graphs, len(graphs), batch_atoms=max(EVALUATION_ATOMS, *(g.n_atoms for g in graphs), 0)):
+        found = backbone.predict(batch.to(device=backbone.device), stress=stress)
+        pairs.append((batch, found.detached()))
+        if progress is not None:
+            progress(batch.n_graphs)
+    return Predictions.of(*gather(pairs))
 
-    def labels(name: str) -> FloatArray:
-        return torch.cat([getattr(graph, name) for graph in graphs]).double().cpu().numpy()
 
-    return Predictions(
-        numbers=torch.cat([graph.numbers for graph in graphs]).cpu().numpy(),
-        atoms=np.concatenate([graph.atoms_per_graph.cpu().numpy() for graph in graphs]),
-        energy=np.concatenate(energy),
-        energy_label=labels("energy"),
-        forces=np.concatenate(forces),
-        forces_label=labels("forces"),
-        stress=np.concatenate(stresses) if stresses else None,
-        stress_label=labels("stress") if stresses else None,
+def gather(pairs: Sequence[tuple[Batch, Prediction]]) -> tuple[Batch, Prediction]:
+    """Batches and their predictions, laid one after another on the CPU."""
+    stresses = [found.stress.cpu() for _, found in pairs if found.stress is not None]
+    found = Prediction(
+        torch.cat([found.energy.cpu() for _, found in pairs]),
+        torch.cat([found.forces.cpu() for _, found in pairs]),
+        torch.cat(stresses) if stresses else None,
     )
+    return collate([batch.to(device="cpu") for batch, _ in pairs]), found
 
 
 def evaluate_frames(backbone: Backbone, frames: Sequence[Frame]) -> Predictions:

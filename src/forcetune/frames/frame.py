@@ -12,7 +12,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
-class Origin(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Origin:
     """Where a frame was read: file and zero-based position in it. ``str()`` is what errors print."""
 
     file: str

@@ -1,8 +1,9 @@
 """Reference energies (E0): the energy of each element that a model adds up before it learns the rest.
 
-A foundation model carries the E0s of its own level of theory. Data of another level differ from its predictions by
-hundreds or thousands of eV, nearly all of it a sum over elements: with the composition matrix C (frames, elements),
-E_label − E_model ≈ C ΔE0. Taking that sum out first leaves the fine-tuning what is really to be learned.
+A foundation model carries the E0s of its own level of theory. Data of another level differ from its
+predictions by hundreds or thousands of eV, nearly all of it a sum over elements: with the composition matrix
+C (frames, elements), E_label − E_model ≈ C ΔE0. Taking that sum out first leaves the fine-tuning what is
+really to be learned.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class ReferenceEnergies:
     Attributes:
         energies: atomic number → E0, eV, for every element of the model.
         mode: how they were found.
-        offset_before_mev_per_atom: mean over frames of |E_label − E_model| / atoms with the model's own E0s, meV.
+        offset_before_mev_per_atom: mean over frames of |E_label − E_model| / atoms with the model's own E0s,
+            meV.
         offset_after_mev_per_atom: the same with these E0s.
         rank: rank of the composition matrix of the frames.
-        n_elements: number of elements in the frames; where ``rank`` is smaller, the data fix only some sums of
-            E0s, and the fit is the one of smallest change.
+        n_elements: number of elements in the frames; where ``rank`` is smaller, the data fix only some sums
+            of E0s, and the fit is the one of smallest change.
     """
 
     energies: dict[int, float]
@@ -76,7 +78,7 @@ def reference_energies(
     labelled, predicted = _labelled(frames, model_energies)
     elements = tuple(sorted(model_references))
     composition = composition_matrix(labelled, elements)
-    present = tuple(z for z, occurs in zip(elements, composition.any(axis=0), strict=True) if occurs)
+    present = tuple(z for z, atoms_of in zip(elements, composition.sum(axis=0), strict=True) if atoms_of)
     if mode == "estimate":
         energies = estimate(labelled, predicted, model_references)
     elif mode == "average":
@@ -129,8 +131,8 @@ def estimate(
     """The model's E0s moved by what explains its errors best: E0 = E0_model + ΔE0.
 
     ΔE0 minimises Σ_frames ((E_label − E_model − C ΔE0) / atoms)²: each frame counts by its error per atom, so
-    large frames do not outweigh small ones. Where compositions do not fix every element (rank-deficient C), ΔE0
-    is the solution of smallest norm; elements that do not occur keep the model's E0.
+    large frames do not outweigh small ones. Where compositions do not fix every element (rank-deficient C),
+    ΔE0 is the solution of smallest norm; elements that do not occur keep the model's E0.
 
     Args:
         frames: those without an energy are passed over.
@@ -152,8 +154,8 @@ def estimate(
 def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> dict[int, float]:
     """E0s from the labels alone: least squares of total energies on composition, min ‖E_label − C E0‖².
 
-    Every frame counts alike, as in mace's ``average``; rank-deficient compositions get the solution of smallest
-    norm. Elements that do not occur keep the model's E0.
+    Every frame counts alike, as in mace's ``average``; rank-deficient compositions get the solution of
+    smallest norm. Elements that do not occur keep the model's E0.
 
     Raises:
         InputError: no frame has an energy, or one holds an element that the model does not know.
@@ -163,8 +165,8 @@ def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> d
     composition = composition_matrix(labelled, elements)
     fitted, *_ = np.linalg.lstsq(composition, _energies(labelled), rcond=None)
     return {
-        z: float(value if occurs else model_references[z])
-        for z, value, occurs in zip(elements, fitted, composition.any(axis=0), strict=True)
+        z: float(value if atoms_of else model_references[z])
+        for z, value, atoms_of in zip(elements, fitted, composition.sum(axis=0), strict=True)
     }
 
 
@@ -194,8 +196,8 @@ def isolated(
             )
     if missing := sorted(set(needed) - set(found)):
         raise InputError(
-            f"No isolated atom of {_symbols(missing)} among the data; add a frame of one atom with its energy "
-            "for each, or choose reference energies 'estimate'."
+            f"No isolated atom of {_symbols(missing)} among the data; add a frame of one atom with its "
+            "energy for each, or choose reference energies 'estimate'."
         )
     return {z: _energy(found[z]) if z in found else float(own) for z, own in sorted(model_references.items())}
 
@@ -206,13 +208,14 @@ def explicit(
     """E0s from a table by symbol or atomic number, eV; elements of the model not in it keep the model's E0.
 
     Args:
-        table: for example ``{"H": -13.57, 6: -1026.85}``; elements that the model does not know are passed over.
+        table: for example ``{"H": -13.57, 6: -1026.85}``; elements that the model does not know are passed
+            over.
         model_references: atomic number → the model's E0, eV.
         needed: atomic numbers that the table must have: those of the data.
 
     Raises:
-        InputError: there is no table, a key is no element, a value no finite number, an element is named twice
-            with different values, or an element of ``needed`` is missing.
+        InputError: there is no table, a key is no element, a value no finite number, an element is named
+            twice with different values, or an element of ``needed`` is missing.
     """
     if not table:
         raise InputError("Reference energies 'table': no table was given; give an energy in eV for each element.")
@@ -244,9 +247,7 @@ def _with_energy(frames: Sequence[Frame]) -> list[Frame]:
     return labelled
 
 
-def _labelled(
-    frames: Sequence[Frame], model_energies: Sequence[float] | FloatArray
-) -> tuple[list[Frame], FloatArray]:
+def _labelled(frames: Sequence[Frame], model_energies: Sequence[float] | FloatArray) -> tuple[list[Frame], FloatArray]:
     """The frames with an energy, and what the model predicts for them."""
     predicted = np.asarray(model_energies, dtype=np.float64)
     if predicted.shape != (len(frames),):

@@ -124,12 +124,11 @@ def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
 def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
     """Rows of an ASE database, with their key-value pairs and data, which ``ase.io`` leaves behind."""
     kind = "extract_from_name" if path.suffix == ".aselmdb" else format_name
-    with ase.db.connect(str(path), type=kind, serial=True) as database:
-        for row in database.select():
-            atoms = row.toatoms()
-            atoms.info.update(row.data)
-            atoms.info.update(row.key_value_pairs)
-            yield atoms
+    for row in ase.db.connect(str(path), type=kind, serial=True).select():
+        atoms = row.toatoms()
+        atoms.info.update(row.data)
+        atoms.info.update(row.key_value_pairs)
+        yield atoms
 
 
 def _check_xyz(path: Path) -> None:
@@ -154,8 +153,8 @@ def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
             if trailing is None:
                 return
             raise InputError(
-                f"{Origin(str(path), frame)}: line {line_number} is blank where a number of atoms is expected, "
-                "and more follows; remove the blank line."
+                f"{Origin(str(path), frame)}: line {line_number} is blank where a number of atoms is "
+                "expected, and more follows; remove the blank line."
             )
         if words[0].startswith("VEC") and vectors < 3:
             vectors += 1

@@ -14,19 +14,17 @@ ISOLATION_DISTANCE = 8.0
 """Å; a lone atom whose periodic images are nearer than this is a crystal, not an isolated atom."""
 
 
-def split(
-    frames: Sequence[Frame], valid: float | int, seed: int = 123
-) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
+def split(frames: Sequence[Frame], valid: float | int, seed: int = 123) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
     """Split frames at random into training and validation, the same way for the same seed.
 
-    The indices are shuffled by ``np.random.default_rng(seed)``; the last ones validate. With a fraction this is
-    the split of mace and of the published few-shot runs on rMD17 (fraction 0.5 of 100 frames, seed 123).
+    The indices are shuffled by ``np.random.default_rng(seed)``; the last ones validate. With a fraction this
+    is the split of mace and of the published few-shot runs on rMD17 (fraction 0.5 of 100 frames, seed 123).
     Separate isolated atoms first, see :func:`separate_isolated`.
 
     Args:
         frames: what to split.
-        valid: the fraction of the frames that validates, above 0 and below 1 and rounded down to whole frames,
-            or their number.
+        valid: the fraction of the frames that validates, above 0 and below 1 and rounded down to whole
+            frames, or their number.
         seed: of the shuffle.
 
     Returns:
@@ -51,9 +49,7 @@ def _validation_count(total: int, valid: float | int) -> int:
     elif isinstance(valid, float) and 0.0 < valid < 1.0:
         count = int(valid * total)
     else:
-        raise InputError(
-            f"Validation by {valid!r}: give a fraction above 0 and below 1, or a whole number of frames."
-        )
+        raise InputError(f"Validation by {valid!r}: give a fraction above 0 and below 1, or a whole number of frames.")
     if count == 0:
         raise InputError(
             f"A fraction of {valid} of {total} frames leaves none for validation; "

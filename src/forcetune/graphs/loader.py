@@ -92,7 +92,12 @@ class BatchLoader:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
         return pack(self.sizes, [int(i) for i in order], self.batch_size, self.batch_atoms, self.batch_edges)
 
-    def __len__(self) -> int:
+    @property
+    def n_batches(self) -> int:
+        """Batches of the epoch in :attr:`epoch`; under a budget it varies with the order.
+
+        It is no ``__len__``, which Lightning would read once and cut later epochs to.
+        """
         return len(self._batches())
 
     def __iter__(self) -> Iterator[Batch]:

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from forcetune.backbones.protocol import Site
 
 
-class WeightUpdate(nn.Module, ABC):
+class TrainablePart(nn.Module, ABC):
+    """What an update trains at one site."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trainable tensors under names that do not depend on the library's layout of the weight.
+
+        They share memory with the parameters: copying into them loads an adapter.
+        """
+        return {name: parameter.data for name, parameter in self.named_parameters()}
+
+
+class WeightUpdate(TrainablePart):
     """The trainable part of a weight update: maps the frozen weight W to the effective weight W'.
 
     Weight updates merge exactly: the merged model's weight is W'.
@@ -22,7 +33,7 @@ class WeightUpdate(nn.Module, ABC):
         """W' with the shape of ``weight``."""
 
 
-class ActivationUpdate(nn.Module, ABC):
+class ActivationUpdate(TrainablePart):
     """The trainable part of an activation update: changes what the site's module puts out.
 
     It depends on the module's input, so no weight can absorb it: it does not merge.
@@ -50,7 +61,9 @@ class Update(ABC):
 
     def describe(self) -> str:
         """Name and hyper-parameters, as in a table."""
-        given = ", ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in asdict(self).items())
+        given = ", ".join(
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in asdict(self).items()
+        )
         return f"{self.name}({given})" if given else self.name
 
     def to_json(self) -> dict[str, Any]:

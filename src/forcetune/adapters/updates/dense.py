@@ -14,12 +14,17 @@ from forcetune.backbones.protocol import Site
 class DenseWeight(WeightUpdate):
     """W' is a parameter of its own that starts at W; the frozen W stays as it was."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, site: Site, weight: Tensor) -> None:
         super().__init__()
+        self.paths = site.paths
         self.value = nn.Parameter(weight.detach().clone())
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.value
+
+    def tensors(self) -> dict[str, Tensor]:
+        flat = self.value.data.view(-1)
+        return {path.name: flat[path.start : path.start + path.size].view(path.shape) for path in self.paths}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Dense(Update):
     name: ClassVar[str] = "Dense"
 
     def build(self, site: Site, weight: Tensor) -> DenseWeight:
-        return DenseWeight(weight)
+        return DenseWeight(site, weight)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,9 @@ class GateActivation(ActivationUpdate):
             hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars)
             raw = self.gain(hidden)
             gains = gain_exp(raw) if self.spec.gain == "exp" else gain_linear(raw)
-        return self._apply(outputs, shifts, gains)
+        return self._changed(outputs, shifts, gains)
 
-    def _apply(self, outputs: Tensor, shifts: Tensor | None, gains: Tensor | None) -> Tensor:
+    def _changed(self, outputs: Tensor, shifts: Tensor | None, gains: Tensor | None) -> Tensor:
         batch = outputs.shape[:-1]
         n_shift = n_gain = 0
         changed = []

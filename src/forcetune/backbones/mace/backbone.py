@@ -34,7 +34,7 @@ class MaceBackbone:
     def __init__(self, model: nn.Module, base: Base) -> None:
         self.model: Any = model
         self.base = base
-        self.elements: tuple[int, ...] = tuple(int(z) for z in self.model.atomic_numbers)
+        self.elements = _atomic_numbers(model)
         self.cutoff = float(self.model.r_max)
         self.head = str(getattr(self.model, "heads", ["Default"])[0])
         self._references = self._stored_references()
@@ -91,14 +91,16 @@ class MaceBackbone:
         heads = list(getattr(model, "heads", ["Default"]))
         if head is None and len(heads) > 1:
             raise InputError(f"{base.name} has the heads {', '.join(heads)}; choose one with --head (model.head).")
-        if head is not None or len(heads) > 1:
-            model = select_head(model, head or heads[0])
+        if head is not None and (len(heads) > 1 or head != heads[0]):
+            model = select_head(model, head)
         if elements is not None:
-            unknown = sorted(set(elements) - {int(z) for z in model.atomic_numbers})  # type: ignore[union-attr]
+            known = _atomic_numbers(model)
+            unknown = sorted(set(elements) - set(known))
             if unknown:
                 names = ", ".join(chemical_symbols[z] for z in unknown)
                 raise InputError(f"{base.name} does not know the element {names}; choose a model that does.")
-            model = cut_elements(model, sorted(elements))
+            if len(set(elements)) < len(known):
+                model = cut_elements(model, sorted(set(elements)))
         return cls(model.to(dtype=dtype, device=torch.device(device)).eval(), base)
 
     @property
@@ -173,3 +175,7 @@ class MaceBackbone:
     def save(self, path: str | Path) -> None:
         """Write a plain ``.model`` file that mace's own calculator reads, atomically."""
         save_mace(self.model, path)
+
+
+def _atomic_numbers(model: Any) -> tuple[int, ...]:
+    return tuple(int(z) for z in model.atomic_numbers)

@@ -1,0 +1,294 @@
+"""The adapter folder: ``adapter_config.json``, ``adapter_model.safetensors`` and a model card. No pickle.
+
+Tensors are named by site, update and path. The configuration pins the foundation model by the SHA-256 of its file
+and by a fingerprint of its architecture and tensors; on any other base an adapter is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from ase.data import atomic_numbers, chemical_symbols
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from forcetune._version import __version__
+from forcetune.adapters.attach import Adapter, attach, attached, detach
+from forcetune.adapters.methods import Method
+from forcetune.backbones.protocol import Backbone
+from forcetune.errors import InputError
+from forcetune.files import atomic_folder
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
+UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
+LARGEST_CONFIG = 16 * 2**20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRecord(_Part):
+    """The foundation model an adapter belongs to.
+
+    ``elements`` and ``head`` say how it was cut; ``parameters`` counts its weights after the cut.
+    """
+
+    name: str
+    library: str
+    sha256: str
+    fingerprint: str
+    licence: str
+    head: str
+    elements: list[str]
+    cutoff_ang: float
+    parameters: int
+
+
+class AdapterConfig(_Part):
+    """Content of ``adapter_config.json``."""
+
+    format_version: int
+    forcetune: str
+    base: BaseRecord
+    method: dict[str, Any]
+    reference_energies_ev: dict[str, float]
+    units: dict[str, str] = Field(default=UNITS)
+    dtype: Literal["float64", "float32"]
+    stored_dtype: Literal["float64", "float32"]
+    trainable: int
+    training_data_sha256: str | None = None
+    metrics: dict[str, Any] = Field(default={})
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Atomic numbers of the elements the base was cut to."""
+        return tuple(atomic_numbers[symbol] for symbol in self.base.elements)
+
+
+def _base_record(backbone: Backbone) -> BaseRecord:
+    base = backbone.base
+    return BaseRecord(
+        name=base.name,
+        library=backbone.library,
+        sha256=base.sha256,
+        fingerprint=base.fingerprint,
+        licence=base.licence,
+        head=backbone.head,
+        elements=[chemical_symbols[z] for z in backbone.elements],
+        cutoff_ang=backbone.cutoff,
+        parameters=sum(site.numel for site in backbone.sites()),
+    )
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Every trainable tensor under its canonical name ``site/update/path``; shares memory with the adapter."""
+    return {
+        f"{key.replace('/', '.').replace('|', '/')}/{name}": tensor
+        for key, part in adapter.trainable_parts()
+        for name, tensor in part.tensors().items()
+    }
+
+
+def round_to(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Round the adapter to what a file of ``dtype`` can hold, so that what was measured is what is stored."""
+    for tensor in adapter_tensors(adapter).values():
+        tensor.copy_(tensor.to(dtype).to(tensor.dtype))
+
+
+def save_adapter(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    stored_dtype: torch.dtype = torch.float64,
+    training_data_sha256: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> AdapterConfig:
+    """Write the attached adapter as a folder; an existing one is replaced in one step.
+
+    Args:
+        backbone: carries the adapter.
+        folder: the adapter folder.
+        stored_dtype: precision of the tensors in the file; see :func:`round_to` for what float32 means.
+        training_data_sha256: of the frames it was trained on.
+        metrics: errors and the like, kept in the configuration and the card.
+
+    Raises:
+        InputError: no adapter is attached, or the place cannot be written.
+    """
+    adapter = attached(backbone)
+    config = AdapterConfig(
+        format_version=FORMAT_VERSION,
+        forcetune=__version__,
+        base=_base_record(backbone),
+        method=adapter.method.to_json(),
+        reference_energies_ev={chemical_symbols[z]: energy for z, energy in backbone.reference_energies.items()},
+        dtype="float64" if backbone.dtype == torch.float64 else "float32",
+        stored_dtype="float64" if stored_dtype == torch.float64 else "float32",
+        trainable=adapter.trainable,
+        training_data_sha256=training_data_sha256,
+        metrics=dict(metrics or {}),
+    )
+    tensors = {
+        name: tensor.detach().to(device="cpu", dtype=stored_dtype).contiguous().clone()
+        for name, tensor in adapter_tensors(adapter).items()
+    }
+    with atomic_folder(folder) as temporary:
+        (temporary / TENSORS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
+        text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        (temporary / CARD_NAME).write_text(_card(config), encoding="utf-8")
+    return config
+
+
+def read_adapter_config(folder: str | Path) -> AdapterConfig:
+    """Read and check ``adapter_config.json``.
+
+    Raises:
+        InputError: there is none, it is damaged, or a newer forcetune wrote it.
+    """
+    path = Path(folder) / CONFIG_NAME
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise InputError(f"{path}: larger than any adapter configuration; this is no adapter folder.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder}: holds no {CONFIG_NAME}; give the adapter folder or the run folder around it."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy the adapter folder again.") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {version!r}, this forcetune reads {FORMAT_VERSION}; update forcetune."
+        )
+    try:
+        config = AdapterConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {where}: {first['msg']}; copy the adapter folder again.") from error
+    unknown = {*config.base.elements, *config.reference_energies_ev} - set(chemical_symbols[1:])
+    if unknown:
+        raise InputError(f"{path}: {sorted(unknown)} are no elements; copy the adapter folder again.")
+    return config
+
+
+def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) -> None:
+    """Refuse a base other than the one the adapter was trained on.
+
+    The same file is recognised by its SHA-256, the same model from another file by its fingerprint.
+
+    Raises:
+        InputError: names what differs.
+    """
+    wanted, given = config.base, _base_record(backbone)
+    same_file = bool(wanted.sha256) and wanted.sha256 == given.sha256
+    differences = [
+        f"{what} {getattr(wanted, key)} there, {getattr(given, key)} here"
+        for key, what in (
+            ("library", "library"),
+            ("head", "head"),
+            ("elements", "elements"),
+            ("cutoff_ang", "cutoff in Å"),
+            ("parameters", "number of weights"),
+        )
+        if getattr(wanted, key) != getattr(given, key)
+    ]
+    if not same_file and wanted.fingerprint != given.fingerprint:
+        differences.insert(0, f"fingerprint {wanted.fingerprint[:12]} there, {given.fingerprint[:12]} here")
+    if differences:
+        raise InputError(
+            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({given.name}): "
+            f"{'; '.join(differences)}. Load the adapter on its own base."
+        )
+
+
+def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
+    """Attach the adapter of a folder to its base, reference energies included.
+
+    Raises:
+        InputError: damaged folder, or a base it was not trained on; the backbone is then left as it was.
+    """
+    config = read_adapter_config(folder)
+    check_base(config, backbone, folder)
+    adapter = attach(backbone, Method.from_json(config.method))
+    try:
+        _load_tensors(adapter, Path(folder) / TENSORS_NAME)
+        references = {atomic_numbers[symbol]: energy for symbol, energy in config.reference_energies_ev.items()}
+        backbone.set_reference_energies(references)
+    except BaseException:
+        detach(backbone)
+        raise
+    return adapter
+
+
+def _load_tensors(adapter: Adapter, path: Path) -> None:
+    expected = adapter_tensors(adapter)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            names = set(stored.keys())
+            if names != set(expected):
+                odd = sorted(names ^ set(expected))[0]
+                where = "unknown to the method" if odd in names else "missing from the file"
+                raise InputError(f"{path}: tensor {odd} is {where}; tensors and configuration do not belong together.")
+            for name, target in expected.items():
+                value: Tensor = stored.get_tensor(name)
+                if value.shape != target.shape or not value.is_floating_point() or not bool(value.isfinite().all()):
+                    raise InputError(
+                        f"{path}: tensor {name} has shape {tuple(value.shape)} and type {value.dtype}, expected finite "
+                        f"numbers of shape {tuple(target.shape)}; copy the adapter folder again."
+                    )
+                target.copy_(value)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy the adapter folder again.") from error
+
+
+def _card(config: AdapterConfig) -> str:
+    """The model card, with the metadata block that model hubs read."""
+    base, method = config.base, config.method
+    trained = f"{config.trainable:,} trained parameters on {base.parameters:,} frozen ones"
+    identity = f"SHA-256 `{base.sha256 or 'not from a file'}`, fingerprint `{base.fingerprint}`"
+    description = method["description"][:1].upper() + method["description"][1:]
+    lines = [
+        "---",
+        "library_name: forcetune",
+        f"base_model: {json.dumps(base.name)}",
+        f"license: {json.dumps(base.licence.lower())}",
+        "tags: [interatomic-potential, adapter]",
+        "---",
+        "",
+        f"# {method['name']} adapter for {base.name}",
+        "",
+        f"{description}; {trained}. Elements: {', '.join(base.elements)}. Energies in eV, lengths in Å.",
+        "",
+        f"It works on one base only: {base.name} ({base.library}, head {base.head}, {identity}).",
+        f"The licence of the base ({base.licence}) holds for the combination.",
+        "",
+        "```python",
+        "from forcetune import calculator",
+        "",
+        f"atoms.calc = calculator({base.name!r}, adapter='path/to/this/folder')",
+        "```",
+        "",
+    ]
+    errors = config.metrics.get("errors")
+    if isinstance(errors, Mapping) and errors:
+        lines += ["| frames | energy MAE, meV/atom | force MAE, meV/Å |", "|---|--:|--:|"]
+        for split, found in errors.items():
+            energy, forces = (found.get(key) for key in ("energy_mae_mev_per_atom", "forces_mae_mev_per_ang"))
+            shown = ["–" if value is None else f"{value:.3g}" for value in (energy, forces)]
+            lines.append(f"| {split} | {shown[0]} | {shown[1]} |")
+        lines.append("")
+    lines += [f"Written by forcetune {config.forcetune}.", ""]
+    return "\n".join(lines)

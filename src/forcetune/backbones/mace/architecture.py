@@ -1,0 +1,401 @@
+"""The architecture of a MACE model as plain values, read from a model and built into one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.backbones.mace.library import import_mace
+from forcetune.backbones.mace.tree import Node, UnfitError, irreps_text, node_from_module, number
+from forcetune.errors import InputError
+
+GATES = ("silu", "tanh", "abs", "elu", "relu", "sigmoid", "gelu", "softplus")
+_RADIAL = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "ChebychevBasis": "chebyshev"}
+_RADIAL_SIZE = {"bessel": "bessel_weights", "gaussian": "gaussian_weights", "chebyshev": "n"}
+_TRANSFORMS = {"AgnesiTransform": "Agnesi", "SoftTransform": "Soft"}
+_READOUTS = ("NonLinearReadoutBlock", "NonLinearBiasReadoutBlock")
+_LOCK = RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class MaceArchitecture:
+    """All that mace's constructor and forward pass need besides parameters and buffers.
+
+    Attributes:
+        kind: ``MACE`` or ``ScaleShiftMACE``.
+        r_max: cutoff, Å.
+        num_bessel: radial basis functions.
+        num_polynomial_cutoff: p of the envelope.
+        max_ell: highest order of the spherical harmonics.
+        interactions: class of each interaction block, first to last.
+        atomic_numbers: element table, in the model's order.
+        hidden_irreps, MLP_irreps: node features; hidden layer of the last readout, for one head.
+        avg_num_neighbors: of each interaction block.
+        correlation: order of each product block.
+        gate: activation of the last readout, or None.
+        radial_type: ``bessel``, ``gaussian`` or ``chebyshev``.
+        distance_transform: ``None``, ``Agnesi`` or ``Soft``.
+        readout: class of the last readout.
+        constants: normalisations computed numerically when the model was made, by dotted name.
+    """
+
+    kind: str
+    r_max: float
+    num_bessel: int
+    num_polynomial_cutoff: float
+    max_ell: int
+    interactions: tuple[str, ...]
+    atomic_numbers: tuple[int, ...]
+    hidden_irreps: str
+    MLP_irreps: str
+    avg_num_neighbors: tuple[float, ...]
+    correlation: tuple[int, ...]
+    gate: str | None
+    heads: tuple[str, ...] = ("Default",)
+    pair_repulsion: bool = False
+    distance_transform: str = "None"
+    radial_type: str = "bessel"
+    radial_MLP: tuple[int, ...] = (64, 64, 64)
+    apply_cutoff: bool = True
+    use_reduced_cg: bool = False
+    use_so3: bool = False
+    use_agnostic_product: bool = False
+    use_last_readout_only: bool = False
+    edge_irreps: str | None = None
+    use_edge_irreps_first: bool = False
+    keep_last_layer_irreps: bool = False
+    readout: str = "NonLinearReadoutBlock"
+    constants: tuple[tuple[str, float], ...] = ()
+
+    def to_json(self) -> str:
+        """One line with sorted keys; equal architectures give equal text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> MaceArchitecture:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            InputError: it is not that.
+        """
+        try:
+            table = json.loads(text)
+            unknown = set(table) - {entry.name for entry in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown keys {', '.join(sorted(unknown))}")
+            table = {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
+            table["constants"] = tuple((str(k), float(v)) for k, v in table.get("constants", ()))
+            return cls(**table)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the description of a MACE model cannot be read ({error}); it was written by another version of "
+                "forcetune: write it again with this one."
+            ) from error
+
+
+def architecture_of(model: nn.Module) -> MaceArchitecture:
+    """The architecture of a loaded model, adapters left out.
+
+    Raises:
+        InputError: it is no MACE model that can be described.
+    """
+    try:
+        return read_architecture(node_from_module(model))
+    except UnfitError as error:
+        raise InputError(f"this {type(model).__name__} cannot be described: {error}.") from error
+
+
+def read_architecture(root: Node) -> MaceArchitecture:
+    """The architecture of a model in either form.
+
+    Raises:
+        UnfitError: it has parts that this package does not rebuild.
+    """
+    _check_supported(root)
+    interactions = _members(root, "interactions")
+    heads = tuple(str(head) for head in root.attributes.get("heads") or ("Default",))
+    radial = root.child("radial_embedding")
+    basis = radial.child("bessel_fn")
+    if basis.kind not in _RADIAL:
+        raise UnfitError(f"its radial basis is a {basis.kind}")
+    radial_type = _RADIAL[basis.kind]
+    harmonics = irreps_text(interactions[0].attributes.get("edge_attrs_irreps")).split("+")
+    hidden = interactions[min(1, len(interactions) - 1)]
+    hidden_irreps = irreps_text(hidden.attributes["node_feats_irreps" if len(interactions) > 1 else "hidden_irreps"])
+    last = irreps_text(interactions[-1].attributes["hidden_irreps"])
+    edge_irreps = root.attributes.get("edge_irreps")
+    return MaceArchitecture(
+        kind=root.kind,
+        r_max=number(root.tensor("r_max"), "cutoff"),
+        num_bessel=basis.tensor(_RADIAL_SIZE[radial_type]).numel(),
+        num_polynomial_cutoff=number(radial.child("cutoff_fn").tensor("p"), "envelope"),
+        max_ell=max(int(part.split("x")[1][:-1]) for part in harmonics),
+        interactions=tuple(block.kind for block in interactions),
+        atomic_numbers=tuple(int(z) for z in root.tensor("atomic_numbers").flatten()),
+        hidden_irreps=hidden_irreps,
+        avg_num_neighbors=tuple(
+            number(
+                block.attributes.get("avg_num_neighbors", block.tensors.get("avg_num_neighbors")), "avg_num_neighbors"
+            )
+            for block in interactions
+        ),
+        correlation=tuple(_correlation(product) for product in _members(root, "products")),
+        heads=heads,
+        pair_repulsion=root.children.get("pair_repulsion_fn") is not None,
+        distance_transform=_transform(radial),
+        radial_type=radial_type,
+        radial_MLP=_radial_widths(interactions[0].child("conv_tp_weights")),
+        apply_cutoff=bool(radial.attributes.get("apply_cutoff", True)),
+        use_reduced_cg=bool(root.attributes.get("use_reduced_cg", False)),
+        use_so3=any(part.endswith("e") and int(part.split("x")[1][:-1]) % 2 for part in harmonics),
+        use_agnostic_product=bool(root.child("products.0").attributes.get("use_agnostic_product", False)),
+        use_last_readout_only=len(_members(root, "readouts")) < len(interactions),
+        edge_irreps=None if edge_irreps is None else irreps_text(edge_irreps),
+        use_edge_irreps_first=bool(root.attributes.get("use_edge_irreps_first", False)),
+        keep_last_layer_irreps=len(interactions) > 1 and "+" in hidden_irreps and last == hidden_irreps,
+        constants=_constants(root),
+        **_readout(root, len(heads)),
+    )
+
+
+def _check_supported(root: Node) -> None:
+    if root.kind not in ("MACE", "ScaleShiftMACE") or root.package != "mace":
+        raise UnfitError(f"it is a {root.kind}, not a MACE or ScaleShiftMACE")
+    for name in ("joint_embedding", "embedding_readout"):
+        if name in root.children:
+            raise UnfitError(f"it embeds further inputs such as charge or spin ({name})")
+    for prefix, node in root.walk():
+        if node.package not in ("mace", "e3nn", "torch"):
+            raise UnfitError(
+                f"its part {prefix.rstrip('.')} is of {node.package}; convert it to e3nn by mace's tools first"
+            )
+        for name in ("cueq_config", "oeq_config"):
+            config = node.attributes.get(name)
+            state = getattr(config, "state", None) or getattr(config, "__dict__", None)
+            if config is not None and (not isinstance(state, dict) or state.get("enabled", True)):
+                raise UnfitError("it was made for an accelerator; convert it to e3nn by mace_cueq_to_e3nn first")
+
+
+def _members(root: Node, name: str) -> list[Node]:
+    """The modules of a module list."""
+    found = list(root.child(name).children.values())
+    members = [member for member in found if member is not None]
+    if not members or len(members) != len(found):
+        raise UnfitError(f"its {name} are empty")
+    return members
+
+
+def _correlation(product: Node) -> int:
+    contractions = _members(product.child("symmetric_contractions"), "contractions")
+    orders = {len(contraction.child("weights").tensors) + 1 for contraction in contractions}
+    if len(orders) != 1:
+        raise UnfitError("its contractions have different orders within one layer")
+    return orders.pop()
+
+
+def _transform(radial: Node) -> str:
+    transform = radial.children.get("distance_transform")
+    if transform is None:
+        return "None"
+    if transform.kind not in _TRANSFORMS:
+        raise UnfitError(f"its distance transform is a {transform.kind}")
+    return _TRANSFORMS[transform.kind]
+
+
+def _radial_widths(net: Node) -> tuple[int, ...]:
+    """Widths of the hidden layers of a radial MLP, of either kind."""
+    if net.kind == "FullyConnectedNet":
+        layers = [child.tensor("weight").shape[1] for child in net.children.values() if child is not None]
+    else:
+        parts = net.child("net").children.values()
+        layers = [child.tensor("weight").shape[0] for child in parts if child is not None and child.kind == "Linear"]
+    return tuple(int(width) for width in layers[:-1])
+
+
+def _readout(root: Node, heads: int) -> dict[str, Any]:
+    """Class, gate and hidden irreps of the last readout; a linear one, of models with one layer, has neither."""
+    last = _members(root, "readouts")[-1]
+    if last.kind == "LinearReadoutBlock" and len(_members(root, "interactions")) == 1:
+        return {"MLP_irreps": "1x0e", "gate": None, "readout": _READOUTS[0]}
+    if last.kind not in _READOUTS:
+        raise UnfitError(f"its last readout is a {last.kind}")
+    hidden = irreps_text(last.attributes.get("hidden_irreps"))
+    multiplicity, _, irrep = hidden.partition("x")
+    if heads > 1:
+        if "+" in hidden or int(multiplicity) % heads:
+            raise UnfitError(f"its last readout has {hidden} hidden features for {heads} heads")
+        hidden = f"{int(multiplicity) // heads}x{irrep}"
+    activation = last.child("non_linearity.acts").children.get("0")
+    gate = None if activation is None else getattr(activation.attributes.get("f"), "name", None)
+    if activation is not None and gate is None:
+        gate = getattr(activation.attributes.get("f"), "__name__", "unknown")
+    if gate is not None and gate not in GATES:
+        raise UnfitError(f"its gate is {gate}, which is none of {', '.join(GATES)}")
+    return {"MLP_irreps": hidden, "gate": gate, "readout": last.kind}
+
+
+def _constants(root: Node) -> tuple[tuple[str, float], ...]:
+    found = (
+        (f"{prefix}{name}", number(node.attributes[name], name))
+        for prefix, node in root.walk()
+        for name in ("cst", "coeff")
+        if name in node.attributes
+    )
+    return tuple(sorted(found))
+
+
+def _check_sane(architecture: MaceArchitecture) -> None:
+    """Refuse numbers that would exhaust time or memory before the tensors are compared."""
+    try:
+        total = sum(int(part.split("x")[0]) for part in architecture.hidden_irreps.split("+"))
+        sane = (
+            0 < architecture.r_max < 100
+            and 0 < architecture.num_bessel <= 1024
+            and 0 <= architecture.max_ell <= 8
+            and 0 < len(architecture.interactions) <= 16
+            and all(0 < order <= 5 for order in architecture.correlation)
+            and 0 < total <= 16384
+            and 0 < len(architecture.heads) <= 1024
+            and all(0 < width <= 16384 for width in architecture.radial_MLP)
+            and len(set(architecture.atomic_numbers)) == len(architecture.atomic_numbers) > 0
+            and all(0 < z < 119 for z in architecture.atomic_numbers)
+            and len(architecture.interactions) == len(architecture.correlation) == len(architecture.avg_num_neighbors)
+        )
+    except (ValueError, TypeError) as error:
+        raise UnfitError(f"its architecture makes no sense ({error})") from error
+    if not sane:
+        raise UnfitError("its architecture makes no sense (a size is out of any range in use)")
+
+
+def _gate(name: str | None) -> Any:
+    if name is None:
+        return None
+    return getattr(torch, name) if name in ("tanh", "abs", "sigmoid") else getattr(torch.nn.functional, name)
+
+
+@contextmanager
+def _given_couplings(couplings: Mapping[str, Tensor], architecture: MaceArchitecture) -> Iterator[None]:
+    """Let mace's contractions take their coupling tensors from a model instead of computing them.
+
+    Their basis depends on the libraries installed, and weights fit the basis that they were trained with.
+    """
+    import mace.modules.symmetric_contraction as library
+
+    def given() -> Iterator[Tensor]:
+        for layer, order in enumerate(architecture.correlation):
+            block = 0
+            while f"products.{layer}.symmetric_contractions.contractions.{block}.U_matrix_1" in couplings:
+                for nu in range(1, order + 1):
+                    yield couplings[f"products.{layer}.symmetric_contractions.contractions.{block}.U_matrix_{nu}"]
+                block += 1
+
+    tensors = given()
+    original = library.U_matrix_real
+    library.U_matrix_real = lambda **_: [next(tensors)]
+    try:
+        yield
+    finally:
+        library.U_matrix_real = original
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(
+    architecture: MaceArchitecture,
+    *,
+    couplings: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
+    """A MACE model of this architecture with random weights, on the CPU; the random state is left as it was.
+
+    Args:
+        couplings: coupling tensors ``products.….U_matrix_n`` to take; without them the full basis is computed.
+        dtype: precision of parameters and constants.
+
+    Raises:
+        UnfitError: mace's constructor does not accept it.
+    """
+    _check_sane(architecture)
+    modules = import_mace()
+    with _LOCK, _default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch on annotations in e3nn's scripted classes
+        try:
+            arguments = _arguments(architecture, modules)
+            if couplings is None:
+                model = getattr(modules, architecture.kind)(**arguments)
+            else:
+                with _given_couplings(couplings, architecture):
+                    model = getattr(modules, architecture.kind)(**arguments)
+        except (KeyError, StopIteration, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            raise UnfitError(f"mace's constructor failed ({type(error).__name__}: {error})") from error
+    model.use_reduced_cg = architecture.use_reduced_cg
+    for block, neighbours in zip(model.interactions, architecture.avg_num_neighbors, strict=True):
+        if "avg_num_neighbors" not in block._buffers:
+            block.avg_num_neighbors = neighbours
+    for name, value in architecture.constants:
+        owner, _, attribute = name.rpartition(".")
+        if attribute in ("cst", "coeff") and hasattr(model.get_submodule(owner), attribute):
+            setattr(model.get_submodule(owner), attribute, value)
+    return model.eval()
+
+
+def _arguments(architecture: MaceArchitecture, modules: Any) -> dict[str, Any]:
+    from e3nn import o3
+
+    plain = architecture
+    arguments: dict[str, Any] = {
+        name: getattr(plain, name)
+        for name in (
+            "r_max",
+            "num_bessel",
+            "max_ell",
+            "pair_repulsion",
+            "distance_transform",
+            "radial_type",
+            "apply_cutoff",
+            "use_so3",
+            "use_agnostic_product",
+            "use_last_readout_only",
+            "use_edge_irreps_first",
+            "keep_last_layer_irreps",
+        )
+    }
+    exponent = plain.num_polynomial_cutoff
+    arguments |= {
+        "num_polynomial_cutoff": int(exponent) if exponent == int(exponent) else exponent,
+        "interaction_cls_first": modules.interaction_classes[plain.interactions[0]],
+        "interaction_cls": modules.interaction_classes[plain.interactions[-1]],
+        "num_interactions": len(plain.interactions),
+        "num_elements": len(plain.atomic_numbers),
+        "hidden_irreps": o3.Irreps(plain.hidden_irreps),
+        "MLP_irreps": o3.Irreps(plain.MLP_irreps),
+        "atomic_energies": torch.zeros(len(plain.heads), len(plain.atomic_numbers)).numpy(),
+        "avg_num_neighbors": plain.avg_num_neighbors[0],
+        "atomic_numbers": list(plain.atomic_numbers),
+        "correlation": list(plain.correlation),
+        "gate": _gate(plain.gate),
+        "radial_MLP": list(plain.radial_MLP),
+        "heads": list(plain.heads),
+        "use_reduced_cg": False,
+        "readout_cls": getattr(modules.blocks, plain.readout),
+        "edge_irreps": None if plain.edge_irreps is None else o3.Irreps(plain.edge_irreps),
+    }
+    if plain.kind == "ScaleShiftMACE":
+        arguments |= {"atomic_inter_scale": [1.0] * len(plain.heads), "atomic_inter_shift": [0.0] * len(plain.heads)}
+    return arguments

@@ -1,0 +1,272 @@
+"""The command line: one thin function per command over the Python API."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from forcetune import config as configuration
+from forcetune._version import __version__
+from forcetune.errors import ForcetuneError, InputError
+
+# PyTorch and the model libraries take seconds to import: each command imports what it needs, so that help is instant.
+
+app = typer.Typer(
+    name="forcetune",
+    help="Fine-tune pretrained equivariant interatomic potentials on your own DFT data by training a small adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+errors_to = Console(stderr=True, soft_wrap=True)
+
+
+def _about(section: type[BaseModel], field: str) -> str:
+    """The description of an option, which stands in the configuration only."""
+    return section.model_fields[field].description or ""
+
+
+Model = Annotated[str, typer.Option("--model", help=_about(configuration.ModelConfig, "model"))]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Trust = Annotated[bool, typer.Option("--trust", help=_about(configuration.ModelConfig, "trust"))]
+Head = Annotated[str | None, typer.Option("--head", help=_about(configuration.ModelConfig, "head"))]
+Device = Annotated[str | None, typer.Option("--device", help=_about(configuration.ModelConfig, "device"))]
+Dtype = Annotated[str | None, typer.Option("--dtype", help=_about(configuration.ModelConfig, "dtype"))]
+EnergyKey = Annotated[str | None, typer.Option("--energy-key", help=_about(configuration.DataConfig, "energy_key"))]
+ForcesKey = Annotated[str | None, typer.Option("--forces-key", help=_about(configuration.DataConfig, "forces_key"))]
+StressKey = Annotated[str | None, typer.Option("--stress-key", help=_about(configuration.DataConfig, "stress_key"))]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any option: section.key=value.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"forcetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def fit(
+    train: Annotated[list[str] | None, typer.Argument(help=_about(configuration.DataConfig, "train"))] = None,
+    valid: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "valid"))] = None,
+    test: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "test"))] = None,
+    model: Annotated[str | None, typer.Option(help=_about(configuration.ModelConfig, "model"))] = None,
+    method: Annotated[str | None, typer.Option(help=_about(configuration.MethodConfig, "name"))] = None,
+    rank: Annotated[int | None, typer.Option(help=_about(configuration.MethodConfig, "rank"))] = None,
+    epochs: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "epochs"))] = None,
+    batch_size: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "batch_size"))] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=_about(configuration.TrainingConfig, "learning_rate"))
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "seed"))] = None,
+    references: Annotated[str | None, typer.Option(help=_about(configuration.ReferenceConfig, "mode"))] = None,
+    out: Annotated[str | None, typer.Option(help=_about(configuration.OutputConfig, "run"))] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help=_about(configuration.OutputConfig, "overwrite"))
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of the options; what is given here wins.")
+    ] = None,
+    settings: Settings = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    head: Head = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust: Annotated[bool | None, typer.Option("--trust", help=_about(configuration.ModelConfig, "trust"))] = None,
+) -> None:
+    """Fine-tune a foundation model on the frames of TRAIN and write a run folder with adapter and report."""
+    given: dict[str, Any] = {
+        "data": {
+            "train": train or None,
+            "valid": _valid(valid),
+            "test": test or None,
+            "energy_key": energy_key,
+            "forces_key": forces_key,
+            "stress_key": stress_key,
+        },
+        "model": {"model": model, "head": head, "device": device, "dtype": dtype, "trust": trust},
+        "references": {"mode": references},
+        "method": {"name": method, "rank": rank},
+        "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed},
+        "output": {"run": out, "overwrite": overwrite},
+    }
+    resolved = configuration.load_config(config, settings or (), given)
+    from forcetune.reports.tables import error_table
+    from forcetune.run import run_fit
+
+    run = run_fit(resolved)
+    Console().print(error_table(run.results["errors"]))
+    print(
+        f"report   {run.folder / 'report.html'}\nadapter  {run.adapter} ({run.results['adapter_bytes'] / 1e3:.0f} kB)"
+    )
+    print(f"in ASE   forcetune.calculator({str(run.folder)!r})")
+
+
+def _valid(given: Sequence[str] | None) -> list[str] | float | int | None:
+    """Files, or a single number."""
+    if not given:
+        return None
+    if len(given) == 1:
+        for number in (int, float):
+            try:
+                return number(given[0])
+            except ValueError:
+                continue
+    return list(given)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, adapter folder, model name or model file.")],
+    data: Annotated[list[str], typer.Argument(help="Files of frames with labels; everything ASE reads.")],
+    base: Annotated[str | None, typer.Option("--model", help="The base of an adapter, where it has moved.")] = None,
+    as_json: Json = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    head: Head = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust: Trust = False,
+) -> None:
+    """Errors of a model, or of base + adapter, on labelled frames."""
+    from forcetune.api import evaluate as evaluate_model
+    from forcetune.reports.tables import evaluation_table
+
+    errors = evaluate_model(
+        model,
+        data,
+        base=base,
+        energy_key=energy_key or "auto",
+        forces_key=forces_key or "auto",
+        stress_key=stress_key or "auto",
+        head=head,
+        device=device or "auto",
+        dtype=dtype,
+        trust=trust,
+    ).to_json()
+    if as_json:
+        print(json.dumps(errors))
+    else:
+        Console().print(evaluation_table(errors))
+
+
+@app.command()
+def methods(
+    model: Model,
+    elements: Annotated[str | None, typer.Option(help="Cut the element table to these, such as H,C,O.")] = None,
+    rank: Annotated[int | None, typer.Option(help=_about(configuration.MethodConfig, "rank"))] = None,
+    as_json: Json = False,
+    head: Head = None,
+    trust: Trust = False,
+) -> None:
+    """What each method would train on a model: parameters, share, and coverage by site kind."""
+    from forcetune.api import compare_methods
+    from forcetune.reports.tables import methods_table
+
+    symbols = [text.strip() for text in elements.split(",")] if elements else None
+    rows = compare_methods(model, elements=symbols, rank=rank, head=head, trust=trust)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        Console().print(methods_table(rows))
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plain model to write, such as tuned.model.")],
+    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    dtype: Dtype = None,
+    trust: Trust = False,
+) -> None:
+    """Write base + adapter as a plain model of the base's own library, after proving that they are equal."""
+    from forcetune.deployment.merge import merge as merge_run
+
+    merged = merge_run(run, output, model=base, dtype=dtype, trust=trust)
+    print(
+        f"{merged.path}: differs from base + adapter on {merged.n_probes} random structures by at most "
+        f"{merged.energy_difference:.1e} in energy and {merged.forces_difference:.1e} in forces and stress (relative)"
+    )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write the report of a run anew."""
+    from forcetune.reports.html import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def models(
+    action: Annotated[str | None, typer.Argument(help="`download`, or nothing for the list.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Model to download.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the published foundation models, or download one."""
+    from forcetune.backbones.download import progress_bar
+    from forcetune.backbones.models import download_model, list_models
+
+    if action is None:
+        if as_json:
+            print(json.dumps([asdict(model) for model in list_models()]))
+            return
+        table = Table("name", "licence", "elements", "for", box=None)
+        for model in list_models():
+            table.add_row(model.name, model.licence, model.elements, model.description)
+        Console().print(table)
+        return
+    if action != "download" or name is None:
+        raise InputError("write `forcetune models` or `forcetune models download NAME`.")
+    with progress_bar(name) as progress:
+        path = download_model(name, progress=progress)
+    print(path)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    errors_to.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 2 for bad input, 1 for a failure of ours."""
+    from forcetune.errors import ForcetuneWarning
+
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", ForcetuneWarning)
+    warnings.showwarning = _show_warning
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="forcetune")
+    except ForcetuneError as error:
+        errors_to.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors_to.print("interrupted", style="bold red")
+        sys.exit(130)

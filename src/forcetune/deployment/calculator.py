@@ -1,0 +1,102 @@
+"""The potential in ASE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+
+from forcetune.backbones.protocol import Backbone
+from forcetune.deployment.loading import deploy
+from forcetune.evaluation.metrics import check_elements
+from forcetune.frames.frame import Frame, Origin
+from forcetune.graphs.graph import graph_of
+
+
+class ForcetuneCalculator(Calculator):
+    """ASE calculator of a backbone with or without an adapter.
+
+    Energy in eV, forces in eV/Å, stress in eV/Å³ (ASE's sign and Voigt order; periodic systems only).
+    """
+
+    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012 (as ASE declares it)
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """
+        Raises:
+            InputError: an element the model does not know, or periodic without a cell.
+        """
+        super().calculate(atoms, list(properties), list(system_changes))
+        current = self.atoms
+        assert current is not None
+        frame = frame_of(current)
+        check_elements(self.backbone, [frame])
+        stress = bool(current.pbc.all())
+        batch = graph_of(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
+        found = self.backbone.predict(batch, stress=stress).detached()
+        energy = float(found.energy)
+        results: dict[str, Any] = {"energy": energy, "free_energy": energy}
+        results["forces"] = found.forces.double().cpu().numpy()
+        if found.stress is not None:
+            tensor = found.stress[0].double().cpu().numpy()
+            results["stress"] = tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        self.results = results
+
+
+def frame_of(atoms: Atoms) -> Frame:
+    """The structure of ``atoms`` without labels."""
+    return Frame(
+        numbers=np.asarray(atoms.numbers, dtype=np.int64),
+        positions=np.asarray(atoms.positions, dtype=np.float64),
+        cell=np.asarray(atoms.cell.array, dtype=np.float64),
+        pbc=np.asarray(atoms.pbc, dtype=np.bool_),
+        energy=None,
+        forces=None,
+        stress=None,
+        origin=Origin("<atoms>", 0),
+    )
+
+
+def calculator(
+    model: str | Path | Backbone | None = None,
+    adapter: str | Path | None = None,
+    *,
+    head: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust: bool = False,
+) -> ForcetuneCalculator:
+    """An ASE calculator.
+
+    ``calculator("mace-off23-medium")`` is the foundation model, ``calculator("mace-off23-medium",
+    adapter="run/adapter")`` the fine-tuned one; ``calculator("run")`` finds both in a run folder.
+
+    Args:
+        model: name, path, run folder or loaded backbone.
+        adapter: adapter folder or run folder.
+        head: head of a multi-head model without an adapter.
+        device: ``cpu``, ``cuda`` … or ``auto``.
+        dtype: ``float64`` or ``float32``; by default that of the training, or float64.
+        trust: allow a model file to run its own code where it cannot be rebuilt without.
+
+    Raises:
+        InputError: nothing usable at a path, or the adapter belongs to another base.
+    """
+    deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
+    for parameter in deployed.backbone.model.parameters():
+        if isinstance(model, (str, Path)) or model is None:
+            parameter.requires_grad_(False)
+    return ForcetuneCalculator(deployed.backbone)

@@ -1,0 +1,95 @@
+"""From a run, an adapter or a model to a backbone ready to predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from forcetune.adapters.attach import fold_weights
+from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
+from forcetune.backbones.loading import load
+from forcetune.backbones.protocol import Backbone
+from forcetune.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A model ready to predict, and the adapter on it if there is one."""
+
+    backbone: Backbone
+    adapter: AdapterConfig | None
+
+
+def adapter_folder(path: str | Path) -> Path | None:
+    """The adapter folder at ``path``: itself, or ``adapter/`` in a run folder; None if there is none."""
+    for folder in (Path(path), Path(path) / "adapter"):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    return None
+
+
+def base_of_run(path: str | Path) -> str | None:
+    """The model named in the ``config.yaml`` of the run folder around an adapter; None if there is none."""
+    for folder in (Path(path), Path(path).parent):
+        config = folder / "config.yaml"
+        if config.is_file():
+            try:
+                content = yaml.safe_load(config.read_text(encoding="utf-8"))
+                return str(content["model"]["model"])
+            except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+                raise InputError(f"{config}: cannot be read ({error}); name the base with --model.") from error
+    return None
+
+
+def deploy(
+    model: str | Path | Backbone | None,
+    adapter: str | Path | None = None,
+    *,
+    head: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust: bool = False,
+    fold: bool = True,
+) -> Deployed:
+    """Load a model, or base and adapter together.
+
+    Args:
+        model: the base: name, path or loaded backbone. None takes the one the run of ``adapter`` was made with.
+            A run folder or adapter folder here means that adapter on its own base.
+        adapter: adapter folder or run folder; None for the base alone.
+        head: head of a multi-head base without an adapter; adapters know theirs.
+        device: ``cpu``, ``cuda`` … or ``auto``.
+        dtype: ``float64`` or ``float32``; by default that of the training, or float64.
+        trust: allow a model file to run its own code where it cannot be rebuilt without.
+        fold: write mergeable updates into the weights of a base loaded here, so that they cost nothing. A backbone
+            given as such is never changed but for the adapter attached to it.
+
+    Raises:
+        InputError: nothing usable at a path, or the adapter belongs to another base.
+    """
+    if adapter is None and isinstance(model, (str, Path)) and adapter_folder(model) is not None:
+        model, adapter = None, model
+    if adapter is None:
+        if model is None:
+            raise InputError("name a model, a run or an adapter.")
+        return Deployed(load(model, head=head, dtype=dtype or "float64", device=device, trust=trust), None)
+    folder = adapter_folder(adapter)
+    if folder is None:
+        raise InputError(f"{adapter}: holds no {CONFIG_NAME}; give a run folder or an adapter folder.")
+    config = read_adapter_config(folder)
+    own = isinstance(model, (str, Path)) or model is None
+    base = model if model is not None else base_of_run(folder)
+    backbone = load(
+        base if base is not None else config.base.name,
+        head=config.base.head if own else None,
+        elements=config.numbers,
+        dtype=dtype or config.dtype,
+        device=device,
+        trust=trust,
+    )
+    load_adapter(backbone, folder)
+    if own and fold:
+        fold_weights(backbone)
+    return Deployed(backbone, config)

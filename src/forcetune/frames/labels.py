@@ -1,0 +1,212 @@
+"""Which keys hold the labels.
+
+Labels are looked for under these names, in this order, and one choice holds for the whole set:
+
+- energy: ``REF_energy, dft_energy, DFT_energy, ref_energy, energy, Energy, TotEnergy, total_energy,
+  free_energy``
+- forces: ``REF_forces, dft_forces, DFT_forces, ref_forces, forces, Forces, force, dft_force, DFT_force``
+- stress: ``REF_stress, dft_stress, DFT_stress, ref_stress, stress, Stress``, then virials
+  ``REF_virials, REF_virial, dft_virials, dft_virial, DFT_virial, virials, virial``, from which
+  stress = −virial / volume
+
+and last in the results of an attached ASE calculator (``calculator``). ASE's extended-XYZ reader moves
+``energy``, ``forces``, ``stress``, … into such a calculator; they are found under the name they have in the
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from ase import Atoms
+
+from forcetune.errors import InputError, warn
+from forcetune.frames.frame import LabelKeys, Origin
+
+Label = Literal["energy", "forces", "stress"]
+LABELS: tuple[Label, ...] = get_args(Label)
+
+AUTO = "auto"
+NONE = "none"
+CALCULATOR = "calculator"
+
+CANDIDATES: dict[Label, tuple[str, ...]] = {
+    "energy": (
+        *("REF_energy", "dft_energy", "DFT_energy", "ref_energy", "energy", "Energy"),
+        *("TotEnergy", "total_energy", "free_energy", CALCULATOR),
+    ),
+    "forces": (
+        *("REF_forces", "dft_forces", "DFT_forces", "ref_forces", "forces", "Forces"),
+        *("force", "dft_force", "DFT_force", CALCULATOR),
+    ),
+    "stress": (
+        *("REF_stress", "dft_stress", "DFT_stress", "ref_stress", "stress", "Stress"),
+        *("REF_virials", "REF_virial", "dft_virials", "dft_virial", "DFT_virial"),
+        *("virials", "virial", CALCULATOR),
+    ),
+}
+
+_STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawFrame:
+    """A structure as ASE gave it, with what may hold labels.
+
+    Attributes:
+        named: what stands under a name in the file or the Atoms object (``info`` and ``arrays``).
+        results: what stands in the results of the calculator, unconstrained.
+        moved: the results were names in an extended-XYZ file.
+        stale: the calculator has results, but of another structure.
+    """
+
+    atoms: Atoms
+    origin: Origin
+    named: dict[str, Any]
+    results: dict[str, Any]
+    moved: bool = False
+    stale: bool = False
+
+
+def raw_frame(atoms: Atoms, origin: Origin, *, moved: bool = False, in_memory: bool = False) -> RawFrame:
+    """What a structure holds; ``moved`` for those from extended XYZ, ``in_memory`` for those not from a file."""
+    # the raw results, because atoms.get_forces() zeroes the forces of constrained atoms
+    results: dict[str, Any] = dict(getattr(atoms.calc, "results", {}))
+    stale = bool(in_memory and results and _belongs_elsewhere(atoms))
+    if stale:
+        results = {}
+    arrays = {key: value for key, value in atoms.arrays.items() if key not in _STRUCTURE_ARRAYS}
+    named = {key: value for key, value in {**arrays, **atoms.info}.items() if isinstance(key, str)}
+    if moved:
+        named = {**results, **named}
+    return RawFrame(atoms, origin, named, results, moved, stale)
+
+
+def _belongs_elsewhere(atoms: Atoms) -> bool:
+    """Whether the results are those of another structure (moved since, or one calculator for all)."""
+    check = getattr(atoms.calc, "check_state", None)
+    return check is not None and bool({"positions", "numbers", "cell", "pbc"} & set(check(atoms)))
+
+
+def choose_keys(raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str) -> LabelKeys:
+    """The key of each label for the whole set, None for a label that is not there or not wanted.
+
+    Args:
+        raws: all frames.
+        asked: for each label a key, ``auto``, ``none`` or ``calculator``.
+        require: labels that every frame must have.
+        name: what the data are, for messages about all of them.
+
+    Raises:
+        InputError: a required label, or a key that was asked for, is not there or not in every frame.
+    """
+    if unknown := set(require) - set(LABELS):
+        raise ValueError(f"require: {sorted(unknown)} are not among {list(LABELS)}")
+    chosen: dict[str, str | None] = {}
+    for label in LABELS:
+        required = label in require
+        key = _choose(label, getattr(asked, label) or NONE, raws, required, name)
+        if key is not None:
+            _check_complete(label, key, raws, required, name)
+        chosen[label] = key
+    return LabelKeys(**chosen)
+
+
+def label_under(raw: RawFrame, label: Label, key: str) -> Any:
+    """What a frame holds under this key, or under this name in its calculator's results, or None."""
+    if key == CALCULATOR:
+        return raw.results.get(label)
+    value = raw.named.get(key)
+    return raw.results.get(key) if value is None else value
+
+
+def _own(raw: RawFrame, label: Label, key: str) -> Any:
+    """What a frame holds under exactly this key, or None."""
+    if key == CALCULATOR:
+        return None if raw.moved else raw.results.get(label)
+    return raw.named.get(key)
+
+
+def _choose(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> str | None:
+    """The key for the whole set, or None for a label that is not there or not wanted."""
+    needed = required and not all(_may_lack(raw, label) for raw in raws)
+    if key == NONE:
+        if required:
+            raise InputError(f"{name}: {label}_key is 'none', but {label} labels are needed; name their key.")
+        return None
+    if key != AUTO:
+        if any(label_under(raw, label, key) is not None for raw in raws):
+            return key
+        if all(_may_lack(raw, label) for raw in raws):
+            return None
+        raise InputError(
+            f"{name} ({_files(raws)}): no frame has {label} under '{key}'; {_listing(raws)} "
+            f"Set {label}_key to the right one."
+        )
+    present = [c for c in CANDIDATES[label] if any(_own(raw, label, c) is not None for raw in raws)]
+    if not present:
+        if not needed:
+            return None
+        raise InputError(
+            f"{name} ({_files(raws)}): no {label} found under the usual keys; {_listing(raws)} "
+            f"Set {label}_key to the right one."
+        )
+    first, *others = present
+    if aside := [repr(other) for other in others if _differs(label, first, other, raws)]:
+        warn(
+            f"{name}: {label} taken from '{first}'; {', '.join(aside)} with other values left aside. "
+            f"Set {label}_key to choose."
+        )
+    return first
+
+
+def _differs(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) -> bool:
+    """Whether some frame holds both keys with different values, so that the choice matters."""
+    for raw in raws:
+        ours, theirs = label_under(raw, label, chosen), _own(raw, label, other)
+        if ours is None or theirs is None or ours is theirs:
+            continue
+        if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
+            return True
+    return False
+
+
+def _may_lack(raw: RawFrame, label: Label) -> bool:
+    """Forces of an isolated atom are zero and stress of a molecule is undefined: data leave them out."""
+    if label == "forces":
+        config_type = str(raw.named.get("config_type", "")).replace("_", "").lower()
+        return len(raw.atoms) == 1 or config_type == "isolatedatom"
+    return label == "stress" and not raw.atoms.pbc.any()
+
+
+def _check_complete(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> None:
+    missing = [raw for raw in raws if label_under(raw, label, key) is None and not _may_lack(raw, label)]
+    if not missing:
+        return
+    if required:
+        raise InputError(
+            f"{missing[0].origin} has no {label} under '{key}' ({len(missing)} of {len(raws)} frames lack "
+            f"it); {_listing(missing[:1])} Remove the frame or set {label}_key."
+        )
+    warn(f"{name}: {len(missing)} of {len(raws)} frames have no {label} under '{key}', first {missing[0].origin}.")
+
+
+def _listing(raws: Sequence[RawFrame]) -> str:
+    """A sentence with the keys that are there, for a message about one that is not."""
+    names = sorted({key for raw in raws for key in raw.named} - {"initial_magmoms", "initial_charges", "tags"})
+    results = sorted({key for raw in raws if not raw.moved for key in raw.results})
+    shown = ", ".join(f"'{key}'" for key in names[:16]) + (", …" if len(names) > 16 else "")
+    parts = [f"the keys there are {shown}"] if names else []
+    if results:
+        parts.append(f"the calculator has {', '.join(results)}")
+    if any(raw.stale for raw in raws):
+        parts.append("the results of the calculator belong to another structure")
+    return (" and ".join(parts) if parts else "there are no labels at all") + "."
+
+
+def _files(raws: Sequence[RawFrame]) -> str:
+    files = list(dict.fromkeys(raw.origin.file for raw in raws))
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

@@ -1,0 +1,383 @@
+"""From frames and a foundation model to a trained adapter, its errors and a report."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from forcetune._version import __version__
+from forcetune.adapters.attach import Adapter, attach, detach
+from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
+from forcetune.adapters.methods import Method, method
+from forcetune.backbones.loading import load
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import RunConfig, load_config
+from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.evaluation.metrics import Errors, Predictions, graphs_of, predict
+from forcetune.frames.dataset import Dataset, Split, read_dataset
+from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
+from forcetune.graphs.graph import Batch
+from forcetune.records import (
+    ENVIRONMENT_NAME,
+    PREDICTIONS_NAME,
+    RESULTS_NAME,
+    describe_data,
+    describe_model,
+    describe_parameters,
+    describe_references,
+    environment,
+    save_predictions,
+    write_json,
+)
+from forcetune.reports.html import write_report
+from forcetune.training.train import TrainingOutcome, check_labels, train
+
+CONFIG_NAME = "config.yaml"
+ADAPTER_NAME = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; the adapter stands in ``folder / "adapter"``.
+        before, after: errors of every split: the foundation model with the run's reference energies, and tuned.
+        results: everything in ``results.json``.
+        backbone: the model with the trained adapter attached.
+    """
+
+    folder: Path
+    before: dict[str, Errors]
+    after: dict[str, Errors]
+    results: dict[str, Any]
+    backbone: Backbone
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter folder."""
+        return self.folder / ADAPTER_NAME
+
+
+def fit(
+    train: str | Path | Sequence[str | Path] | None = None,
+    *,
+    model: str | Path | Backbone | None = None,
+    method: str | None = None,
+    valid: str | Path | Sequence[str | Path] | float | int | None = None,
+    test: str | Path | Sequence[str | Path] | None = None,
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Fine-tune a foundation model on frames.
+
+    Args:
+        train: files or patterns of training frames.
+        model: name, path, or a loaded backbone (which then carries the adapter).
+        method: ``mmea``, ``elora``, ``full`` …
+        valid: files, the fraction or the number of training frames to validate on.
+        test: files; evaluated before and after, never trained on.
+        epochs: passes over the training frames.
+        out: run folder.
+        config: YAML file with any of the options; what is given here comes first.
+        settings: any option by its dotted name, ``{"training.batch_size": 10}``.
+
+    Raises:
+        InputError: bad input; nothing has been written.
+        ForcetuneError: the training failed; the best adapter so far stays in the run folder.
+    """
+    given: dict[str, Any] = {
+        "data": {"train": _texts(train), "valid": _texts(valid), "test": _texts(test)},
+        "model": {"model": model.base.name if isinstance(model, Backbone) else _text(model)},
+        "method": {"name": method},
+        "training": {"epochs": epochs},
+        "output": {"run": _text(out)},
+    }
+    resolved = load_config(config, given=given, overrides=settings)
+    return run_fit(resolved, backbone=model if isinstance(model, Backbone) else None)
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, (str, Path)):
+        return [str(value)]
+    return [str(item) for item in value] if isinstance(value, Sequence) else value
+
+
+def run_fit(config: RunConfig, *, backbone: Backbone | None = None, console: Console | None = None) -> Run:
+    """Carry out a complete configuration; the command line and :func:`fit` come here.
+
+    Args:
+        config: what to do.
+        backbone: a loaded model to use instead of loading the one named in ``config``.
+        console: where progress is told; standard error by default.
+
+    Raises:
+        InputError, ForcetuneError: as :func:`fit`.
+    """
+    console = console or Console(stderr=True, soft_wrap=True)
+    with collected_warnings() as told, limited_threads(config.training.threads):
+        return _Fit(config, console, told).carry_out(backbone)
+
+
+class _Fit:
+    """One run, step by step; every check comes before the first thing written."""
+
+    def __init__(self, config: RunConfig, console: Console, told: list[str]) -> None:
+        self.config = config
+        self.console = console
+        self.told = told
+        self.folder = Path(config.output.run)
+        self.method = method_of(config)
+        self.rate = config.training.learning_rate or self.method.learning_rate
+
+    def carry_out(self, backbone: Backbone | None) -> Run:
+        check_folder(self.folder, self.config.output.overwrite)
+        dataset = read_dataset(self.config.data)
+        self._say_data(dataset)
+        backbone = self._load(dataset, backbone)
+        graphs = {name: graphs_of(backbone, part.frames) for name, part in dataset.splits.items()}
+        check_labels(self.config.training, graphs["train"])
+        raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
+        own_references = backbone.reference_energies
+        table = self.config.references.table
+        references = reference_energies(
+            self.config.references.mode,
+            dataset.train.frames,
+            dataset.isolated,
+            raw["train"].energy,
+            own_references,
+            None if table is None else {**table},
+        )
+        self.console.print(
+            f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
+            f"{references.offset_after_mev_per_atom:.1f} meV/atom",
+            highlight=False,
+        )
+        shift = {z: references.energies[z] - own_references[z] for z in own_references}
+        before = {name: _shifted(raw[name], dataset.splits[name], shift) for name in raw}
+        adapter = attach(backbone, self.method, seed=self.config.training.seed)
+        backbone.set_reference_energies(references.energies)
+        self._say_adapter(backbone, adapter)
+        parameters = describe_parameters(adapter)
+        prepare_folder(self.folder, self.config.output.overwrite)
+        self.config.save(self.folder / CONFIG_NAME)
+        write_json(self.folder / ENVIRONMENT_NAME, environment(backbone.device))
+        outcome = self._train(backbone, dataset, graphs)
+        after = self._best(backbone, dataset, graphs)
+        save_predictions(self.folder / PREDICTIONS_NAME, before, after)
+        results = self._results(backbone, dataset, references, own_references, outcome, parameters)
+        errors = {name: (before[name].errors(), after[name].errors()) for name in before}
+        results["errors"] = {
+            name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
+        }
+        write_json(self.folder / RESULTS_NAME, results)
+        write_report(self.folder)
+        return Run(
+            self.folder,
+            {name: one for name, (one, _) in errors.items()},
+            {name: two for name, (_, two) in errors.items()},
+            results,
+            backbone,
+        )
+
+    def _load(self, dataset: Dataset, backbone: Backbone | None) -> Backbone:
+        if backbone is not None:
+            return backbone
+        model = self.config.model
+        return load(
+            model.model,
+            head=model.head,
+            elements=dataset.elements if model.elements == "data" else None,
+            dtype=model.dtype,
+            device=model.device,
+            trust=model.trust,
+        )
+
+    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(label, total=len(graphs))
+            return predict(backbone, graphs, progress=lambda done: bar.advance(task, done))
+
+    def _train(self, backbone: Backbone, dataset: Dataset, graphs: Mapping[str, list[Batch]]) -> TrainingOutcome:
+        def save_best(errors: Errors) -> None:
+            self._save(backbone, dataset, {"valid": errors})
+
+        return train(
+            backbone,
+            self.config.training,
+            self.rate,
+            graphs["train"],
+            graphs["valid"],
+            self.folder,
+            save_best,
+            tensorboard=self.config.output.tensorboard,
+        )
+
+    def _save(self, backbone: Backbone, dataset: Dataset, errors: Mapping[str, Errors]) -> None:
+        save_adapter(
+            backbone,
+            self.folder / ADAPTER_NAME,
+            stored_dtype=torch.float32 if self.config.output.adapter_dtype == "float32" else torch.float64,
+            training_data_sha256=dataset.train.sha256,
+            metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
+        )
+
+    def _best(self, backbone: Backbone, dataset: Dataset, graphs: Mapping[str, list[Batch]]) -> dict[str, Predictions]:
+        """Predictions of the best adapter as its file gives it; its errors go into the file."""
+        detach(backbone)
+        load_adapter(backbone, self.folder / ADAPTER_NAME)
+        after = {name: self._predict(backbone, graphs[name], f"{name}, after") for name in graphs}
+        self._save(backbone, dataset, {name: found.errors() for name, found in after.items()})
+        return after
+
+    def _results(
+        self,
+        backbone: Backbone,
+        dataset: Dataset,
+        references: ReferenceEnergies,
+        own_references: Mapping[int, float],
+        outcome: TrainingOutcome,
+        parameters: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        training = self.config.training
+        return {
+            "forcetune": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": outcome.status,
+            "model": describe_model(backbone),
+            "method": {
+                "name": self.method.name,
+                "description": self.method.description,
+                "rank": self.config.method.rank,
+                "mergeable": self.method.mergeable,
+            },
+            "parameters": dict(parameters),
+            "reference_energies": describe_references(references, own_references),
+            "data": describe_data(dataset),
+            "training": {
+                **asdict(outcome),
+                "epochs": training.epochs,
+                "optimizer": training.optimizer,
+                "learning_rate": self.rate,
+                "batch_size": training.batch_size,
+                "seed": training.seed,
+            },
+            "environment": environment(backbone.device),
+            "warnings": list(self.told),
+            "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
+        }
+
+    def _say_data(self, dataset: Dataset) -> None:
+        for name, part in dataset.splits.items():
+            keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
+            self.console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
+        if dataset.isolated:
+            self.console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
+
+    def _say_adapter(self, backbone: Backbone, adapter: Adapter) -> None:
+        total = sum(site.numel for site in adapter.sites)
+        self.console.print(
+            f"{self.method.name} on {backbone.base.name}: {adapter.trainable:,} trained parameters "
+            f"({100 * adapter.trainable / total:.1f} % of {total:,}), licence of the base: {backbone.base.licence}",
+            highlight=False,
+        )
+
+
+def method_of(config: RunConfig) -> Method:
+    """The method a configuration asks for.
+
+    Raises:
+        InputError: unknown method, or an option it has no use for.
+    """
+    return method(config.method.name, target=config.method.target, **config.method.options())
+
+
+def _shifted(found: Predictions, part: Split, shift: Mapping[int, float]) -> Predictions:
+    """With reference energies moved by ``shift``, eV."""
+    elements = tuple(sorted(shift))
+    moved = composition_matrix(part.frames, elements) @ [shift[z] for z in elements]
+    return replace(found, energy=found.energy + moved)
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        InputError: the run folder exists and is not empty, and may not or cannot be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another run folder with --out.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise InputError(f"{folder}: is not empty; choose another run folder with --out, or add --overwrite.")
+        if not (folder / CONFIG_NAME).is_file():
+            raise InputError(f"{folder}: is no run folder (no {CONFIG_NAME}), so it is not overwritten.")
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Make the run folder, empty.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    check_folder(folder, overwrite)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another run folder.") from error
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Within this context our warnings are shown as ever and also gathered for the report."""
+    told: list[str] = []
+    show: Callable[..., None] = warnings.showwarning
+
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, ForcetuneWarning):
+            told.append(str(message))
+        show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = note
+    try:
+        yield told
+    finally:
+        warnings.showwarning = show
+
+
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """Within this context PyTorch uses this many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+__all__ = ["Run", "check_folder", "fit", "method_of", "run_fit"]

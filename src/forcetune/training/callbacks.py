@@ -1,0 +1,139 @@
+"""What happens around the training: the table of metrics, TensorBoard, and a bar with the time left."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from forcetune.training.module import FineTuning
+
+METRICS_NAME = "metrics.csv"
+VALID_KEYS = (
+    "energy_mae_mev_per_atom",
+    "energy_rmse_mev_per_atom",
+    "forces_mae_mev_per_ang",
+    "forces_rmse_mev_per_ang",
+)
+COLUMNS = (
+    *("epoch", "step", "learning_rate", "stage", "train_loss", "valid_loss"),
+    *(f"valid_{key}" for key in VALID_KEYS),
+    "seconds",
+)
+
+
+def metrics_row(module: FineTuning, seconds: float) -> dict[str, Any]:
+    """One row of ``metrics.csv``; validation columns are empty in epochs without validation."""
+    row: dict[str, Any] = {
+        "epoch": module.epoch,
+        "step": module.global_step,
+        "learning_rate": module.learning_rate,
+        "stage": module.stage,
+        "train_loss": module.train_loss,
+        "seconds": round(seconds, 3),
+    }
+    if module.epoch % module.config.valid_every == 0 and module.valid_errors is not None:
+        row["valid_loss"] = module.valid_loss
+        row |= {f"valid_{key}": getattr(module.valid_errors, key) for key in VALID_KEYS}
+    return row
+
+
+class MetricsTable(Callback):
+    """Appends a row to ``metrics.csv`` after every epoch, on the disk before the next begins."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS_NAME
+        self.began = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.began = time.monotonic()
+        with self.path.open("w", newline="", encoding="utf-8") as stream:
+            csv.DictWriter(stream, COLUMNS).writeheader()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, FineTuning)
+        row = metrics_row(pl_module, time.monotonic() - self.began)
+        with self.path.open("a", newline="", encoding="utf-8") as stream:
+            csv.DictWriter(stream, COLUMNS).writerow(row)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if trainer.logger is not None:
+            numbers = {key: float(value) for key, value in row.items() if value not in (None, "")}
+            trainer.logger.log_metrics(numbers, step=pl_module.epoch)
+
+
+class ProgressBar(Callback):
+    """One bar over all epochs on standard error; without a terminal, a line at every twentieth of the run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.bar: Progress | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, FineTuning)
+        if not self.console.is_terminal:
+            return
+        columns = (
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=self.console)
+        self.task = self.bar.add_task(
+            "", total=pl_module.config.epochs, epoch=0, epochs=pl_module.config.epochs, told=""
+        )
+        self.bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, FineTuning)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=pl_module.progress, epoch=pl_module.epoch, told=_told(pl_module))
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, FineTuning)
+        every = max(1, math.ceil(pl_module.config.epochs / 20))
+        if self.bar is None and pl_module.epoch % every == 0:
+            told = _told(pl_module)
+            self.console.print(f"epoch {pl_module.epoch}/{pl_module.config.epochs} {told}", highlight=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.close()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar down, whatever ended the run."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _told(module: FineTuning) -> str:
+    parts = []
+    errors = module.valid_errors
+    if errors is not None and errors.energy_mae_mev_per_atom is not None:
+        parts.append(f"valid E {errors.energy_mae_mev_per_atom:.2f} meV/atom")
+    if errors is not None and errors.forces_mae_mev_per_ang is not None:
+        parts.append(f"F {errors.forces_mae_mev_per_ang:.1f} meV/Å")
+    return " · ".join(parts)

@@ -1,0 +1,50 @@
+"""The loss of energies, forces and stresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from forcetune.backbones.protocol import Prediction
+from forcetune.config import LossConfig
+from forcetune.graphs.graph import Batch
+
+
+def loss_of(config: LossConfig, prediction: Prediction, batch: Batch) -> Tensor:
+    """w_E f(E) + w_F f(F) + w_S f(S), each f a mean over the labels there are.
+
+    The published form is 1 · MSE(E) + 1000 · MSE(F), with the energy of a frame in eV and the mean over all force
+    components; ``energy_per_atom`` divides the energy's error by the number of atoms first.
+
+    Args:
+        config: weights and form.
+        prediction: energy (graphs,), forces (atoms, 3), stress (graphs, 3, 3) if its weight is not zero.
+        batch: with the labels; NaN where there is none.
+
+    Returns:
+        A scalar in float64.
+    """
+    energy = prediction.energy - batch.energy
+    if config.energy_per_atom:
+        energy = energy / batch.atoms_per_graph
+    total = config.energy * _mean(config, energy)
+    if config.forces:
+        total = total + config.forces * _mean(config, prediction.forces - batch.forces)
+    if config.stress:
+        assert prediction.stress is not None
+        total = total + config.stress * _mean(config, prediction.stress - batch.stress)
+    return total
+
+
+def _mean(config: LossConfig, error: Tensor) -> Tensor:
+    """The mean over entries that are not NaN; zero when there are none."""
+    missing = torch.isnan(error.detach())
+    values = torch.where(missing, 0.0, error).double()
+    if config.form == "mse":
+        values = values.square()
+    elif config.form == "mae":
+        values = values.abs()
+    else:
+        values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
+    return values.sum() / (~missing).sum().clamp(min=1)

@@ -1,0 +1,177 @@
+"""The fine-tuning of an attached adapter as a Lightning module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from forcetune.adapters.attach import attached
+from forcetune.backbones.protocol import Backbone, Prediction
+from forcetune.config import LossConfig, TrainingConfig
+from forcetune.errors import ForcetuneError
+from forcetune.evaluation.metrics import Errors, Predictions, gather
+from forcetune.graphs.graph import Batch
+from forcetune.graphs.loader import BatchLoader
+from forcetune.training.losses import loss_of
+from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
+
+
+class FineTuning(lightning.LightningModule):
+    """Trains the adapter attached to a backbone; the backbone itself stays outside of Lightning's books.
+
+    Attributes:
+        stage: 1, or 2 once the second stage has begun.
+        best_loss, best_epoch: lowest validation loss of the current stage and its epoch, counted from 1.
+        valid_loss, valid_errors: of the last validation.
+        train_loss: mean over the steps of the epoch.
+        waited: validations since the last improvement.
+        epochs_done: complete epochs.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: TrainingConfig,
+        learning_rate: float,
+        loader: BatchLoader,
+        save_best: Callable[[Errors], None],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = attached(backbone)
+        self.config = config
+        self.loader = loader
+        self.save_best = save_best
+        self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
+        averaged = config.ema is not None and config.optimizer != "schedulefree"
+        self.average = MovingAverage(list(self.adapter.parameters()), config.ema or 0.0) if averaged else None
+        self.stage = 1
+        self.best_loss = math.inf
+        self.best_epoch = 0
+        self.valid_loss = math.nan
+        self.valid_errors: Errors | None = None
+        self.train_loss = math.nan
+        self.waited = 0
+        self.epochs_done = 0
+        self._n_batches = 0
+        self._losses: list[Tensor] = []
+        self._validated: list[tuple[Batch, Prediction]] = []
+        self._during_validation = ExitStack()
+
+    @property
+    def loss_config(self) -> LossConfig:
+        return self.config.loss if self.stage == 1 else self.config.second_stage.loss
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress, counted from 1."""
+        return self.current_epoch + 1
+
+    @property
+    def progress(self) -> float:
+        """Epochs done, as a fraction, after the last step."""
+        return self.current_epoch + len(self._losses) / max(1, self._n_batches)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.adapter, self.config, self.schedule.base, self.loader.n_batches)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device=device)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the adapter has the weights that count: averaged, where the optimizer or EMA averages."""
+        optimizer: Any = self._optimizer if self.config.optimizer == "schedulefree" else None
+        if optimizer is not None:
+            optimizer.eval()
+        try:
+            if self.average is None:
+                yield
+            else:
+                with self.average.applied():
+                    yield
+        finally:
+            if optimizer is not None:
+                optimizer.train()
+
+    def on_train_epoch_start(self) -> None:
+        self.loader.epoch = self.current_epoch
+        self._n_batches = self.loader.n_batches
+        self._losses.clear()
+        if self.config.optimizer == "schedulefree":
+            optimizer: Any = self._optimizer
+            optimizer.train()
+        second = self.config.second_stage
+        if self.stage == 1 and second.start is not None and self.epoch >= second.start:
+            self.stage = 2
+            self.schedule.restart(second.learning_rate)
+            self._set_rate(second.learning_rate)
+            self.best_loss, self.waited = math.inf, 0
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.config.optimizer != "schedulefree":
+            self._set_rate(self.schedule.at(self.current_epoch + (batch_idx + 1) / self._n_batches))
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
+        loss = loss_of(self.loss_config, prediction, batch)
+        self._losses.append(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.average is not None:
+            self.average.update()
+        if batch_idx + 1 == self._n_batches:
+            # here and not at the end of the epoch: Lightning validates before that
+            self.train_loss = float(torch.stack(self._losses).mean())
+            if not math.isfinite(self.train_loss):
+                raise ForcetuneError(
+                    f"the training loss became {self.train_loss} in epoch {self.epoch}; lower training.learning_rate "
+                    f"(now {self.learning_rate:g}) or training.clip. The best adapter so far is kept."
+                )
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs_done += 1
+
+    def on_validation_start(self) -> None:
+        self._validated.clear()
+        self._during_validation.enter_context(self.averaged())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        found = self.backbone.predict(batch, stress=self.loss_config.stress > 0)
+        self._validated.append((batch, found.detached()))
+
+    def on_validation_epoch_end(self) -> None:
+        batch, found = gather(self._validated)
+        self.valid_loss = float(loss_of(self.loss_config, found, batch))
+        self.valid_errors = Predictions.of(batch, found).errors()
+        self.schedule.observe(self.valid_loss)
+        self.waited += 1
+        if self.valid_loss < self.best_loss:
+            self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
+            self.save_best(self.valid_errors)
+        if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
+            self.trainer.should_stop = True
+
+    def on_validation_end(self) -> None:
+        self._during_validation.close()

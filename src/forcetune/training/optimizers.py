@@ -1,0 +1,133 @@
+"""Optimizers, the learning rate over a run, and averages of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import schedulefree
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from forcetune.adapters.attach import Adapter
+from forcetune.config import ScheduleConfig, TrainingConfig
+
+DECAYED_KINDS = frozenset({"linear", "contraction", "contraction_lower"})
+
+
+def make_optimizer(
+    adapter: Adapter, config: TrainingConfig, learning_rate: float, steps_per_epoch: int
+) -> torch.optim.Optimizer:
+    """The optimizer over the adapter's parameters; weight decay acts on linear and contraction sites only."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for kind, parameter in adapter.parameter_kinds():
+        (decayed if kind in DECAYED_KINDS else others).append(parameter)
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if members
+    ]
+    if config.optimizer == "schedulefree":
+        warmup = config.schedule.warmup_epochs * steps_per_epoch
+        return schedulefree.AdamWScheduleFree(groups, lr=learning_rate, warmup_steps=warmup)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
+    return torch.optim.Adam(groups, lr=learning_rate, amsgrad=True, foreach=True)
+
+
+class LearningRate:
+    """The learning rate of every step: warm-up × (plateau | cosine | constant).
+
+    Attributes:
+        base: learning rate of the stage before any factor.
+    """
+
+    def __init__(self, config: ScheduleConfig, base: float, epochs: int) -> None:
+        self.config = config
+        self.base = base
+        self.epochs = epochs
+        self.plateau = 1.0
+        self.lowest = math.inf
+        self.waited = 0
+
+    def at(self, done: float) -> float:
+        """The learning rate of the step after which ``done`` epochs are done; 0.5 is the middle of the first."""
+        warmup = self.config.warmup_epochs
+        if done < warmup:
+            return self.base * done / warmup
+        value = self.base * self.plateau
+        if self.config.name == "cosine":
+            progress = (done - warmup) / max(1, self.epochs - warmup)
+            value = self.config.minimum + 0.5 * (self.base - self.config.minimum) * (1 + math.cos(math.pi * progress))
+        return max(value, min(self.config.minimum, self.base))
+
+    def observe(self, valid_loss: float) -> None:
+        """Take in a validation loss; a plateau lowers the rate after ``patience`` of them without improvement.
+
+        Improvement means at least one part in ten thousand, as in PyTorch's ReduceLROnPlateau.
+        """
+        if valid_loss < self.lowest * (1 - 1e-4):
+            self.lowest, self.waited = valid_loss, 0
+            return
+        self.waited += 1
+        if self.config.name == "plateau" and self.waited > self.config.patience:
+            self.plateau *= self.config.factor
+            self.waited = 0
+
+    def restart(self, base: float) -> None:
+        """Begin a stage with a new rate."""
+        self.base, self.plateau, self.lowest, self.waited = base, 1.0, math.inf, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("base", "plateau", "lowest", "waited")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key in self.state_dict():
+            setattr(self, key, state[key])
+
+
+class MovingAverage:
+    """Exponential moving average of trainable parameters: a ← d a + (1 − d) p, d = min(decay, (1 + n) / (10 + n)).
+
+    The growing decay keeps the random start of a short run out of the average.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.updates = 0
+        self.averages: list[Tensor] = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters in after a step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        get_ema_multi_avg_fn(decay)(self.averages, [parameter.detach() for parameter in self.parameters], 0)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the parameters have the averaged values."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        self._assign(self.averages)
+        try:
+            yield
+        finally:
+            self._assign(kept)
+
+    def _assign(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "averages": [average.clone() for average in self.averages]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        for average, stored in zip(self.averages, state["averages"], strict=True):
+            average.copy_(stored)

@@ -1,0 +1,148 @@
+"""Training an attached adapter from graphs in memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import TrainingConfig
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
+from forcetune.graphs.graph import Batch
+from forcetune.graphs.loader import BatchLoader
+from forcetune.training.callbacks import MetricsTable, ProgressBar
+from forcetune.training.module import FineTuning
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOutcome:
+    """How a training went.
+
+    Attributes:
+        status: ``finished``, ``stopped early`` or ``interrupted`` (by Ctrl-C; the best adapter so far is kept).
+        epochs_done, steps: what was done.
+        best_epoch, best_valid_loss: of the adapter that was kept.
+        seconds, seconds_per_step: wall time of the training, validation included, and its share of one step.
+    """
+
+    status: str
+    epochs_done: int
+    steps: int
+    best_epoch: int
+    best_valid_loss: float
+    seconds: float
+    seconds_per_step: float
+
+
+def train(
+    backbone: Backbone,
+    config: TrainingConfig,
+    learning_rate: float,
+    training: Sequence[Batch],
+    validation: Sequence[Batch],
+    folder: Path,
+    save_best: Callable[[Errors], None],
+    *,
+    tensorboard: bool = False,
+) -> TrainingOutcome:
+    """Train the adapter attached to ``backbone``.
+
+    Args:
+        backbone: carries the adapter.
+        config: the optimisation.
+        learning_rate: of the first stage.
+        training, validation: graphs with labels.
+        folder: run folder; ``metrics.csv`` and TensorBoard's files go there.
+        save_best: called with the validation errors whenever the validation loss is the lowest so far (of the
+            stage), while the adapter has the weights that count.
+        tensorboard: also log for TensorBoard.
+
+    Raises:
+        InputError: a graph exceeds the batch budget, or labels for the loss are missing.
+        ForcetuneError: the loss is no longer finite.
+    """
+    check_labels(config, training)
+    loader = BatchLoader(
+        training,
+        config.batch_size,
+        batch_atoms=config.batch_atoms,
+        batch_edges=config.batch_edges,
+        shuffle=True,
+        seed=config.seed,
+        device=backbone.device,
+    )
+    largest = max(graph.n_atoms for graph in validation)
+    valid_loader = BatchLoader(
+        validation, len(validation), batch_atoms=max(EVALUATION_ATOMS, largest), device=backbone.device
+    )
+    module = FineTuning(backbone, config, learning_rate, loader, save_best)
+    trainer = _trainer(backbone, config, folder, tensorboard)
+    began = time.monotonic()
+    status = "finished"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, loader, valid_loader)
+    except (KeyboardInterrupt, SystemExit):
+        if not trainer.interrupted or module.best_epoch == 0:
+            raise
+        status = "interrupted"
+    if status == "finished" and module.epochs_done < config.epochs:
+        status = "stopped early"
+    seconds = time.monotonic() - began
+    return TrainingOutcome(
+        status=status,
+        epochs_done=module.epochs_done,
+        steps=trainer.global_step,
+        best_epoch=module.best_epoch,
+        best_valid_loss=module.best_loss,
+        seconds=seconds,
+        seconds_per_step=seconds / max(1, trainer.global_step),
+    )
+
+
+def _trainer(backbone: Backbone, config: TrainingConfig, folder: Path, tensorboard: bool) -> lightning.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    cuda = backbone.device.type == "cuda"
+    return lightning.Trainer(
+        accelerator="gpu" if cuda else "cpu",
+        devices=[backbone.device.index or 0] if cuda else 1,
+        max_epochs=config.epochs,
+        gradient_clip_val=config.clip,
+        check_val_every_n_epoch=config.valid_every,
+        # forces are gradients: validation needs autograd as training does
+        inference_mode=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(str(folder), name="tensorboard", version="") if tensorboard else False,
+        callbacks=[MetricsTable(folder), ProgressBar()],
+    )
+
+
+def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
+    """
+    Raises:
+        InputError: a term of the loss has a weight but no frame has its label.
+    """
+    stages = [config.loss] + ([config.second_stage.loss] if config.second_stage.start is not None else [])
+    for name in ("energy", "forces", "stress"):
+        weight = max(getattr(stage, name) for stage in stages)
+        if weight > 0 and all(bool(torch.isnan(getattr(graph, name)).all()) for graph in graphs):
+            raise InputError(
+                f"the loss weighs {name} by {weight:g}, but no training frame has {name} labels; "
+                f"set data.{name}_key, or training.loss.{name}=0."
+            )
+    if all(stage.energy == stage.forces == stage.stress == 0 for stage in stages):
+        raise InputError("every weight of the loss is zero; set training.loss.energy or training.loss.forces.")
