@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from e3nn import o3
-from mace import modules
 from rich.console import Console
 from rich.table import Table
 
 import forcetune
 from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.mace.library import import_mace
 
 MOLECULES = (
     *("azobenzene", "benzene", "ethanol", "malonaldehyde", "naphthalene"),
@@ -34,6 +33,8 @@ MOLECULES = (
 
 def random_base(path: Path, seed: int = 0) -> None:
     """A MACE of 32x0e+32x1o for H, C, N, O with random weights."""
+    modules = import_mace()
+    from e3nn import o3
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     try:

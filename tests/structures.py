@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import warnings
 from pathlib import Path
 
-import ase.db
 import ase.io
 import numpy as np
-import pytest
 from ase import Atoms
-from ase.calculators.calculator import Calculator
-from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
-
-from forcetune.errors import ForcetuneWarning, InputError
-from forcetune.frames.frame import LabelKeys
-from forcetune.frames.labels import CANDIDATES
-from forcetune.frames.read import describe_keys, frames_from_atoms, read_frames
 
 
 def water(seed: int = 0, *, cell: float | None = None) -> Atoms:
@@ -32,6 +20,7 @@ def water(seed: int = 0, *, cell: float | None = None) -> Atoms:
 
 
 def labelled(seed: int = 0, *, energy_key: str = "REF_energy", forces_key: str = "REF_forces") -> Atoms:
+    """Water with an energy and forces under these keys."""
     atoms = water(seed)
     atoms.info[energy_key] = -14.0 - seed
     atoms.arrays[forces_key] = np.random.default_rng(100 + seed).standard_normal((3, 3))
@@ -49,10 +38,12 @@ def calculated(seed: int = 0, *, stress: np.ndarray | None = None, constrained: 
 
 
 def write(path: Path, *frames: Atoms) -> Path:
+    """Write extended XYZ and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ase.io.write(path, list(frames), format="extxyz")
     return path
 
 
 def text_frame(comment: str, rows: str = "O 0 0 0 1 2 3\nH 0 0 1 4 5 6\n", atoms: int = 2) -> str:
+    """One frame of extended XYZ with forces, to write or to spoil."""
     return f"{atoms}\nProperties=species:S:1:pos:R:3:forces:R:3 {comment}\n{rows}"

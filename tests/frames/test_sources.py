@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import warnings
 from pathlib import Path
 
 import ase.db
@@ -12,16 +11,10 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.calculators.calculator import Calculator
-from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms
 
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.frame import LabelKeys
-from forcetune.frames.labels import CANDIDATES
-from forcetune.frames.read import describe_keys, frames_from_atoms, read_frames
-
+from forcetune.frames.read import describe_keys, read_frames
 from structures import calculated, labelled, text_frame, water, write
 
 

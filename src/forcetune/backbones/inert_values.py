@@ -34,6 +34,9 @@ DTYPES: dict[str, torch.dtype] = {
         "int16",
         "int8",
         "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
         "bool",
         "double",
         "float",
@@ -255,7 +258,8 @@ def fill_array(array: np.ndarray[Any, Any], state: Any) -> None:
     dtype, content, sizes = _numpy_type(kind), _numpy_bytes(data), _integers(shape)
     if math.prod(sizes) * dtype.itemsize != len(content):
         raise MalformedError(f"an array of shape {sizes} is stored in {len(content)} bytes")
-    array.__setstate__((1, sizes, dtype, bool(fortran), content))
+    target: Any = array
+    target.__setstate__((1, sizes, dtype, bool(fortran), content))
 
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")

@@ -321,7 +321,7 @@ def _surplus_tensor(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_wrong_activation, "has f = 'tanh'"),
+        (_wrong_activation, "layer0.act has f = 'tanh'"),
         (_wrong_path_weight, "instructions"),
         (_wrong_shape, "shape of interactions.0.linear.weight"),
         (_surplus_tensor, "no place for its tensor field"),

@@ -1,28 +1,21 @@
-"""The architecture of a MACE model as plain values, read from a model and built into one."""
+"""The architecture of a MACE model as plain values, read from either form of a model."""
 
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from threading import RLock
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from forcetune.backbones.mace.library import import_mace
-from forcetune.backbones.mace.tree import Node, UnfitError, irreps_text, node_from_module, number
+from forcetune.backbones.mace.tree import Node, UnfitError, function_name, irreps_text, node_from_module, number
 from forcetune.errors import InputError
 
 GATES = ("silu", "tanh", "abs", "elu", "relu", "sigmoid", "gelu", "softplus")
 _RADIAL = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "ChebychevBasis": "chebyshev"}
 _RADIAL_SIZE = {"bessel": "bessel_weights", "gaussian": "gaussian_weights", "chebyshev": "n"}
 _TRANSFORMS = {"AgnesiTransform": "Agnesi", "SoftTransform": "Soft"}
-_READOUTS = ("NonLinearReadoutBlock", "NonLinearBiasReadoutBlock")
-_LOCK = RLock()
+READOUTS = ("NonLinearReadoutBlock", "NonLinearBiasReadoutBlock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +217,8 @@ def _readout(root: Node, heads: int) -> dict[str, Any]:
     """Class, gate and hidden irreps of the last readout; a linear one, of models with one layer, has neither."""
     last = _members(root, "readouts")[-1]
     if last.kind == "LinearReadoutBlock" and len(_members(root, "interactions")) == 1:
-        return {"MLP_irreps": "1x0e", "gate": None, "readout": _READOUTS[0]}
-    if last.kind not in _READOUTS:
+        return {"MLP_irreps": "1x0e", "gate": None, "readout": READOUTS[0]}
+    if last.kind not in READOUTS:
         raise UnfitError(f"its last readout is a {last.kind}")
     hidden = irreps_text(last.attributes.get("hidden_irreps"))
     multiplicity, _, irrep = hidden.partition("x")
@@ -234,9 +227,7 @@ def _readout(root: Node, heads: int) -> dict[str, Any]:
             raise UnfitError(f"its last readout has {hidden} hidden features for {heads} heads")
         hidden = f"{int(multiplicity) // heads}x{irrep}"
     activation = last.child("non_linearity.acts").children.get("0")
-    gate = None if activation is None else getattr(activation.attributes.get("f"), "name", None)
-    if activation is not None and gate is None:
-        gate = getattr(activation.attributes.get("f"), "__name__", "unknown")
+    gate = None if activation is None else function_name(activation.attributes.get("f"))
     if gate is not None and gate not in GATES:
         raise UnfitError(f"its gate is {gate}, which is none of {', '.join(GATES)}")
     return {"MLP_irreps": hidden, "gate": gate, "readout": last.kind}
@@ -250,152 +241,3 @@ def _constants(root: Node) -> tuple[tuple[str, float], ...]:
         if name in node.attributes
     )
     return tuple(sorted(found))
-
-
-def _check_sane(architecture: MaceArchitecture) -> None:
-    """Refuse numbers that would exhaust time or memory before the tensors are compared."""
-    try:
-        total = sum(int(part.split("x")[0]) for part in architecture.hidden_irreps.split("+"))
-        sane = (
-            0 < architecture.r_max < 100
-            and 0 < architecture.num_bessel <= 1024
-            and 0 <= architecture.max_ell <= 8
-            and 0 < len(architecture.interactions) <= 16
-            and all(0 < order <= 5 for order in architecture.correlation)
-            and 0 < total <= 16384
-            and 0 < len(architecture.heads) <= 1024
-            and all(0 < width <= 16384 for width in architecture.radial_MLP)
-            and len(set(architecture.atomic_numbers)) == len(architecture.atomic_numbers) > 0
-            and all(0 < z < 119 for z in architecture.atomic_numbers)
-            and len(architecture.interactions) == len(architecture.correlation) == len(architecture.avg_num_neighbors)
-        )
-    except (ValueError, TypeError) as error:
-        raise UnfitError(f"its architecture makes no sense ({error})") from error
-    if not sane:
-        raise UnfitError("its architecture makes no sense (a size is out of any range in use)")
-
-
-def _gate(name: str | None) -> Any:
-    if name is None:
-        return None
-    return getattr(torch, name) if name in ("tanh", "abs", "sigmoid") else getattr(torch.nn.functional, name)
-
-
-@contextmanager
-def _given_couplings(couplings: Mapping[str, Tensor], architecture: MaceArchitecture) -> Iterator[None]:
-    """Let mace's contractions take their coupling tensors from a model instead of computing them.
-
-    Their basis depends on the libraries installed, and weights fit the basis that they were trained with.
-    """
-    import mace.modules.symmetric_contraction as library
-
-    def given() -> Iterator[Tensor]:
-        for layer, order in enumerate(architecture.correlation):
-            block = 0
-            while f"products.{layer}.symmetric_contractions.contractions.{block}.U_matrix_1" in couplings:
-                for nu in range(1, order + 1):
-                    yield couplings[f"products.{layer}.symmetric_contractions.contractions.{block}.U_matrix_{nu}"]
-                block += 1
-
-    tensors = given()
-    original = library.U_matrix_real
-    library.U_matrix_real = lambda **_: [next(tensors)]
-    try:
-        yield
-    finally:
-        library.U_matrix_real = original
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def build(
-    architecture: MaceArchitecture,
-    *,
-    couplings: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> nn.Module:
-    """A MACE model of this architecture with random weights, on the CPU; the random state is left as it was.
-
-    Args:
-        couplings: coupling tensors ``products.….U_matrix_n`` to take; without them the full basis is computed.
-        dtype: precision of parameters and constants.
-
-    Raises:
-        UnfitError: mace's constructor does not accept it.
-    """
-    _check_sane(architecture)
-    modules = import_mace()
-    with _LOCK, _default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch on annotations in e3nn's scripted classes
-        try:
-            arguments = _arguments(architecture, modules)
-            if couplings is None:
-                model = getattr(modules, architecture.kind)(**arguments)
-            else:
-                with _given_couplings(couplings, architecture):
-                    model = getattr(modules, architecture.kind)(**arguments)
-        except (KeyError, StopIteration, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-            raise UnfitError(f"mace's constructor failed ({type(error).__name__}: {error})") from error
-    model.use_reduced_cg = architecture.use_reduced_cg
-    for block, neighbours in zip(model.interactions, architecture.avg_num_neighbors, strict=True):
-        if "avg_num_neighbors" not in block._buffers:
-            block.avg_num_neighbors = neighbours
-    for name, value in architecture.constants:
-        owner, _, attribute = name.rpartition(".")
-        if attribute in ("cst", "coeff") and hasattr(model.get_submodule(owner), attribute):
-            setattr(model.get_submodule(owner), attribute, value)
-    return model.eval()
-
-
-def _arguments(architecture: MaceArchitecture, modules: Any) -> dict[str, Any]:
-    from e3nn import o3
-
-    plain = architecture
-    arguments: dict[str, Any] = {
-        name: getattr(plain, name)
-        for name in (
-            "r_max",
-            "num_bessel",
-            "max_ell",
-            "pair_repulsion",
-            "distance_transform",
-            "radial_type",
-            "apply_cutoff",
-            "use_so3",
-            "use_agnostic_product",
-            "use_last_readout_only",
-            "use_edge_irreps_first",
-            "keep_last_layer_irreps",
-        )
-    }
-    exponent = plain.num_polynomial_cutoff
-    arguments |= {
-        "num_polynomial_cutoff": int(exponent) if exponent == int(exponent) else exponent,
-        "interaction_cls_first": modules.interaction_classes[plain.interactions[0]],
-        "interaction_cls": modules.interaction_classes[plain.interactions[-1]],
-        "num_interactions": len(plain.interactions),
-        "num_elements": len(plain.atomic_numbers),
-        "hidden_irreps": o3.Irreps(plain.hidden_irreps),
-        "MLP_irreps": o3.Irreps(plain.MLP_irreps),
-        "atomic_energies": torch.zeros(len(plain.heads), len(plain.atomic_numbers)).numpy(),
-        "avg_num_neighbors": plain.avg_num_neighbors[0],
-        "atomic_numbers": list(plain.atomic_numbers),
-        "correlation": list(plain.correlation),
-        "gate": _gate(plain.gate),
-        "radial_MLP": list(plain.radial_MLP),
-        "heads": list(plain.heads),
-        "use_reduced_cg": False,
-        "readout_cls": getattr(modules.blocks, plain.readout),
-        "edge_irreps": None if plain.edge_irreps is None else o3.Irreps(plain.edge_irreps),
-    }
-    if plain.kind == "ScaleShiftMACE":
-        arguments |= {"atomic_inter_scale": [1.0] * len(plain.heads), "atomic_inter_shift": [0.0] * len(plain.heads)}
-    return arguments

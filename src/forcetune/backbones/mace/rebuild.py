@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forcetune.backbones.inert import Record, read_inert
-from forcetune.backbones.mace.architecture import MaceArchitecture, architecture_of, build, read_architecture
+from forcetune.backbones.mace.architecture import MaceArchitecture, architecture_of, read_architecture
+from forcetune.backbones.mace.construction import build, construct
 from forcetune.backbones.mace.library import import_mace
 from forcetune.backbones.mace.tree import (
     ADAPTER,
@@ -129,7 +130,7 @@ def assemble(
         UnfitError: a tensor has no place, has another shape, or one is missing.
     """
     couplings = {name: tensor.detach().cpu() for name, tensor in tensors.items() if ".U_matrix_" in name}
-    model = build(architecture, couplings=couplings, dtype=dtype_of(tensors))
+    model = construct(architecture, couplings=couplings, dtype=dtype_of(tensors))
     places = node_from_module(model).all_tensors()
     for name, tensor in tensors.items():
         if name in places:

@@ -189,6 +189,15 @@ def irreps_text(value: Any) -> str:
     return str(value).replace(" ", "")
 
 
+def function_name(value: Any) -> str | None:
+    """Name of a function in either form, without its module; None for what is no function."""
+    if isinstance(value, Global):
+        return value.name
+    if isinstance(value, Record) and value.name == "getattr" and len(value.args) == 2:
+        return str(value.args[1])  # functions of C, such as torch.tanh, are stored as members of a class
+    return getattr(value, "__name__", None) if callable(value) else None
+
+
 def canonical(name: str, value: Any) -> Any:
     """A plain form of an attribute, equal for both forms of a model; ``UNKNOWN`` for what has none."""
     if type(value).__name__ == "Irreps" or (isinstance(value, Record) and value.name == "Irreps"):
@@ -197,15 +206,14 @@ def canonical(name: str, value: Any) -> Any:
         return irreps_text(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    name_of_function = function_name(value)
+    if name_of_function is not None:
+        return name_of_function
     if isinstance(value, Record):
         return UNKNOWN if value.state is not None else canonical(name, _fields(value))
     if isinstance(value, (list, tuple)):
         parts = tuple(canonical(name, part) for part in value)
         return UNKNOWN if any(part is UNKNOWN for part in parts) else parts
-    if isinstance(value, Global):
-        return value.name
-    if callable(value):
-        return getattr(value, "__name__", UNKNOWN)
     return UNKNOWN
 
 
@@ -236,7 +244,7 @@ def check_same(found: Node, built: Node, prefix: str = "") -> None:
         raise UnfitError(f"{where} differs in the parts {different}")
     for name in found.attributes.keys() & built.attributes.keys() - _NOT_COMPARED:
         left, right = canonical(name, found.attributes[name]), canonical(name, built.attributes[name])
-        private_text = name.startswith("_") and isinstance(left, str) and " " in left
+        private_text = name.startswith("_") and isinstance(left, str)  # descriptions for profilers
         if left is UNKNOWN or right is UNKNOWN or private_text:
             continue
         if not _equal(left, right):

@@ -1,0 +1,180 @@
+"""What every method must satisfy on every kind of model: identity at the start, symmetry, forces, exact removal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from forcetune.adapters.attach import adapter_of, attach, detach, disable_adapter, merge_weights
+from forcetune.adapters.methods import METHODS, Method, method
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from systems import backbone, cluster, crystal, frames_of, perturb
+
+EXACT = 1e-10
+
+MODELS: dict[str, dict[str, Any]] = {
+    "scale-shift": {},
+    "plain, two orders": {"kind": "MACE", "hidden_irreps": "6x0e+6x1o+6x2e", "correlation": 3},
+    "odd scalars": {"hidden_irreps": "5x0e+5x0o+5x1o+5x1e"},
+    "density, trainable basis": {
+        "first": "RealAgnosticDensityInteractionBlock",
+        "later": "RealAgnosticDensityResidualInteractionBlock",
+        "trainable_bessel": True,
+    },
+    "nonlinear residual": {
+        "first": "RealAgnosticResidualNonLinearInteractionBlock",
+        "later": "RealAgnosticResidualNonLinearInteractionBlock",
+    },
+    "agnostic product": {"use_agnostic_product": True},
+}
+VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS} | {
+    f"{name}, linear gain": method(name, gain="linear") for name in ("mmea", "mmea-pure")
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys(), scope="module")
+def model(request: pytest.FixtureRequest) -> MaceBackbone:
+    found = backbone(**request.param)
+    for _ in range(3):
+        # the library's TorchScript parts sum in another order until they have been optimised
+        predictions(found, cluster(), crystal())
+    return found
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def tuned(request: pytest.FixtureRequest, model: MaceBackbone) -> Iterator[MaceBackbone]:
+    """A model with a perturbed adapter."""
+    perturb(attach(model, request.param))
+    yield model
+    detach(model)
+
+
+def predictions(model: MaceBackbone, *structures: Atoms) -> Predictions:
+    return predict(model, graphs_of(model, frames_of(*structures)), stress=True)
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    scale = np.abs(expected).max()
+    assert scale > 0
+    assert np.abs(found - expected).max() <= EXACT * scale
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_fresh_adapter_changes_nothing_and_leaves_no_trace(model: MaceBackbone, variant: Method) -> None:
+    structures = (cluster(), crystal())
+    before = predictions(model, *structures)
+    weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    wanted_gradients = [parameter.requires_grad for parameter in model.model.parameters()]
+    kind = type(model.model)
+    adapter = attach(model, variant)
+    fresh = predictions(model, *structures)
+    assert type(model.model) is kind
+    same(fresh.energy, before.energy)
+    same(fresh.forces, before.forces)
+    perturb(adapter)
+    model.set_reference_energies({1: 3.0})
+    changed = predictions(model, *structures)
+    assert np.abs(changed.energy - before.energy).max() > 1e-6
+    with disable_adapter(model):
+        same(predictions(model, *structures).forces, before.forces)
+    same(predictions(model, *structures).forces, changed.forces)
+    detach(model)
+    after = predictions(model, *structures)
+    assert np.array_equal(after.energy, before.energy)
+    assert np.array_equal(after.forces, before.forces)
+    assert adapter_of(model) is None
+    assert [parameter.requires_grad for parameter in model.model.parameters()] == wanted_gradients
+    assert model.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.model.state_dict().items())
+
+
+def test_rotation_reflection_translation_permutation(tuned: MaceBackbone) -> None:
+    rng = np.random.default_rng(7)
+    for atoms in (cluster(), crystal()):
+        one = predictions(tuned, atoms)
+        for reflected in (False, True):
+            rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+            rotation *= np.sign(np.linalg.det(rotation)) * (-1 if reflected else 1)
+            order = rng.permutation(len(atoms))
+            moved = atoms[order]
+            moved.set_cell(atoms.cell.array @ rotation.T)
+            moved.positions = atoms.positions[order] @ rotation.T + rng.uniform(-5, 5, 3)
+            other = predictions(tuned, moved)
+            same(other.energy, one.energy)
+            same(other.forces, one.forces[order] @ rotation.T)
+            assert one.stress is not None
+            assert other.stress is not None
+            if atoms.pbc.all():
+                same(other.stress, rotation @ one.stress @ rotation.T)
+
+
+def test_forces_and_stress_are_derivatives_of_the_energy(tuned: MaceBackbone) -> None:
+    atoms = crystal()
+    found = predictions(tuned, atoms)
+    assert found.stress is not None
+    step = 1e-4
+
+    def slope(displaced: Any) -> float:
+        plus2, plus, minus, minus2 = (predictions(tuned, displaced(k * step)).energy[0] for k in (2, 1, -1, -2))
+        return float((8 * (plus - minus) - (plus2 - minus2)) / (12 * step))
+
+    for atom, axis in ((0, 0), (3, 1), (6, 2)):
+
+        def moved(amount: float, atom: int = atom, axis: int = axis) -> Atoms:
+            shifted = atoms.copy()
+            shifted.positions[atom, axis] += amount
+            return shifted
+
+        assert -slope(moved) == pytest.approx(found.forces[atom, axis], rel=1e-6, abs=1e-8)
+
+    def strained(amount: float) -> Atoms:
+        strain = np.eye(3)
+        strain[0, 1] = strain[1, 0] = amount / 2
+        bent = atoms.copy()
+        bent.set_cell(atoms.cell.array @ strain, scale_atoms=True)
+        return bent
+
+    assert slope(strained) / atoms.get_volume() == pytest.approx(found.stress[0, 0, 1], rel=1e-6, abs=1e-8)
+
+
+def test_batch_equals_one_by_one_and_lone_atoms_have_no_forces(tuned: MaceBackbone) -> None:
+    structures = (cluster(atoms=5), crystal(), Atoms("O"), cluster(seed=9), Atoms("CH", [[0, 0, 0], [0, 0, 30.0]]))
+    together = predictions(tuned, *structures)
+    alone = [predictions(tuned, atoms) for atoms in structures]
+    same(together.energy, np.concatenate([part.energy for part in alone]))
+    same(together.forces, np.concatenate([part.forces for part in alone]))
+    assert np.array_equal(alone[2].forces, np.zeros((1, 3)))
+
+
+def test_every_adapter_parameter_receives_a_gradient_and_the_base_none(tuned: MaceBackbone) -> None:
+    batch = graphs_of(tuned, frames_of(crystal()))[0]
+    found = tuned.predict(batch, create_graph=True)
+    (found.energy.sum() + found.forces.square().sum()).backward()
+    adapter = adapter_of(tuned)
+    assert adapter is not None
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None, name
+        parameter.grad = None
+    own = {id(parameter) for parameter in adapter.parameters()}
+    assert all(p.grad is None for p in tuned.model.parameters() if id(p) not in own)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.mergeable])
+def test_merged_weights_equal_the_adapted_model(model: MaceBackbone, name: str) -> None:
+    weights = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
+    perturb(attach(model, VARIANTS[name]))
+    adapted = predictions(model, cluster(), crystal())
+    merge_weights(model)
+    merged = predictions(model, cluster(), crystal())
+    assert adapter_of(model) is None
+    with torch.no_grad():
+        for part, parameter in model.model.named_parameters():
+            parameter.copy_(weights[part])
+    same(merged.energy, adapted.energy)
+    same(merged.forces, adapted.forces)

@@ -1,0 +1,114 @@
+"""The gate's formula, its ablation switches, and the traps of the published one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from forcetune.adapters.updates.gate import Gate, GateActivation, gain_exp
+from forcetune.backbones.protocol import Site, WeightPath
+
+
+def site(irreps_in: str, irreps_out: str) -> Site:
+    return Site(
+        "layer.weight", "layer", "weight", "layer", "linear", (WeightPath("all", 0, (1, 1)),), irreps_in, irreps_out
+    )
+
+
+def gate(irreps_in: str, irreps_out: str, **options: object) -> GateActivation:
+    torch.manual_seed(0)
+    made = Gate(**options).build(site(irreps_in, irreps_out), torch.zeros(1, dtype=torch.float64))  # pyright: ignore[reportArgumentType]
+    assert isinstance(made, GateActivation)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_()
+    return made
+
+
+def test_formula_of_the_paper() -> None:
+    made = gate("3x0e+2x1o", "2x0e+2x1o", rank=4)
+    inputs, outputs = torch.randn(5, 9, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    hidden = functional.silu(inputs[:, :3] @ made.down.weight.T + made.down.bias)
+    assert made.shift is not None
+    assert made.gain is not None
+    shift = hidden @ made.shift.weight.T + made.shift.bias
+    gain = torch.exp(hidden @ made.gain.weight.T + made.gain.bias)
+    found = made(inputs, outputs)
+    torch.testing.assert_close(found[:, :2], outputs[:, :2] + shift, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[:, 2:5], outputs[:, 2:5] * gain[:, :1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found[:, 5:8], outputs[:, 5:8] * gain[:, 1:], rtol=1e-12, atol=0)
+
+
+def test_odd_scalars_get_a_gain_and_no_shift_and_drive_nothing() -> None:
+    made = gate("2x0o+3x0e", "2x0o+1x0e", rank=4)
+    inputs = torch.randn(4, 5, dtype=torch.float64)
+    outputs = torch.zeros(4, 3, dtype=torch.float64)
+    found = made(inputs, outputs)
+    assert torch.equal(found[:, :2], torch.zeros(4, 2, dtype=torch.float64))
+    mirrored = torch.cat([-inputs[:, :2], inputs[:, 2:]], dim=1)
+    assert torch.equal(made(mirrored, outputs), found)
+
+
+def test_several_scalar_blocks_each_get_their_own_slice() -> None:
+    apart = gate("1x0e+1x1o+2x0e", "2x0e+1x1o+1x0e", rank=3)
+    inputs, outputs = torch.randn(2, 6, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
+    found = apart(inputs, outputs)
+    hidden = functional.silu(inputs[:, [0, 4, 5]] @ apart.down.weight.T + apart.down.bias)
+    assert apart.shift is not None
+    expected = hidden @ apart.shift.weight.T + apart.shift.bias
+    torch.testing.assert_close(found[:, [0, 1, 5]], expected, rtol=1e-12, atol=0)
+    assert len({round(float(value), 12) for value in found[0, [0, 1, 5]]}) == 3
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 4), (0,)])
+def test_any_batch_shape(batch: tuple[int, ...]) -> None:
+    made = gate("3x0e+2x1o", "2x0e+2x1o")
+    inputs, outputs = torch.randn(*batch, 9, dtype=torch.float64), torch.randn(*batch, 8, dtype=torch.float64)
+    found = made(inputs, outputs)
+    assert found.shape == outputs.shape
+    flat = made(inputs.reshape(-1, 9), outputs.reshape(-1, 8))
+    torch.testing.assert_close(found.reshape(-1, 8), flat, rtol=1e-12, atol=1e-14)
+
+
+@given(st.floats(-1e4, 1e4))
+@settings(max_examples=60, deadline=None)
+def test_gain_cannot_overflow_and_is_smooth(x: float) -> None:
+    for dtype in (torch.float32, torch.float64):
+        value = torch.tensor(x, dtype=dtype, requires_grad=True)
+        gain = gain_exp(value)
+        (slope,) = torch.autograd.grad(gain, value)
+        assert bool(torch.isfinite(gain))
+        assert bool(torch.isfinite(slope))
+        assert float(gain) >= 0
+        if x <= 10:
+            assert float(gain) == pytest.approx(float(torch.exp(value)), rel=1e-6)
+
+
+def test_switches_take_out_their_part() -> None:
+    inputs, outputs = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 8, dtype=torch.float64)
+    without_shift = gate("3x0e+2x1o", "2x0e+2x1o", shift=False)
+    assert torch.equal(without_shift(inputs, outputs)[:, :2], outputs[:, :2])
+    without_gain = gate("3x0e+2x1o", "2x0e+2x1o", modulation=False)
+    assert torch.equal(without_gain(inputs, outputs)[:, 2:], outputs[:, 2:])
+    shared = gate("3x0e+2x1o", "2x0e+2x1o", shared_gain=True)(inputs, outputs)[:, 2:] / outputs[:, 2:]
+    torch.testing.assert_close(shared, shared[:, :1].expand(-1, 6), rtol=1e-12, atol=0)
+    linear = gate("3x0e+2x1o", "2x0e+2x1o", gain="linear", activation=False)
+    assert linear.gain is not None
+    raw = (inputs[:, :3] @ linear.down.weight.T + linear.down.bias) @ linear.gain.weight.T + linear.gain.bias
+    torch.testing.assert_close(linear(inputs, outputs)[:, 2:5], outputs[:, 2:5] * (1 + raw[:, :1]), rtol=1e-12, atol=0)
+    apart = gate("3x0e+2x1o", "2x0e+2x1o", rank=4, shared_bottleneck=False)
+    assert sum(p.numel() for p in apart.parameters()) == 2 * (3 * 4 + 4) + (4 * 2 + 2) + (4 * 2 + 2)
+    random_start = Gate(shift_init=0.001).build(site("3x0e", "2x0e"), torch.zeros(1))
+    assert random_start.shift is not None
+    assert 0 < float(random_start.shift.weight.detach().std()) < 0.01
+
+
+def test_layers_that_a_gate_leaves_alone_say_why() -> None:
+    assert Gate().reason_against(site("2x0o+1x1o", "1x0e")) == "its input has no even scalars to drive a gate"
+    assert "no channels" in (Gate(shift=False).reason_against(site("2x0e", "2x0e")) or "")
+    assert Gate().reason_against(site("2x0e", "2x1o")) is None
+    with pytest.raises(ValueError, match="does nothing"):
+        Gate(shift=False, modulation=False)

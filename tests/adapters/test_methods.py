@@ -1,0 +1,86 @@
+"""Method tables: options, targets, and the way through JSON."""
+
+from __future__ import annotations
+
+import pytest
+
+from forcetune.adapters.attach import attach, detach
+from forcetune.adapters.methods import METHODS, Method, method
+from forcetune.adapters.updates import Dense, LowRank
+from forcetune.backbones.protocol import WeightPath
+from forcetune.errors import InputError
+from systems import backbone
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbone()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_json_and_back(name: str) -> None:
+    made = method(name)
+    assert Method.from_json(made.to_json()) == made
+
+
+def test_options_reach_the_updates_and_useless_ones_are_refused() -> None:
+    assert method("elora", rank=4).table["linear"] == (LowRank(4, 4.0, False),)
+    assert method("elora", rank=4, alpha=1.0).table["linear"] == (LowRank(4, 1.0, False),)
+    assert method("mmea", rank=4).table["tensor_product"] == (LowRank(16, 16.0, False),)
+    with pytest.raises(InputError, match=r"no use for 'rank'; it has no options"):
+        method("full", rank=3)
+    with pytest.raises(InputError, match=r"no use for 'gain'; its options are rank, alpha, cap_rank"):
+        method("elora", gain="exp")
+    with pytest.raises(InputError, match="there is no method 'lora'"):
+        method("lora")
+    with pytest.raises(InputError, match="does nothing"):
+        method("mmea", shift=False, modulation=False)
+
+
+def test_rank_is_capped_at_what_a_path_can_use() -> None:
+    assert LowRank(16, 16.0, True).rank_for(WeightPath("a", 0, (128, 1))) == 1
+    assert LowRank(16, 16.0, True).rank_for(WeightPath("a", 0, (3, 23, 128))) == 16
+    assert LowRank(16, 16.0, False).rank_for(WeightPath("a", 0, (128, 1))) == 16
+
+
+def test_targets_by_expression_and_by_ending(model) -> None:
+    by_expression = attach(model, method("full", target=r"products\..*linear\.weight"))
+    assert {site.split("|")[0] for site in by_expression.parts} == {
+        "products/0/linear/weight",
+        "products/1/linear/weight",
+    }
+    detach(model)
+    by_ending = attach(model, method("full", target=["skip_tp.weight"]))
+    assert len(by_ending.parts) == 2
+    detach(model)
+    for target in (r"nothing", ["skip_tp"]):
+        with pytest.raises(InputError, match="matches none of the model's"):
+            attach(model, method("full", target=target))
+    with pytest.raises(InputError, match="not a regular expression"):
+        method("full", target="(")
+    with pytest.raises(InputError, match="no site kind"):
+        Method("odd", {"linears": (Dense(),)}, "")
+
+
+def test_seed_decides_the_start_and_leaves_the_global_generator_alone(model) -> None:
+    import torch
+
+    state = torch.random.get_rng_state()
+    first = attach(model, method("elora"), seed=3).state_dict()
+    detach(model)
+    again = attach(model, method("elora"), seed=3).state_dict()
+    detach(model)
+    other = attach(model, method("elora"), seed=4).state_dict()
+    detach(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_two_adapters_are_refused(model) -> None:
+    attach(model, method("readout"))
+    with pytest.raises(InputError, match="detach it first"):
+        attach(model, method("readout"))
+    detach(model)
+    with pytest.raises(InputError, match="carries no adapter"):
+        detach(model)

@@ -1,0 +1,80 @@
+"""Frames to predict for, and models to predict with, shared by tests of several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.io import write
+
+from forcetune.adapters.attach import Adapter
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.mace.rebuild import save_mace
+from forcetune.deployment.calculator import frame_of
+from forcetune.frames.frame import Frame
+from models import make_mace
+
+
+def backbone(**options: object) -> MaceBackbone:
+    """A small MACE with random weights."""
+    return MaceBackbone.from_module(make_mace(**options))  # pyright: ignore[reportArgumentType]
+
+
+def perturb(adapter: Adapter, scale: float = 0.1, seed: int = 5) -> None:
+    """Random values on top of every adapter parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((scale * noise).to(parameter.dtype))
+
+
+def cluster(elements: Sequence[int] = (1, 6, 7, 8), atoms: int = 9, seed: int = 3) -> Atoms:
+    """Atoms at random places without a cell, none too near to another."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*3 * [np.arange(3)]), axis=-1).reshape(-1, 3)[:atoms] * 1.7
+    numbers = [elements[i % len(elements)] for i in range(atoms)]
+    return Atoms(numbers, grid + rng.uniform(-0.3, 0.3, (atoms, 3)))
+
+
+def crystal(elements: Sequence[int] = (1, 6, 7, 8), seed: int = 4) -> Atoms:
+    """A skewed periodic cell smaller than twice the cutoff."""
+    atoms = cluster(elements, 8, seed)
+    atoms.set_cell(np.diag([4.9, 5.2, 5.5]) + 0.4 * np.tri(3, k=-1))
+    atoms.pbc = True
+    return atoms
+
+
+def frames_of(*structures: Atoms) -> list[Frame]:
+    return [frame_of(atoms) for atoms in structures]
+
+
+def labelled(count: int = 12, seed: int = 0) -> list[Atoms]:
+    """Shaken methanol molecules labelled by springs to the start: energies in ``REF_energy``, forces in ``REF_forces``."""
+    rng = np.random.default_rng(seed)
+    start = molecule("CH3OH")
+    found = []
+    for _ in range(count):
+        atoms = start.copy()
+        shift = 0.06 * rng.standard_normal(start.positions.shape)
+        atoms.positions += shift
+        atoms.info["REF_energy"] = -3000.0 + 5.0 * float((shift**2).sum())
+        atoms.arrays["REF_forces"] = -10.0 * shift
+        found.append(atoms)
+    return found
+
+
+def write_labelled(path: Path, count: int = 12, seed: int = 0) -> Path:
+    """The same as an extended-XYZ file."""
+    write(path, labelled(count, seed), format="extxyz")
+    return path
+
+
+def write_model(path: Path, **options: object) -> Path:
+    """A small MACE with random weights as a ``.model`` file."""
+    save_mace(make_mace(**options), path)  # pyright: ignore[reportArgumentType]
+    return path
