@@ -54,7 +54,7 @@ def frames_of(*structures: Atoms) -> list[Frame]:
 
 
 def labelled(count: int = 12, seed: int = 0) -> list[Atoms]:
-    """Shaken methanol molecules labelled by springs to the start: energies in ``REF_energy``, forces in ``REF_forces``."""
+    """Shaken methanol molecules with spring energies in ``REF_energy`` and forces in ``REF_forces``."""
     rng = np.random.default_rng(seed)
     start = molecule("CH3OH")
     found = []

@@ -84,7 +84,6 @@ class GateActivation(ActivationUpdate):
         return self._changed(outputs, shifts, gains)
 
     def _changed(self, outputs: Tensor, shifts: Tensor | None, gains: Tensor | None) -> Tensor:
-        batch = outputs.shape[:-1]
         n_shift = n_gain = 0
         changed = []
         for block, count in zip(self.blocks_out, self.gains_of, strict=True):
@@ -94,7 +93,7 @@ class GateActivation(ActivationUpdate):
                 n_shift += block.multiplicity
             elif count and gains is not None:
                 factor = gains[..., n_gain : n_gain + count].unsqueeze(-1)
-                part = (part.reshape(*batch, block.multiplicity, block.dim) * factor).reshape(*batch, -1)
+                part = (part.unflatten(-1, (block.multiplicity, block.dim)) * factor).flatten(-2)
                 n_gain += count
             changed.append(part)
         return changed[0] if len(changed) == 1 else torch.cat(changed, dim=-1)
