@@ -19,11 +19,12 @@ from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter, attach, detach
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
+from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import ForcetuneWarning, InputError
-from forcetune.evaluation.metrics import Errors, Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Errors, Predictions, check_finite, graphs_of, predict
 from forcetune.frames.dataset import Dataset, Split, read_dataset
 from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
 from forcetune.graphs.graph import Batch
@@ -154,6 +155,8 @@ class _Fit:
         graphs = {name: graphs_of(backbone, part.frames) for name, part in dataset.splits.items()}
         check_labels(self.config.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
+        for name, part in dataset.splits.items():
+            check_finite(raw[name], part.frames)
         own_references = backbone.reference_energies
         table = self.config.references.table
         references = reference_energies(
@@ -264,7 +267,7 @@ class _Fit:
             "method": {
                 "name": self.method.name,
                 "description": self.method.description,
-                "rank": self.config.method.rank,
+                "rank": _rank(self.method),
                 "mergeable": self.method.mergeable,
             },
             "parameters": dict(parameters),
@@ -306,6 +309,12 @@ def method_of(config: RunConfig) -> Method:
         InputError: unknown method, or an option it has no use for.
     """
     return method(config.method.name, target=config.method.target, **config.method.options())
+
+
+def _rank(method: Method) -> int | None:
+    """The rank a method is known by: of its first update that has one."""
+    updates = (update for entries in method.table.values() for update in entries)
+    return next((update.rank for update in updates if isinstance(update, Gate | LowRank)), None)
 
 
 def _shifted(found: Predictions, part: Split, shift: Mapping[int, float]) -> Predictions:

@@ -78,23 +78,22 @@ class Predictions:
 
     def errors(self) -> Errors:
         """Mean absolute and root mean square errors against the labels there are."""
-        energy = self.energy - self.energy_label
-        stress = (
-            np.full(1, np.nan) if self.stress is None or self.stress_label is None else self.stress - self.stress_label
-        )
-        mae_e, rmse_e = _mean_errors(energy)
-        mae_atom, rmse_atom = _mean_errors(energy / self.atoms)
-        mae_f, rmse_f = _mean_errors(self.forces - self.forces_label)
-        mae_s, rmse_s = _mean_errors(stress)
+        mae_e, rmse_e = _mean_errors(self.energy, self.energy_label)
+        mae_atom, rmse_atom = _mean_errors(self.energy / self.atoms, self.energy_label / self.atoms)
+        mae_f, rmse_f = _mean_errors(self.forces, self.forces_label)
+        mae_s = rmse_s = None
+        if self.stress is not None and self.stress_label is not None:
+            mae_s, rmse_s = _mean_errors(self.stress, self.stress_label)
         return Errors(len(self.atoms), mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s)
 
 
-def _mean_errors(difference: FloatArray) -> tuple[float | None, float | None]:
-    """MAE and RMSE in thousandths (meV) over the entries that are not NaN."""
-    known = difference[~np.isnan(difference)]
-    if not known.size:
+def _mean_errors(predicted: FloatArray, label: FloatArray) -> tuple[float | None, float | None]:
+    """MAE and RMSE in thousandths (meV) over the entries that have a label."""
+    known = ~np.isnan(label)
+    if not known.any():
         return None, None
-    return 1e3 * float(np.abs(known).mean()), 1e3 * float(np.sqrt((known**2).mean()))
+    difference = predicted[known] - label[known]
+    return 1e3 * float(np.abs(difference).mean()), 1e3 * float(np.sqrt((difference**2).mean()))
 
 
 def check_elements(backbone: Backbone, frames: Sequence[Frame]) -> None:
@@ -166,6 +165,27 @@ def gather(pairs: Sequence[tuple[Batch, Prediction]]) -> tuple[Batch, Prediction
     return collate([batch.to(device="cpu") for batch, _ in pairs]), found
 
 
+def check_finite(predictions: Predictions, frames: Sequence[Frame]) -> None:
+    """
+    Raises:
+        InputError: the model gives no number for a frame, as for atoms on top of each other; names file and frame.
+    """
+    index = np.repeat(np.arange(len(frames)), predictions.atoms)
+    bad = ~np.isfinite(predictions.energy)
+    bad[index[~np.isfinite(predictions.forces).all(axis=1)]] = True
+    if bad.any():
+        frame = frames[int(np.argmax(bad))]
+        raise InputError(
+            f"{frame.origin}: the model's energy or forces are not finite; look for atoms on top of each other."
+        )
+
+
 def evaluate_frames(backbone: Backbone, frames: Sequence[Frame]) -> Predictions:
-    """Predict for frames; see :func:`graphs_of` for errors raised."""
-    return predict(backbone, graphs_of(backbone, frames))
+    """Predict for frames.
+
+    Raises:
+        InputError: as :func:`graphs_of` and :func:`check_finite`.
+    """
+    predictions = predict(backbone, graphs_of(backbone, frames))
+    check_finite(predictions, frames)
+    return predictions

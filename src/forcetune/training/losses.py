@@ -25,22 +25,20 @@ def loss_of(config: LossConfig, prediction: Prediction, batch: Batch) -> Tensor:
     Returns:
         A scalar in float64.
     """
-    energy = prediction.energy - batch.energy
-    if config.energy_per_atom:
-        energy = energy / batch.atoms_per_graph
-    total = config.energy * _mean(config, energy)
+    atoms = batch.atoms_per_graph if config.energy_per_atom else 1
+    total = config.energy * _mean(config, prediction.energy / atoms, batch.energy / atoms)
     if config.forces:
-        total = total + config.forces * _mean(config, prediction.forces - batch.forces)
+        total = total + config.forces * _mean(config, prediction.forces, batch.forces)
     if config.stress:
         assert prediction.stress is not None
-        total = total + config.stress * _mean(config, prediction.stress - batch.stress)
+        total = total + config.stress * _mean(config, prediction.stress, batch.stress)
     return total
 
 
-def _mean(config: LossConfig, error: Tensor) -> Tensor:
-    """The mean over entries that are not NaN; zero when there are none."""
-    missing = torch.isnan(error.detach())
-    values = torch.where(missing, 0.0, error).double()
+def _mean(config: LossConfig, predicted: Tensor, label: Tensor) -> Tensor:
+    """The mean over entries that have a label; zero when none has."""
+    missing = torch.isnan(label)
+    values = torch.where(missing, 0.0, predicted - label).double()
     if config.form == "mse":
         values = values.square()
     elif config.form == "mae":

@@ -1,0 +1,242 @@
+"""Evaluation of equivariant polynomials for atoms grouped by species, with first and second derivatives by hand.
+
+For species s, channel c and atoms n of that species, out[k, c, n] = Σ_r m_r(x) T[k, r] with T = A[s, c] m_columns(x):
+one batched matrix product over (s, c) and a short sum. See :mod:`forcetune.kernels.polynomial` for m and A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from forcetune.kernels.polynomial import BilinearForm
+
+
+def fold(form: BilinearForm, weights: Sequence[Tensor], output: int) -> Tensor:
+    """Coefficients A of one output: the coupling tensors contracted with the weights.
+
+    Args:
+        form: of the polynomials.
+        weights: for each order from the first, (species, couplings, channels).
+        output: which of the form's outputs.
+
+    Returns:
+        (species, channels, dim · rows, columns).
+    """
+    weight = torch.cat(tuple(weights), dim=1) if len(weights) > 1 else weights[0]
+    species, couplings, channels = weight.shape
+    basis = form.outputs[output].basis.to(dtype=weight.dtype, device=weight.device)
+    flat = weight.transpose(1, 2).reshape(species * channels, couplings) @ basis
+    return flat.view(species, channels, -1, form.n_columns)
+
+
+def polynomial(form: BilinearForm, x: Tensor, coefficients: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """out[k, c, n] for every output of the form, one after another.
+
+    Args:
+        form: of the polynomials.
+        x: (components, channels, atoms), components in the form's order, atoms grouped by species.
+        coefficients: of each output, as :func:`fold` returns them, for the species in the order of the groups.
+        counts: atoms of each species; sums to the number of atoms.
+
+    Returns:
+        (Σ dims, channels, atoms). Differentiable twice.
+    """
+    result: Tensor = _Polynomial.apply(form, tuple(counts), x, *coefficients)  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _Polynomial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, form: BilinearForm, counts: tuple[int, ...], x: Tensor, *coefficients: Tensor) -> Tensor:
+        monomials = _monomials(form, x)
+        products = [_product(a, monomials[form.columns :], counts) for a in coefficients]
+        ctx.form, ctx.counts = form, counts
+        ctx.intermediates = (monomials, products)
+        ctx.save_for_backward(x, *coefficients)
+        return _combined(form, monomials, products)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *coefficients = ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[2:])
+        found = _PolynomialBackward.apply(
+            ctx.form, ctx.counts, ctx.intermediates, needs, grads[0].contiguous(), x, *coefficients
+        )
+        return (None, None, *found)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class _PolynomialBackward(torch.autograd.Function):
+    """Gradients of Σ g out with respect to x and the coefficients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        form: BilinearForm,
+        counts: tuple[int, ...],
+        intermediates: tuple[Tensor, list[Tensor]],
+        needs: tuple[bool, ...],
+        g: Tensor,
+        x: Tensor,
+        *coefficients: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        monomials, products = intermediates
+        pulled, seeds = _transposed(form, g, monomials, products, coefficients, counts)
+        ctx.form, ctx.counts, ctx.needs = form, counts, needs
+        ctx.intermediates = (monomials, products, pulled, seeds)
+        ctx.save_for_backward(g, x, *coefficients)
+        ctx.set_materialize_grads(False)
+        of_x = _pull(form, x, pulled) if needs[0] else None
+        columns = monomials[form.columns :]
+        return (
+            of_x,
+            *(_outer(seed, columns, counts) if need else None for seed, need in zip(seeds, needs[1:], strict=True)),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, *coefficients = ctx.saved_tensors
+        form, counts = ctx.form, ctx.counts
+        monomials, products, pulled, seeds = ctx.intermediates
+        h, *of_coefficients = tangents
+        if any(tangent is not None for tangent in of_coefficients):
+            raise NotImplementedError("gradients of gradients with respect to contraction weights are not provided")
+        if h is None:
+            return (None,) * (6 + len(coefficients))
+        h = h.contiguous()
+        moved = _tangent(form, x, h)
+        moved_products = [_product(a, moved[form.columns :], counts) for a in coefficients]
+        of_g = None
+        if ctx.needs_input_grad[4]:
+            of_g = _combined(form, moved, products) + _combined(form, monomials, moved_products)
+        moved_pulled, moved_seeds = _transposed(form, g, moved, moved_products, coefficients, counts)
+        of_x = _pull(form, x, moved_pulled) + _pull_products(form, h, pulled) if ctx.needs_input_grad[5] else None
+        result: list[Tensor | None] = []
+        for seed, moved_seed, need in zip(seeds, moved_seeds, ctx.needs_input_grad[6:], strict=True):
+            both = (monomials[form.columns :], moved[form.columns :])
+            result.append(_outer(moved_seed, both[0], counts) + _outer(seed, both[1], counts) if need else None)
+        return (None, None, None, None, of_g, of_x, *result)
+
+
+def _monomials(form: BilinearForm, x: Tensor) -> Tensor:
+    """m(x), (monomials, channels, atoms)."""
+    m = x.new_empty((form.size, *x.shape[1:]))
+    m[form.one] = 1
+    _place_linear(form, x, m)
+    for run in form.runs:
+        torch.mul(x[run.first], x[run.start : run.stop], out=m[run.offset : run.offset + run.stop - run.start])
+    return m
+
+
+def _place_linear(form: BilinearForm, x: Tensor, m: Tensor) -> None:
+    for start, stop, place in _linear_slices(form):
+        m[place : place + stop - start] = x[start:stop]
+
+
+def _linear_slices(form: BilinearForm) -> list[tuple[int, int, int]]:
+    """Slices of components whose places among the monomials follow one another: start, stop, place."""
+    slices: list[tuple[int, int, int]] = []
+    for component, place in enumerate(form.linear):
+        if place < 0:
+            continue
+        if slices and slices[-1][1] == component and slices[-1][2] + component - slices[-1][0] == place:
+            slices[-1] = (slices[-1][0], component + 1, slices[-1][2])
+        else:
+            slices.append((component, component + 1, place))
+    return slices
+
+
+def _tangent(form: BilinearForm, x: Tensor, h: Tensor) -> Tensor:
+    """The derivative of m(x) along h."""
+    m = x.new_empty((form.size, *x.shape[1:]))
+    m[form.one] = 0
+    _place_linear(form, h, m)
+    for run in form.runs:
+        target = m[run.offset : run.offset + run.stop - run.start]
+        torch.mul(x[run.first], h[run.start : run.stop], out=target)
+        target.addcmul_(h[run.first], x[run.start : run.stop])
+    return m
+
+
+def _pull(form: BilinearForm, x: Tensor, pulled: Tensor) -> Tensor:
+    """Gradient with respect to x of Σ pulled m(x)."""
+    result = _pull_products(form, x, pulled)
+    for start, stop, place in _linear_slices(form):
+        result[start:stop] += pulled[place : place + stop - start]
+    return result
+
+
+def _pull_products(form: BilinearForm, x: Tensor, pulled: Tensor) -> Tensor:
+    """The same without the monomials of the first order."""
+    result = torch.zeros_like(x)
+    for run in form.runs:
+        part = pulled[run.offset : run.offset + run.stop - run.start]
+        result[run.start : run.stop].addcmul_(part, x[run.first])
+        result[run.first] += (part * x[run.start : run.stop]).sum(0)
+    return result
+
+
+def _product(a: Tensor, columns: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """T = A m for each species and channel: (channels, dim · rows, atoms)."""
+    batched = columns.transpose(0, 1)
+    start, parts = 0, []
+    for species, count in enumerate(counts):
+        parts.append(torch.bmm(a[species], batched[:, :, start : start + count]))
+        start += count
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _combined(form: BilinearForm, monomials: Tensor, products: Sequence[Tensor]) -> Tensor:
+    """Σ_r m_r T[k, r] of every output: (Σ dims, channels, atoms)."""
+    parts = []
+    for output, product in zip(form.outputs, products, strict=True):
+        channels, _, atoms = product.shape
+        rows = monomials[list(output.rows)].transpose(0, 1)
+        split = product.view(channels, output.dim, len(output.rows), atoms)
+        parts.append((split * rows.unsqueeze(1)).sum(2).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _transposed(
+    form: BilinearForm,
+    g: Tensor,
+    monomials: Tensor,
+    products: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    counts: tuple[int, ...],
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of Σ g out with respect to the monomials and to the products T."""
+    pulled = monomials.new_zeros(monomials.shape)
+    seeds = []
+    start = 0
+    for output, product, a in zip(form.outputs, products, coefficients, strict=True):
+        channels, _, atoms = product.shape
+        rows = list(output.rows)
+        of_output = g[start : start + output.dim].transpose(0, 1).unsqueeze(2)
+        start += output.dim
+        seed = (of_output * monomials[rows].transpose(0, 1).unsqueeze(1)).view(product.shape)
+        seeds.append(seed)
+        split = product.view(channels, output.dim, len(rows), atoms)
+        pulled[rows] += (of_output * split).sum(1).transpose(0, 1)
+        first, batched = 0, pulled[form.columns :].transpose(0, 1)
+        for species, count in enumerate(counts):
+            part = slice(first, first + count)
+            batched[:, :, part] += torch.bmm(a[species].transpose(1, 2), seed[:, :, part])
+            first += count
+    return pulled, seeds
+
+
+def _outer(seed: Tensor, columns: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Gradient of the coefficients of each species: (species, channels, dim · rows, columns)."""
+    batched = columns.permute(1, 2, 0)
+    start, parts = 0, []
+    for count in counts:
+        part = slice(start, start + count)
+        parts.append(torch.bmm(seed[:, :, part], batched[:, part]))
+        start += count
+    return torch.stack(parts)

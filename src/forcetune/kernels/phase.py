@@ -1,0 +1,38 @@
+"""Which derivatives are wanted at the moment: those for the forces, or those of a loss by the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Phase:
+    """Shared by the kernels of one forward pass, read when they are differentiated.
+
+    An autograd function is told which of its inputs can have gradients, not which gradients somebody waits for.
+    While forces are computed nobody waits for those by the weights, and when a loss is differentiated by the weights
+    nobody waits for those by the geometry.
+
+    Attributes:
+        geometry: gradients by distances, directions and all that depends on them are wanted.
+        weights: gradients by weights, and by features that do not depend on the geometry, are wanted.
+    """
+
+    __slots__ = ("geometry", "weights")
+
+    def __init__(self) -> None:
+        self.geometry = True
+        self.weights = True
+
+    @contextmanager
+    def forces(self) -> Iterator[None]:
+        """While forces are computed."""
+        before, self.weights = self.weights, False
+        try:
+            yield
+        finally:
+            self.weights = before
+
+    def forces_are_done(self) -> None:
+        """From now on only gradients by the weights are wanted."""
+        self.geometry = False

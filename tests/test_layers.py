@@ -1,0 +1,57 @@
+"""A module may import only what stands to the left of it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import forcetune
+
+PACKAGE = Path(forcetune.__file__).parent
+FOUNDATION = ("_version", "errors", "files", "irreps", "config")
+ORDER = (
+    *("frames", "graphs", "backbones", "kernels", "adapters"),
+    *("evaluation", "training", "reports", "deployment", "records", "run", "api", "cli"),
+)
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if name == "__init__":
+            continue
+        assert name in FOUNDATION + ORDER, f"{path}: give the layer a place in the order"
+        allowed = set(FOUNDATION) | set(ORDER[: ORDER.index(name) + 1] if name in ORDER else ())
+        for imported in imports(path):
+            if imported.startswith("forcetune."):
+                assert layer_of(imported) in allowed, f"{path} imports {imported}"
+
+
+def test_model_libraries_are_known_to_their_own_folder_only() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        libraries = {name.split(".")[0] for name in imports(path)} & {"mace", "e3nn", "nequip", "sevenn"}
+        home = path.relative_to(PACKAGE).as_posix()
+        if libraries:
+            assert home.startswith("backbones/mace/") or home == "kernels/mace.py", f"{home} imports {libraries}"
+
+
+def test_public_names_are_there() -> None:
+    for name in forcetune.__all__:
+        assert getattr(forcetune, name) is not None
+    assert not isinstance(forcetune.fit, type(ast))

@@ -1,0 +1,90 @@
+"""Learning rates, weight decay and moving averages."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from forcetune.adapters.attach import attach, detach
+from forcetune.adapters.methods import method
+from forcetune.config import ScheduleConfig, TrainingConfig
+from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
+from systems import backbone
+
+
+def test_warm_up_is_linear_and_then_constant() -> None:
+    rate = LearningRate(ScheduleConfig(name="constant", warmup_epochs=2), 1e-2, 10)
+    assert [rate.at(done) for done in (0.5, 1.0, 2.0, 7.3)] == pytest.approx([2.5e-3, 5e-3, 1e-2, 1e-2])
+
+
+def test_cosine_ends_at_the_minimum() -> None:
+    rate = LearningRate(ScheduleConfig(name="cosine", warmup_epochs=1, minimum=1e-5), 1e-2, 11)
+    assert rate.at(1.0) == pytest.approx(1e-2)
+    assert rate.at(6.0) == pytest.approx((1e-2 + 1e-5) / 2)
+    assert rate.at(11.0) == pytest.approx(1e-5)
+
+
+def test_plateau_agrees_with_pytorch() -> None:
+    losses = [3.0, 2.0, 2.0, 2.5, 1.9999, 2.1, 2.2, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+    ours = LearningRate(ScheduleConfig(patience=2, factor=0.8, minimum=1e-4), 1e-2, 100)
+    reference = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, factor=0.8, patience=2, min_lr=1e-4)
+    for loss in losses:
+        ours.observe(loss)
+        theirs.step(loss)
+        assert ours.at(1.0) == pytest.approx(reference.param_groups[0]["lr"])
+    assert ours.at(1.0) < 1e-2
+
+
+def test_second_stage_starts_anew_and_state_survives() -> None:
+    rate = LearningRate(ScheduleConfig(patience=0, factor=0.5), 1e-2, 10)
+    for loss in (1.0, 2.0, 3.0):
+        rate.observe(loss)
+    copied = LearningRate(ScheduleConfig(patience=0, factor=0.5), 1e-2, 10)
+    copied.load_state_dict(rate.state_dict())
+    assert copied.at(3.0) == rate.at(3.0) == pytest.approx(2.5e-3)
+    rate.restart(1e-3)
+    assert rate.at(3.0) == pytest.approx(1e-3)
+    assert rate.lowest == math.inf
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("schedulefree", "AdamWScheduleFree")]
+)
+def test_weight_decay_acts_on_linear_and_contraction_sites_only(name: str, kind: str) -> None:
+    model = backbone()
+    adapter = attach(model, method("full"))
+    config = TrainingConfig.model_validate({"optimizer": name, "weight_decay": 0.25, "ema": None})
+    optimizer = make_optimizer(adapter, config, 1e-3, 10)
+    assert type(optimizer).__name__ == kind
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {"linear": 0.25, "contraction": 0.25, "contraction_lower": 0.25}
+    for site_kind, parameter in adapter.parameter_kinds():
+        assert decay[id(parameter)] == expected.get(site_kind, 0.0)
+    assert len(decay) == len(list(adapter.parameters()))
+    assert name != "adam" or all(group["amsgrad"] for group in optimizer.param_groups)
+    detach(model)
+
+
+def test_moving_average_follows_its_formula_and_gives_the_weights_back() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    average = MovingAverage([parameter], 0.9)
+    expected = parameter.detach().clone()
+    for step in range(30):
+        with torch.no_grad():
+            parameter.add_(1.0)
+        average.update()
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * parameter.detach()
+    last = parameter.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
+    assert torch.equal(parameter.detach(), last)
+    restored = MovingAverage([parameter], 0.9)
+    restored.load_state_dict(average.state_dict())
+    assert restored.updates == 30
+    with restored.applied():
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
