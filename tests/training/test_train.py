@@ -148,3 +148,33 @@ def test_tensorboard_logs(model: MaceBackbone, tmp_path: Path) -> None:
     events.Reload()
     assert len(events.Scalars("valid_loss")) == 3
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
+
+
+def test_interrupt_keeps_what_was_best(model: MaceBackbone, tmp_path: Path) -> None:
+    graphs = graphs_of(model, frames_from_atoms(labelled(12)).frames)
+    attach(model, method("mmea"))
+    saved: list[Errors] = []
+
+    def interrupt_second(errors: Errors) -> None:
+        saved.append(errors)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    config = TrainingConfig(epochs=50, batch_size=4)
+    outcome = train(model, config, 5e-3, graphs[:8], graphs[8:], tmp_path, interrupt_second)
+    detach(model)
+    assert outcome.status == "interrupted"
+    assert 2 <= outcome.best_epoch < 50
+    assert len(rows(tmp_path)) >= 1
+
+
+def test_interrupt_before_anything_was_kept_goes_through(model: MaceBackbone, tmp_path: Path) -> None:
+    graphs = graphs_of(model, frames_from_atoms(labelled(12)).frames)
+    attach(model, method("mmea"))
+
+    def interrupt(errors: Errors) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(model, TrainingConfig(epochs=2), 5e-3, graphs[:8], graphs[8:], tmp_path, interrupt)
+    detach(model)

@@ -168,8 +168,8 @@ class FineTuning(lightning.LightningModule):
         self.schedule.observe(self.valid_loss)
         self.waited += 1
         if self.valid_loss < self.best_loss:
-            self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
             self.save_best(self.valid_errors)
+            self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
         if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
             self.trainer.should_stop = True
 
