@@ -7,12 +7,14 @@ one batched matrix product over (s, c) and a short sum. See :mod:`forcetune.kern
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from forcetune.kernels.phase import Phase
 from forcetune.kernels.polynomial import BilinearForm
 
 
@@ -34,7 +36,15 @@ def fold(form: BilinearForm, weights: Sequence[Tensor], output: int) -> Tensor:
     return flat.view(species, channels, -1, form.n_columns)
 
 
-def polynomial(form: BilinearForm, x: Tensor, coefficients: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+def polynomial(
+    form: BilinearForm,
+    x: Tensor,
+    coefficients: Sequence[Tensor],
+    counts: Sequence[int],
+    *,
+    phase: Phase | None = None,
+    trains: bool = True,
+) -> Tensor:
     """out[k, c, n] for every output of the form, one after another.
 
     Args:
@@ -42,20 +52,39 @@ def polynomial(form: BilinearForm, x: Tensor, coefficients: Sequence[Tensor], co
         x: (components, channels, atoms), components in the form's order, atoms grouped by species.
         coefficients: of each output, as :func:`fold` returns them, for the species in the order of the groups.
         counts: atoms of each species; sums to the number of atoms.
+        phase: which derivatives are wanted.
+        trains: whether x depends on trainable weights.
 
     Returns:
         (Σ dims, channels, atoms). Differentiable twice.
     """
-    result: Tensor = _Polynomial.apply(form, tuple(counts), x, *coefficients)  # pyright: ignore[reportAssignmentType]
+    result: Tensor = _Polynomial.apply(
+        _Setting(form, tuple(counts), phase or Phase(), trains), x, *coefficients
+    )  # pyright: ignore[reportAssignmentType]
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    form: BilinearForm
+    counts: tuple[int, ...]
+    phase: Phase
+    trains: bool
+
+    def wanted(self, needs: Sequence[bool]) -> tuple[bool, ...]:
+        """Which gradients by x and the coefficients somebody waits for."""
+        of_x = self.phase.wants(geometric=True, trains=self.trains)
+        of_weights = self.phase.wants(geometric=False, trains=True)
+        return (needs[0] and of_x, *(need and of_weights for need in needs[1:]))
 
 
 class _Polynomial(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, form: BilinearForm, counts: tuple[int, ...], x: Tensor, *coefficients: Tensor) -> Tensor:
+    def forward(ctx: Any, setting: _Setting, x: Tensor, *coefficients: Tensor) -> Tensor:
+        form, counts = setting.form, setting.counts
         monomials = _monomials(form, x)
         products = [_product(a, monomials[form.columns :], counts) for a in coefficients]
-        ctx.form, ctx.counts = form, counts
+        ctx.setting = setting
         ctx.intermediates = (monomials, products)
         ctx.save_for_backward(x, *coefficients)
         return _combined(form, monomials, products)
@@ -63,11 +92,11 @@ class _Polynomial(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *coefficients = ctx.saved_tensors
-        needs = tuple(ctx.needs_input_grad[2:])
+        needs = ctx.setting.wanted(ctx.needs_input_grad[1:])
         found = _PolynomialBackward.apply(
-            ctx.form, ctx.counts, ctx.intermediates, needs, grads[0].contiguous(), x, *coefficients
+            ctx.setting, ctx.intermediates, needs, grads[0].contiguous(), x, *coefficients
         )
-        return (None, None, *found)  # pyright: ignore[reportGeneralTypeIssues]
+        return (None, *found)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _PolynomialBackward(torch.autograd.Function):
@@ -76,17 +105,17 @@ class _PolynomialBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        form: BilinearForm,
-        counts: tuple[int, ...],
+        setting: _Setting,
         intermediates: tuple[Tensor, list[Tensor]],
         needs: tuple[bool, ...],
         g: Tensor,
         x: Tensor,
         *coefficients: Tensor,
     ) -> tuple[Tensor | None, ...]:
+        form, counts = setting.form, setting.counts
         monomials, products = intermediates
         pulled, seeds = _transposed(form, g, monomials, products, coefficients, counts)
-        ctx.form, ctx.counts, ctx.needs = form, counts, needs
+        ctx.setting = setting
         ctx.intermediates = (monomials, products, pulled, seeds)
         ctx.save_for_backward(g, x, *coefficients)
         ctx.set_materialize_grads(False)
@@ -101,26 +130,28 @@ class _PolynomialBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, *coefficients = ctx.saved_tensors
-        form, counts = ctx.form, ctx.counts
+        setting: _Setting = ctx.setting
+        form, counts = setting.form, setting.counts
+        needs = setting.wanted(ctx.needs_input_grad[4:])
         monomials, products, pulled, seeds = ctx.intermediates
         h, *of_coefficients = tangents
         if any(tangent is not None for tangent in of_coefficients):
             raise NotImplementedError("gradients of gradients with respect to contraction weights are not provided")
         if h is None:
-            return (None,) * (6 + len(coefficients))
+            return (None,) * (5 + len(coefficients))
         h = h.contiguous()
         moved = _tangent(form, x, h)
         moved_products = [_product(a, moved[form.columns :], counts) for a in coefficients]
         of_g = None
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[3]:
             of_g = _combined(form, moved, products) + _combined(form, monomials, moved_products)
         moved_pulled, moved_seeds = _transposed(form, g, moved, moved_products, coefficients, counts)
-        of_x = _pull(form, x, moved_pulled) + _pull_products(form, h, pulled) if ctx.needs_input_grad[5] else None
+        of_x = _pull(form, x, moved_pulled) + _pull_products(form, h, pulled) if needs[0] else None
         result: list[Tensor | None] = []
-        for seed, moved_seed, need in zip(seeds, moved_seeds, ctx.needs_input_grad[6:], strict=True):
+        for seed, moved_seed, need in zip(seeds, moved_seeds, needs[1:], strict=True):
             both = (monomials[form.columns :], moved[form.columns :])
             result.append(_outer(moved_seed, both[0], counts) + _outer(seed, both[1], counts) if need else None)
-        return (None, None, None, None, of_g, of_x, *result)
+        return (None, None, None, of_g, of_x, *result)
 
 
 def _monomials(form: BilinearForm, x: Tensor) -> Tensor:

@@ -64,7 +64,17 @@ class _Setting:
     paths: Paths
     plan: Plan
     phase: Phase
-    static: bool
+    geometric: bool
+    trains: tuple[bool, bool]
+
+    def wanted(self, needs: Sequence[bool]) -> list[bool]:
+        """Which gradients by R, T and x somebody waits for."""
+        n_angular = len(self.paths.paths)
+        radial = self.phase.wants(geometric=True, trains=self.trains[0])
+        angular = self.phase.wants(geometric=True, trains=False)
+        features = self.phase.wants(geometric=self.geometric, trains=self.trains[1])
+        waits = [radial, *[angular] * n_angular, *[features] * (len(needs) - 1 - n_angular)]
+        return [need and wait for need, wait in zip(needs, waits, strict=True)]
 
 
 def convolve(
@@ -75,7 +85,8 @@ def convolve(
     features: Sequence[Tensor],
     *,
     phase: Phase | None = None,
-    static: bool = False,
+    geometric: bool = True,
+    trains: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, ...]:
     """Messages of all paths, summed at their receivers.
 
@@ -86,12 +97,13 @@ def convolve(
         angular: for each path T, (pairs, dim_in · dim_out).
         features: for each input irrep x, (atoms, dim, channels), atoms in the plan's order.
         phase: which derivatives are wanted.
-        static: the features do not depend on the geometry.
+        geometric: whether the features depend on the geometry.
+        trains: whether R and whether the features depend on trainable weights.
 
     Returns:
         For each output irrep (atoms, dim, channels). Differentiable twice.
     """
-    setting = _Setting(paths, plan, phase or Phase(), static)
+    setting = _Setting(paths, plan, phase or Phase(), geometric, trains)
     result: tuple[Tensor, ...] = _Convolution.apply(setting, radial, *angular, *features)  # pyright: ignore[reportAssignmentType]
     return result
 
@@ -107,12 +119,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         setting: _Setting = ctx.setting
         radial, *tensors = ctx.saved_tensors
-        n_angular = len(setting.paths.paths)
-        needs = list(ctx.needs_input_grad[1:])
-        if not setting.phase.geometry:
-            needs[1 : 1 + n_angular] = [False] * n_angular
-        if not setting.phase.weights and setting.static:
-            needs[1 + n_angular :] = [False] * (len(needs) - 1 - n_angular)
+        needs = setting.wanted(ctx.needs_input_grad[1:])
         grads = tuple(grad.contiguous() for grad in grads)
         return (None, *_ConvolutionBackward.apply(setting, tuple(needs), len(grads), *grads, radial, *tensors))  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -136,11 +143,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         setting: _Setting = ctx.setting
         tensors = ctx.saved_tensors
         grads, radial, rest = tensors[: ctx.n_grads], tensors[ctx.n_grads], tensors[ctx.n_grads + 1 :]
-        needs = list(ctx.needs_input_grad[3:])
-        n_angular = len(setting.paths.paths)
-        first = ctx.n_grads + 1
-        if not setting.phase.geometry:
-            needs[first : first + n_angular] = [False] * n_angular
+        needs = [True] * ctx.n_grads + setting.wanted(ctx.needs_input_grad[3 + ctx.n_grads :])
         moved = [
             torch.zeros_like(tensor) if tangent is None else tangent.contiguous()
             for tangent, tensor in zip(tangents, (radial, *rest), strict=True)
@@ -171,11 +174,13 @@ class _Inputs:
 
     def at(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
         """R (slots, Σ channels), and x (slots, dim, channels) of every input."""
-        return self.radial[chunk.pairs], [x[chunk.senders] for x in self.features]
+        radial = self.radial.index_select(0, chunk.pairs)
+        return radial, [x.index_select(0, chunk.senders) for x in self.features]
 
     def angles(self, index: int, path: Path, chunk: Chunk) -> Tensor:
         """T of a path, (receivers, width · dim_in, dim_out), 0 where there is no edge."""
-        return self.angular[index][chunk.oriented].view(chunk.receivers, chunk.width * path.dim_in, path.dim_out)
+        shape = (chunk.receivers, chunk.width * path.dim_in, path.dim_out)
+        return self.angular[index].index_select(0, chunk.oriented).view(shape)
 
 
 def _block(path: Path, radial: Tensor) -> Tensor:
@@ -185,7 +190,8 @@ def _block(path: Path, radial: Tensor) -> Tensor:
 
 def _products(path: Path, chunk: Chunk, radial: Tensor, features: Tensor) -> Tensor:
     """R x, (receivers, width · dim_in, channels)."""
-    return (_block(path, radial) * features).view(chunk.receivers, -1, path.channels)
+    shape = (chunk.receivers, chunk.width * path.dim_in, path.channels)
+    return (_block(path, radial) * features).view(shape)
 
 
 def _part(path: Path, chunk: Chunk, outputs: Sequence[Tensor]) -> Tensor:
@@ -206,48 +212,85 @@ def _forward(setting: _Setting, inputs: _Inputs) -> tuple[Tensor, ...]:
 
 
 class _Gradients:
-    """Gradients by R, T and x, collected slot by slot."""
+    """Gradients by R, T and x, summed chunk by chunk."""
 
     def __init__(self, setting: _Setting, needs: Sequence[bool], inputs: _Inputs) -> None:
         self.setting = setting
-        slots = setting.plan.n_slots + 1
+        plan, like = setting.plan, inputs.radial
         n_angular = len(setting.paths.paths)
-        like = inputs.radial
-        self.radial = like.new_empty(slots, like.shape[1]) if needs[0] else None
+        self.radial = torch.zeros_like(like) if needs[0] else None
         self.angular = [
-            like.new_empty(slots, path.dim_in * path.dim_out) if need else None
+            like.new_zeros(2 * plan.n_pairs + 1, path.dim_in * path.dim_out) if need else None
             for path, need in zip(setting.paths.paths, needs[1 : 1 + n_angular], strict=True)
         ]
         self.features = [
-            like.new_empty(slots, *x.shape[1:]) if need else None
+            torch.zeros_like(x) if need else None
             for x, need in zip(inputs.features, needs[1 + n_angular :], strict=True)
         ]
-        for buffer in (self.radial, *self.angular, *self.features):
-            if buffer is not None:
-                buffer[-1] = 0
+
+    def at(self, chunk: Chunk) -> _ChunkGradients:
+        return _ChunkGradients(self, chunk)
 
     def collected(self) -> tuple[Tensor | None, ...]:
         """By R and T of each pair, and by x of each atom."""
-        plan = self.setting.plan
-        radial = None
-        if self.radial is not None:
-            radial = self.radial[plan.slot] + self.radial[plan.reverse_slot]
-        angular: list[Tensor | None] = []
-        for path, buffer in zip(self.setting.paths.paths, self.angular, strict=True):
-            if buffer is None:
-                angular.append(None)
-            else:
-                angular.append(buffer[plan.slot].add_(buffer[plan.reverse_slot], alpha=-1 if path.odd else 1))
-        features: list[Tensor | None] = []
-        for buffer in self.features:
-            if buffer is None:
-                features.append(None)
-                continue
-            found = buffer.new_empty(plan.n_atoms, *buffer.shape[1:])
-            for chunk, outgoing in zip(plan.chunks, plan.outgoing, strict=True):
-                torch.sum(buffer[outgoing], 1, out=found[chunk.start : chunk.stop])
-            features.append(found)
-        return (radial, *angular, *features)
+        pairs = self.setting.plan.n_pairs
+        angular = [
+            None if both is None else both[:pairs].add(both[pairs : 2 * pairs], alpha=-1 if path.odd else 1)
+            for path, both in zip(self.setting.paths.paths, self.angular, strict=True)
+        ]
+        return (self.radial, *angular, *self.features)
+
+
+class _ChunkGradients:
+    """The part of one chunk."""
+
+    def __init__(self, whole: _Gradients, chunk: Chunk) -> None:
+        self.whole = whole
+        self.chunk = chunk
+        slots = chunk.receivers * chunk.width
+        self.radial = None if whole.radial is None else whole.radial.new_empty(slots, whole.radial.shape[1])
+        self.features: list[Tensor | None] = [None] * len(whole.features)
+
+    def add_radial(self, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
+        """Add products (slots, dim, channels) summed over the components; one path at a time."""
+        if self.radial is None:
+            return
+        target = self.radial[:, path.radial : path.radial + path.channels]
+        if not factors:
+            target.zero_()
+            return
+        product = factors[0][0] * factors[0][1]
+        for left, right in factors[1:]:
+            product.addcmul_(left, right)
+        if path.dim_in == 1:
+            target.copy_(product[:, 0])
+        else:
+            torch.sum(product, 1, out=target)
+
+    def add_features(self, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
+        """Add products (slots, dim, channels)."""
+        if self.whole.features[path.source] is None:
+            return
+        target = self.features[path.source]
+        if target is None:
+            self.features[path.source] = target = factors[0][0] * factors[0][1]
+            factors = factors[1:]
+        for left, right in factors:
+            target.addcmul_(left, right)
+
+    def add_angular(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Add products of (receivers, width · dim_in, channels) and (receivers, dim_out, channels)."""
+        target = self.whole.angular[index]
+        if target is not None:
+            part = torch.bmm(left, right.transpose(1, 2))
+            target.index_add_(0, self.chunk.oriented, part.view(-1 if part.numel() else 0, target.shape[1]))
+
+    def finish(self) -> None:
+        if self.radial is not None and self.whole.radial is not None:
+            self.whole.radial.index_add_(0, self.chunk.pairs, self.radial)
+        for target, part in zip(self.whole.features, self.features, strict=True):
+            if target is not None and part is not None:
+                target.index_add_(0, self.chunk.senders, part)
 
 
 def _backward(
@@ -256,45 +299,17 @@ def _backward(
     gradients = _Gradients(setting, needs, inputs)
     for chunk in setting.plan.chunks:
         radial, features = inputs.at(chunk)
-        seen: set[int] = set()
+        own = gradients.at(chunk)
         for index, path in enumerate(setting.paths.paths):
             x, g = features[path.source], _part(path, chunk, grads)
-            pulled = torch.bmm(inputs.angles(index, path, chunk), g).view(-1, path.dim_in, path.channels)
-            _collect_radial(gradients, path, chunk, (pulled, x))
-            _collect_features(gradients, path, chunk, seen, (pulled, _block(path, radial)))
-            target = gradients.angular[index]
-            if target is not None:
-                products = _products(path, chunk, radial, x)
-                target[chunk.slots] = torch.bmm(products, g.transpose(1, 2)).view(-1, target.shape[1])
+            if needs[0] or own.whole.features[path.source] is not None:
+                pulled = torch.bmm(inputs.angles(index, path, chunk), g).view(x.shape)
+                own.add_radial(path, (pulled, x))
+                own.add_features(path, (pulled, _block(path, radial)))
+            if gradients.angular[index] is not None:
+                own.add_angular(index, _products(path, chunk, radial, x), g)
+        own.finish()
     return gradients.collected()
-
-
-def _collect_radial(gradients: _Gradients, path: Path, chunk: Chunk, *factors: tuple[Tensor, Tensor]) -> None:
-    if gradients.radial is None:
-        return
-    target = gradients.radial[chunk.slots, path.radial : path.radial + path.channels]
-    product = factors[0][0] * factors[0][1]
-    for left, right in factors[1:]:
-        product.addcmul_(left, right)
-    if path.dim_in == 1:
-        target.copy_(product[:, 0])
-    else:
-        target.copy_(product.sum(1))
-
-
-def _collect_features(
-    gradients: _Gradients, path: Path, chunk: Chunk, seen: set[int], *factors: tuple[Tensor, Tensor]
-) -> None:
-    buffer = gradients.features[path.source]
-    if buffer is None:
-        return
-    target = buffer[chunk.slots]
-    if path.source not in seen:
-        seen.add(path.source)
-        torch.mul(*factors[0], out=target)
-        factors = factors[1:]
-    for left, right in factors:
-        target.addcmul_(left, right)
 
 
 def _double_backward(
@@ -313,16 +328,16 @@ def _double_backward(
     for chunk in setting.plan.chunks:
         radial, features = inputs.at(chunk)
         moved_radial, moved_features = moved.at(chunk)
-        seen: set[int] = set()
+        own = gradients.at(chunk)
         for index, path in enumerate(setting.paths.paths):
             x, hx, g = features[path.source], moved_features[path.source], _part(path, chunk, grads)
             r, hr = _block(path, radial), _block(path, moved_radial)
             angles = inputs.angles(index, path, chunk)
             still = missing[1 + n_angular + path.source]
             change = hr * x if still else (hr * x).addcmul_(r, hx)
-            change = change.view(chunk.receivers, -1, path.channels)
+            change = change.view(chunk.receivers, chunk.width * path.dim_in, path.channels)
             result = torch.bmm(angles.transpose(1, 2), change)
-            pulled = torch.bmm(angles, g).view(-1, path.dim_in, path.channels)
+            pulled = torch.bmm(angles, g).view(x.shape)
             factors = [] if still else [(pulled, hx)]
             factors_of_x = [(pulled, hr)]
             if not missing[1 + index]:
@@ -332,9 +347,9 @@ def _double_backward(
                 factors.append((moved_pulled, x))
                 factors_of_x.append((moved_pulled, r))
             _part(path, chunk, outputs).copy_(result)
-            _collect_radial(gradients, path, chunk, *(factors or [(torch.zeros_like(pulled), x)]))
-            _collect_features(gradients, path, chunk, seen, *factors_of_x)
-            target = gradients.angular[index]
-            if target is not None:
-                target[chunk.slots] = torch.bmm(change, g.transpose(1, 2)).view(-1, target.shape[1])
+            own.add_radial(path, *factors)
+            own.add_features(path, *factors_of_x)
+            if gradients.angular[index] is not None:
+                own.add_angular(index, change, g)
+        own.finish()
     return (*outputs, *gradients.collected())

@@ -24,6 +24,10 @@ class Phase:
         self.geometry = True
         self.weights = True
 
+    def wants(self, *, geometric: bool, trains: bool) -> bool:
+        """Whether somebody waits for the gradient by something that depends on the geometry, or on weights."""
+        return (self.geometry and geometric) or (self.weights and trains)
+
     @contextmanager
     def forces(self) -> Iterator[None]:
         """While forces are computed."""

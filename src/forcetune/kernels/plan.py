@@ -24,7 +24,6 @@ class Chunk:
     Attributes:
         start, stop: receivers, in sorted order.
         width: slots for each receiver; those past its last neighbour are padding.
-        first: number of the first slot in the whole batch.
         pairs: (slots,) pair of each slot, 0 for padding.
         oriented: (slots,) pair of each slot, plus the number of pairs where the edge runs against its pair, and twice
             the number of pairs for padding.
@@ -34,7 +33,6 @@ class Chunk:
     start: int
     stop: int
     width: int
-    first: int
     pairs: Tensor
     oriented: Tensor
     senders: Tensor
@@ -43,37 +41,27 @@ class Chunk:
     def receivers(self) -> int:
         return self.stop - self.start
 
-    @property
-    def slots(self) -> slice:
-        return slice(self.first, self.first + self.receivers * self.width)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """The layout of a batch.
 
     Attributes:
-        n_atoms, n_edges, n_pairs, n_slots: sizes.
+        n_atoms, n_edges, n_pairs: sizes.
         order: (atoms,) the atom at each place of the sorted order.
         place: (atoms,) the place of each atom.
         species: (atoms,) species in sorted order.
         present: (species present,) ascending.
         counts: atoms of each species present.
         edge_of_pair: (pairs,) the edge that gives a pair its direction.
-        reverse: (pairs,) the edge against it; the pair's own edge where there is none.
         sender, receiver: (pairs,) atoms of the pair's edge, in sorted order.
-        slot: (pairs,) slot of the pair's edge.
-        reverse_slot: (pairs,) slot of its reverse, ``n_slots`` where there is none.
-        outgoing: slots of the edges that leave each atom, as an (atoms of the chunk, width) table for every chunk;
-            ``n_slots`` for padding.
-        oriented: (edges,) pair of each edge, plus the number of pairs where it runs against its pair.
+        edge_pair, edge_sender, edge_receiver: (edges,) of each edge in the order given, atoms in sorted order.
         chunks: of receivers.
     """
 
     n_atoms: int
     n_edges: int
     n_pairs: int
-    n_slots: int
     order: Tensor
     place: Tensor
     species: Tensor
@@ -82,25 +70,20 @@ class Plan:
     edge_of_pair: Tensor
     sender: Tensor
     receiver: Tensor
-    slot: Tensor
-    reverse_slot: Tensor
-    outgoing: tuple[Tensor, ...]
-    oriented: Tensor
+    edge_pair: Tensor
+    edge_sender: Tensor
+    edge_receiver: Tensor
     chunks: tuple[Chunk, ...]
 
-    @property
-    def complete(self) -> bool:
-        """Whether every edge has its reverse."""
-        return 2 * self.n_pairs == self.n_edges
 
-
-def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor) -> Plan:
+def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor, *, paired: bool = True) -> Plan:
     """Lay out a batch.
 
     Args:
         edge_index: (2, edges) sender and receiver, in any order.
         unit_shifts: (edges, 3) periodic image of each edge, in lattice vectors.
         species: (atoms,) index of the species.
+        paired: whether an edge and its reverse share a pair; otherwise every edge is a pair of its own.
     """
     device = edge_index.device
     sender, receiver = edge_index.detach().cpu().numpy()
@@ -110,12 +93,15 @@ def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor) -> Plan:
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     sender, receiver = place[sender], place[receiver]
-    pair, forward = _pairs(sender, receiver, unit_shifts.detach().cpu().numpy(), len(kinds))
+    if paired:
+        pair, forward = _pairs(sender, receiver, unit_shifts.detach().cpu().numpy(), len(kinds))
+    else:
+        pair, forward = np.arange(len(sender)), np.ones(len(sender), dtype=bool)
     n_pairs = int(pair.max(initial=-1)) + 1
     edges = np.argsort(receiver, kind="stable")
     starts = np.concatenate(([0], np.cumsum(degree[order])))
     limit = CPU_CHUNK if device.type == "cpu" else max(len(edges), 1)
-    chunks, slot_of_edge, n_slots = _chunks(degree[order], starts, edges, limit)
+    chunks = _chunks(degree[order], starts, edges, limit)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=torch.int64)
@@ -123,14 +109,11 @@ def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor) -> Plan:
     oriented = pair + np.where(forward, 0, n_pairs)
     edge_of_pair = np.zeros(n_pairs, dtype=np.int64)
     edge_of_pair[pair[forward]] = np.flatnonzero(forward)
-    reverse_slot = np.full(n_pairs, n_slots)
-    reverse_slot[pair[~forward]] = slot_of_edge[~forward]
     present, counts = np.unique(kinds, return_counts=True)
     return Plan(
         n_atoms=len(kinds),
         n_edges=len(edges),
         n_pairs=n_pairs,
-        n_slots=n_slots,
         order=tensor(order),
         place=tensor(place),
         species=tensor(kinds[order]),
@@ -139,18 +122,17 @@ def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor) -> Plan:
         edge_of_pair=tensor(edge_of_pair),
         sender=tensor(sender[edge_of_pair]),
         receiver=tensor(receiver[edge_of_pair]),
-        slot=tensor(slot_of_edge[edge_of_pair]),
-        reverse_slot=tensor(reverse_slot),
-        outgoing=tuple(tensor(table) for table in _outgoing(sender, slot_of_edge, chunks, n_slots)),
-        oriented=tensor(oriented),
+        edge_pair=tensor(pair),
+        edge_sender=tensor(sender),
+        edge_receiver=tensor(receiver),
         chunks=tuple(
-            Chunk(start, stop, width, first, *(tensor(v) for v in _table(edges_of, pair, oriented, sender, 2 * n_pairs)))
-            for start, stop, width, first, edges_of in chunks
+            Chunk(start, stop, width, *(tensor(v) for v in _table(edges_of, pair, oriented, sender, 2 * n_pairs)))
+            for start, stop, width, edges_of in chunks
         ),
     )
 
 
-_RawChunk = tuple[int, int, int, int, np.ndarray]
+_RawChunk = tuple[int, int, int, np.ndarray]
 
 
 def _pairs(sender: np.ndarray, receiver: np.ndarray, shifts: np.ndarray, atoms: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,12 +163,10 @@ def _pairs(sender: np.ndarray, receiver: np.ndarray, shifts: np.ndarray, atoms: 
     return pair.reshape(-1), forward
 
 
-def _chunks(
-    degree: np.ndarray, starts: np.ndarray, edges: np.ndarray, limit: int
-) -> tuple[list[_RawChunk], np.ndarray, int]:
+def _chunks(degree: np.ndarray, starts: np.ndarray, edges: np.ndarray, limit: int) -> list[_RawChunk]:
+    """Receivers in rows of equal width: start, stop, width, and the edge in each slot, −1 for padding."""
     chunks: list[_RawChunk] = []
-    slot_of_edge = np.zeros(len(edges), dtype=np.int64)
-    first = start = 0
+    start = 0
     while start < len(degree):
         stop, width = start + 1, int(degree[start])
         while stop < len(degree):
@@ -199,11 +179,9 @@ def _chunks(
         own = edges[starts[start] : starts[stop]]
         columns = np.arange(len(own)) - (starts[start:stop] - starts[start])[rows]
         table[rows, columns] = own
-        slot_of_edge[own] = first + rows * width + columns
-        chunks.append((start, stop, width, first, table.reshape(-1)))
-        first += table.size
+        chunks.append((start, stop, width, table.reshape(-1)))
         start = stop
-    return chunks, slot_of_edge, first
+    return chunks
 
 
 def _table(
@@ -215,21 +193,3 @@ def _table(
         np.where(real, oriented[edges] if len(pair) else 0, padding),
         np.where(real, sender[edges] if len(pair) else 0, 0),
     )
-
-
-def _outgoing(
-    sender: np.ndarray, slot_of_edge: np.ndarray, chunks: list[_RawChunk], padding: int
-) -> list[np.ndarray]:
-    edges = np.argsort(sender, kind="stable")
-    atoms = chunks[-1][1] if chunks else 0
-    counts = np.bincount(sender, minlength=atoms)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    tables = []
-    for start, stop, _, _, _ in chunks:
-        own = edges[starts[start] : starts[stop]]
-        rows = np.repeat(np.arange(stop - start), counts[start:stop])
-        columns = np.arange(len(own)) - (starts[start:stop] - starts[start])[rows]
-        table = np.full((stop - start, int(counts[start:stop].max(initial=0))), padding, dtype=np.int64)
-        table[rows, columns] = slot_of_edge[own]
-        tables.append(table)
-    return tables
