@@ -60,6 +60,10 @@ class ModelConfig(Section):
         default="float64", description="Precision of the model during training."
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.")
+    kernels: Literal["auto", "off"] = Field(
+        default="auto",
+        description="`auto` computes by faster exact equivalents of the library's layers, `off` by the library's own.",
+    )
     trust: bool = Field(
         default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
     )

@@ -28,6 +28,7 @@ from forcetune.evaluation.metrics import Errors, Predictions, check_finite, grap
 from forcetune.frames.dataset import Dataset, Split, read_dataset
 from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
 from forcetune.graphs.graph import Batch
+from forcetune.kernels.install import accelerate
 from forcetune.records import (
     ENVIRONMENT_NAME,
     PREDICTIONS_NAME,
@@ -203,7 +204,7 @@ class _Fit:
         if backbone is not None:
             return backbone
         model = self.config.model
-        return load(
+        loaded = load(
             model.model,
             head=model.head,
             elements=dataset.elements if model.elements == "data" else None,
@@ -211,6 +212,9 @@ class _Fit:
             device=model.device,
             trust=model.trust,
         )
+        if model.kernels == "auto":
+            accelerate(loaded)
+        return loaded
 
     def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:

@@ -12,6 +12,7 @@ from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, re
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
+from forcetune.kernels.install import accelerate
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,10 @@ def deploy(
     if adapter is None:
         if model is None:
             raise InputError("name a model, a run or an adapter.")
-        return Deployed(load(model, head=head, dtype=dtype or "float64", device=device, trust=trust), None)
+        backbone = load(model, head=head, dtype=dtype or "float64", device=device, trust=trust)
+        if isinstance(model, (str, Path)):
+            accelerate(backbone)
+        return Deployed(backbone, None)
     folder = adapter_folder(adapter)
     if folder is None:
         raise InputError(f"{adapter}: holds no {CONFIG_NAME}; give a run folder or an adapter folder.")
@@ -92,4 +96,5 @@ def deploy(
     load_adapter(backbone, folder)
     if own and fold:
         fold_weights(backbone)
+        accelerate(backbone)
     return Deployed(backbone, config)

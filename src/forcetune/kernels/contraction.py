@@ -1,7 +1,7 @@
 """Evaluation of equivariant polynomials for atoms grouped by species, with first and second derivatives by hand.
 
 For species s, channel c and atoms n of that species, out[k, c, n] = Σ_r m_r(x) T[k, r] with T = A[s, c] m_columns(x):
-one batched matrix product over (s, c) and a short sum. See :mod:`forcetune.kernels.polynomial` for m and A.
+a batched matrix product over (s, c) for each segment of the columns, and a short sum. See :mod:`forcetune.kernels.polynomial` for m and A.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ from forcetune.kernels.phase import Phase
 from forcetune.kernels.polynomial import BilinearForm
 
 
-def fold(form: BilinearForm, weights: Sequence[Tensor], output: int) -> Tensor:
-    """Coefficients A of one output: the coupling tensors contracted with the weights.
+def fold(form: BilinearForm, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Coefficients A: the coupling tensors contracted with the weights.
 
     Args:
         form: of the polynomials.
-        weights: for each order from the first, (species, couplings, channels).
-        output: which of the form's outputs.
+        weights: for each output (species, couplings of all orders from the first, channels).
 
     Returns:
-        (species, channels, dim · rows, columns).
+        For each segment (species, channels, rows, columns).
     """
-    weight = torch.cat(tuple(weights), dim=1) if len(weights) > 1 else weights[0]
-    species, couplings, channels = weight.shape
-    basis = form.outputs[output].basis.to(dtype=weight.dtype, device=weight.device)
-    flat = weight.transpose(1, 2).reshape(species * channels, couplings) @ basis
-    return flat.view(species, channels, -1, form.n_columns)
+    species, _, channels = weights[0].shape
+    flat = [weight.transpose(1, 2).reshape(species * channels, -1) for weight in weights]
+    result = []
+    for segment in form.segments:
+        width = segment.stop - segment.start
+        # outputs without a row here stay in: their weights get a gradient, if only of zeros
+        parts = [
+            (weight @ matrix).view(species, channels, matrix.shape[1] // width, width)
+            for weight, matrix in ((weight, basis.like(weight)) for weight, basis in zip(flat, segment.basis, strict=True))
+        ]
+        result.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+    return result
 
 
 def polynomial(
@@ -50,7 +56,7 @@ def polynomial(
     Args:
         form: of the polynomials.
         x: (components, channels, atoms), components in the form's order, atoms grouped by species.
-        coefficients: of each output, as :func:`fold` returns them, for the species in the order of the groups.
+        coefficients: of each segment, as :func:`fold` returns them, for the species in the order of the groups.
         counts: atoms of each species; sums to the number of atoms.
         phase: which derivatives are wanted.
         trains: whether x depends on trainable weights.
@@ -83,7 +89,7 @@ class _Polynomial(torch.autograd.Function):
     def forward(ctx: Any, setting: _Setting, x: Tensor, *coefficients: Tensor) -> Tensor:
         form, counts = setting.form, setting.counts
         monomials = _monomials(form, x)
-        products = [_product(a, monomials[form.columns :], counts) for a in coefficients]
+        products = _products(form, coefficients, monomials, counts)
         ctx.setting = setting
         ctx.intermediates = (monomials, products)
         ctx.save_for_backward(x, *coefficients)
@@ -120,11 +126,11 @@ class _PolynomialBackward(torch.autograd.Function):
         ctx.save_for_backward(g, x, *coefficients)
         ctx.set_materialize_grads(False)
         of_x = _pull(form, x, pulled) if needs[0] else None
-        columns = monomials[form.columns :]
-        return (
-            of_x,
-            *(_outer(seed, columns, counts) if need else None for seed, need in zip(seeds, needs[1:], strict=True)),
-        )
+        outer = [
+            _outer(seed, monomials[segment.start : segment.stop], counts) if need else None
+            for seed, segment, need in zip(seeds, form.segments, needs[1:], strict=True)
+        ]
+        return (of_x, *outer)
 
     @staticmethod
     @once_differentiable
@@ -141,16 +147,17 @@ class _PolynomialBackward(torch.autograd.Function):
             return (None,) * (5 + len(coefficients))
         h = h.contiguous()
         moved = _tangent(form, x, h)
-        moved_products = [_product(a, moved[form.columns :], counts) for a in coefficients]
+        moved_products = _products(form, coefficients, moved, counts)
         of_g = None
         if ctx.needs_input_grad[3]:
             of_g = _combined(form, moved, products) + _combined(form, monomials, moved_products)
         moved_pulled, moved_seeds = _transposed(form, g, moved, moved_products, coefficients, counts)
         of_x = _pull(form, x, moved_pulled) + _pull_products(form, h, pulled) if needs[0] else None
         result: list[Tensor | None] = []
-        for seed, moved_seed, need in zip(seeds, moved_seeds, needs[1:], strict=True):
-            both = (monomials[form.columns :], moved[form.columns :])
-            result.append(_outer(moved_seed, both[0], counts) + _outer(seed, both[1], counts) if need else None)
+        for seed, moved_seed, segment, need in zip(seeds, moved_seeds, form.segments, needs[1:], strict=True):
+            columns = slice(segment.start, segment.stop)
+            pairs = ((moved_seed, monomials[columns]), (seed, moved[columns]))
+            result.append(_outer(*pairs[0], counts) + _outer(*pairs[1], counts) if need else None)
         return (None, None, None, of_g, of_x, *result)
 
 
@@ -212,25 +219,28 @@ def _pull_products(form: BilinearForm, x: Tensor, pulled: Tensor) -> Tensor:
     return result
 
 
-def _product(a: Tensor, columns: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """T = A m for each species and channel: (channels, dim · rows, atoms)."""
-    batched = columns.transpose(0, 1)
-    start, parts = 0, []
-    for species, count in enumerate(counts):
-        parts.append(torch.bmm(a[species], batched[:, :, start : start + count]))
-        start += count
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+def _products(
+    form: BilinearForm, coefficients: Sequence[Tensor], monomials: Tensor, counts: tuple[int, ...]
+) -> list[Tensor]:
+    """T = A m for each segment: (channels, rows, atoms)."""
+    result = []
+    for segment, a in zip(form.segments, coefficients, strict=True):
+        batched = monomials[segment.start : segment.stop].transpose(0, 1)
+        parts = [
+            torch.bmm(matrix, columns)
+            for matrix, columns in zip(a.unbind(0), batched.split(counts, dim=2), strict=True)
+        ]
+        result.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+    return result
 
 
 def _combined(form: BilinearForm, monomials: Tensor, products: Sequence[Tensor]) -> Tensor:
     """Σ_r m_r T[k, r] of every output: (Σ dims, channels, atoms)."""
-    parts = []
-    for output, product in zip(form.outputs, products, strict=True):
-        channels, _, atoms = product.shape
-        rows = monomials[list(output.rows)].transpose(0, 1)
-        split = product.view(channels, output.dim, len(output.rows), atoms)
-        parts.append((split * rows.unsqueeze(1)).sum(2).transpose(0, 1))
-    return torch.cat(parts)
+    result = monomials.new_zeros(sum(form.dims), *monomials.shape[1:])
+    for segment, product in zip(form.segments, products, strict=True):
+        for number, (row, target) in enumerate(zip(segment.rows, segment.targets, strict=True)):
+            result[target].addcmul_(product[:, number], monomials[row])
+    return result
 
 
 def _transposed(
@@ -242,32 +252,31 @@ def _transposed(
     counts: tuple[int, ...],
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of Σ g out with respect to the monomials and to the products T."""
-    pulled = monomials.new_zeros(monomials.shape)
+    pulled = torch.empty_like(monomials)
     seeds = []
-    start = 0
-    for output, product, a in zip(form.outputs, products, coefficients, strict=True):
-        channels, _, atoms = product.shape
-        rows = list(output.rows)
-        of_output = g[start : start + output.dim].transpose(0, 1).unsqueeze(2)
-        start += output.dim
-        seed = (of_output * monomials[rows].transpose(0, 1).unsqueeze(1)).view(product.shape)
+    for segment, a in zip(form.segments, coefficients, strict=True):
+        seed = monomials.new_empty(len(segment.rows), *monomials.shape[1:])
+        for number, (row, target) in enumerate(zip(segment.rows, segment.targets, strict=True)):
+            torch.mul(g[target], monomials[row], out=seed[number])
+        seed = seed.transpose(0, 1)
         seeds.append(seed)
-        split = product.view(channels, output.dim, len(rows), atoms)
-        pulled[rows] += (of_output * split).sum(1).transpose(0, 1)
-        first, batched = 0, pulled[form.columns :].transpose(0, 1)
-        for species, count in enumerate(counts):
-            part = slice(first, first + count)
-            batched[:, :, part] += torch.bmm(a[species].transpose(1, 2), seed[:, :, part])
-            first += count
+        batched = pulled[segment.start : segment.stop].transpose(0, 1)
+        for matrix, part, target in zip(
+            a.unbind(0), seed.split(counts, dim=2), batched.split(counts, dim=2), strict=True
+        ):
+            target.copy_(torch.bmm(matrix.transpose(1, 2), part))
+    pulled[: form.segments[0].start] = 0
+    for segment, product in zip(form.segments, products, strict=True):
+        for number, (row, target) in enumerate(zip(segment.rows, segment.targets, strict=True)):
+            pulled[row].addcmul_(product[:, number], g[target])
     return pulled, seeds
 
 
 def _outer(seed: Tensor, columns: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Gradient of the coefficients of each species: (species, channels, dim · rows, columns)."""
+    """Gradient of the coefficients of each species: (species, channels, rows, columns)."""
     batched = columns.permute(1, 2, 0)
-    start, parts = 0, []
-    for count in counts:
-        part = slice(start, start + count)
-        parts.append(torch.bmm(seed[:, :, part], batched[:, part]))
-        start += count
+    parts = [
+        torch.bmm(left, right)
+        for left, right in zip(seed.split(counts, dim=2), batched.split(counts, dim=1), strict=True)
+    ]
     return torch.stack(parts)

@@ -11,13 +11,17 @@ left, so that only few rows and columns are needed. The coefficients A are linea
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from forcetune.kernels.constants import Constant
 
 HIGHEST_ORDER = 4
 _ZERO = 1e-12
@@ -36,35 +40,39 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """One equivariant output of the polynomial.
+class Segment:
+    """Columns that behave alike under reflections of the axes, and the rows that they can meet.
 
     Attributes:
-        dim: components, 2 l + 1.
-        rows: index into the monomials of each row.
-        basis: (couplings, dim · rows · columns), A for each coupling; couplings of all orders in a row, the first
-            order first.
+        start, stop: columns among the monomials.
+        rows: for each row its monomial.
+        targets: for each row the component of the output it adds to, outputs counted one after another.
+        basis: for each output (couplings, rows of this output · columns): A for each coupling; couplings of all
+            orders in a row, the first order first; rows of the first output come first.
     """
 
-    dim: int
+    start: int
+    stop: int
     rows: tuple[int, ...]
-    basis: Tensor
+    targets: tuple[int, ...]
+    basis: tuple[Constant, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BilinearForm:
     """The structure of equivariant polynomials that share their input.
 
-    Monomials are laid out as components without use as a column, then the columns: 1, further components, products.
+    Monomials are laid out as components without use as a column, then the columns by segment.
 
     Attributes:
-        order: permutation of the components; components of even parity are put first.
+        order: permutation of the components; components of even parity are put first, and those that change alike
+            under reflections side by side.
         linear: place of each (permuted) component among the monomials, −1 where it does not occur.
         one: place of the constant.
         runs: products of two components.
         size: number of monomials.
-        columns: first monomial that is a column.
-        outputs: one for each irrep.
+        dims: components of each output.
+        segments: all columns.
     """
 
     order: tuple[int, ...]
@@ -72,12 +80,8 @@ class BilinearForm:
     one: int
     runs: tuple[Run, ...]
     size: int
-    columns: int
-    outputs: tuple[Output, ...]
-
-    @property
-    def n_columns(self) -> int:
-        return self.size - self.columns
+    dims: tuple[int, ...]
+    segments: tuple[Segment, ...]
 
 
 def _symmetrised(coupling: Tensor, order: int, position: np.ndarray) -> dict[Monomial, np.ndarray]:
@@ -110,75 +114,93 @@ def _split(monomial: Monomial, parity: Sequence[int]) -> tuple[Monomial, Monomia
     return min(choices, key=lambda choice: (len(choice[0]), choice[0]))
 
 
-def bilinear_form(couplings: Sequence[Sequence[Tensor]], parities: Sequence[int]) -> BilinearForm:
+def bilinear_form(couplings: Sequence[Sequence[Tensor]], labels: Sequence[int]) -> BilinearForm:
     """Arrange polynomials for evaluation.
 
     Args:
         couplings: for each output the tensors U_1, U_2, …, of shape (dim, M, …, M, couplings), where the first
             dimension may be missing for dim = 1.
-        parities: (M,) ±1 for each component; outputs must have a definite parity under them, or all must be 1.
+        labels: (M,) for each component a bit for each reflection of an axis under which it changes sign. Components
+            of even parity have an even number of bits. All 0 is right too, but slower.
 
     Raises:
         ValueError: an order higher than :data:`HIGHEST_ORDER`.
     """
     if max(len(orders) for orders in couplings) > HIGHEST_ORDER:
         raise ValueError(f"contractions of order higher than {HIGHEST_ORDER} are not arranged")
-    components = len(parities)
-    order = sorted(range(components), key=lambda i: (-parities[i], i))
+    order = sorted(range(len(labels)), key=lambda i: (labels[i].bit_count() % 2, labels[i], i))
     position = np.argsort(order)
-    parity = [parities[i] for i in order]
+    label = [labels[i] for i in order]
+    parity = [1 - 2 * (value.bit_count() % 2) for value in label]
     terms = [[_symmetrised(u, nu + 1, position) for nu, u in enumerate(orders)] for orders in couplings]
     splits = {key: _split(key, parity) for orders in terms for table in orders for key in table}
     columns = {column for _, column in splits.values()} | {()}
+    # products used as rows only become columns of zeros: rare (order 4), and not worth a list of their own
     rows = {row for row, _ in splits.values()}
-    singles = sorted(key for key in (rows | columns) if len(key) == 1)
-    pairs = sorted(key for key in (rows | columns) if len(key) == 2)
-    # pairs used as rows only would be columns of zeros: rare (order 4), and not worth a second list
-    head = [key for key in singles if key not in columns]
-    layout: list[Monomial] = [*head, (), *(key for key in singles if key in columns), *pairs]
-    place = {key: index for index, key in enumerate(layout)}
-    outputs = tuple(
-        _output(tables, orders, splits, place, len(head)) for tables, orders in zip(terms, couplings, strict=True)
-    )
+    columns |= {key for key in rows if len(key) == 2}
+    head = sorted(rows - columns)
+    kinds = {key: functools.reduce(operator.xor, (label[i] for i in key), 0) for key in columns}
+    ordered = sorted(columns, key=lambda key: (kinds[key], len(key), key))
+    place = {key: index for index, key in enumerate([*head, *ordered])}
+    bounds = [
+        (len(head) + start, len(head) + stop) for start, stop in _equal_neighbours([kinds[key] for key in ordered])
+    ]
+    dims = tuple(orders[0].numel() // (len(labels) * orders[0].shape[-1]) for orders in couplings)
     return BilinearForm(
         order=tuple(order),
-        linear=tuple(place.get((i,), -1) for i in range(components)),
+        linear=tuple(place.get((i,), -1) for i in range(len(labels))),
         one=place[()],
-        runs=_runs(pairs, place),
-        size=len(layout),
-        columns=len(head),
-        outputs=outputs,
+        runs=_runs(sorted(key for key in columns if len(key) == 2), place),
+        size=len(place),
+        dims=dims,
+        segments=tuple(_segment(start, stop, terms, couplings, dims, splits, place) for start, stop in bounds),
     )
 
 
-def _output(
-    tables: Sequence[dict[Monomial, np.ndarray]],
-    orders: Sequence[Tensor],
+def _equal_neighbours(values: Sequence[int]) -> list[tuple[int, int]]:
+    changes = [i for i in range(1, len(values)) if values[i] != values[i - 1]]
+    return list(itertools.pairwise([0, *changes, len(values)]))
+
+
+def _segment(
+    start: int,
+    stop: int,
+    terms: Sequence[Sequence[dict[Monomial, np.ndarray]]],
+    couplings: Sequence[Sequence[Tensor]],
+    dims: Sequence[int],
     splits: dict[Monomial, tuple[Monomial, Monomial]],
     place: dict[Monomial, int],
-    head: int,
-) -> Output:
-    rows = sorted({place[splits[key][0]] for table in tables for key in table})
-    row_of = {monomial: index for index, monomial in enumerate(rows)}
-    n_columns = len(place) - head
-    components = orders[0].shape[-2]
-    dim = orders[0].numel() // (components * orders[0].shape[-1])
-    basis = np.zeros((sum(u.shape[-1] for u in orders), dim, len(rows), n_columns))
-    start = 0
-    for table, coupling in zip(tables, orders, strict=True):
-        stop = start + coupling.shape[-1]
-        for key, value in table.items():
-            row, column = splits[key]
-            basis[start:stop, :, row_of[place[row]], place[column] - head] += value.T
-        start = stop
-    return Output(dim, tuple(rows), torch.from_numpy(basis.reshape(len(basis), -1)))
+) -> Segment:
+    rows: list[int] = []
+    targets: list[int] = []
+    basis: list[Constant] = []
+    for index, (tables, orders) in enumerate(zip(terms, couplings, strict=True)):
+        entries: dict[tuple[int, int], list[tuple[int, int, np.ndarray]]] = {}
+        first = 0
+        for table, coupling in zip(tables, orders, strict=True):
+            for key, value in table.items():
+                row, column = (place[part] for part in splits[key])
+                if start <= column < stop:
+                    for component in np.flatnonzero(np.abs(value).max(axis=1) > _ZERO):
+                        found = entries.setdefault((int(component), row), [])
+                        found.append((column - start, first, value[component]))
+            first += coupling.shape[-1]
+        matrix = np.zeros((first, len(entries), stop - start))
+        for number, ((component, row), found) in enumerate(sorted(entries.items())):
+            rows.append(row)
+            targets.append(sum(dims[:index]) + component)
+            for column, offset, value in found:
+                matrix[offset : offset + len(value), number, column] += value
+        basis.append(Constant(torch.from_numpy(matrix.reshape(first, len(entries) * (stop - start)))))
+    return Segment(start, stop, tuple(rows), tuple(targets), tuple(basis))
 
 
 def _runs(pairs: Sequence[Monomial], place: dict[Monomial, int]) -> tuple[Run, ...]:
     runs: list[Run] = []
     for first, second in pairs:
         last = runs[-1] if runs else None
-        if last is not None and last.first == first and last.stop == second:
+        follows = last is not None and last.first == first and last.stop == second
+        if follows and last is not None and place[(first, second)] == last.offset + last.stop - last.start:
             runs[-1] = Run(first, last.start, second + 1, last.offset)
         else:
             runs.append(Run(first, second, second + 1, place[(first, second)]))

@@ -1,0 +1,107 @@
+"""Equivariant linear layers and their variant with one matrix for each species, as plain matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One matrix of the flat weight.
+
+    Attributes:
+        source, target: which input and which output.
+        row: first channel of the input it reads.
+        fan_in, fan_out: channels.
+        start: first element of the flat weight.
+        factor: normalisation.
+    """
+
+    source: int
+    target: int
+    row: int
+    fan_in: int
+    fan_out: int
+    start: int
+    factor: float
+
+
+def matrices(weight: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
+    """(fan in, fan out) of each block, normalised."""
+    return [
+        weight[b.start : b.start + b.fan_in * b.fan_out].view(b.fan_in, b.fan_out) * b.factor for b in blocks
+    ]
+
+
+def equivariant_linear(
+    blocks: Sequence[Block], weight: Tensor, inputs: Sequence[Tensor], outputs: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """out[n, k, w] = Σ_u x[n, k, u] W[u, w] for each irrep.
+
+    Args:
+        blocks: of the weight.
+        weight: flat.
+        inputs: (atoms, dim, channels) of each input irrep.
+        outputs: (dim, channels) of each output irrep; those that no block reaches are 0.
+
+    Returns:
+        (atoms, dim, channels) of each output irrep.
+    """
+    found: list[Tensor | None] = [None] * len(outputs)
+    for block, matrix in zip(blocks, matrices(weight, blocks), strict=True):
+        x = inputs[block.source]
+        if block.fan_in != x.shape[2]:
+            x = x[:, :, block.row : block.row + block.fan_in]
+        part = (x.reshape(-1, block.fan_in) @ matrix).view(*x.shape[:2], block.fan_out)
+        before = found[block.target]
+        found[block.target] = part if before is None else before + part
+    atoms = len(inputs[0])
+    return [
+        inputs[0].new_zeros(atoms, *shape) if part is None else part for part, shape in zip(found, outputs, strict=True)
+    ]
+
+
+def species_linear(
+    blocks: Sequence[Block],
+    weight: Tensor,
+    n_species: int,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[tuple[int, int]],
+    present: Tensor,
+    counts: Sequence[int],
+) -> list[Tensor]:
+    """out[n, k, w] = Σ_u x[n, k, u] W[u, s(n), w]: a matrix for each species, found by index.
+
+    Args:
+        blocks: of the weight, each (fan in, species, fan out).
+        weight: flat.
+        n_species: species of the weight.
+        inputs: (atoms, dim, channels) of each input irrep, atoms grouped by species.
+        outputs: (dim, channels) of each output irrep.
+        present: (species present,) their indices.
+        counts: atoms of each.
+
+    Returns:
+        (atoms, dim, channels) of each output irrep.
+    """
+    found: list[Tensor | None] = [None] * len(outputs)
+    for block in blocks:
+        x = inputs[block.source]
+        size = block.fan_in * n_species * block.fan_out
+        whole = weight[block.start : block.start + size].view(block.fan_in, n_species, block.fan_out)
+        chosen = whole.index_select(1, present).transpose(0, 1) * block.factor
+        parts = [
+            (piece.reshape(-1, block.fan_in) @ matrix).view(*piece.shape[:2], block.fan_out)
+            for piece, matrix in zip(x.split(list(counts)), chosen.unbind(0), strict=True)
+        ]
+        part = parts[0] if len(parts) == 1 else torch.cat(parts)
+        before = found[block.target]
+        found[block.target] = part if before is None else before + part
+    atoms = len(inputs[0])
+    return [
+        inputs[0].new_zeros(atoms, *shape) if part is None else part for part, shape in zip(found, outputs, strict=True)
+    ]

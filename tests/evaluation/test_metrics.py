@@ -1,0 +1,70 @@
+"""Errors by hand, missing labels, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase import Atoms
+
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import EVALUATION_ATOMS, Predictions, evaluate_frames, graphs_of, predict
+from forcetune.frames.read import frames_from_atoms
+from systems import backbone, cluster, crystal, frames_of, labelled
+
+
+def example() -> Predictions:
+    return Predictions(
+        numbers=np.array([1, 1, 8, 8, 8]),
+        atoms=np.array([2, 3]),
+        energy=np.array([1.0, 2.0]),
+        energy_label=np.array([1.5, np.nan]),
+        forces=np.ones((5, 3)),
+        forces_label=np.array([[1.0, 1.0, 0.9]] * 4 + [[np.nan] * 3]),
+        stress=None,
+        stress_label=None,
+    )
+
+
+def test_errors_by_hand() -> None:
+    found = example().errors()
+    assert found.n_frames == 2
+    assert found.energy_mae_mev == pytest.approx(500)
+    assert found.energy_mae_mev_per_atom == pytest.approx(250)
+    assert found.energy_rmse_mev == pytest.approx(500)
+    assert found.forces_mae_mev_per_ang == pytest.approx(100 / 3)
+    assert found.forces_rmse_mev_per_ang == pytest.approx(100 / np.sqrt(3))
+    assert "stress_mae_mev_per_ang3" not in found.to_json()
+
+
+def test_a_prediction_that_is_no_number_is_no_missing_label() -> None:
+    broken = example()
+    broken.energy[0] = np.nan
+    assert np.isnan(broken.errors().energy_mae_mev or 0.0)
+
+
+def test_many_batches_give_what_one_frame_gives() -> None:
+    model = backbone()
+    structures = [cluster(seed=i) if i % 2 else crystal(seed=i) for i in range(2 * EVALUATION_ATOMS // 9)]
+    done: list[int] = []
+    together = predict(model, graphs_of(model, frames_of(*structures)), progress=done.append)
+    assert len(done) > 1
+    assert sum(done) == len(structures)
+    last = predict(model, graphs_of(model, frames_of(structures[-1])))
+    assert together.energy[-1] == pytest.approx(last.energy[0], rel=1e-12)
+    np.testing.assert_allclose(together.forces[-len(structures[-1]) :], last.forces, rtol=0, atol=1e-12)
+
+
+def test_unknown_element_and_atoms_on_top_of_each_other_name_the_frame() -> None:
+    model = backbone()
+    with pytest.raises(InputError, match=r"<atoms>, frame 1: element Si is unknown"):
+        graphs_of(model, frames_from_atoms([*labelled(1), silicon()]).frames)
+    collapsed = labelled(2)
+    collapsed[1].positions[1] = collapsed[1].positions[0]
+    with pytest.raises(InputError, match="frame 1: the model's energy or forces are not finite"):
+        evaluate_frames(model, frames_from_atoms(collapsed).frames)
+
+
+def silicon() -> Atoms:
+    atoms = Atoms("Si")
+    atoms.info["REF_energy"] = 0.0
+    return atoms

@@ -1,0 +1,75 @@
+"""Batches of an epoch: every frame once, an order that depends on seed and epoch alone, budgets that hold."""
+
+from __future__ import annotations
+
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forcetune.errors import InputError
+from forcetune.graphs.graph import Batch, graph_of
+from forcetune.graphs.loader import BatchLoader, pack
+from systems import cluster, frames_of
+
+
+def graphs(count: int) -> list[Batch]:
+    return [graph_of(frame, 3.0) for frame in frames_of(*(cluster(atoms=2 + i, seed=i) for i in range(count)))]
+
+
+def sizes(loader: BatchLoader) -> list[list[int]]:
+    return [batch.atoms_per_graph.tolist() for batch in loader]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def epochs(seed: int, *numbers: int) -> list[list[list[int]]]:
+        loader = BatchLoader(graphs(7), 3, shuffle=True, seed=seed)
+        found = []
+        for number in numbers:
+            loader.epoch = number
+            found.append(sizes(loader))
+        return found
+
+    first = epochs(1, 0, 1, 2)
+    assert epochs(1, 2) == first[2:]
+    assert first[0] != first[1]
+    assert epochs(2, 0) != first[:1]
+    assert all(sorted(chain.from_iterable(epoch)) == [2, 3, 4, 5, 6, 7, 8] for epoch in first)
+    assert [len(batch) for batch in first[0]] == [3, 3, 1]
+
+
+def test_without_shuffling_the_order_is_that_of_the_frames() -> None:
+    loader = BatchLoader(graphs(4), 3)
+    assert sizes(loader) == [[2, 3, 4], [5]] == sizes(loader)
+    assert loader.n_batches == 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 200)), min_size=1, max_size=30),
+    st.integers(30, 100),
+    st.integers(200, 500),
+)
+@settings(max_examples=60, deadline=None)
+def test_budgets_hold_and_nothing_is_lost(members: list[tuple[int, int]], atoms: int, edges: int) -> None:
+    batches = pack(members, range(len(members)), 1, atoms, edges)
+    assert list(chain.from_iterable(batches)) == list(range(len(members)))
+    for batch in batches:
+        assert sum(members[i][0] for i in batch) <= atoms
+        assert sum(members[i][1] for i in batch) <= edges
+    for one, following in pairwise(batches):
+        joined = [*one, following[0]]
+        assert sum(members[i][0] for i in joined) > atoms or sum(members[i][1] for i in joined) > edges
+
+
+def test_frame_beyond_the_budget_is_told() -> None:
+    with pytest.raises(InputError, match=r"frame 3 of the set has 5 atoms.*raise it to at least 5"):
+        BatchLoader(graphs(5), 1, batch_atoms=4)
+    with pytest.raises(InputError, match=r"edges, more than the budget of 1 \(training\.batch_edges\)"):
+        BatchLoader(graphs(5), 1, batch_edges=1)
+
+
+def test_graphs_are_moved_once() -> None:
+    loader = BatchLoader(graphs(2), 2, device="cpu")
+    assert next(iter(loader)).positions.device == torch.device("cpu")
