@@ -96,8 +96,8 @@ def test_other_texts() -> None:
     assert [ratio_text(r) for r in (None, 0.0, 0.0312, 0.099, 0.5, 1.234, 54.3)] == [
         "–", "0.00", "0.031", "0.099", "0.50", "1.23", "54",
     ]  # fmt: skip
-    assert [change_text(r) for r in (None, 0.0, 1.0, 0.14, 3.0, 0.01)] == [
-        "", "", "unchanged", "7.1× smaller", "3× larger", "100× smaller",
+    assert [change_text(r) for r in (None, 0.0, 1.0, 0.14, 3.0, 0.01, 0.957)] == [
+        "", "", "unchanged", "7.1× smaller", "3× larger", "100× smaller", "4 % smaller",
     ]  # fmt: skip
     assert [share_text(p, 1000) for p in (0, 1000, 999.9, 3, 250)] == ["0 %", "100 %", "99.99 %", "0.30 %", "25 %"]
     assert [duration_text(s) for s in (0.5, 59.7, 61, 3700, 200_000)] == [

@@ -116,6 +116,5 @@ def _test_names(sources: Sequence[str]) -> list[str]:
         return ["test"]
     stems = [Path(source).stem for source in sources]
     return [
-        f"test {stem}" if stems.count(stem) == 1 else f"test {source}"
-        for stem, source in zip(stems, sources, strict=True)
+        f"test {stem}" if stems.count(stem) == 1 else f"test {stem} {number}" for number, stem in enumerate(stems, 1)
     ]

@@ -90,12 +90,14 @@ def ratio_text(value: float | None) -> str:
 
 
 def change_text(value: float | None) -> str:
-    """A ratio after / before in words: ``7.1× smaller``."""
+    """A ratio after / before in words: ``7.1× smaller``, ``12 % larger``."""
     if value is None or value <= 0:
         return ""
     factor = max(value, 1 / value)
     if factor < 1.02:
         return "unchanged"
+    if factor < 2:
+        return f"{100 * abs(1 - value):.0f} % {'smaller' if value < 1 else 'larger'}"
     return f"{factor:.2g}× {'smaller' if value < 1 else 'larger'}" if factor < 10 else _big_change(factor, value < 1)
 
 
