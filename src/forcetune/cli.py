@@ -32,8 +32,10 @@ errors_to = Console(stderr=True, soft_wrap=True)
 
 
 def _about(section: type[BaseModel], field: str) -> str:
-    """The description of an option, which stands in the configuration only."""
-    return section.model_fields[field].description or ""
+    """Description and default of an option, which stand in the configuration only."""
+    found = section.model_fields[field]
+    unset = found.is_required() or found.default in (None, [], False)
+    return f"{found.description or ''}{'' if unset else ff' Default: {found.default}.'}"
 
 
 Model = Annotated[str, typer.Option("--model", help=_about(configuration.ModelConfig, "model"))]

@@ -74,7 +74,8 @@ class ReferenceConfig(Section):
 
     mode: Literal["estimate", "model", "isolated", "average", "table"] = Field(
         default="estimate",
-        description="`estimate` fits them on the foundation model's residuals; see docs for the others.",
+        description="`estimate`: least squares on the foundation model's residuals; `model`: keep its own; `isolated`: "
+        "isolated atoms among the training frames; `average`: least squares on the labels; `table`: references.table.",
     )
     table: dict[str, float] | None = Field(default=None, description="Element symbol to eV, for mode `table`.")
 

@@ -71,13 +71,14 @@ def test_methods_table() -> None:
             ("node_embedding", "Frozen", 1, 0, 512, 0),
             ("linear", "Gate(rank=16)", 12, 198_656, 198_656, 61_824),
             ("contraction", "LowRank(rank=16) + Dense", 4, 43_008, 43_008, 9_216),
+            ("readout", "Gate(rank=16)", 2, 500, 1_000, 100),
         )
     ]
     mmea = {"method": "mmea", "trainable": 91_520, "total": 324_096, "coverage": coverage}
     full = {"method": "[bold]full", "trainable": 324_096, "total": 324_096, "coverage": []}
     text = printed(methods_table([mmea, full]))
-    assert re.search(r"mmea +91,520 +28 % +– +100 % +100 %", text)
-    assert "[bold]full" in text and "LowRank + Dense" in re.sub(r"\s+", " ", text)
+    assert re.search(r"mmea +91,520 +28 % +Gate on linear, readout \(50 %\); LowRank \+ Dense on contraction", text)
+    assert re.search(r"\[bold\]full +324,096 +100 % +–", text)
     assert "method" in printed(methods_table([]))
 
 

@@ -1,7 +1,8 @@
 """Evaluation of equivariant polynomials for atoms grouped by species, with first and second derivatives by hand.
 
 For species s, channel c and atoms n of that species, out[k, c, n] = Σ_r m_r(x) T[k, r] with T = A[s, c] m_columns(x):
-a batched matrix product over (s, c) for each segment of the columns, and a short sum. See :mod:`forcetune.kernels.polynomial` for m and A.
+a batched matrix product over (s, c) for each segment of the columns, and a short sum. For m and A see
+:mod:`forcetune.kernels.polynomial`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def fold(form: BilinearForm, weights: Sequence[Tensor]) -> list[Tensor]:
         # outputs without a row here stay in: their weights get a gradient, if only of zeros
         parts = [
             (weight @ matrix).view(species, channels, matrix.shape[1] // width, width)
-            for weight, matrix in ((weight, basis.like(weight)) for weight, basis in zip(flat, segment.basis, strict=True))
+            for weight, matrix in (
+                (weight, basis.like(weight)) for weight, basis in zip(flat, segment.basis, strict=True)
+            )
         ]
         result.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
     return result
@@ -64,9 +67,7 @@ def polynomial(
     Returns:
         (Σ dims, channels, atoms). Differentiable twice.
     """
-    result: Tensor = _Polynomial.apply(
-        _Setting(form, tuple(counts), phase or Phase(), trains), x, *coefficients
-    )  # pyright: ignore[reportAssignmentType]
+    result: Tensor = _Polynomial.apply(_Setting(form, tuple(counts), phase or Phase(), trains), x, *coefficients)  # pyright: ignore[reportAssignmentType]
     return result
 
 
@@ -133,8 +134,7 @@ class _PolynomialBackward(torch.autograd.Function):
         return (of_x, *outer)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         g, x, *coefficients = ctx.saved_tensors
         setting: _Setting = ctx.setting
         form, counts = setting.form, setting.counts
@@ -159,6 +159,8 @@ class _PolynomialBackward(torch.autograd.Function):
             pairs = ((moved_seed, monomials[columns]), (seed, moved[columns]))
             result.append(_outer(*pairs[0], counts) + _outer(*pairs[1], counts) if need else None)
         return (None, None, None, of_g, of_x, *result)
+
+    backward: Any = staticmethod(once_differentiable(_twice))
 
 
 def _monomials(form: BilinearForm, x: Tensor) -> Tensor:

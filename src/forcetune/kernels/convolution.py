@@ -138,8 +138,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         return _backward(setting, needs, grads, _Inputs(setting, radial, rest))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         setting: _Setting = ctx.setting
         tensors = ctx.saved_tensors
         grads, radial, rest = tensors[: ctx.n_grads], tensors[ctx.n_grads], tensors[ctx.n_grads + 1 :]
@@ -158,6 +157,8 @@ class _ConvolutionBackward(torch.autograd.Function):
             missing,
         )
         return (None, None, None, *found)
+
+    backward: Any = staticmethod(once_differentiable(_twice))
 
 
 class _Inputs:

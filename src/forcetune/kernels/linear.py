@@ -32,9 +32,7 @@ class Block:
 
 def matrices(weight: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
     """(fan in, fan out) of each block, normalised."""
-    return [
-        weight[b.start : b.start + b.fan_in * b.fan_out].view(b.fan_in, b.fan_out) * b.factor for b in blocks
-    ]
+    return [weight[b.start : b.start + b.fan_in * b.fan_out].view(b.fan_in, b.fan_out) * b.factor for b in blocks]
 
 
 def equivariant_linear(

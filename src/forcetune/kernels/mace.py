@@ -17,12 +17,12 @@ from forcetune.kernels.mace_layers import (
     INTERACTIONS,
     Step,
     can_train,
+    contraction_forward,
     interaction_forward,
     linear_forward,
     product_forward,
     scalars_of,
     skip_forward,
-    contraction_forward,
     symmetric_contraction_forward,
 )
 from forcetune.kernels.phase import Phase
@@ -317,9 +317,7 @@ def _assembled(
     return {"interaction_energy": total, "energy": total, "node_energy": node, "contributions": contributions}
 
 
-def _derivatives(
-    graph: _Graph, energy: Tensor, training: bool, wants_virials: bool
-) -> tuple[Tensor, Tensor | None]:
+def _derivatives(graph: _Graph, energy: Tensor, training: bool, wants_virials: bool) -> tuple[Tensor, Tensor | None]:
     """Forces (atoms, 3), and on request the derivative by the symmetric strain (graphs, 3, 3)."""
     plan = graph.plan
     with graph.phase.forces():

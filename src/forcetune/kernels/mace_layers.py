@@ -184,9 +184,7 @@ def skip_forward(module: Any) -> Callable[..., Any]:
             return slow(self, features, second, weight)
         known = features_of(features, layout_in)
         plan = second.plan
-        found = species_linear(
-            blocks, self.weight, n_species, known.blocks, layout_out, plan.present, plan.counts
-        )
+        found = species_linear(blocks, self.weight, n_species, known.blocks, layout_out, plan.present, plan.counts)
         return Features(found, geometric=known.geometric, trains=known.trains or can_train(self))
 
     return forward
@@ -309,9 +307,7 @@ class Convolution:
             out = product.irreps_out[ins.i_out]
             group, column = places[ins.i_out]
             odd = second.ir.l % 2 == 1
-            self.paths.append(
-                Path(ins.i_in1, first.mul, first.ir.dim, out.ir.dim, odd, radial, group, column)
-            )
+            self.paths.append(Path(ins.i_in1, first.mul, first.ir.dim, out.ir.dim, odd, radial, group, column))
             radial += first.mul
             coupling = ins.path_weight * _coupling(symbols, first.ir.l, second.ir.l, out.ir.l)
             placed = torch.zeros(product.irreps_in2.dim, coupling.shape[0], coupling.shape[2], dtype=torch.float64)

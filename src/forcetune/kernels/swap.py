@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 _ORIGINAL = "_forcetune_original_class"
+_MAKE: Any = vars(copyreg)["_reconstructor"]
 
 
 def swap_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -23,8 +25,9 @@ def swap_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     original = type(module)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        make, arguments, *rest = object.__reduce_ex__(self, protocol)
-        return (make, tuple(original if part is type(self) else part for part in arguments), *rest)
+        # made by copyreg's own constructor: a file must not ask for anything of ours
+        _, _, *state = object.__reduce_ex__(self, protocol)
+        return (_MAKE, (original, object, None), *state)
 
     members = {
         "__module__": original.__module__,

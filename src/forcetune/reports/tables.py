@@ -215,34 +215,33 @@ def evaluation_table(errors: Mapping[str, Any]) -> Table:
 
 
 def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What each method trains on a model, for the terminal: one line a method, one column a kind of site.
+    """What each method trains on a model, for the terminal: one line a method.
 
     Args:
         rows: ``method, trainable, total, coverage`` each, as ``forcetune methods --json`` prints them.
     """
-    kinds = list(dict.fromkeys(entry["kind"] for row in rows for entry in row.get("coverage", ())))
     table = _rich_table(None, ("method",), ("trainable", "share"))
-    for kind in kinds:
-        table.add_column(Text(str(kind).replace("_", " ")), justify="right", min_width=7)
+    table.add_column("weights covered, by kind of site", ratio=1)
     for row in rows:
-        by_kind = {entry["kind"]: entry for entry in row.get("coverage", ())}
-        cells = [_coverage_cell(by_kind.get(kind)) for kind in kinds]
         trainable = row.get("trainable")
+        name = Text(str(row.get("method", MISSING)), style="bold")
         share = share_text(trainable, row.get("total"))
-        table.add_row(Text(str(row.get("method", MISSING)), style="bold"), count_text(trainable), share, *cells)
-    if kinds:
-        table.caption = "Columns by kind of site: weights covered, and by which update; – stays frozen."
-        table.caption_justify = "left"
+        table.add_row(name, count_text(trainable), share, _coverage_text(row.get("coverage", ())))
     return table
 
 
-def _coverage_cell(entry: Mapping[str, Any] | None) -> Text:
-    if entry is None or not finite(entry.get("covered")):
-        return Text(MISSING, style="dim")
-    share = share_text(entry.get("covered"), entry.get("total"))
-    # The parameters in brackets are the same along a line as a rule, and would widen every column.
-    updates = " + ".join(part.split("(")[0].strip() for part in str(entry.get("update", "")).split(" + "))
-    return Text(f"{share}\n{updates}", justify="right")
+def _coverage_text(coverage: Sequence[Mapping[str, Any]]) -> Text:
+    """Kinds of sites by the update they get, with their share where it is not the whole kind."""
+    by_update: dict[str, list[str]] = {}
+    for entry in coverage:
+        if not finite(entry.get("covered")):
+            continue
+        # hyper-parameters are the same along a method as a rule, and would bury the names
+        update = " + ".join(part.split("(")[0].strip() for part in str(entry.get("update", "")).split(" + "))
+        share = share_text(entry.get("covered"), entry.get("total"))
+        kind = str(entry.get("kind"))
+        by_update.setdefault(update, []).append(kind if share == "100 %" else f"{kind} ({share})")
+    return Text("; ".join(f"{update} on {', '.join(kinds)}" for update, kinds in by_update.items()) or MISSING)
 
 
 # Tables for the page

@@ -1,0 +1,291 @@
+"""Time of a training step and of inference: mace-torch and forcetune in turn, in one process, on the same frames.
+
+    python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick]
+
+A step is energies and forces with their graph, the loss mean (E − E*)² + 1000 mean (F − F*)², and its gradient by
+the trainable parameters; no optimizer. Models have the size of MACE-OFF23-medium (128x0e+128x1o, correlation 3,
+l up to 3, cutoff 5 Å) for H, C, O, with random weights. Frames are aspirin: those of rMD17 where ``--data`` names its
+folder, otherwise a shaken molecule of the same composition.
+
+Codes take turns and medians are given, so that a busy machine slows all of them. Memory is the largest growth of
+what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's allocator there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.io import read
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from forcetune.adapters.attach import attach
+from forcetune.adapters.methods import method
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.mace.library import import_mace
+from forcetune.deployment.calculator import frame_of
+from forcetune.evaluation.metrics import graphs_of
+from forcetune.graphs.graph import Batch, collate
+from forcetune.kernels.mace import install
+
+ELEMENTS = (1, 6, 8)
+METHODS = ("mmea", "elora", "full", "readout")
+LIBRARY = "mace-torch, all parameters"
+LORA = "mace-torch, --lora rank 16"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+Runs = Mapping[str, Callable[[], object]]
+
+
+def random_model(dtype: torch.dtype) -> MaceBackbone:
+    """A model of MACE-OFF23-medium size; always the same weights."""
+    modules = import_mace()
+    from e3nn import o3
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = modules.ScaleShiftMACE(
+                r_max=5.0,
+                num_bessel=8,
+                num_polynomial_cutoff=5,
+                max_ell=3,
+                interaction_cls=modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
+                interaction_cls_first=modules.interaction_classes["RealAgnosticInteractionBlock"],
+                num_interactions=2,
+                num_elements=len(ELEMENTS),
+                hidden_irreps=o3.Irreps("128x0e+128x1o"),
+                MLP_irreps=o3.Irreps("16x0e"),
+                gate=torch.nn.functional.silu,
+                atomic_energies=np.zeros(len(ELEMENTS)),
+                avg_num_neighbors=14.4,
+                atomic_numbers=list(ELEMENTS),
+                correlation=3,
+                atomic_inter_scale=1.0,
+                atomic_inter_shift=0.0,
+                radial_MLP=[64, 64, 64],
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return MaceBackbone.from_module(model, dtype=dtype)
+
+
+def aspirin(data: Path | None, count: int) -> list[Atoms]:
+    """Frames of rMD17 aspirin, or shaken grids of the same composition and density."""
+    if data is not None:
+        return list(itertools.islice(itertools.cycle(read(data / "aspirin" / "train.xyz", ":")), count))
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(range(3), range(3), range(3)), axis=-1).reshape(-1, 3)[:21] * 1.55
+    numbers = rng.permutation([6] * 9 + [1] * 8 + [8] * 4)
+    return [Atoms(numbers, grid + rng.uniform(-0.2, 0.2, grid.shape)) for _ in range(count)]
+
+
+def periodic_box(atoms: int, seed: int = 0) -> Atoms:
+    """A box at 0.1 atoms per Å³, as in an organic liquid."""
+    rng = np.random.default_rng(seed)
+    side = round(atoms ** (1 / 3)) + 1
+    grid = np.stack(np.meshgrid(*3 * [np.arange(side)]), axis=-1).reshape(-1, 3)[:atoms]
+    length = (atoms / 0.1) ** (1 / 3)
+    positions = (grid + rng.uniform(-0.15, 0.15, grid.shape)) * length / side
+    return Atoms(rng.choice(ELEMENTS, atoms, p=(8 / 21, 9 / 21, 4 / 21)), positions, cell=[length] * 3, pbc=True)
+
+
+def batch_of(model: MaceBackbone, structures: Sequence[Atoms], dtype: torch.dtype) -> Batch:
+    frames = [frame_of(Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc)) for a in structures]
+    return collate(graphs_of(model, frames)).to(device=model.device, dtype=dtype)
+
+
+def lora_model(base: MaceBackbone) -> MaceBackbone:
+    """As ``mace_run_train --lora=True --lora_rank=16`` makes it: only the added weights train."""
+    from mace.modules.lora import inject_lora
+
+    model = copy.deepcopy(base.model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inject_lora(model, rank=16, alpha=16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return MaceBackbone(model.to(device=base.device, dtype=base.dtype), base.base)
+
+
+def tuned_model(base: MaceBackbone, name: str | None) -> MaceBackbone:
+    """With an adapter whose parameters are no longer those of the start, and the kernels."""
+    tuned = MaceBackbone(copy.deepcopy(base.model), base.base)
+    if name is not None:
+        adapter = attach(tuned, method(name))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    coverage = install(tuned)
+    if not coverage.fast:
+        raise SystemExit(f"the kernels do not cover this model: {coverage.left}")
+    return tuned
+
+
+def step(model: MaceBackbone, batch: Batch) -> None:
+    parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = None
+    found = model.predict(batch, create_graph=True)
+    loss = found.energy.square().mean() + 1000 * found.forces.square().mean()
+    loss.backward()
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def medians(runs: Runs, rounds: int, repeats: Mapping[str, int]) -> dict[str, float]:
+    """Median seconds of each run; all take turns, faster ones several times."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            for _ in range(repeats.get(name, 1)):
+                synchronise()
+                start = time.perf_counter()
+                run()
+                synchronise()
+                if turn:  # the first turn warms up
+                    times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """MB by which a run exceeds what was allocated before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    level = most = 0
+    for event in sorted(_memory_events(found), key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        most = max(most, level)
+    return most / 1e6
+
+
+def _memory_events(found: Any) -> list[Any]:
+    assert found.profiler is not None
+    return [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+
+
+def training(
+    models: Mapping[str, MaceBackbone], batch: Batch, rounds: int, *, memory: bool
+) -> dict[str, dict[str, float]]:
+    """Seconds, speed over the library and memory of a step."""
+    runs = {name: (lambda model=model: step(model, batch)) for name, model in models.items()}
+    found = medians(runs, rounds, dict.fromkeys(METHODS, 2))
+    result = {
+        name: {"seconds": seconds, "speedup_over_mace_full": found[LIBRARY] / seconds}
+        for name, seconds in found.items()
+    }
+    if memory:
+        for name, run in runs.items():
+            result[name]["peak_mb"] = peak_memory(run)
+    return result
+
+
+def inference(models: Mapping[str, MaceBackbone], batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of energies and forces, neighbours given."""
+    runs = {name: (lambda model=model: model.predict(batch)) for name, model in models.items()}
+    found = medians(runs, rounds, {})
+    first = next(iter(found.values()))
+    return {name: {"seconds": seconds, "speedup_over_mace": first / seconds} for name, seconds in found.items()}
+
+
+def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    table = Table("code", "seconds", "times faster", "peak MB", title=title, title_justify="left")
+    for name, row in rows.items():
+        ratio = next(value for key, value in row.items() if key.startswith("speedup"))
+        memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""
+        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", memory)
+    Console().print(table)
+
+
+def step_table(arguments: argparse.Namespace, dtype: str, frames: int, *, memory: bool) -> dict[str, Any]:
+    base = random_model(DTYPES[dtype])
+    base.model.to(arguments.device)
+    base = MaceBackbone(base.model, base.base)
+    models = {LIBRARY: base, LORA: lora_model(base)} | {name: tuned_model(base, name) for name in arguments.methods}
+    batch = batch_of(base, aspirin(arguments.data, frames), DTYPES[dtype])
+    rows = training(models, batch, arguments.rounds, memory=memory)
+    show(f"step, {frames} frames, {batch.n_atoms} atoms, {batch.n_edges} edges, {dtype}", rows)
+    return {"frames": frames, "dtype": dtype, "atoms": batch.n_atoms, "edges": batch.n_edges, "codes": rows}
+
+
+def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
+    base = random_model(DTYPES[dtype])
+    base.model.to(arguments.device)
+    base = MaceBackbone(base.model, base.base)
+    models = {
+        "mace-torch, base": base,
+        "forcetune, base": tuned_model(base, None),
+        "forcetune, mmea": tuned_model(base, "mmea"),
+    }
+    result = []
+    for name, atoms in (("21-atom molecule", aspirin(arguments.data, 1)[0]), ("500-atom box", periodic_box(500))):
+        if arguments.quick and len(atoms) > 100:
+            continue
+        batch = batch_of(base, [atoms], DTYPES[dtype])
+        rows = inference(models, batch, arguments.rounds * (5 if len(atoms) < 100 else 1))
+        show(f"energy and forces, {name}, {batch.n_edges} edges, {dtype}", rows)
+        result.append({"system": name, "dtype": dtype, "atoms": len(atoms), "edges": batch.n_edges, "codes": rows})
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of rMD17, with aspirin/train.xyz in it")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each code")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--quick", action="store_true", help="only the float64 batch of five and the molecule")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    first = step_table(arguments, "float64", 5, memory=True)
+    steps = [first]
+    if not arguments.quick:
+        steps += [step_table(arguments, *case, memory=False) for case in (("float32", 5), ("float64", 1))]
+        steps += [step_table(arguments, dtype, 32, memory=False) for dtype in DTYPES]
+    predictions = [
+        row for dtype in (["float64"] if arguments.quick else DTYPES) for row in inference_table(arguments, dtype)
+    ]
+    result = {
+        "speedup_over_mace_full": {
+            name: row["speedup_over_mace_full"] for name, row in first["codes"].items() if name != LIBRARY
+        },
+        "steps": steps,
+        "inference": predictions,
+        "machine": {
+            "processor": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+        },
+    }
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

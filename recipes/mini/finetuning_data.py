@@ -1,0 +1,299 @@
+"""The data that ``forcetune demo`` tunes on: one flexible molecule, hot, labelled by density-functional theory.
+
+    python -m recipes.mini.finetuning_data --out FOLDER [--processes N]
+
+1. Every part has trajectories of its own, so that no test frame is a neighbour in time of a training frame: Langevin
+   dynamics on the GFN2-xTB surface from another conformer, at 500, 750 and 1000 K (``hot``: at 1500 K).
+2. Every frame is labelled by PySCF and kept in ``FOLDER/frames``; a rerun computes what is missing.
+3. ``train``, ``valid``, ``test`` and ``hot`` are written as compressed extended XYZ, with a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from ase.data import chemical_symbols
+from rich.console import Console
+from rich.progress import track
+
+from forcetune.errors import InputError
+from forcetune.files import write_text
+from recipes.mini.conformers import embed, is_whole
+from recipes.mini.dft import Calculation, ConvergenceError, Level, calculate, gradient_error
+from recipes.mini.dynamics import langevin
+from recipes.mini.molecules import FINE_TUNING
+from recipes.mini.sample import FloatArray, IntArray, Sample, read_shard, rounded, write_shard, write_xyz
+from recipes.mini.xtb import Surface, SurfaceError
+
+TEMPERATURES = (500.0, 750.0, 1000.0)
+HOT = (1500.0,)
+EQUILIBRATION = 4
+"""Structures thrown away at the start of a trajectory."""
+MAX_FORCE = 50.0
+"""eV/Å; a frame with a longer force is a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file: its name, its number of frames, the temperatures (K) that they are shared among."""
+
+    name: str
+    frames: int
+    temperatures: tuple[float, ...] = TEMPERATURES
+
+
+PARTS = (Part("train", 50), Part("valid", 50), Part("test", 200), Part("hot", 50, HOT))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One frame to label, and where its labels are kept."""
+
+    part: str
+    path: Path
+    numbers: IntArray
+    positions: FloatArray
+    temperature: float
+    molecule: str
+    level: Level
+
+
+def trajectory_frames(
+    smiles: str, part: str, temperature: float, count: int, *, every: int, seed: int
+) -> list[FloatArray]:
+    """``count`` structures (atoms, 3), Å, at one temperature, ``every`` femtoseconds apart.
+
+    A trajectory that reacts, or whose field fails, is left there and another one goes on from another conformer.
+
+    Raises:
+        SurfaceError: twenty trajectories did not give enough structures.
+    """
+    molecule = embed(smiles, 10, seed)
+    surface = Surface(molecule.numbers)
+    structures: list[FloatArray] = []
+    for attempt in range(20):
+        key = [seed, *part.encode(), int(temperature), attempt]
+        generator = np.random.default_rng(key)
+        start = molecule.conformers[int(generator.integers(len(molecule.conformers)))]
+        walk = langevin(surface, start, temperature=temperature, every=every, generator=generator)
+        try:
+            for step, positions in enumerate(walk):
+                if len(structures) == count:
+                    return structures
+                if not is_whole(molecule, positions):
+                    break
+                if step >= EQUILIBRATION:
+                    structures.append(rounded(positions))
+        except SurfaceError:
+            continue
+    raise SurfaceError(f"{smiles}: {len(structures)} of {count} structures at {temperature:.0f} K in 20 trajectories")
+
+
+def tasks(out: Path, parts: Sequence[Part], smiles: str, level: Level, *, every: int, seed: int) -> list[Task]:
+    """The structures of all parts, made once and then read from ``out/structures``."""
+    numbers = embed(smiles, 1, seed).numbers
+    found: list[Task] = []
+    for part in parts:
+        shares = np.array_split(np.arange(part.frames), len(part.temperatures))
+        for temperature, share in zip(part.temperatures, shares, strict=True):
+            path = out / "structures" / f"{part.name}-{temperature:.0f}.npz"
+            if not path.exists():
+                structures = trajectory_frames(smiles, part.name, temperature, len(share), every=every, seed=seed)
+                blank = np.zeros_like(structures[0])
+                samples = [Sample(numbers, place, 0.0, blank, "unlabelled", smiles) for place in structures]
+                write_shard(path, samples)
+            for index, sample in zip(share, read_shard(path)[0], strict=True):
+                shard = out / "frames" / f"{part.name}-{index:04d}.npz"
+                found.append(Task(part.name, shard, numbers, sample.positions, temperature, smiles, level))
+    return found
+
+
+def label_frame(task: Task) -> None:
+    """Compute one frame and keep it; a failure is kept as a shard without a frame."""
+    began = time.monotonic()
+    result: Calculation | None = None
+    try:
+        result = calculate(task.level, task.numbers, task.positions)
+    except ConvergenceError:
+        result = None
+    samples: list[Sample] = []
+    if result is not None:
+        kind = f"md_{task.temperature:.0f}K"
+        sample = Sample(task.numbers, task.positions, result.energy, result.forces, kind, task.molecule)
+        if sample.max_force <= MAX_FORCE:
+            samples.append(sample)
+    milliseconds = round(1000 * (time.monotonic() - began))
+    write_shard(task.path, samples, milliseconds=milliseconds, cycles=0 if result is None else result.cycles)
+
+
+def label_missing(work: Sequence[Task], processes: int, console: Console) -> None:
+    """Label every frame that has no shard yet, on so many processes."""
+    missing = [task for task in work if not task.path.exists()]
+    bar = {"total": len(missing), "description": "DFT frames", "console": console}
+    if processes == 1 or len(missing) < 2:
+        for task in track(missing, **bar):
+            label_frame(task)
+        return
+    # spawned, not forked: PySCF and tblite hold thread pools that do not survive a fork
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for _ in track(pool.imap_unordered(label_frame, missing), **bar):
+            pass
+
+
+def guard_settings(out: Path, settings: dict[str, object]) -> None:
+    """Refuse a folder whose frames were made with other settings.
+
+    Raises:
+        InputError: the settings in the folder differ.
+    """
+    path = out / "settings.json"
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise InputError(f"{path}: frames of other settings are in this folder; choose another --out.")
+    write_text(path, text)
+
+
+def checked_gradient(out: Path, task: Task) -> float:
+    """Largest error of the analytic forces of one frame by finite differences, eV/Å; computed once per folder."""
+    path = out / "gradient.json"
+    if not path.exists():
+        error = gradient_error(task.level, task.numbers, task.positions)
+        write_text(path, json.dumps({"largest_error_ev_per_ang": error}) + "\n")
+    return float(json.loads(path.read_text(encoding="utf-8"))["largest_error_ev_per_ang"])
+
+
+def collect(out: Path, work: Sequence[Task], parts: Iterable[Part]) -> dict[str, dict[str, float]]:
+    """Write the parts and return per part the counts, the spread of energies and the forces.
+
+    Raises:
+        InputError: two frames are the same structure.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    seen: set[bytes] = set()
+    for part in parts:
+        shards = [read_shard(task.path) for task in work if task.part == part.name]
+        samples = [sample for found, _ in shards for sample in found]
+        for sample in samples:
+            if sample.positions.tobytes() in seen:
+                raise InputError(f"{part.name}: a structure occurs twice; start from an empty folder.")
+            seen.add(sample.positions.tobytes())
+        write_xyz(out / f"{part.name}.xyz.gz", samples)
+        energies = np.array([sample.energy for sample in samples])
+        forces = np.concatenate([sample.forces for sample in samples])
+        figures[part.name] = {
+            "frames": len(samples),
+            "dropped": len(shards) - len(samples),
+            "energy_mean": float(energies.mean()),
+            "energy_std": float(energies.std()),
+            "forces_rms": float(np.sqrt((forces**2).mean())),
+            "force_max": max(sample.max_force for sample in samples),
+            "seconds_per_frame": float(np.median([counts["milliseconds"] for _, counts in shards])) / 1000,
+        }
+    return figures
+
+
+def card(
+    smiles: str, level: Level, parts: Sequence[Part], figures: dict[str, dict[str, float]], every: int, error: float
+) -> str:
+    """The data card, markdown."""
+    numbers = embed(smiles, 1, 0).numbers
+    formula = " ".join(f"{chemical_symbols[z]}{(numbers == z).sum()}" for z in sorted(set(numbers.tolist())))
+    codes = ", ".join(f"{name} {version(name)}" for name in ("pyscf", "tblite", "rdkit", "ase", "numpy"))
+    temperatures = {part.name: ", ".join(f"{value:.0f}" for value in part.temperatures) for part in parts}
+    rows = [
+        f"| {name} | {temperatures[name]} | {row['frames']:.0f} | {row['dropped']:.0f} | {row['energy_mean']:.3f} | "
+        f"{row['energy_std']:.3f} | {row['forces_rms']:.3f} | {row['force_max']:.2f} |"
+        for name, row in figures.items()
+    ]
+    return "\n".join(
+        [
+            "# Fine-tuning data of `forcetune demo`",
+            "",
+            f"Molecule: `{smiles}` ({formula}, {len(numbers)} atoms), neutral, closed shell, without a cell.",
+            "",
+            f"Labels: {level}, restricted Kohn–Sham, density fitting with PySCF's auxiliary basis, integration grid "
+            f"level {level.grid}, converged to {level.tolerance:g} hartree. Analytic gradients include the response of "
+            f"the grid; largest difference from finite differences of the energy: {error:.1e} eV/Å. `REF_energy` is "
+            "the total energy in eV, `REF_forces` are in eV/Å (CODATA 2014 constants, as in ASE).",
+            "",
+            f"Structures: Langevin dynamics on the GFN2-xTB surface, {every} fs apart, every part and temperature from "
+            "a trajectory of its own; frames in which a bond broke are not taken.",
+            "",
+            "| part | K | frames | dropped | mean energy, eV | its spread, eV | rms force, eV/Å | longest force, eV/Å |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "Dropped: the field did not converge, or a net force, a net torque or a force above "
+            f"{MAX_FORCE:.0f} eV/Å was left.",
+            "",
+            f"Made by `python -m recipes.mini.finetuning_data` with {codes}, Python {platform.python_version()}.",
+            "",
+            "Licence: MIT, as the package.",
+            "",
+        ]
+    )
+
+
+def make(
+    out: Path,
+    *,
+    parts: Sequence[Part] = PARTS,
+    smiles: str = FINE_TUNING[0],
+    level: Level | None = None,
+    every: int = 250,
+    seed: int = 20250,
+    processes: int = 1,
+    console: Console | None = None,
+) -> dict[str, dict[str, float]]:
+    """Make the data in ``out``; what is there already is not repeated.
+
+    Returns:
+        Per part: ``frames``, ``dropped``, ``energy_mean`` and ``energy_std`` (eV), ``forces_rms`` and ``force_max``
+        (eV/Å), ``seconds_per_frame``.
+
+    Raises:
+        InputError: ``out`` holds frames of other settings.
+        SurfaceError: the dynamics did not give enough structures.
+    """
+    console = console or Console()
+    level = level or Level()
+    shares = {part.name: [part.frames, *part.temperatures] for part in parts}
+    guard_settings(out, {"level": level.record, "molecule": smiles, "every_fs": every, "seed": seed, "parts": shares})
+    with console.status("structures on the GFN2-xTB surface"):
+        work = tasks(out, parts, smiles, level, every=every, seed=seed)
+    error = checked_gradient(out, work[0])
+    console.print(f"{smiles} at {level}: largest error of a force by finite differences {error:.1e} eV/Å")
+    label_missing(work, processes, console)
+    figures = collect(out, work, parts)
+    write_text(out / "README.md", card(smiles, level, parts, figures, every, error))
+    return figures
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data; a rerun continues there")
+    parser.add_argument("--processes", type=int, default=1, help="frames that are labelled at the same time")
+    parser.add_argument("--functional", default=Level.functional, help="a name that libxc knows")
+    parser.add_argument("--basis", default=Level.basis)
+    parser.add_argument("--limit", type=int, help="at most so many frames per part, for a trial")
+    given = parser.parse_args()
+    parts = [Part(p.name, min(p.frames, given.limit or p.frames), p.temperatures) for p in PARTS]
+    console = Console()
+    level = Level(functional=given.functional, basis=given.basis)
+    figures = make(given.out, parts=parts, level=level, processes=given.processes, console=console)
+    for name, row in figures.items():
+        console.print(name, row)
+
+
+if __name__ == "__main__":
+    main()

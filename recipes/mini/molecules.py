@@ -1,0 +1,1 @@
+FINE_TUNING = ("NCCO",)
