@@ -35,7 +35,8 @@ def _about(section: type[BaseModel], field: str) -> str:
     """Description and default of an option, which stand in the configuration only."""
     found = section.model_fields[field]
     unset = found.is_required() or found.default in (None, [], False)
-    return f"{found.description or ''}{'' if unset else ff' Default: {found.default}.'}"
+    about = found.description or ""
+    return about if unset else f"{about} Default: {found.default}."
 
 
 Model = Annotated[str, typer.Option("--model", help=_about(configuration.ModelConfig, "model"))]
