@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from forcetune.adapters.attach import attach
+from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.library import import_mace
@@ -137,6 +137,12 @@ def tuned_model(base: MaceBackbone, name: str | None) -> MaceBackbone:
     return tuned
 
 
+def deployed(tuned: MaceBackbone) -> MaceBackbone:
+    """As an adapter is used for prediction: weight updates folded into the weights, gates left."""
+    fold_weights(tuned)
+    return tuned
+
+
 def step(model: MaceBackbone, batch: Batch) -> None:
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     for parameter in parameters:
@@ -238,8 +244,10 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     models = {
         "mace-torch, base": base,
         "forcetune, base": tuned_model(base, None),
-        "forcetune, mmea": tuned_model(base, "mmea"),
+        "forcetune, mmea": deployed(tuned_model(base, "mmea")),
     }
+    for model in models.values():
+        model.model.requires_grad_(False)
     result = []
     for name, atoms in (("21-atom molecule", aspirin(arguments.data, 1)[0]), ("500-atom box", periodic_box(500))):
         if arguments.quick and len(atoms) > 100:

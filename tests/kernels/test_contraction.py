@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
 from forcetune.kernels.contraction import fold, polynomial
-from forcetune.kernels.mace_layers import reflection_labels
+from forcetune.kernels.mace_irreps import reflection_labels
 from forcetune.kernels.polynomial import BilinearForm, bilinear_form
 
 EXACT = 1e-10

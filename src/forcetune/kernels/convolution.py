@@ -260,13 +260,15 @@ class _ChunkGradients:
         if not factors:
             target.zero_()
             return
+        if path.dim_in == 1:
+            torch.mul(factors[0][0][:, 0], factors[0][1][:, 0], out=target)
+            for left, right in factors[1:]:
+                target.addcmul_(left[:, 0], right[:, 0])
+            return
         product = factors[0][0] * factors[0][1]
         for left, right in factors[1:]:
             product.addcmul_(left, right)
-        if path.dim_in == 1:
-            target.copy_(product[:, 0])
-        else:
-            torch.sum(product, 1, out=target)
+        torch.sum(product, 1, out=target)
 
     def add_features(self, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
         """Add products (slots, dim, channels)."""

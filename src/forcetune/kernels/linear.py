@@ -30,9 +30,10 @@ class Block:
     factor: float
 
 
-def matrices(weight: Tensor, blocks: Sequence[Block]) -> list[Tensor]:
-    """(fan in, fan out) of each block, normalised."""
-    return [weight[b.start : b.start + b.fan_in * b.fan_out].view(b.fan_in, b.fan_out) * b.factor for b in blocks]
+def _pieces(weight: Tensor, starts: Sequence[int]) -> tuple[Tensor, ...]:
+    """The flat weight cut at ``starts``, the first of which is 0; one cut is cheaper to differentiate than slices."""
+    ends = [*starts[1:], weight.numel()]
+    return weight.split([end - start for start, end in zip(starts, ends, strict=True)])
 
 
 def equivariant_linear(
@@ -41,7 +42,7 @@ def equivariant_linear(
     """out[n, k, w] = Σ_u x[n, k, u] W[u, w] for each irrep.
 
     Args:
-        blocks: of the weight.
+        blocks: of the weight, in its order, without gaps.
         weight: flat.
         inputs: (atoms, dim, channels) of each input irrep.
         outputs: (dim, channels) of each output irrep; those that no block reaches are 0.
@@ -50,7 +51,8 @@ def equivariant_linear(
         (atoms, dim, channels) of each output irrep.
     """
     found: list[Tensor | None] = [None] * len(outputs)
-    for block, matrix in zip(blocks, matrices(weight, blocks), strict=True):
+    for block, piece in zip(blocks, _pieces(weight, [block.start for block in blocks]), strict=True):
+        matrix = piece.view(block.fan_in, block.fan_out) * block.factor
         x = inputs[block.source]
         if block.fan_in != x.shape[2]:
             x = x[:, :, block.row : block.row + block.fan_in]
@@ -75,7 +77,7 @@ def species_linear(
     """out[n, k, w] = Σ_u x[n, k, u] W[u, s(n), w]: a matrix for each species, found by index.
 
     Args:
-        blocks: of the weight, each (fan in, species, fan out).
+        blocks: of the weight, each (fan in, species, fan out), in its order, without gaps.
         weight: flat.
         n_species: species of the weight.
         inputs: (atoms, dim, channels) of each input irrep, atoms grouped by species.
@@ -87,10 +89,9 @@ def species_linear(
         (atoms, dim, channels) of each output irrep.
     """
     found: list[Tensor | None] = [None] * len(outputs)
-    for block in blocks:
+    for block, flat in zip(blocks, _pieces(weight, [block.start for block in blocks]), strict=True):
         x = inputs[block.source]
-        size = block.fan_in * n_species * block.fan_out
-        whole = weight[block.start : block.start + size].view(block.fan_in, n_species, block.fan_out)
+        whole = flat.view(block.fan_in, n_species, block.fan_out)
         chosen = whole.index_select(1, present).transpose(0, 1) * block.factor
         parts = [
             (piece.reshape(-1, block.fan_in) @ matrix).view(*piece.shape[:2], block.fan_out)
