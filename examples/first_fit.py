@@ -68,9 +68,8 @@ def main(folder: Path) -> None:
     MaceBackbone.from_module(build(architecture)).save(folder / "random.model")
     print("1. A base at the cheap level: every weight of a small MACE, from random values")
     settings = {"references.mode": "average", "training.learning_rate": 0.01, "output.overwrite": True}
-    forcetune.fit(
-        folder / "cheap.xyz", model=folder / "random.model", method="full", epochs=25, out=folder / "base", settings=settings
-    )
+    random = folder / "random.model"
+    forcetune.fit(folder / "cheap.xyz", model=random, method="full", epochs=25, out=folder / "base", settings=settings)
     forcetune.merge(folder / "base", folder / "base.model")
 
     print("\n2. Fine-tuning on 30 frames of the better level: forcetune fit train.xyz --model base.model --method mmea")
@@ -87,11 +86,14 @@ def main(folder: Path) -> None:
     before, after = run.before["test"], run.after["test"]
     print(f"\nforces, MAE on 100 test frames: {before.forces_mae_mev_per_ang:.0f} meV/Å before", end=", ")
     print(f"{after.forces_mae_mev_per_ang:.0f} after")
-    print(f"energy, MAE: {before.energy_mae_mev_per_atom:.1f} meV/atom before, {after.energy_mae_mev_per_atom:.1f} after")
+    print(
+        f"energy, MAE in meV/atom: {before.energy_mae_mev_per_atom:.1f} before, {after.energy_mae_mev_per_atom:.1f} after"
+    )
 
     atoms = frames(BETTER, 1, seed=7)[0]
     atoms.calc = forcetune.calculator(run.folder)
-    print(f"\n3. In ASE: {atoms.get_potential_energy():.3f} eV where the better level has {atoms.info['REF_energy']:.3f} eV")
+    reference = atoms.info["REF_energy"]
+    print(f"\n3. In ASE: {atoms.get_potential_energy():.3f} eV, where the better level has {reference:.3f} eV")
     print(f"The report: {run.folder / 'report.html'}")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 from forcetune.adapters.updates.base import ActivationUpdate, Update
 from forcetune.backbones.protocol import Site
 from forcetune.irreps import Block, parse_irreps
+from forcetune.kernels.features import Features
 
 # Beyond this argument the exponential goes on as its tangent: gains of e^10 are met in no sane run, and
 # neither the gain nor its derivative can overflow, in float32 either.
@@ -81,22 +83,48 @@ class GateActivation(ActivationUpdate):
             hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars)
             raw = self.gain(hidden)
             gains = gain_exp(raw) if self.spec.gain == "exp" else gain_linear(raw)
-        return self._changed(outputs, shifts, gains)
+        return self._changed(inputs, outputs, self._per_block(shifts, gains))
 
-    def _changed(self, outputs: Tensor, shifts: Tensor | None, gains: Tensor | None) -> Tensor:
+    def _per_block(self, shifts: Tensor | None, gains: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
+        """(shift, gain) of each output block, (…, channels) or (…, 1)."""
+        found: list[tuple[Tensor | None, Tensor | None]] = []
         n_shift = n_gain = 0
-        changed = []
         for block, count in zip(self.blocks_out, self.gains_of, strict=True):
-            part = outputs[..., block.start : block.stop]
+            shift = gain = None
             if block.is_even_scalar and shifts is not None:
-                part = part + shifts[..., n_shift : n_shift + block.multiplicity]
+                shift = shifts[..., n_shift : n_shift + block.multiplicity]
                 n_shift += block.multiplicity
             elif count and gains is not None:
-                factor = gains[..., n_gain : n_gain + count].unsqueeze(-1)
-                part = (part.unflatten(-1, (block.multiplicity, block.dim)) * factor).flatten(-2)
+                gain = gains[..., n_gain : n_gain + count]
                 n_gain += count
+            found.append((shift, gain))
+        return found
+
+    def _changed(
+        self, inputs: Tensor, outputs: Any, per_block: Sequence[tuple[Tensor | None, Tensor | None]]
+    ) -> Tensor | Any:
+        """The outputs, flat or by blocks as the kernels have them, with every block's shift or gain."""
+        if isinstance(outputs, Features):
+            if outputs.layout == tuple((block.dim, block.multiplicity) for block in self.blocks_out):
+                blocks = []
+                for part, (shift, gain) in zip(outputs.blocks, per_block, strict=True):
+                    shifted = part if shift is None else part + shift.unsqueeze(1)
+                    blocks.append(shifted if gain is None else shifted * gain.unsqueeze(1))
+                return Features(blocks, geometric=self._geometric(inputs, outputs), trains=True)
+            outputs = outputs.flat
+        changed = []
+        for block, (shift, gain) in zip(self.blocks_out, per_block, strict=True):
+            part = outputs[..., block.start : block.stop]
+            if shift is not None:
+                part = part + shift
+            elif gain is not None:
+                part = (part.unflatten(-1, (block.multiplicity, block.dim)) * gain.unsqueeze(-1)).flatten(-2)
             changed.append(part)
         return changed[0] if len(changed) == 1 else torch.cat(changed, dim=-1)
+
+    @staticmethod
+    def _geometric(inputs: Any, outputs: Features) -> bool:
+        return outputs.geometric or not isinstance(inputs, Features) or inputs.geometric
 
 
 @dataclass(frozen=True)
