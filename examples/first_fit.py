@@ -86,9 +86,8 @@ def main(folder: Path) -> None:
     before, after = run.before["test"], run.after["test"]
     print(f"\nforces, MAE on 100 test frames: {before.forces_mae_mev_per_ang:.0f} meV/Å before", end=", ")
     print(f"{after.forces_mae_mev_per_ang:.0f} after")
-    print(
-        f"energy, MAE in meV/atom: {before.energy_mae_mev_per_atom:.1f} before, {after.energy_mae_mev_per_atom:.1f} after"
-    )
+    energies = (before.energy_mae_mev_per_atom, after.energy_mae_mev_per_atom)
+    print("energy, MAE: {:.1f} meV/atom before, {:.1f} after".format(*energies))
 
     atoms = frames(BETTER, 1, seed=7)[0]
     atoms.calc = forcetune.calculator(run.folder)
