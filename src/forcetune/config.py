@@ -301,7 +301,8 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f" (line {error.problem_mark.line + 1})" if getattr(error, "problem_mark", None) else ""  # type: ignore[union-attr]
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
         raise InputError(f"{path}: is not valid YAML{where}.") from error
     if not isinstance(content, dict):
         raise InputError(

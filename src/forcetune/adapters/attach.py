@@ -135,7 +135,9 @@ def _key(site: Site, kind: type[nn.Module]) -> str:
 
 
 def _parameter(model: nn.Module, site: Site) -> nn.Parameter:
-    return model.get_submodule(site.module)._parameters[site.parameter]  # type: ignore[return-value]
+    found = model.get_submodule(site.module)._parameters[site.parameter]
+    assert found is not None
+    return found
 
 
 class _ShowWeights:
@@ -237,7 +239,9 @@ def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
 
 def adapter_of(backbone: Backbone) -> Adapter | None:
     """The attached adapter, or None."""
-    return backbone.model._modules.get(ATTRIBUTE)  # type: ignore[return-value]
+    found = backbone.model._modules.get(ATTRIBUTE)
+    assert found is None or isinstance(found, Adapter)
+    return found
 
 
 def attached(backbone: Backbone) -> Adapter:

@@ -142,7 +142,7 @@ class _PolynomialBackward(torch.autograd.Function):
         monomials, products, pulled, seeds = ctx.intermediates
         h, *of_coefficients = tangents
         if any(tangent is not None for tangent in of_coefficients):
-            raise NotImplementedError("gradients of gradients with respect to contraction weights are not provided")
+            raise RuntimeError("gradients of gradients with respect to contraction weights are not provided")
         if h is None:
             return (None,) * (5 + len(coefficients))
         h = h.contiguous()

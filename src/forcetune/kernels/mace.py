@@ -27,7 +27,7 @@ from forcetune.kernels.mace_layers import (
 )
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.plan import Plan, make_plan
-from forcetune.kernels.swap import is_swapped, original_class, restore_forward, swap_forward
+from forcetune.kernels.swap import UnknownLayerError, is_swapped, original_class, restore_forward, swap_forward
 
 PLAN = "forcetune_plan"
 _MODELS = ("MACE", "ScaleShiftMACE")
@@ -94,7 +94,7 @@ def install_in(model: Any) -> Coverage:
             continue
         try:
             forwards[name] = make(module)
-        except (NotImplementedError, ValueError) as error:
+        except ValueError as error:
             left[name] = str(error)
     reason = _reason_against(model, left)
     if reason is None:
@@ -135,7 +135,7 @@ def _forward_for(name: str, module: Any) -> Callable[[Any], Callable[..., Any]] 
 
 
 def _unknown_block(module: Any) -> Callable[..., Any]:
-    raise NotImplementedError(f"{type(module).__name__} is not known to the kernels")
+    raise UnknownLayerError(f"{type(module).__name__} is not known to the kernels")
 
 
 def _reason_against(model: Any, left: dict[str, str]) -> str | None:

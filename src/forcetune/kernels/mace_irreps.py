@@ -8,6 +8,7 @@ import torch
 
 from forcetune.kernels.features import Layout
 from forcetune.kernels.linear import Block
+from forcetune.kernels.swap import UnknownLayerError
 
 
 def merged(irreps: Any) -> tuple[Layout, list[tuple[int, int]]]:
@@ -30,12 +31,12 @@ def linear_blocks(module: Any) -> tuple[list[Block], Layout, Layout]:
     """Matrices of an equivariant linear layer over merged inputs, with its inputs and outputs.
 
     Raises:
-        NotImplementedError: it has outputs that are not merged.
+        UnknownLayerError: it has outputs that are not merged.
     """
     layout_in, places_in = merged(module.irreps_in)
     layout_out, places_out = merged(module.irreps_out)
     if len(layout_out) != len(places_out):
-        raise NotImplementedError("its output names one irrep twice in a row")
+        raise UnknownLayerError("its output names one irrep twice in a row")
     blocks: list[Block] = []
     start = 0
     for ins in module.instructions:
@@ -63,19 +64,19 @@ def skip_blocks(module: Any) -> tuple[list[Block], Layout, Layout]:
     """Matrices of a tensor product with one-hot species.
 
     Raises:
-        NotImplementedError: it is another tensor product.
+        UnknownLayerError: it is another tensor product.
     """
     second = list(module.irreps_in2)
     if len(second) != 1 or second[0].ir.dim != 1 or not module.internal_weights:
-        raise NotImplementedError("its second input is not one-hot")
+        raise UnknownLayerError("its second input is not one-hot")
     layout_in, layout_out = tuple((ir.dim, mul) for mul, ir in module.irreps_in1), merged(module.irreps_out)[0]
     if len(layout_out) != len(module.irreps_out):
-        raise NotImplementedError("its output names one irrep twice in a row")
+        raise UnknownLayerError("its output names one irrep twice in a row")
     blocks: list[Block] = []
     start = 0
     for ins in module.instructions:
         if ins.connection_mode != "uvw" or not ins.has_weight:
-            raise NotImplementedError("it has paths of another kind")
+            raise UnknownLayerError("it has paths of another kind")
         fan_in, species, fan_out = ins.path_shape
         factor = float(ins.path_weight) / layout_out[ins.i_out][0] ** 0.5
         blocks.append(Block(ins.i_in1, ins.i_out, 0, fan_in, fan_out, start, factor))
@@ -91,7 +92,7 @@ def reflection_labels(irrep: Any) -> list[int]:
         reflection[axis, axis] = -1
         matrix = irrep.D_from_matrix(reflection)
         if not torch.allclose(matrix.abs(), torch.eye(irrep.dim, dtype=matrix.dtype), atol=1e-6):
-            raise NotImplementedError("its irreps are not in the basis of real spherical harmonics")
+            raise UnknownLayerError("its irreps are not in the basis of real spherical harmonics")
         for component, sign in enumerate(matrix.diagonal().tolist()):
             labels[component] |= (sign < 0) << axis
     return labels

@@ -23,7 +23,7 @@ from forcetune.kernels.mace_irreps import linear_blocks, merged, reflection_labe
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.plan import Plan
 from forcetune.kernels.polynomial import BilinearForm, bilinear_form
-from forcetune.kernels.swap import original_class
+from forcetune.kernels.swap import UnknownLayerError, original_class
 
 INTERACTIONS = {
     "RealAgnosticInteractionBlock": "plain",
@@ -213,7 +213,7 @@ class Convolution:
         columns: list[Tensor] = []
         for ins in product.instructions:
             if ins.connection_mode != "uvu" or not ins.has_weight or ins.path_shape[1] != 1:
-                raise NotImplementedError("its convolution has paths of another kind")
+                raise UnknownLayerError("its convolution has paths of another kind")
             first, second = product.irreps_in1[ins.i_in1], product.irreps_in2[ins.i_in2]
             out = product.irreps_out[ins.i_out]
             group, column = places[ins.i_out]

@@ -12,6 +12,10 @@ _ORIGINAL = "_forcetune_original_class"
 _MAKE: Any = vars(copyreg)["_reconstructor"]
 
 
+class UnknownLayerError(ValueError):
+    """The kernels leave a module to the library; says why."""
+
+
 def swap_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """Give ``module`` a forward of its own.
 

@@ -87,17 +87,7 @@ def train(
     module = FineTuning(backbone, config, learning_rate, loader, save_best)
     trainer = _trainer(backbone, config, folder, tensorboard)
     began = time.monotonic()
-    status = "finished"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, loader, valid_loader)
-    except (KeyboardInterrupt, SystemExit):
-        if not trainer.interrupted or module.best_epoch == 0:
-            raise
-        status = "interrupted"
-    if status == "finished" and module.epochs_done < config.epochs:
-        status = "stopped early"
+    status = _carry_out(trainer, module, valid_loader)
     seconds = time.monotonic() - began
     return TrainingOutcome(
         status=status,
@@ -108,6 +98,19 @@ def train(
         seconds=seconds,
         seconds_per_step=seconds / max(1, trainer.global_step),
     )
+
+
+def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: BatchLoader) -> str:
+    """Train to an end, whichever it is; says which."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            trainer.fit(module, module.loader, validation)
+    except (KeyboardInterrupt, SystemExit):
+        if not trainer.interrupted or module.best_epoch == 0:
+            raise
+        return "interrupted"
+    return "finished" if module.epochs_done == module.config.epochs else "stopped early"
 
 
 def _trainer(backbone: Backbone, config: TrainingConfig, folder: Path, tensorboard: bool) -> lightning.Trainer:
