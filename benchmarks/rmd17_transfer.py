@@ -35,6 +35,7 @@ def random_base(path: Path, seed: int = 0) -> None:
     """A MACE of 32x0e+32x1o for H, C, N, O with random weights."""
     modules = import_mace()
     from e3nn import o3
+
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from ase.data import covalent_radii
 from rdkit import Chem
-from rdkit.Chem import AllChem
+from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
 from recipes.mini.sample import FloatArray, IntArray
 
@@ -42,18 +42,18 @@ def embed(smiles: str, count: int, seed: int) -> Molecule:
     if parsed is None:
         raise ValueError(f"{smiles}: not a SMILES that RDKit reads")
     molecule = Chem.AddHs(parsed)
-    settings = AllChem.ETKDGv3()
+    settings = rdDistGeom.ETKDGv3()
     settings.randomSeed = seed
     settings.pruneRmsThresh = 0.2
     settings.numThreads = 1
-    found = list(AllChem.EmbedMultipleConfs(molecule, count, settings))
+    found = list(rdDistGeom.EmbedMultipleConfs(molecule, count, settings))
     if not found:
         settings.useRandomCoords = True
-        found = list(AllChem.EmbedMultipleConfs(molecule, count, settings))
+        found = list(rdDistGeom.EmbedMultipleConfs(molecule, count, settings))
     if not found:
         raise ValueError(f"{smiles}: RDKit finds no structure")
-    if AllChem.MMFFHasAllMoleculeParams(molecule):
-        AllChem.MMFFOptimizeMoleculeConfs(molecule, numThreads=1, maxIters=500)
+    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
+        rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(molecule, numThreads=1, maxIters=500)
     numbers = np.array([atom.GetAtomicNum() for atom in molecule.GetAtoms()], dtype=np.int64)
     bonds = np.array([(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in molecule.GetBonds()], dtype=np.int64)
     conformers = tuple(np.asarray(molecule.GetConformer(index).GetPositions(), dtype=np.float64) for index in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -62,11 +63,12 @@ def calculate(level: Level, numbers: IntArray, positions: FloatArray) -> Calcula
     lib.num_threads(1)  # several threads add in changing order, and the last digits would differ between runs
     atoms = [(chemical_symbols[z], tuple(place)) for z, place in zip(numbers, positions / Bohr, strict=True)]
     molecule = gto.M(atom=atoms, unit="Bohr", basis=level.basis, verbose=0)
-    coarse = dft.RKS(molecule, xc=level.functional).density_fit()
+    # PySCF composes its classes at run time, which no type checker follows
+    coarse: Any = dft.RKS(molecule, xc=level.functional).density_fit()
     coarse.grids.level = 0
     coarse.conv_tol = 1e-5
     coarse.kernel()
-    field = dft.RKS(molecule, xc=level.functional).density_fit()
+    field: Any = dft.RKS(molecule, xc=level.functional).density_fit()
     field.with_df = coarse.with_df
     field.grids.level = level.grid
     field.conv_tol = level.tolerance

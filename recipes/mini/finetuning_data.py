@@ -12,28 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from ase.data import chemical_symbols
 from rich.console import Console
-from rich.progress import track
 
 from forcetune.errors import InputError
 from forcetune.files import write_text
 from recipes.mini.conformers import embed, is_whole
 from recipes.mini.dft import Calculation, ConvergenceError, Level, calculate, gradient_error
 from recipes.mini.dynamics import langevin
+from recipes.mini.finetuning_card import card
 from recipes.mini.molecules import FINE_TUNING
 from recipes.mini.sample import FloatArray, IntArray, Sample, read_shard, rounded, write_shard, write_xyz
+from recipes.mini.work import guard_settings, run_missing
 from recipes.mini.xtb import Surface, SurfaceError
 
+LEVEL = Level()
 TEMPERATURES = (500.0, 750.0, 1000.0)
 HOT = (1500.0,)
 EQUILIBRATION = 4
@@ -135,33 +133,6 @@ def label_frame(task: Task) -> None:
     write_shard(task.path, samples, milliseconds=milliseconds, cycles=0 if result is None else result.cycles)
 
 
-def label_missing(work: Sequence[Task], processes: int, console: Console) -> None:
-    """Label every frame that has no shard yet, on so many processes."""
-    missing = [task for task in work if not task.path.exists()]
-    bar = {"total": len(missing), "description": "DFT frames", "console": console}
-    if processes == 1 or len(missing) < 2:
-        for task in track(missing, **bar):
-            label_frame(task)
-        return
-    # spawned, not forked: PySCF and tblite hold thread pools that do not survive a fork
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for _ in track(pool.imap_unordered(label_frame, missing), **bar):
-            pass
-
-
-def guard_settings(out: Path, settings: dict[str, object]) -> None:
-    """Refuse a folder whose frames were made with other settings.
-
-    Raises:
-        InputError: the settings in the folder differ.
-    """
-    path = out / "settings.json"
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise InputError(f"{path}: frames of other settings are in this folder; choose another --out.")
-    write_text(path, text)
-
-
 def checked_gradient(out: Path, task: Task) -> float:
     """Largest error of the analytic forces of one frame by finite differences, eV/Å; computed once per folder."""
     path = out / "gradient.json"
@@ -201,54 +172,12 @@ def collect(out: Path, work: Sequence[Task], parts: Iterable[Part]) -> dict[str,
     return figures
 
 
-def card(
-    smiles: str, level: Level, parts: Sequence[Part], figures: dict[str, dict[str, float]], every: int, error: float
-) -> str:
-    """The data card, markdown."""
-    numbers = embed(smiles, 1, 0).numbers
-    formula = " ".join(f"{chemical_symbols[z]}{(numbers == z).sum()}" for z in sorted(set(numbers.tolist())))
-    codes = ", ".join(f"{name} {version(name)}" for name in ("pyscf", "tblite", "rdkit", "ase", "numpy"))
-    temperatures = {part.name: ", ".join(f"{value:.0f}" for value in part.temperatures) for part in parts}
-    rows = [
-        f"| {name} | {temperatures[name]} | {row['frames']:.0f} | {row['dropped']:.0f} | {row['energy_mean']:.3f} | "
-        f"{row['energy_std']:.3f} | {row['forces_rms']:.3f} | {row['force_max']:.2f} |"
-        for name, row in figures.items()
-    ]
-    return "\n".join(
-        [
-            "# Fine-tuning data of `forcetune demo`",
-            "",
-            f"Molecule: `{smiles}` ({formula}, {len(numbers)} atoms), neutral, closed shell, without a cell.",
-            "",
-            f"Labels: {level}, restricted Kohn–Sham, density fitting with PySCF's auxiliary basis, integration grid "
-            f"level {level.grid}, converged to {level.tolerance:g} hartree. Analytic gradients include the response of "
-            f"the grid; largest difference from finite differences of the energy: {error:.1e} eV/Å. `REF_energy` is "
-            "the total energy in eV, `REF_forces` are in eV/Å (CODATA 2014 constants, as in ASE).",
-            "",
-            f"Structures: Langevin dynamics on the GFN2-xTB surface, {every} fs apart, every part and temperature from "
-            "a trajectory of its own; frames in which a bond broke are not taken.",
-            "",
-            "| part | K | frames | dropped | mean energy, eV | its spread, eV | rms force, eV/Å | longest force, eV/Å |",
-            "|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            "Dropped: the field did not converge, or a net force, a net torque or a force above "
-            f"{MAX_FORCE:.0f} eV/Å was left.",
-            "",
-            f"Made by `python -m recipes.mini.finetuning_data` with {codes}, Python {platform.python_version()}.",
-            "",
-            "Licence: MIT, as the package.",
-            "",
-        ]
-    )
-
-
 def make(
     out: Path,
     *,
     parts: Sequence[Part] = PARTS,
     smiles: str = FINE_TUNING[0],
-    level: Level | None = None,
+    level: Level = LEVEL,
     every: int = 250,
     seed: int = 20250,
     processes: int = 1,
@@ -265,16 +194,17 @@ def make(
         SurfaceError: the dynamics did not give enough structures.
     """
     console = console or Console()
-    level = level or Level()
     shares = {part.name: [part.frames, *part.temperatures] for part in parts}
     guard_settings(out, {"level": level.record, "molecule": smiles, "every_fs": every, "seed": seed, "parts": shares})
     with console.status("structures on the GFN2-xTB surface"):
         work = tasks(out, parts, smiles, level, every=every, seed=seed)
     error = checked_gradient(out, work[0])
     console.print(f"{smiles} at {level}: largest error of a force by finite differences {error:.1e} eV/Å")
-    label_missing(work, processes, console)
+    run_missing(work, label_frame, processes=processes, console=console, title="DFT frames")
     figures = collect(out, work, parts)
-    write_text(out / "README.md", card(smiles, level, parts, figures, every, error))
+    temperatures = {part.name: part.temperatures for part in parts}
+    text = card(smiles, work[0].numbers, level, temperatures, figures, every=every, error=error, max_force=MAX_FORCE)
+    write_text(out / "README.md", text)
     return figures
 
 
@@ -283,8 +213,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the data; a rerun continues there")
     parser.add_argument("--processes", type=int, default=1, help="frames that are labelled at the same time")
-    parser.add_argument("--functional", default=Level.functional, help="a name that libxc knows")
-    parser.add_argument("--basis", default=Level.basis)
+    parser.add_argument("--functional", default=LEVEL.functional, help="a name that libxc knows")
+    parser.add_argument("--basis", default=LEVEL.basis)
     parser.add_argument("--limit", type=int, help="at most so many frames per part, for a trial")
     given = parser.parse_args()
     parts = [Part(p.name, min(p.frames, given.limit or p.frames), p.temperatures) for p in PARTS]

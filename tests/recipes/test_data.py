@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ase.io import read
+from ase.io import iread
 from rich.console import Console
 
 from forcetune.errors import InputError
@@ -36,8 +36,9 @@ DATA = tuple(f"{name}.xyz" for name in pretraining_data.FILES)
 
 
 @pytest.fixture
-def few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The elements of the first few molecules only, because the scans of all pairs take a minute."""
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short scans of the elements of the first few molecules only: all of them take a minute."""
+    monkeypatch.setattr(generation, "SCAN_POINTS", 10)
     for module in (generation, pretraining_data):
         monkeypatch.setattr(module, "ELEMENTS", (1, 7, 8, 9))
 
@@ -70,7 +71,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[
 
 @pytest.mark.slow
 def test_pretraining_data_is_deterministic_and_resumes(
-    tmp_path: Path, few_elements: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = pretrain(tmp_path / "a")
     assert pretrain(tmp_path / "b") == first
@@ -87,9 +88,9 @@ def test_pretraining_data_is_deterministic_and_resumes(
 
 
 @pytest.mark.slow
-def test_pretraining_data_is_sound(tmp_path: Path, few_elements: None) -> None:
+def test_pretraining_data_is_sound(tmp_path: Path, short: None) -> None:
     pretrain(tmp_path)
-    frames = {name: read(tmp_path / name, ":") for name in DATA}
+    frames = {name: list(iread(tmp_path / name, ":")) for name in DATA}
     train = frames["train.xyz"]
     kinds = {atoms.info["config_type"] for atoms in train}
     assert {"IsolatedAtom", "diatomic", "dimer", "minimum", "md_300K", "displaced", "compressed"} <= kinds
@@ -195,7 +196,7 @@ def test_a_frame_that_does_not_converge_is_dropped_and_counted(tmp_path: Path, m
     figures = tune(tmp_path)
     assert (figures["train"]["frames"], figures["train"]["dropped"]) == (2, 1)
     assert read_shard(tmp_path / "frames" / "train-0001.npz")[0] == []
-    assert len(read(tmp_path / "train.xyz.gz", ":", format="extxyz")) == 2
+    assert len(list(iread(tmp_path / "train.xyz.gz", ":"))) == 2
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from recipes.mini.molecules import (
     BENCHMARKS,
     ELEMENTS,
