@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "agnostic product": {"use_agnostic_product": True},
 }
-VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS} | {
+VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name != "scratch"} | {
     f"{name}, linear gain": method(name, gain="linear") for name in ("mmea", "mmea-pure")
 }
 

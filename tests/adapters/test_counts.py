@@ -22,7 +22,14 @@ MEDIUM = {
     "radial_MLP": [64, 64, 64],
     "trainable_bessel": True,
 }
-PUBLISHED = {"mmea": 151_354, "mmea-pure": 51_842, "elora": 175_880, "full": 751_896, "readout": 2_192}
+PUBLISHED = {
+    "mmea": 151_354,
+    "mmea-pure": 51_842,
+    "elora": 175_880,
+    "full": 751_896,
+    "scratch": 751_896,
+    "readout": 2_192,
+}
 
 
 @pytest.fixture(scope="module")

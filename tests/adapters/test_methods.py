@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
+from torch import Tensor
 
 from forcetune.adapters.attach import attach, detach
 from forcetune.adapters.methods import METHODS, Method, method
 from forcetune.adapters.updates import Dense, LowRank
+from forcetune.adapters.updates.dense import DenseWeight
+from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import WeightPath
 from forcetune.errors import InputError
 from systems import backbone
@@ -20,7 +26,7 @@ def model():
 @pytest.mark.parametrize("name", METHODS)
 def test_json_and_back(name: str) -> None:
     made = method(name)
-    assert Method.from_json(made.to_json()) == made
+    assert Method.from_json(made.to_json()) == replace(made, fresh=False)
 
 
 def test_options_reach_the_updates_and_useless_ones_are_refused() -> None:
@@ -35,6 +41,25 @@ def test_options_reach_the_updates_and_useless_ones_are_refused() -> None:
         method("lora")
     with pytest.raises(InputError, match="does nothing"):
         method("mmea", shift=False, modulation=False)
+
+
+def fresh_start(model: MaceBackbone, seed: int) -> dict[str, Tensor]:
+    adapter = attach(model, method("scratch"), seed=seed)
+    values = {site.name: adapter.part(site, DenseWeight).value.detach().clone() for site in adapter.sites}
+    detach(model)
+    return values
+
+
+def test_scratch_starts_every_weight_afresh_and_leaves_the_model_alone() -> None:
+    model = backbone()
+    known = {name: value.clone() for name, value in model.model.named_parameters()}
+    one, again, other = (fresh_start(model, seed) for seed in (1, 1, 2))
+    assert set(one) == {site.name for site in model.sites()}
+    for name, value in one.items():
+        assert torch.equal(value, again[name])
+        if value.count_nonzero():
+            assert not torch.equal(value, other[name]) and not torch.equal(value, known[name])
+    assert all(torch.equal(value, known[name]) for name, value in model.model.named_parameters())
 
 
 def test_rank_is_capped_at_what_a_path_can_use() -> None:

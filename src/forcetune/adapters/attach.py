@@ -7,7 +7,7 @@ An activation update is a forward hook.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.base import TrainablePart
+from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.backbones.protocol import Backbone, Site
 from forcetune.errors import InputError
 
@@ -178,7 +179,7 @@ class _ChangeOutput:
 def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapter:
     """Freeze ``backbone`` and put an adapter for ``method`` into it.
 
-    A freshly attached adapter changes nothing unless the method says otherwise (``shift_init``).
+    A freshly attached adapter changes nothing unless the method says otherwise (``shift_init``, ``scratch``).
 
     Args:
         backbone: a loaded foundation model; changed in place, class and names kept.
@@ -201,6 +202,8 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
         adapter = Adapter(method, sites, model)
     if not adapter.parts:
         raise InputError(_matches_nothing(method, sites))
+    if method.fresh:
+        _start_afresh(adapter, backbone.fresh_weights(seed))
     adapter._references = backbone.reference_energies
     for name, parameter in model.named_parameters():
         adapter._required_grad[name] = parameter.requires_grad
@@ -208,6 +211,15 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
     _install(adapter, model)
     model.add_module(ATTRIBUTE, adapter)
     return adapter
+
+
+def _start_afresh(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for site in adapter.sites:
+            part = adapter.part(site, WeightUpdate)
+            # weights that a file has trained but the constructor does not draw (Bessel frequencies) keep their start
+            if isinstance(part, DenseWeight) and site.name in weights:
+                part.value.copy_(weights[site.name])
 
 
 def _install(adapter: Adapter, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from forcetune.adapters.updates import UPDATES, Dense, Frozen, Gate, LowRank, Update
@@ -36,6 +36,8 @@ class Method:
         learning_rate: default of the optimisation.
         target: only these sites: a regular expression that must match the whole site name, or a sequence of
             endings of site names; None for all.
+        fresh: weights that are trained whole start from random values instead of the foundation model's. It concerns
+            the start only and is no part of the table that an adapter stores.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Method:
     description: str
     learning_rate: float = 5e-3
     target: str | tuple[str, ...] | None = None
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
@@ -170,6 +173,11 @@ def full() -> Method:
     return Method("full", EVERYWHERE_DENSE, "every parameter", learning_rate=1e-3)
 
 
+def scratch() -> Method:
+    """Every parameter is trained from random values: the architecture without what the foundation model knows."""
+    return Method("scratch", EVERYWHERE_DENSE, "every parameter, from random values", learning_rate=1e-2, fresh=True)
+
+
 def readout() -> Method:
     """Only the readouts are trained."""
     return Method("readout", {"readout": (Dense(),)}, "readouts only")
@@ -181,6 +189,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "elora": elora,
     "full": full,
     "readout": readout,
+    "scratch": scratch,
 }
 
 
@@ -208,7 +217,7 @@ def method(name: str, *, target: str | Sequence[str] | None = None, **options: A
     except ValueError as error:
         raise InputError(f"method {name}: {error}.") from error
     chosen = target if target is None or isinstance(target, str) else tuple(target)
-    return Method(made.name, made.table, made.description, made.learning_rate, chosen)
+    return replace(made, target=chosen)
 
 
 def options_of(make: Callable[..., Method]) -> list[str]:

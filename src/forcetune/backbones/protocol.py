@@ -130,6 +130,10 @@ class Backbone(Protocol):
         """Every learnable weight."""
         ...
 
+    def fresh_weights(self, seed: int | None) -> dict[str, Tensor]:
+        """Random values for its parameters by dotted name, as the library draws them; None takes the global state."""
+        ...
+
     def save(self, path: str | Path) -> None:
         """Write a plain model of the library, atomically."""
         ...

@@ -10,6 +10,8 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
+from forcetune.backbones.mace.architecture import architecture_of
+from forcetune.backbones.mace.construction import build
 from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
 from forcetune.backbones.mace.sites import mace_sites
 from forcetune.backbones.mace.surgery import cut_elements, select_head
@@ -171,6 +173,14 @@ class MaceBackbone:
 
     def sites(self) -> tuple[Site, ...]:
         return mace_sites(self.model)
+
+    def fresh_weights(self, seed: int | None) -> dict[str, Tensor]:
+        """Random values for every parameter by dotted name, as mace's constructor draws them."""
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.manual_seed(seed)
+            drawn = build(architecture_of(self.model), dtype=self.dtype)
+        return {name: parameter.detach().to(self.device) for name, parameter in drawn.named_parameters()}
 
     def save(self, path: str | Path) -> None:
         """Write a plain ``.model`` file that mace's own calculator reads, atomically."""
