@@ -227,7 +227,7 @@ def test_method_that_matches_nothing(command: Command, data: Path, model: Path, 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--method", "lora"], ["no method 'lora'", "elora"]),
+        (["--method", "dora"], ["no method 'dora'", "elora"]),
         (["--method", "full", "--rank", "4"], ["method full has no use for 'rank'"]),
         (["--set", "training.epoch=3"], ["training.epoch: there is no such option"]),
         (["--set", "training.epochs=none"], ["training.epochs", "none"]),

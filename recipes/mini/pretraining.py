@@ -35,7 +35,7 @@ from recipes.mini.molecules import ELEMENTS, training_molecules
 from recipes.mini.pretraining_card import card
 from recipes.mini.repulsion import pair_scans
 
-TESTS = ("test_molecules", "test_dimers", "test_compressed")
+TESTED = ("valid", "test_molecules", "test_dimers", "test_compressed")
 CHANNELS = 32
 CUTOFF = 5.0
 """Å."""
@@ -109,7 +109,6 @@ def train(data: Path, out: Path, *, epochs: int = EPOCHS, channels: int = CHANNE
         model=start,
         method="scratch",
         valid=data / "valid.xyz",
-        test=[data / f"{name}.xyz" for name in TESTS],
         epochs=epochs,
         out=run,
         settings=SETTINGS | {"training.threads": threads, "output.overwrite": True},
@@ -118,25 +117,38 @@ def train(data: Path, out: Path, *, epochs: int = EPOCHS, channels: int = CHANNE
 
 
 def finish(data: Path, out: Path) -> Path:
-    """Write ``out/mini.safetensors`` in float32 and its card, and return the model's path.
-
-    Raises:
-        ForcetuneError: a pair of elements attracts where it must repel; nothing is written.
-    """
+    """Write ``out/mini.safetensors`` in float32 and its card, and return the model's path."""
     run = out / "run"
     forcetune.merge(run, out / "mini.model")
     tuned = MaceBackbone.load(out / "mini.model", dtype=torch.float64)
     scans = pair_scans(tuned)
-    holes = [f"{'–'.join(scan.symbols)} at {scan.hole:.2f} Å" for scan in scans if scan.hole is not None]
-    if holes:
-        raise ForcetuneError(f"atoms attract each other at short distances: {', '.join(holes)}.")
     path = out / "mini.safetensors"
     irreps = architecture_of(tuned.model).hidden_irreps
     save_plain(tuned.model.float(), path)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     statistics = json.loads((data / "statistics.json").read_text(encoding="utf-8"))
-    write_text(out / "README.md", card(results, statistics, scans, path, irreps, len(training_molecules())))
+    # of the file as it is shipped
+    errors = {name: forcetune.evaluate(path, data / f"{name}.xyz").to_json() for name in TESTED}
+    write_text(out / "README.md", card(results, errors, statistics, scans, path, irreps, len(training_molecules())))
     return path
+
+
+PACKAGED = Path(forcetune.__file__).parent / "backbones" / "mini"
+
+
+def install(path: Path, target: Path = PACKAGED) -> None:
+    """Copy the model and its card into this package.
+
+    Raises:
+        ForcetuneError: a pair of elements attracts where it must repel.
+    """
+    scans = pair_scans(MaceBackbone.load(path))
+    holes = [f"{'–'.join(scan.symbols)} at {scan.hole:.2f} Å" for scan in scans if scan.hole is not None]
+    if holes:
+        raise ForcetuneError(f"{path}: atoms attract each other at short distances: {', '.join(holes)}.")
+    target.mkdir(exist_ok=True)
+    for file in (path, path.with_name("README.md")):
+        shutil.copyfile(file, target / file.name)
 
 
 def main() -> None:
@@ -152,10 +164,7 @@ def main() -> None:
     train(given.data, given.out, epochs=given.epochs, channels=given.channels, threads=given.threads)
     path = finish(given.data, given.out)
     if given.install:
-        target = Path(forcetune.__file__).parent / "backbones" / "mini"
-        target.mkdir(exist_ok=True)
-        for file in (path, path.with_name("README.md")):
-            shutil.copyfile(file, target / file.name)
+        install(path)
     Console().print((path.parent / "README.md").read_text(encoding="utf-8"), highlight=False)
 
 

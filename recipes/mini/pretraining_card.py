@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forcetune.files import sha256_of
-from recipes.mini.repulsion import PairScan
+from recipes.mini.repulsion import REACH, PairScan
 
 TEXT = """# mini
 
@@ -37,8 +37,8 @@ demo are not among them.
 
 `valid` holds other frames of the training molecules; the molecules of the other rows were never trained on.
 
-**Short distances.** All {pairs} pairs of elements were scanned from {shortest:.1f} Å outwards: none attracts within
-0.75 of the sum of its covalent radii.
+**Short distances.** All {pairs} pairs of elements were scanned from {shortest:.1f} Å outwards in steps of 0.02 Å;
+from 0.75 of the sum of the covalent radii to where the pair is {barrier:.0f} eV above the free atoms {holes}.{dips}
 
 **Limits.** Neutral closed-shell molecules of up to some twenty atoms. No ions, radicals, metals, bond breaking far from
 the minima of the training molecules, bulk phases; no long-range electrostatics beyond the cutoff of {reach:.0f} Å in
@@ -57,6 +57,7 @@ ROWS = {
 
 def card(
     results: Mapping[str, Any],
+    errors: Mapping[str, Mapping[str, Any]],
     statistics: Mapping[str, Any],
     scans: Sequence[PairScan],
     model: Path,
@@ -67,6 +68,7 @@ def card(
 
     Args:
         results: of the training run (``results.json``).
+        errors: of the model by set of frames, as :meth:`forcetune.evaluation.metrics.Errors.to_json` gives them.
         statistics: of the data (``statistics.json``).
         scans: of all pairs of elements.
         model: the file.
@@ -97,10 +99,23 @@ def card(
         mace=environment["mace-torch"],
         torch=environment["torch"],
         python=environment["python"],
-        errors="\n".join(_row(name, results["errors"][name]["after"], tables[name]) for name in ROWS),
+        errors="\n".join(_row(name, errors[name], tables[name]) for name in ROWS),
         pairs=len(scans),
+        holes=_listed(scans, "hole") or "none attracts",
+        dips=_dips(scans),
+        barrier=REACH,
         shortest=min(scan.distances[0] for scan in scans),
     )
+
+
+def _listed(scans: Sequence[PairScan], what: str) -> str:
+    found = ((scan, getattr(scan, what)) for scan in scans)
+    return ", ".join(f"{'–'.join(scan.symbols)} at {place:.2f} Å" for scan, place in found if place is not None)
+
+
+def _dips(scans: Sequence[PairScan]) -> str:
+    found = _listed(scans, "dip")
+    return f" Nearer, behind that wall, there are dips: {found}." if found else ""
 
 
 def _row(name: str, errors: Mapping[str, float], kinds: Mapping[str, Mapping[str, float]]) -> str:

@@ -13,7 +13,9 @@ from forcetune.evaluation.metrics import graphs_of, predict
 from forcetune.frames.frame import Frame, Origin
 
 SHORTEST = 0.3
-"""Å; two atoms of 10 eV each never come nearer."""
+"""Å."""
+REACH = 50.0
+"""eV above the free atoms; no dynamics brings two atoms to where their energy is higher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,20 @@ class PairScan:
 
     @property
     def hole(self) -> float | None:
-        """The largest distance inside the wall at which the pair attracts, Å, or None."""
+        """The largest distance at which the pair attracts, Å, from the wall to where the energy exceeds the reach."""
+        for distance, energy, pull in zip(*map(reversed, (self.distances, self.energies, self.pull)), strict=True):
+            if distance <= self.wall:
+                if energy > REACH:
+                    return None
+                if pull >= 0:
+                    return distance
+        return None
+
+    @property
+    def dip(self) -> float | None:
+        """The largest distance at which the pair attracts behind a wall higher than the reach, Å."""
         found = [d for d, pull in zip(self.distances, self.pull, strict=True) if d <= self.wall and pull >= 0]
-        return max(found, default=None)
+        return max(found, default=None) if self.hole is None else None
 
 
 def pair_scans(backbone: Backbone, *, shortest: float = SHORTEST, step: float = 0.02) -> list[PairScan]:

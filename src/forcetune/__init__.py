@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from forcetune.api import compare_methods, evaluate
     from forcetune.backbones.loading import load
     from forcetune.config import RunConfig, load_config
+    from forcetune.demo import Demo, demo_file
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.merge import merge
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
@@ -34,6 +35,7 @@ _HOMES = {
     "api": ("compare_methods", "evaluate"),
     "backbones.loading": ("load",),
     "config": ("RunConfig", "load_config"),
+    "demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
     "deployment.merge": ("merge",),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
@@ -45,6 +47,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
     "Adapter",
+    "Demo",
     "Dense",
     "ForcetuneError",
     "ForcetuneWarning",
@@ -59,6 +62,7 @@ __all__ = [
     "attach",
     "calculator",
     "compare_methods",
+    "demo_file",
     "detach",
     "disable_adapter",
     "evaluate",

@@ -67,6 +67,35 @@ def _main(
 
 
 @app.command()
+def demo(
+    out: Annotated[str, typer.Option(help=_about(configuration.OutputConfig, "run"))] = "demo",
+    method: Annotated[str, typer.Option(help=_about(configuration.MethodConfig, "name"))] = "mmea",
+    picoseconds: Annotated[float, typer.Option(min=0.01, help="Length of the dynamics.")] = 2.0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help=_about(configuration.OutputConfig, "overwrite"))
+    ] = False,
+    settings: Settings = None,
+) -> None:
+    """The whole job in two minutes: the embedded model, the embedded DFT data, a report, dynamics."""
+    chosen = {".".join(keys): value for keys, value in map(configuration.parse_setting, settings or ())}
+    from forcetune.demo import demo as run_demo
+    from forcetune.reports.tables import demo_table
+
+    found = run_demo(out, method=method, picoseconds=picoseconds, overwrite=overwrite, settings=chosen)
+    Console().print(demo_table(found.run.results["errors"]))
+    nve = found.dynamics
+    print(
+        f"dynamics {nve.time[-1]:g} ps at constant energy, mean {nve.temperature.mean():.0f} K: drift {nve.drift:+.2g} "
+        f"meV/atom/ps, fluctuation {nve.fluctuation:.2g} meV/atom"
+    )
+    memory = "" if found.peak_memory is None else f", at most {found.peak_memory / 1e9:.1f} GB of memory"
+    print(f"took     {found.seconds:.0f} s{memory}\nreport   {found.run.folder / 'report.html'}")
+    print(f"in ASE   forcetune.calculator({str(found.run.folder)!r})")
+    print("next     forcetune fit YOUR.xyz          your own frames with energies and forces, same small model")
+    print("         forcetune fit YOUR.xyz --model mace-off23-medium          from a larger one (downloaded)")
+
+
+@app.command()
 def fit(
     train: Annotated[list[str] | None, typer.Argument(help=_about(configuration.DataConfig, "train"))] = None,
     valid: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "valid"))] = None,

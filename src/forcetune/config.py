@@ -50,7 +50,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The foundation model and how it is run."""
 
-    model: str = Field(description="Name of a published model (`forcetune models`) or a path.")
+    model: str = Field(default="mini", description="Name of a model (`forcetune models`) or a path.")
     head: str | None = Field(default=None, description="Head of a multi-head model; needed when it has several.")
     elements: Literal["data", "keep"] = Field(
         default="data",
@@ -89,7 +89,9 @@ class ReferenceConfig(Section):
 class MethodConfig(Section):
     """What is trained. Options a method has no use for are refused by it."""
 
-    name: str = Field(default="mmea", description="mmea, mmea-pure, elora, full, readout.")
+    name: str = Field(
+        default="mmea", description="mmea, mmea-pure, elora, sparse, sparse-h, gain, lora, full, readout, scratch."
+    )
     rank: int | None = Field(
         default=None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16."
     )
@@ -112,6 +114,14 @@ class MethodConfig(Section):
     shift_init: float | None = Field(
         default=None, ge=0, description="Standard deviation of the shift's initial weights; 0 starts at identity."
     )
+    wrap: Literal["all", "linears", "tensor_products"] | None = Field(
+        default=None, description="Layers that a sparse update acts on."
+    )
+    threshold_decay: float | None = Field(
+        default=None, ge=0, description="Decay of a sparse update's thresholds: more decay, fewer changed weights."
+    )
+    per_path: bool | None = Field(default=None, description="One threshold for each path of a layer (sparse).")
+    per_element: bool | None = Field(default=None, description="Contractions have a gain for each element (gain).")
     target: str | list[str] | None = Field(
         default=None,
         description="Only sites whose name matches this regular expression, or ends with one of these names.",
@@ -170,8 +180,8 @@ class TrainingConfig(Section):
     batch_edges: int | None = Field(
         default=None, ge=1, description="Most edges a batch; batches are then packed by this budget."
     )
-    optimizer: Literal["adam", "adamw", "schedulefree"] = Field(
-        default="adam", description="Adam with amsgrad, AdamW, schedule-free AdamW."
+    optimizer: Literal["adam", "adamw", "schedulefree"] | None = Field(
+        default=None, description="Adam with amsgrad, AdamW, schedule-free AdamW; the method's own when not given."
     )
     learning_rate: float | None = Field(default=None, gt=0, description="The method's own default when not given.")
     weight_decay: float = Field(default=1e-8, ge=0, description="On linear and contraction sites.")
@@ -209,7 +219,7 @@ class RunConfig(Section):
     """Everything that decides a run."""
 
     data: DataConfig
-    model: ModelConfig
+    model: ModelConfig = Field(default=ModelConfig())
     references: ReferenceConfig = Field(default=ReferenceConfig())
     method: MethodConfig = Field(default=MethodConfig())
     training: TrainingConfig = Field(default=TrainingConfig())
@@ -220,7 +230,10 @@ class RunConfig(Section):
         training = self.training
         if training.optimizer == "schedulefree" and training.ema is not None and "ema" in training.model_fields_set:
             raise ValueError("training.ema: schedule-free AdamW averages by itself; leave ema out or set it to null")
-        if training.optimizer == "schedulefree" and training.schedule.model_fields_set - {"warmup_epochs"}:
+        if (
+            training.optimizer == "schedulefree"
+            and training.schedule.model_copy(update={"warmup_epochs": 0}) != ScheduleConfig()
+        ):
             raise ValueError("training.schedule: schedule-free AdamW takes warmup_epochs only")
         if training.valid_every > training.epochs:
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
@@ -229,6 +242,24 @@ class RunConfig(Section):
         if self.data.stress_key == "none" and training.loss.stress > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
         return self
+
+    def with_defaults_of(self, learning_rate: float, optimizer: str) -> RunConfig:
+        """With the method's own learning rate and optimizer where none was given.
+
+        Raises:
+            InputError: an option that was given does not go with the method's optimizer.
+        """
+        given = self.model_dump(exclude_unset=True)
+        training = given.setdefault("training", {})
+        for name, value in (("learning_rate", learning_rate), ("optimizer", optimizer)):
+            if training.get(name) is None:
+                training[name] = value
+        if training["optimizer"] == "schedulefree":
+            training.setdefault("ema", None)
+        try:
+            return RunConfig.model_validate(given)
+        except ValidationError as error:
+            raise InputError(_explain(error)) from error
 
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML, atomically."""

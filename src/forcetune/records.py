@@ -67,6 +67,16 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, detach
+from forcetune.adapters.attach import Adapter, attach, attached, detach
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
 from forcetune.adapters.updates import Gate, LowRank
@@ -141,12 +141,13 @@ class _Fit:
     """One run, step by step; every check comes before the first thing written."""
 
     def __init__(self, config: RunConfig, console: Console, told: list[str]) -> None:
-        self.config = config
+        self.method = method_of(config)
+        self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
         self.told = told
         self.folder = Path(config.output.run)
-        self.method = method_of(config)
-        self.rate = config.training.learning_rate or self.method.learning_rate
+        assert self.config.training.learning_rate is not None
+        self.rate = self.config.training.learning_rate
 
     def carry_out(self, backbone: Backbone | None) -> Run:
         check_folder(self.folder, self.config.output.overwrite)
@@ -187,6 +188,12 @@ class _Fit:
         save_predictions(self.folder / PREDICTIONS_NAME, before, after)
         results = self._results(backbone, dataset, references, own_references, outcome, parameters)
         errors = {name: (before[name].errors(), after[name].errors()) for name in before}
+        sparsity = attached(backbone).sparsity()
+        if sparsity is not None:
+            results["sparsity"] = asdict(sparsity) | {
+                "zeros_of_wrapped": sparsity.zeros_of_wrapped,
+                "zeros_of_all": sparsity.zeros_of_all,
+            }
         results["errors"] = {
             name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
         }
@@ -204,6 +211,12 @@ class _Fit:
         if backbone is not None:
             return backbone
         model = self.config.model
+        if "model" not in model.model_fields_set:
+            self.console.print(
+                "no model named: starting from mini, the small one in this package (H, C, N, O, F, S, Cl at GFN2-xTB); "
+                "`forcetune models` lists larger ones for --model",
+                highlight=False,
+            )
         loaded = load(
             model.model,
             head=model.head,

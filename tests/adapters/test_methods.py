@@ -37,8 +37,8 @@ def test_options_reach_the_updates_and_useless_ones_are_refused() -> None:
         method("full", rank=3)
     with pytest.raises(InputError, match=r"no use for 'gain'; its options are rank, alpha, cap_rank"):
         method("elora", gain="exp")
-    with pytest.raises(InputError, match="there is no method 'lora'"):
-        method("lora")
+    with pytest.raises(InputError, match="there is no method 'dora'"):
+        method("dora")
     with pytest.raises(InputError, match="does nothing"):
         method("mmea", shift=False, modulation=False)
 

@@ -338,3 +338,33 @@ def test_a_plan_may_come_with_the_batch() -> None:
     data: dict[str, Any] = tuned._inputs(batch, tuned._species[batch.numbers])
     found = tuned.model(data | {PLAN: plan_of(tuned, batch)})
     same({"forces": found["forces"]}, {"forces": expected.forces}, 1e-14)
+
+
+def hessian_product(tuned: MaceBackbone, batch: Batch) -> dict[str, Tensor]:
+    """Energy, forces, stress, and the derivative of a weighted sum of the forces by the positions."""
+    found = tuned.predict(batch, stress=True)
+    species = torch.tensor([tuned.elements.index(int(number)) for number in batch.numbers])
+    inputs = tuned._inputs(batch, species)
+    positions = inputs["positions"].requires_grad_()
+    forces = tuned.model(inputs, training=True)["forces"]
+    weight = torch.linspace(-1, 2, forces.numel(), dtype=forces.dtype).view(forces.shape)
+    (second,) = torch.autograd.grad((forces * weight).sum(), [positions])
+    stress = found.stress
+    assert stress is not None
+    return {"energy": found.energy, "forces": found.forces, "stress": stress, "second": second}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gain": "linear"}, {"activation": False}, {"shift": False}, {"shared_gain": True}]
+)
+@pytest.mark.parametrize("name", ["scale-shift", "plain, up to 2e, order 3", "odd scalars"])
+def test_gates_that_are_not_trained_equal_those_that_are(name: str, options: dict[str, Any]) -> None:
+    tuned = model(name)
+    adapter = attach(tuned, method("mmea-pure", **options))
+    perturb(adapter)
+    batch = batch_for(tuned, boxed(cluster()), crystal())
+    expected = hessian_product(tuned, batch)
+    install(tuned)
+    same(hessian_product(tuned, batch), expected)
+    adapter.requires_grad_(False)
+    same(hessian_product(tuned, batch), expected)

@@ -62,7 +62,7 @@ def test_weight_decay_acts_on_linear_and_contraction_sites_only(name: str, kind:
     assert type(optimizer).__name__ == kind
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     expected = {"linear": 0.25, "contraction": 0.25, "contraction_lower": 0.25}
-    for site_kind, parameter in adapter.parameter_kinds():
+    for site_kind, parameter, _ in adapter.parameter_kinds():
         assert decay[id(parameter)] == expected.get(site_kind, 0.0)
     assert len(decay) == len(list(adapter.parameters()))
     assert name != "adam" or all(group["amsgrad"] for group in optimizer.param_groups)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
-from forcetune.adapters.updates.base import TrainablePart
+from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.adapters.updates.dense import DenseWeight
+from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.backbones.protocol import Backbone, Site
 from forcetune.errors import InputError
 
@@ -44,6 +45,31 @@ class Coverage:
     covered: int
     total: int
     trainable: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """How many weights a sparse update changes.
+
+    Attributes:
+        changed: weights that are not what they were.
+        wrapped: weights that could have changed.
+        total: weights of the model.
+    """
+
+    changed: int
+    wrapped: int
+    total: int
+
+    @property
+    def zeros_of_wrapped(self) -> float:
+        """Share of the wrapped weights that did not change."""
+        return 1 - self.changed / self.wrapped
+
+    @property
+    def zeros_of_all(self) -> float:
+        """Share of all weights that did not change."""
+        return 1 - self.changed / self.total
 
 
 class Adapter(nn.Module):
@@ -116,13 +142,23 @@ class Adapter(nn.Module):
             )
         return result
 
-    def parameter_kinds(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable parameter with the kind of its site."""
+    def parameter_kinds(self) -> Iterator[tuple[str, nn.Parameter, ParameterOptions | None]]:
+        """Every trainable parameter with the kind of its site and how it is trained, where it says so itself."""
         for site in self.sites:
             for kind in (WeightUpdate, ActivationUpdate):
                 part = self.part(site, kind)
                 if part is not None:
-                    yield from ((site.kind, parameter) for parameter in part.parameters())
+                    own = part.options()
+                    yield from ((site.kind, parameter, own.get(name)) for name, parameter in part.named_parameters())
+
+    def sparsity(self) -> Sparsity | None:
+        """How many weights a sparse update leaves as they were; None where nothing is sparse."""
+        parts = [(site, part) for site in self.sites if isinstance(part := self.part(site, WeightUpdate), SparseWeight)]
+        if not parts:
+            return None
+        changed = sum(part.n_changed() for _, part in parts)
+        wrapped = sum(site.numel for site, _ in parts)
+        return Sparsity(changed, wrapped, sum(site.numel for site in self.sites))
 
     def print_trainable_parameters(self) -> None:
         """Print trainable and total counts in one line, as peft does."""

@@ -90,19 +90,42 @@ def _base_record(backbone: Backbone) -> BaseRecord:
     )
 
 
+def _canonical(key: str) -> str:
+    return key.replace("/", ".").replace("|", "/")
+
+
 def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Every trainable tensor under its canonical name ``site/update/path``; shares memory with the adapter."""
+    """What a file keeps of an adapter, under canonical names ``site/update/path``."""
     return {
-        f"{key.replace('/', '.').replace('|', '/')}/{name}": tensor
+        f"{_canonical(key)}/{name}": tensor
         for key, part in adapter.trainable_parts()
-        for name, tensor in part.tensors().items()
+        for name, tensor in part.packed().items()
     }
+
+
+def set_adapter_tensors(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter what :func:`adapter_tensors` returned.
+
+    Raises:
+        ValueError: a tensor has the wrong shape or type.
+    """
+    for key, part in adapter.trainable_parts():
+        prefix = f"{_canonical(key)}/"
+        try:
+            part.unpack({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from error
+
+
+def stored_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU; numbers in ``dtype``, places as they are."""
+    kind = dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(device="cpu", dtype=kind).contiguous().clone()
 
 
 def round_to(adapter: Adapter, dtype: torch.dtype) -> None:
     """Round the adapter to what a file of ``dtype`` can hold, so that what was measured is what is stored."""
-    for tensor in adapter_tensors(adapter).values():
-        tensor.copy_(tensor.to(dtype).to(tensor.dtype))
+    set_adapter_tensors(adapter, {name: stored_as(t, dtype) for name, t in adapter_tensors(adapter).items()})
 
 
 def save_adapter(
@@ -138,10 +161,7 @@ def save_adapter(
         training_data_sha256=training_data_sha256,
         metrics=dict(metrics or {}),
     )
-    tensors = {
-        name: tensor.detach().to(device="cpu", dtype=stored_dtype).contiguous().clone()
-        for name, tensor in adapter_tensors(adapter).items()
-    }
+    tensors = {name: stored_as(tensor, stored_dtype) for name, tensor in adapter_tensors(adapter).items()}
     with atomic_folder(folder) as temporary:
         (temporary / TENSORS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
@@ -242,14 +262,13 @@ def _load_tensors(adapter: Adapter, path: Path) -> None:
                 odd = sorted(names ^ set(expected))[0]
                 where = "unknown to the method" if odd in names else "missing from the file"
                 raise InputError(f"{path}: tensor {odd} is {where}; tensors and configuration do not belong together.")
-            for name, target in expected.items():
-                value: Tensor = stored.get_tensor(name)
-                if value.shape != target.shape or not value.is_floating_point() or not bool(value.isfinite().all()):
-                    raise InputError(
-                        f"{path}: tensor {name} has shape {tuple(value.shape)} and type {value.dtype}, expected finite "
-                        f"numbers of shape {tuple(target.shape)}; copy the adapter folder again."
-                    )
-                target.copy_(value)
+            tensors: dict[str, Tensor] = {name: stored.get_tensor(name) for name in names}
+        for name, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} holds numbers that are not finite")
+        set_adapter_tensors(adapter, tensors)
+    except ValueError as error:
+        raise InputError(f"{path}: tensor {error}; copy the adapter folder again.") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); copy the adapter folder again.") from error
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from forcetune.adapters.updates import UPDATES, Dense, Frozen, Gate, LowRank, Update
+from forcetune.adapters.updates import UPDATES, Dense, Frozen, Gain, Gate, LowRank, SoftThreshold, Update
 from forcetune.backbones.protocol import Site
 from forcetune.errors import InputError
 
@@ -33,7 +33,7 @@ class Method:
         table: site kind to the updates made there; kinds not named stay frozen. At most one weight update and one
             activation update share a site.
         description: one line for tables.
-        learning_rate: default of the optimisation.
+        learning_rate, optimizer: defaults of the optimisation.
         target: only these sites: a regular expression that must match the whole site name, or a sequence of
             endings of site names; None for all.
         fresh: weights that are trained whole start from random values instead of the foundation model's. It concerns
@@ -46,6 +46,7 @@ class Method:
     learning_rate: float = 5e-3
     target: str | tuple[str, ...] | None = None
     fresh: bool = False
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
@@ -87,6 +88,7 @@ class Method:
             "name": self.name,
             "description": self.description,
             "learning_rate": self.learning_rate,
+            "optimizer": self.optimizer,
             "target": list(self.target) if isinstance(self.target, tuple) else self.target,
             "table": {kind: [update.to_json() for update in updates] for kind, updates in self.table.items()},
         }
@@ -110,6 +112,7 @@ class Method:
                 description=str(data.get("description", "")),
                 learning_rate=float(data.get("learning_rate", 5e-3)),
                 target=tuple(target) if isinstance(target, list) else target,
+                optimizer=str(data.get("optimizer", "adam")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
@@ -183,11 +186,53 @@ def readout() -> Method:
     return Method("readout", {"readout": (Dense(),)}, "readouts only")
 
 
+SPARSE_WRAPS = {
+    "all": ("linear", "readout", "tensor_product"),
+    "linears": ("linear", "readout"),
+    "tensor_products": ("tensor_product",),
+}
+
+
+def _sparse(name: str, description: str, wrap: str, **threshold: Any) -> Method:
+    if wrap not in SPARSE_WRAPS:
+        raise ValueError(f"wrap is one of {', '.join(SPARSE_WRAPS)}, not {wrap!r}")
+    table = dict.fromkeys(SPARSE_WRAPS[wrap], (SoftThreshold(**threshold),))
+    return Method(name, table, description, learning_rate=1e-2, optimizer="schedulefree")
+
+
+def sparse(wrap: str = "all", threshold_decay: float = 0.01, per_path: bool = False) -> Method:
+    """Sparsity-promoting fine-tuning, preset L (ICLR 2026): soft-thresholded updates of linears and tensor products."""
+    options = {"threshold_decay": threshold_decay, "per_path": per_path}
+    return _sparse("sparse", "soft-thresholded updates, mostly zeros (ICLR 2026, L)", wrap, **options)
+
+
+def sparse_h(wrap: str = "all", threshold_decay: float = 0.3, per_path: bool = False) -> Method:
+    """Sparsity-promoting fine-tuning, preset H: fewer changed weights."""
+    options = {"threshold_decay": threshold_decay, "per_path": per_path}
+    return _sparse("sparse-h", "soft-thresholded updates, nearly all zeros (ICLR 2026, H)", wrap, **options)
+
+
+def gain(per_element: bool = True) -> Method:
+    """One static factor for each path and output channel of every weight matrix; merges, costs nothing to run."""
+    kinds = ("linear", "readout", "tensor_product", "radial_mlp", "contraction", "contraction_lower")
+    return Method("gain", dict.fromkeys(kinds, (Gain(per_element),)), "a static factor for each channel")
+
+
+def lora(rank: int = 4, alpha: float = 1.0) -> Method:
+    """The recipe of mace-torch's ``--lora``: low rank on linear layers and the radial MLP only, r = 4, α = 1."""
+    kinds = ("linear", "readout", "radial_mlp")
+    return Method("lora", dict.fromkeys(kinds, (LowRank(rank, alpha),)), "low rank on linears, as mace-torch --lora")
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "mmea": mmea,
     "mmea-pure": mmea_pure,
     "elora": elora,
     "full": full,
+    "sparse": sparse,
+    "sparse-h": sparse_h,
+    "gain": gain,
+    "lora": lora,
     "readout": readout,
     "scratch": scratch,
 }

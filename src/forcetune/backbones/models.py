@@ -1,4 +1,4 @@
-"""Published foundation models: their names, addresses, licences and checksums, and how a name becomes a file.
+"""Foundation models by name: the one in this package, and published ones with addresses, licences and checksums.
 
 Downloaded models are kept in :func:`model_folder`. An institution without access to the publishers' servers
 sets ``FORCETUNE_MODELS_URL`` to a folder of its own web server that holds the files under their published
@@ -54,13 +54,14 @@ class PublishedModel:
     Attributes:
         name: what to ask for.
         library: the backbone that loads it.
-        url: where its publisher offers it.
+        url: where its publisher offers it; of a packaged model its place below this folder.
         licence: of the weights: ``MIT`` or ``ASL``.
         sha256: of the file, 64 hexadecimal digits; None where it is trusted on first use.
         description: what it is for, and the level of theory (data set) it was trained on.
         elements: what it knows.
         size: ``small``, ``medium`` or ``large``.
         aliases: other names for it.
+        packaged: comes with this package and needs no download.
     """
 
     name: str
@@ -72,6 +73,7 @@ class PublishedModel:
     elements: str
     size: str
     aliases: tuple[str, ...] = ()
+    packaged: bool = False
 
     @property
     def file(self) -> str:
@@ -104,8 +106,21 @@ def _mace(
     return PublishedModel(name, "mace", url, licence, sha256, description, elements, size, aliases)
 
 
+_MINI = PublishedModel(
+    name="mini",
+    library="mace",
+    url="mini/mini.safetensors",
+    licence="MIT",
+    sha256=None,
+    description="organic molecules, GFN2-xTB; small and fast, to learn and to test with (in the package)",
+    elements="H, C, N, O, F, S, Cl",
+    size="small",
+    packaged=True,
+)
+
 # The publishers give no checksums. Each one here is what unrelated public projects recorded for the file.
 _MODELS: tuple[PublishedModel, ...] = (
+    _MINI,
     _mace(
         *("mace-off23-small", f"{_OFF}/mace_off23/MACE-OFF23_small.model", "ASL"),
         *(_OFF23, _ORGANIC, "small", ("off23-small",)),
@@ -199,7 +214,7 @@ _MODELS: tuple[PublishedModel, ...] = (
 
 
 def list_models() -> list[PublishedModel]:
-    """The published models that can be asked for by name."""
+    """The models that can be asked for by name, the packaged one first."""
     return list(_MODELS)
 
 
@@ -290,6 +305,9 @@ def _unknown(name: str) -> InputError:
 
 def _present(model: PublishedModel, folder: Path, progress: ProgressCallback | None) -> tuple[Path, str]:
     """The checked file of a model in ``folder``, and its SHA-256."""
+    if model.packaged:
+        found = Path(__file__).parent / model.url
+        return found, sha256_of(found)
     target = folder / model.file
     record = target.with_name(f"{target.name}.sha256")
     expected = model.sha256 or _recorded(record)

@@ -111,10 +111,9 @@ def _read(
 
 
 def _test_names(sources: Sequence[str]) -> list[str]:
-    """``test`` for one file, the file's own name behind it for several."""
+    """``test`` for one file; of several each has the file's own name in it."""
     if len(sources) == 1:
         return ["test"]
-    stems = [Path(source).stem for source in sources]
-    return [
-        f"test {stem}" if stems.count(stem) == 1 else f"test {stem} {number}" for number, stem in enumerate(stems, 1)
-    ]
+    stems = [Path(source).name.removesuffix(".gz").rsplit(".", 1)[0] for source in sources]
+    names = [stem if stem.startswith("test") else f"test {stem}" for stem in stems]
+    return [name if names.count(name) == 1 else f"{name} {number}" for number, name in enumerate(names, 1)]

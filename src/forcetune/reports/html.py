@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from forcetune.config import load_config
 from forcetune.errors import InputError
 from forcetune.files import write_text
-from forcetune.reports.plots import learning_curves, parity
+from forcetune.reports.plots import energy_over_time, learning_curves, parity
 from forcetune.reports.results import Metrics, Results, read_metrics, read_predictions, read_results
 from forcetune.reports.tables import (
     MISSING,
@@ -61,6 +61,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         ("errors", "Errors before and after", _errors(results)),
         ("curves", "Learning curves", _curves(results, metrics)),
         ("parity", "Predictions against labels", _parity(results, predictions)),
+        ("dynamics", "Energy conservation", _dynamics(results)),
         ("trained", "What was trained", _trained(results)),
         ("references", "Reference energies", _references(results)),
         ("data", "Data", _data(results)),
@@ -177,8 +178,10 @@ def _split_title(results: Results, split: str, pair: Mapping[str, Mapping[str, A
     data = results.data.get(split)
     counts = [pair["after"].get("n_frames"), pair["before"].get("n_frames"), data.n_frames if data else None]
     frames = next((count for count in counts if finite(count) is not None), None)
-    named = {"test": "Test", "valid": "Validation", "train": "Training"}.get(split, split)
-    meaning = {"test": "never trained on", "valid": "chose the best epoch", "train": "trained on"}.get(split, "")
+    kind, _, rest = split.partition(" ")
+    named = f"{ {'test': 'Test', 'valid': 'Validation', 'train': 'Training'}.get(kind, kind) } {rest}".rstrip()
+    meanings = {"test": "never trained on", "valid": "chose the best epoch", "train": "trained on"}
+    meaning = next((text for start, text in meanings.items() if split.startswith(start)), "")
     facts = ", ".join(fact for fact in (f"{count_text(frames)} frames" if frames is not None else "", meaning) if fact)
     return Html(f"<h3>{html(named)} <small>{html(facts)}</small></h3>")
 
@@ -213,7 +216,7 @@ def _parity(results: Results, predictions: Mapping[str, NDArray] | None) -> Html
     splits = in_order({name.partition("/")[0]: None for name in predictions or {}})
     if predictions is None or not splits:
         return _note("No predictions yet: they are made when training ends.")
-    split = next((s for s in ("test", "valid") if s in splits), splits[0])
+    split = next((s for kind in ("test", "valid") for s in splits if s.startswith(kind)), splits[0])
     found = [parity(predictions, split, quantity) for quantity in ("energy_per_atom", "forces", "stress")]
     figures = "".join(
         f"<figure>{item[0]}{f'<figcaption>{html(item[1])}</figcaption>' if item[1] else ''}</figure>"
@@ -233,6 +236,25 @@ def _parity(results: Results, predictions: Mapping[str, NDArray] | None) -> Html
         table = html_force_errors(numbers, reference, before, after)
         text += f"<h3>Force errors by element <small>meV/Å</small></h3>{table}"
     return Html(text)
+
+
+def _dynamics(results: Results) -> Html:
+    found = results.dynamics
+    if found is None:
+        return Html("")
+    facts = html_pairs(
+        (
+            ("Ensemble", f"constant energy (NVE), {found.picoseconds:g} ps in steps of {found.timestep_fs:g} fs"),
+            ("Drift of the total energy", f"{_signed(found.drift_mev_per_atom_per_ps)} meV/atom/ps"),
+            ("Its fluctuation", f"{number_text(found.fluctuation_mev_per_atom)} meV/atom"),
+            ("Mean temperature", f"{found.mean_temperature_k:.0f} K"),
+        )
+    )
+    return Html(f"{facts}<figure>{energy_over_time(found)}</figure>")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "−")
 
 
 def _trained(results: Results) -> Html:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from forcetune.reports.results import FloatArray, Metrics
+from forcetune.reports.results import DynamicsPart, FloatArray, Metrics
 from forcetune.reports.tables import Html, html, number_text
 
 # Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
@@ -69,6 +69,8 @@ def learning_curves(metrics: Metrics, best_epoch: float | None, before: Mapping[
         errors = _error_curves_figure(metrics, best_epoch, before)
         if errors is not None:
             figures.append(_svg(errors, "Validation errors of energies and forces by epoch"))
+        if np.isfinite(metrics["zeros_of_wrapped"]).any():
+            figures.append(_svg(_sparsity_figure(metrics), "Share of the weights that did not change by epoch"))
     return figures
 
 
@@ -92,6 +94,19 @@ def _loss_figure(metrics: Metrics, best_epoch: float | None) -> Figure:
     _mark_events((upper, lower), metrics, best_epoch)
     upper.legend(loc="upper right", handlelength=1.4)
     figure.align_ylabels()
+    return figure
+
+
+def _sparsity_figure(metrics: Metrics) -> Figure:
+    figure = Figure(figsize=(4.7, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for column, colour, name in (("zeros_of_wrapped", AFTER, "of the wrapped"), ("zeros_of_all", INK, "of all")):
+        values = 100 * metrics[column]
+        known = np.isfinite(values)
+        axes.plot(metrics["epoch"][known], values[known], color=colour, label=name)
+    axes.set_ylabel("unchanged weights (%)")
+    axes.legend(loc="lower right", handlelength=1.4)
+    _epochs(axes, metrics)
     return figure
 
 
@@ -121,6 +136,22 @@ def _error_curves_figure(
     panels[0].legend(loc="upper right", handlelength=1.6)
     figure.align_ylabels()
     return figure
+
+
+def energy_over_time(dynamics: DynamicsPart) -> Html:
+    """Total and potential energy of dynamics at constant energy."""
+    with _style():
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axes, values, colour, name in (
+            (upper, dynamics.total_mev_per_atom, AFTER, "total"),
+            (lower, dynamics.potential_mev_per_atom, INK, "potential"),
+        ):
+            axes.plot(dynamics.time_ps, values, color=colour, linewidth=1.0)
+            axes.set_ylabel(f"{name}\n(meV/atom)")
+        lower.set_xlabel("time (ps)")
+        figure.align_ylabels()
+        return _svg(figure, "Total and potential energy of the dynamics by time")
 
 
 def _positive(values: FloatArray) -> FloatArray:

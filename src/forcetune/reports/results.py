@@ -113,6 +113,20 @@ class PairPart(Part):
         return {"before": self.before or {}, "after": self.after or {}}
 
 
+class DynamicsPart(Part):
+    """Dynamics at constant energy with the tuned potential; energies in meV/atom from the start."""
+
+    picoseconds: float
+    timestep_fs: float
+    n_atoms: int
+    drift_mev_per_atom_per_ps: float
+    fluctuation_mev_per_atom: float
+    mean_temperature_k: float
+    time_ps: list[float]
+    total_mev_per_atom: list[float]
+    potential_mev_per_atom: list[float]
+
+
 class Results(Part):
     """``results.json``."""
 
@@ -129,6 +143,7 @@ class Results(Part):
     environment: dict[str, Any] = {}
     warnings: list[str] = []
     adapter_bytes: int | None = None
+    dynamics: DynamicsPart | None = None
 
 
 def read_results(run: Path, config: RunConfig) -> Results:

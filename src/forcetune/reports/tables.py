@@ -196,6 +196,24 @@ def error_table(errors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     return table
 
 
+def demo_table(errors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Mean absolute errors of every test set, zero-shot and tuned, for the terminal.
+
+    Args:
+        errors: as in ``results.json``.
+    """
+    table = _rich_table("Frames never trained on", ("set", "mean absolute error"), ("zero-shot", "tuned", "ratio"))
+    for split in (name for name in in_order(errors) if name.startswith("test")):
+        name = f"{split}, {count_text(errors[split]['after'].get('n_frames'))} frames"
+        for quantity, unit, before, after in error_rows(errors[split]):
+            if quantity.endswith("MAE") and unit != "meV":
+                error = f"{quantity.removesuffix(' MAE')}, {unit}"
+                bold = Text(number_text(after), style="bold")
+                table.add_row(Text(name), error, number_text(before), bold, ratio_text(ratio(before, after)))
+                name = ""
+    return table
+
+
 def evaluation_table(errors: Mapping[str, Any]) -> Table:
     """Errors of one model on one set of frames, for the terminal.
 

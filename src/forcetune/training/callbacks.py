@@ -26,7 +26,7 @@ VALID_KEYS = (
 COLUMNS = (
     *("epoch", "step", "learning_rate", "stage", "train_loss", "valid_loss"),
     *(f"valid_{key}" for key in VALID_KEYS),
-    "seconds",
+    *("zeros_of_wrapped", "zeros_of_all", "seconds"),
 )
 
 
@@ -42,6 +42,8 @@ def metrics_row(module: FineTuning, seconds: float) -> dict[str, Any]:
     }
     if module.epoch % module.config.valid_every == 0 and module.valid_errors is not None:
         row["valid_loss"] = module.valid_loss
+        if module.sparsity is not None:
+            row |= {name: getattr(module.sparsity, name) for name in ("zeros_of_wrapped", "zeros_of_all")}
         row |= {f"valid_{key}": getattr(module.valid_errors, key) for key in VALID_KEYS}
     return row
 
@@ -136,4 +138,6 @@ def _told(module: FineTuning) -> str:
         parts.append(f"valid E {errors.energy_mae_mev_per_atom:.2f} meV/atom")
     if errors is not None and errors.forces_mae_mev_per_ang is not None:
         parts.append(f"F {errors.forces_mae_mev_per_ang:.1f} meV/Å")
+    if module.sparsity is not None:
+        parts.append(f"{100 * module.sparsity.zeros_of_wrapped:.1f} % zeros")
     return " · ".join(parts)

@@ -11,7 +11,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import Sparsity, attached
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError
@@ -28,7 +28,7 @@ class FineTuning(lightning.LightningModule):
     Attributes:
         stage: 1, or 2 once the second stage has begun.
         best_loss, best_epoch: lowest validation loss of the current stage and its epoch, counted from 1.
-        valid_loss, valid_errors: of the last validation.
+        valid_loss, valid_errors, sparsity: of the last validation.
         train_loss: mean over the steps of the epoch.
         waited: validations since the last improvement.
         epochs_done: complete epochs.
@@ -56,6 +56,7 @@ class FineTuning(lightning.LightningModule):
         self.best_epoch = 0
         self.valid_loss = math.nan
         self.valid_errors: Errors | None = None
+        self.sparsity: Sparsity | None = None
         self.train_loss = math.nan
         self.waited = 0
         self.epochs_done = 0
@@ -130,7 +131,7 @@ class FineTuning(lightning.LightningModule):
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
@@ -165,6 +166,7 @@ class FineTuning(lightning.LightningModule):
         batch, found = gather(self._validated)
         self.valid_loss = float(loss_of(self.loss_config, found, batch))
         self.valid_errors = Predictions.of(batch, found).errors()
+        self.sparsity = self.adapter.sparsity()
         self.schedule.observe(self.valid_loss)
         self.waited += 1
         if self.valid_loss < self.best_loss:

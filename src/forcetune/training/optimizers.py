@@ -21,15 +21,20 @@ DECAYED_KINDS = frozenset({"linear", "contraction", "contraction_lower"})
 def make_optimizer(
     adapter: Adapter, config: TrainingConfig, learning_rate: float, steps_per_epoch: int
 ) -> torch.optim.Optimizer:
-    """The optimizer over the adapter's parameters; weight decay acts on linear and contraction sites only."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for kind, parameter in adapter.parameter_kinds():
-        (decayed if kind in DECAYED_KINDS else others).append(parameter)
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((decayed, config.weight_decay), (others, 0.0))
-        if members
+    """The optimizer over the adapter's parameters.
+
+    The run's weight decay acts on linear and contraction sites only. Parameters that say how they are trained have a
+    group of their own; ``rate`` is the factor of its learning rate.
+    """
+    found: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for kind, parameter, own in adapter.parameter_kinds():
+        decay = config.weight_decay if kind in DECAYED_KINDS else 0.0
+        key = (decay, 1.0, False) if own is None else (own.decay, own.rate, True)
+        found.setdefault(key, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": decay, "lr": rate * learning_rate, "rate": rate}
+        | ({"decoupled_weight_decay": True} if own and config.optimizer in (None, "adam") else {})
+        for (decay, rate, own), members in found.items()
     ]
     if config.optimizer == "schedulefree":
         warmup = config.schedule.warmup_epochs * steps_per_epoch

@@ -2,9 +2,24 @@
 
 from forcetune.adapters.updates.base import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.dense import Dense, Frozen
+from forcetune.adapters.updates.gain import Gain
 from forcetune.adapters.updates.gate import Gate
 from forcetune.adapters.updates.low_rank import LowRank
+from forcetune.adapters.updates.soft_threshold import SoftThreshold
 
-UPDATES: dict[str, type[Update]] = {update.name: update for update in (Gate, LowRank, Dense, Frozen)}
+UPDATES: dict[str, type[Update]] = {
+    update.name: update for update in (Gate, LowRank, SoftThreshold, Gain, Dense, Frozen)
+}
 
-__all__ = ["UPDATES", "ActivationUpdate", "Dense", "Frozen", "Gate", "LowRank", "Update", "WeightUpdate"]
+__all__ = [
+    "UPDATES",
+    "ActivationUpdate",
+    "Dense",
+    "Frozen",
+    "Gain",
+    "Gate",
+    "LowRank",
+    "SoftThreshold",
+    "Update",
+    "WeightUpdate",
+]

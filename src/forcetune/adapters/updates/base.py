@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.protocol import Site
 
 
+@dataclass(frozen=True, slots=True)
+class ParameterOptions:
+    """How one parameter is trained differently from the others.
+
+    Attributes:
+        rate: learning rate in units of the run's.
+        decay: decoupled weight decay.
+    """
+
+    rate: float = 1.0
+    decay: float = 0.0
+
+
 class TrainablePart(nn.Module, ABC):
     """What an update trains at one site."""
+
+    def options(self) -> dict[str, ParameterOptions]:
+        """Parameters, by name, that have a learning rate and decay of their own."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The trainable tensors under names that do not depend on the library's layout of the weight.
 
-        They share memory with the parameters: copying into them loads an adapter.
+        They share memory with the parameters.
         """
         return {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def packed(self) -> dict[str, Tensor]:
+        """What a file keeps of it, by name; the names are always the same."""
+        return self.tensors()
+
+    @torch.no_grad()
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`packed` gave.
+
+        Raises:
+            ValueError: a tensor has the wrong shape or type.
+        """
+        for name, target in self.tensors().items():
+            self._copy(name, target, tensors[name])
+
+    @staticmethod
+    def _copy(name: str, target: Tensor, value: Tensor) -> None:
+        if value.shape != target.shape or not value.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and type {value.dtype}, expected numbers of shape "
+                f"{tuple(target.shape)}"
+            )
+        target.copy_(value)
 
 
 class WeightUpdate(TrainablePart):

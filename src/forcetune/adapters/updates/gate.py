@@ -32,6 +32,65 @@ def gain_linear(x: Tensor) -> Tensor:
     return 1 + x
 
 
+class _FixedGate(torch.autograd.Function):
+    """A gate whose own weights are constants, on features by blocks: a few fused steps forwards and backwards.
+
+    The backward pass is written in differentiable operations on what was given, so that Hessians are right, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: GateActivation, scalars: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
+        ctx.gate = gate
+        ctx.save_for_backward(scalars, *blocks)
+        shifts, gains, _, _ = gate.fixed(scalars[:, 0])
+        per_block = gate._per_block(shifts, gains)
+        return tuple(
+            block * gain.unsqueeze(1)
+            if gain is not None
+            else block + shift.unsqueeze(1)
+            if shift is not None
+            else block.view_as(block)
+            for block, (shift, gain) in zip(blocks, per_block, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate: GateActivation = ctx.gate
+        scalars, *blocks = ctx.saved_tensors
+        shifts, gains, slope, before = gate.fixed(scalars[:, 0])
+        found: list[Tensor] = []
+        by_shift: list[Tensor] = []
+        by_gain: list[Tensor] = []
+        for grad, block, (shift, gain) in zip(grads, blocks, gate._per_block(shifts, gains), strict=True):
+            if gain is not None:
+                pull = (grad * block).sum(1)
+                by_gain.append(pull if gain.shape[1] == pull.shape[1] else pull.sum(1, keepdim=True))
+                grad = grad * gain.unsqueeze(1)
+            elif shift is not None:
+                by_shift.append(grad[:, 0])
+            found.append(grad)
+        if not ctx.needs_input_grad[1]:
+            return None, None, *found
+        pulls: list[tuple[nn.Linear, Tensor]] = []
+        if gate.shift is not None:
+            pulls.append((gate.shift, _joined(by_shift)))
+        if gate.gain is not None:
+            assert slope is not None
+            pulls.append((gate.gain, _joined(by_gain) * slope))
+        (head, pull), *others = pulls
+        hidden = pull @ head.weight
+        for head, pull in others:
+            hidden = torch.addmm(hidden, pull, head.weight)
+        if gate.spec.activation:
+            sigmoid = before.sigmoid()
+            hidden = hidden * torch.addcmul(sigmoid, before * sigmoid, 1 - sigmoid)
+        return None, (hidden @ gate.down.weight).unsqueeze(1), *found
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
+
+
 class GateActivation(ActivationUpdate):
     """Shift of even scalars and gain of all other channels, computed from the input's even scalars.
 
@@ -43,8 +102,11 @@ class GateActivation(ActivationUpdate):
         super().__init__()
         assert site.irreps_in is not None and site.irreps_out is not None
         self.spec = spec
-        self.scalars_in = tuple(b for b in parse_irreps(site.irreps_in) if b.is_even_scalar)
+        blocks_in = parse_irreps(site.irreps_in)
+        self.scalars_in = tuple(block for block in blocks_in if block.is_even_scalar)
         self.blocks_out = parse_irreps(site.irreps_out)
+        self._layouts = tuple(tuple((b.dim, b.multiplicity) for b in blocks) for blocks in (blocks_in, self.blocks_out))
+        self._place = blocks_in.index(self.scalars_in[0])
         self.gains_of = [self._gains(block) for block in self.blocks_out]
         n_in = sum(block.multiplicity for block in self.scalars_in)
         n_shift = sum(block.multiplicity for block in self.blocks_out if block.is_even_scalar) if spec.shift else 0
@@ -73,7 +135,38 @@ class GateActivation(ActivationUpdate):
         hidden = down(scalars)
         return functional.silu(hidden) if self.spec.activation else hidden
 
+    def fixed(self, scalars: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """Shifts, gains, the derivative of the gains, and the bottleneck before its activation, for (atoms, n₀)."""
+        before = self.down(scalars)
+        hidden = functional.silu(before) if self.spec.activation else before
+        shifts = None if self.shift is None else self.shift(hidden)
+        if self.gain is None:
+            return shifts, None, None, before
+        raw = self.gain(hidden)
+        if self.spec.gain == "linear":
+            return shifts, 1 + raw, torch.ones_like(raw), before
+        capped = raw.clamp(max=LARGEST_EXPONENT)
+        slope = capped.exp()
+        return shifts, torch.addcmul(slope, slope, raw - capped), slope, before
+
+    def _can_be_fixed(self, inputs: Any, outputs: Any) -> bool:
+        return (
+            isinstance(inputs, Features)
+            and isinstance(outputs, Features)
+            and self.down_gain is None
+            and len(self.scalars_in) == 1
+            and (inputs.geometric or outputs.geometric)
+            and self._layouts == (inputs.layout, outputs.layout)
+            and not any(parameter.requires_grad for parameter in self.parameters())
+        )
+
     def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        if self._can_be_fixed(inputs, outputs):
+            known: Any = outputs
+            given: Any = inputs
+            scalars = given.blocks[self._place]
+            blocks: Any = _FixedGate.apply(self, scalars, *known.blocks)
+            return Features(blocks, geometric=True, trains=True)  # pyright: ignore[reportReturnType]
         parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
         scalars = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         hidden = self._bottleneck(self.down, scalars)
@@ -105,7 +198,7 @@ class GateActivation(ActivationUpdate):
     ) -> Tensor | Any:
         """The outputs, flat or by blocks as the kernels have them, with every block's shift or gain."""
         if isinstance(outputs, Features):
-            if outputs.layout == tuple((block.dim, block.multiplicity) for block in self.blocks_out):
+            if outputs.layout == self._layouts[1]:
                 blocks = []
                 for part, (shift, gain) in zip(outputs.blocks, per_block, strict=True):
                     shifted = part if shift is None else part + shift.unsqueeze(1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 _FORMAT = "forcetune-mace-1"
+_INDEX = ":index"
 # shapes of these depend on how a model was made, not on its architecture
 _FREE_SHAPE = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")
 
@@ -273,6 +275,13 @@ def save_plain(model: nn.Module, path: str | os.PathLike[str]) -> None:
     content = {
         n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in (tensors | constants).items()
     }
+    # nine tenths of a large model's coupling tensors are zeros, and most of a small model's file would be
+    sparse = {name: list(tensor.shape) for name, tensor in content.items() if ".U_matrix_" in name}
+    for name in sparse:
+        flat = content[name].flatten()
+        index = flat.nonzero()[:, 0]
+        content[name], content[name + _INDEX] = flat[index], index.to(torch.int32)
+    header["sparse"] = json.dumps(sparse, sort_keys=True)
     with atomic_path(path) as temporary:
         save_file(content, temporary, metadata=header)
 
@@ -295,6 +304,9 @@ def read_plain(path: str | os.PathLike[str]) -> nn.Module:
                     "file, or for an adapter its folder."
                 )
             content = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        for name, shape in json.loads(header.get("sparse", "{}")).items():
+            values, index = content[name], content.pop(name + _INDEX).long()
+            content[name] = values.new_zeros(math.prod(shape)).index_put((index,), values).reshape(shape)
         architecture = MaceArchitecture.from_json(header["architecture"])
         trainable, constants = set(json.loads(header["parameters"])), set(json.loads(header["constants"]))
         tensors = {
@@ -303,7 +315,7 @@ def read_plain(path: str | os.PathLike[str]) -> nn.Module:
             if name not in constants
         }
         return assemble(architecture, tensors, {name: content[name] for name in constants})
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"{file} is damaged or incomplete ({error}); get a fresh copy of the file.") from error
     except UnfitError as error:
         raise InputError(

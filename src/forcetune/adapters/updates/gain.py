@@ -1,0 +1,54 @@
+"""A static gain of every output channel, which merges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.adapters.updates.base import Update, WeightUpdate
+from forcetune.backbones.protocol import Site, WeightPath
+
+
+class GainWeight(WeightUpdate):
+    """W' = W (1 + g) on each path, with one g for each output channel (and element), zero at the start."""
+
+    def __init__(self, site: Site, weight: Tensor, spec: Gain) -> None:
+        super().__init__()
+        self.paths = site.paths
+        options = {"dtype": weight.dtype, "device": weight.device}
+        self.gains = nn.ParameterDict(
+            {path.name: nn.Parameter(torch.zeros(spec.shape_for(path), **options)) for path in site.paths}
+        )
+
+    def forward(self, weight: Tensor) -> Tensor:
+        flat = weight.reshape(-1)
+        parts = [
+            (flat[path.start : path.start + path.size].view(path.shape) * (1 + self.gains[path.name])).reshape(-1)
+            for path in self.paths
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(weight.shape)
+
+
+@dataclass(frozen=True)
+class Gain(Update):
+    """One static factor for each path and output channel: the part of a gate that does not depend on the input.
+
+    It costs nothing at inference, since it merges, and keeps equivariance: channels are scaled, never mixed.
+
+    Attributes:
+        per_element: contractions have a factor for each element, too.
+    """
+
+    per_element: bool = True
+    name: ClassVar[str] = "Gain"
+
+    def shape_for(self, path: WeightPath) -> tuple[int, ...]:
+        """Shape of g on ``path``, to be broadcast against it."""
+        elements = path.shape[0] if len(path.shape) == 3 and self.per_element else 1
+        return (elements, *(1 for _ in path.shape[1:-1]), path.shape[-1]) if len(path.shape) > 1 else path.shape
+
+    def build(self, site: Site, weight: Tensor) -> GainWeight:
+        return GainWeight(site, weight, self)

@@ -1,0 +1,115 @@
+"""Sparsity-promoting update (arXiv 2606.18691, ICLR 2026)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.adapters.updates.base import ParameterOptions, Update, WeightUpdate
+from forcetune.backbones.protocol import Site
+
+
+class SparseWeight(WeightUpdate):
+    """W' = W + S(ΔW, δ) with S(x, δ) = sign(x) · ReLU(|x| − δ) and δ = σ(τ), τ learnable.
+
+    ΔW starts as noise, since an entry below the threshold has no gradient: at zero nothing would ever start. A fresh
+    adapter therefore changes the model a little.
+    """
+
+    def __init__(self, site: Site, weight: Tensor, spec: SoftThreshold) -> None:
+        super().__init__()
+        self.paths = site.paths
+        self.spec = spec
+        self.change = nn.Parameter(spec.std * torch.randn_like(weight))
+        n_thresholds = len(site.paths) if spec.per_path else 1
+        start = math.log(spec.threshold / (1 - spec.threshold))
+        self.tau = nn.Parameter(torch.full((n_thresholds,), start, dtype=weight.dtype, device=weight.device))
+
+    @property
+    def thresholds(self) -> Tensor:
+        """δ, one for the site or one for each path."""
+        return torch.sigmoid(self.tau)
+
+    def update(self) -> Tensor:
+        """S(ΔW, δ), in the shape of the weight."""
+        delta = self.thresholds
+        if len(delta) > 1:
+            sizes = torch.tensor([path.size for path in self.paths], device=delta.device)
+            delta = delta.repeat_interleave(sizes).view(self.change.shape)
+        return torch.sign(self.change) * torch.relu(self.change.abs() - delta)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.update()
+
+    @torch.no_grad()
+    def n_changed(self) -> int:
+        """Number of weights whose update is not zero."""
+        return int(torch.count_nonzero(self.update()))
+
+    def options(self) -> dict[str, ParameterOptions]:
+        """τ has a learning rate and a decay of its own: the decay pulls δ up, towards σ(0) = ½."""
+        return {"tau": ParameterOptions(rate=self.spec.threshold_rate, decay=self.spec.threshold_decay)}
+
+    def packed(self) -> dict[str, Tensor]:
+        """τ, and of every path the places and values of the changed weights."""
+        flat = self.update().detach().view(-1)
+        found = {"tau": self.tau.detach()}
+        for path in self.paths:
+            part = flat[path.start : path.start + path.size]
+            places = part.nonzero()[:, 0]
+            found[f"{path.name}/index"] = places.to(torch.int32)
+            found[f"{path.name}/value"] = part[places]
+        return found
+
+    @torch.no_grad()
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """ΔW such that its thresholded values are the stored ones, and zero elsewhere."""
+        self._copy("tau", self.tau, tensors["tau"])
+        flat = torch.zeros_like(self.change).view(-1)
+        delta = self.thresholds.expand(len(self.paths)) if len(self.tau) == 1 else self.thresholds
+        for path, threshold in zip(self.paths, delta, strict=True):
+            index, value = tensors[f"{path.name}/index"], tensors[f"{path.name}/value"]
+            if index.dtype != torch.int32 or index.ndim != 1 or index.shape != value.shape:
+                raise ValueError(f"{path.name}: places and values do not belong together")
+            if len(index) and (int(index.min()) < 0 or int(index.max()) >= path.size):
+                raise ValueError(f"{path.name}: a place lies outside of the weight")
+            value = value.to(flat)
+            flat[path.start + index.long().to(flat.device)] = value + torch.sign(value) * threshold
+        self.change.copy_(flat.view(self.change.shape))
+
+
+@dataclass(frozen=True)
+class SoftThreshold(Update):
+    """Only weights that want to change by more than a learned threshold do.
+
+    The threshold's own weight decay λ_τ is the knob: more decay, fewer changed weights. Decays are meant to be
+    decoupled from the gradients, as schedule-free AdamW does it.
+
+    Attributes:
+        std: standard deviation of ΔW at the start.
+        threshold: δ at the start.
+        threshold_decay: λ_τ.
+        threshold_rate: learning rate of τ in units of that of ΔW.
+        per_path: one threshold for each path instead of one for the site.
+    """
+
+    std: float = 0.01
+    threshold: float = 0.001
+    threshold_decay: float = 0.01
+    threshold_rate: float = 1.0
+    per_path: bool = False
+    name: ClassVar[str] = "SoftThreshold"
+
+    def __post_init__(self) -> None:
+        if not (self.std > 0 and 0 < self.threshold < 1 and self.threshold_decay >= 0 and self.threshold_rate > 0):
+            raise ValueError(
+                "a soft threshold needs std > 0, a threshold between 0 and 1, a decay of at least 0 and a rate above 0"
+            )
+
+    def build(self, site: Site, weight: Tensor) -> SparseWeight:
+        return SparseWeight(site, weight, self)

@@ -1,0 +1,90 @@
+"""The demo and the examples, as a newcomer runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ase.io
+import pytest
+
+import forcetune
+from forcetune.cli import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def demo(out: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--out", str(out), *arguments])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_short_demo_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    text = demo(out, capsys, "--set", "training.epochs=3", "--picoseconds", "0.02")
+    for expected in ("test, 200 frames", "test hot, 50 frames", "drift", "forcetune fit", "report.html"):
+        assert expected in text
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["model"]["name"] == "mini" and results["model"]["licence"] == "MIT"
+    for name in ("test", "test hot"):
+        before, after = (results["errors"][name][when]["forces_mae_mev_per_ang"] for when in ("before", "after"))
+        assert after < before
+    assert results["dynamics"]["picoseconds"] == pytest.approx(0.02)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Energy conservation" in page and "Test hot" in page
+
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--out", str(out)])
+    assert ended.value.code == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_brings_the_forces_to_a_third_and_conserves_energy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo(tmp_path / "demo", capsys)
+    results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
+    errors = results["errors"]["test"]
+    assert errors["after"]["forces_mae_mev_per_ang"] < errors["before"]["forces_mae_mev_per_ang"] / 3
+    assert abs(results["dynamics"]["drift_mev_per_atom_per_ps"]) < 0.2
+
+
+def test_data_of_the_demo_are_complete_and_never_overlap() -> None:
+    frames = {part: ase.io.read(forcetune.demo_file(part), ":") for part in ("train", "valid", "test", "hot")}
+    assert {part: len(found) for part, found in frames.items()} == {"train": 50, "valid": 50, "test": 200, "hot": 50}
+    places = [atoms.positions.tobytes() for found in frames.values() for atoms in found]
+    assert len(set(places)) == len(places)
+    assert sum(forcetune.demo_file(part).stat().st_size for part in frames) < 250_000
+
+
+def test_fit_without_a_model_starts_from_mini_and_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    frames = str(forcetune.demo_file("train"))
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", frames, "--method", "readout", "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 0
+    assert "no model named: starting from mini" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fit", frames, "--model", "mini", "--method", "readout", "--epochs", "1", "--out", str(tmp_path / "two")])
+    assert "no model named" not in capfd.readouterr().err
+
+
+def run_example(name: str, *arguments: object) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_examples(tmp_path: Path) -> None:
+    assert "meV/Å before" in run_example("own_data.py", forcetune.demo_file("train"), tmp_path / "run")
+    assert "eV/Å tuned" in run_example("use_in_ase.py", tmp_path / "run")
+
+
+def test_example_that_compares_methods(tmp_path: Path) -> None:
+    text = run_example("compare_methods.py", tmp_path / "compared")
+    assert all(name in text for name in ("readout", "elora", "mmea"))
