@@ -17,7 +17,6 @@ import argparse
 import copy
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +39,7 @@ from forcetune.deployment.calculator import frame_of
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.kernels.mace import install
+from forcetune.records import environment
 
 ELEMENTS = (1, 6, 8)
 METHODS = ("mmea", "elora", "full", "readout")
@@ -285,7 +285,7 @@ def main() -> None:
         "steps": steps,
         "inference": predictions,
         "machine": {
-            "processor": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
+            "processor": environment(torch.device(arguments.device))["device"],
             "threads": arguments.threads,
             "torch": torch.__version__,
         },

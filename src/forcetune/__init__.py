@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
     from forcetune.api import compare_methods, evaluate
     from forcetune.backbones.loading import load
+    from forcetune.comparison import compare
     from forcetune.config import RunConfig, load_config
     from forcetune.demo import Demo, demo_file
     from forcetune.deployment.calculator import calculator
@@ -34,6 +35,7 @@ _HOMES = {
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
     "api": ("compare_methods", "evaluate"),
     "backbones.loading": ("load",),
+    "comparison": ("compare",),
     "config": ("RunConfig", "load_config"),
     "demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
@@ -61,6 +63,7 @@ __all__ = [
     "__version__",
     "attach",
     "calculator",
+    "compare",
     "compare_methods",
     "demo_file",
     "detach",

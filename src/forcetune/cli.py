@@ -168,6 +168,43 @@ def _valid(given: Sequence[str] | None) -> list[str] | float | int | None:
 
 
 @app.command()
+def compare(
+    train: Annotated[list[str] | None, typer.Argument(help=_about(configuration.DataConfig, "train"))] = None,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,elora,mmea",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    valid: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "valid"))] = None,
+    test: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "test"))] = None,
+    model: Annotated[str | None, typer.Option(help=_about(configuration.ModelConfig, "model"))] = None,
+    epochs: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "epochs"))] = None,
+    out: Annotated[str, typer.Option(help="Folder of all runs, the table and the report.")] = "comparison",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of the options; what is given here wins.")
+    ] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Methods side by side: the same frames and steps, several seeds, one table and a recommendation."""
+    given: dict[str, Any] = {
+        "data": {"train": train or None, "valid": _valid(valid), "test": test or None},
+        "model": {"model": model},
+        "training": {"epochs": epochs},
+        "output": {"run": out},
+    }
+    resolved = configuration.load_config(config, settings or (), given)
+    from forcetune.comparison import compare as compare_runs
+    from forcetune.reports.comparison import table
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    found = compare_runs(resolved, names, seeds=seeds, processes=processes)
+    if as_json:
+        print(json.dumps(found.comparison.to_json()))
+        return
+    Console().print(table(found.comparison))
+    print(f"{found.comparison.reason}\nreport   {found.page}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, adapter folder, model name or model file.")],
     data: Annotated[list[str], typer.Argument(help="Files of frames with labels; everything ASE reads.")],
@@ -222,6 +259,32 @@ def methods(
         print(json.dumps(rows))
     else:
         Console().print(methods_table(rows))
+
+
+@app.command()
+def inspect(
+    run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Frames to watch gates on; the training frames if not given.")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Another run on the same base, to compare with.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    as_json: Json = False,
+    trust: Trust = False,
+) -> None:
+    """What a run changed: by layer, path, order and element; what its gates do; how like another run it is."""
+    from forcetune.api import inspect as inspect_run
+    from forcetune.reports.tables import change_tables
+
+    found = inspect_run(run, data=data or None, against=against, model=base, trust=trust).to_json()
+    if as_json:
+        print(json.dumps(found))
+        return
+    for table in change_tables(found):
+        Console().print(table)
+    if found["likeness"] is not None:
+        alike = found["likeness"]
+        print(f"1 − R² against {against}: {alike['weights']:.3f} over weights, {alike['paths']:.3f} over layers")
 
 
 @app.command()

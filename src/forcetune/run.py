@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter, attach, attached, detach
+from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
 from forcetune.adapters.updates import Gate, LowRank
@@ -188,6 +189,7 @@ class _Fit:
         save_predictions(self.folder / PREDICTIONS_NAME, before, after)
         results = self._results(backbone, dataset, references, own_references, outcome, parameters)
         errors = {name: (before[name].errors(), after[name].errors()) for name in before}
+        results["changes"] = [asdict(change) for change in weight_changes(backbone)]
         sparsity = attached(backbone).sparsity()
         if sparsity is not None:
             results["sparsity"] = asdict(sparsity) | {

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from forcetune.config import load_config
 from forcetune.errors import InputError
 from forcetune.files import write_text
-from forcetune.reports.plots import energy_over_time, learning_curves, parity
+from forcetune.reports.plots import change_map, energy_over_time, learning_curves, parity
 from forcetune.reports.results import Metrics, Results, read_metrics, read_predictions, read_results
 from forcetune.reports.tables import (
     MISSING,
@@ -32,6 +32,7 @@ from forcetune.reports.tables import (
     html_pairs,
     html_table,
     in_order,
+    layer_text,
     number_text,
     ratio,
     share_text,
@@ -63,6 +64,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         ("parity", "Predictions against labels", _parity(results, predictions)),
         ("dynamics", "Energy conservation", _dynamics(results)),
         ("trained", "What was trained", _trained(results)),
+        ("changes", "What changed", _changes(results)),
         ("references", "Reference energies", _references(results)),
         ("data", "Data", _data(results)),
         ("model", "Foundation model", _model(results)),
@@ -294,6 +296,25 @@ def _trained(results: Results) -> Html:
     rows.append(("all", "", count_text(sums[0]), covered, share_text(sums[1], sums[2]), count_text(sums[3])))
     head = ("Kind of site", "Update", "Sites", "Weights covered", "Share", "Trainable")
     return Html(facts + html_table(head, rows, text_columns=2, total=True))
+
+
+def _changes(results: Results) -> Html:
+    if not results.changes:
+        return Html("")
+    text = "<p>Size of the change of every weight matrix relative to the matrix, in percent, by layer and path.</p>"
+    changed = sum(change.changed * change.size for change in results.changes)
+    share = share_text(round(changed), sum(change.size for change in results.changes))
+    elements = dict.fromkeys(symbol for change in results.changes for symbol in change.elements)
+    table = ""
+    if elements:
+        rows = [
+            (layer_text(change.site), change.path, *(f"{100 * change.elements[symbol]:.2g}" for symbol in elements))
+            for change in results.changes
+            if change.elements
+        ]
+        table = f"<h3>By element <small>%</small></h3>{html_table(('Layer', 'Path', *elements), rows, text_columns=2)}"
+    note = _note(f"{share} of the weights of these matrices are not what they were. Gates are not in this picture.")
+    return Html(f"{text}<figure>{change_map(results.changes)}</figure>{note}{table}")
 
 
 def _references(results: Results) -> Html:

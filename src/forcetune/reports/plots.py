@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from forcetune.reports.results import DynamicsPart, FloatArray, Metrics
-from forcetune.reports.tables import Html, html, number_text
+from forcetune.reports.results import ChangePart, DynamicsPart, FloatArray, Metrics
+from forcetune.reports.tables import Html, html, layer_text, number_text
 
 # Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
 BEFORE, AFTER, MARK, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31", "#7f7f7f")
 VECTOR_POINTS = 3_000
 MOST_POINTS = 20_000
 
@@ -136,6 +137,90 @@ def _error_curves_figure(
     panels[0].legend(loc="upper right", handlelength=1.6)
     figure.align_ylabels()
     return figure
+
+
+def comparison_curves(runs: Mapping[str, Sequence[Metrics]], target: float) -> list[Html]:
+    """Validation loss and force error of several methods over the epochs: the mean over seeds, and their range.
+
+    Args:
+        runs: method → one table for each seed.
+        target: loss that all reached, for a line.
+    """
+    shown = (("valid_loss", "validation loss"), ("valid_forces_mae_mev_per_ang", "forces MAE\n(meV/Å)"))
+    figures = []
+    with _style():
+        for column, title in shown:
+            figure = Figure(figsize=(4.9, 3.9), layout="constrained")
+            axes = figure.subplots()
+            for index, (name, tables) in enumerate(runs.items()):
+                length = min(len(table["epoch"]) for table in tables)
+                values = np.stack([table[column][:length] for table in tables])
+                known = np.isfinite(values).all(axis=0)
+                if not known.any():
+                    continue
+                epochs, colour = tables[0]["epoch"][:length][known], SERIES[index % len(SERIES)]
+                axes.plot(epochs, values[:, known].mean(axis=0), color=colour, label=name)
+                low, high = values[:, known].min(axis=0), values[:, known].max(axis=0)
+                axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+            if column == "valid_loss":
+                axes.axhline(target, color=BEFORE, linewidth=1.0, linestyle=(0, (4, 2)), label="reached by all")
+            _log_axis(axes)
+            axes.set_ylabel(title)
+            axes.set_xlabel("epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.legend(loc="upper right", handlelength=1.4)
+            figures.append(_svg(figure, f"{title} of all methods by epoch".replace("\n", " ")))
+    return figures
+
+
+def comparison_parity(arrays: Mapping[str, NDArray], split: str, name: str) -> Html | None:
+    """Predicted force components against labels, before and after; None where there are none."""
+    label = arrays.get(f"{split}/reference/forces")
+    if label is None or f"{split}/after/forces" not in arrays:
+        return None
+    labels = np.asarray(label, dtype=np.float64).ravel()
+    chosen = np.flatnonzero(np.isfinite(labels))
+    if not chosen.size:
+        return None
+    if chosen.size > VECTOR_POINTS:
+        chosen = np.sort(np.random.default_rng(0).choice(chosen, VECTOR_POINTS, replace=False))
+    with _style():
+        figure = Figure(figsize=(3.3, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for when, colour in (("before", BEFORE), ("after", AFTER)):
+            values = np.asarray(arrays[f"{split}/{when}/forces"], dtype=np.float64).ravel()
+            axes.scatter(labels[chosen], values[chosen], s=2.5, color=colour, alpha=0.4, linewidths=0, rasterized=True)
+        ends = float(labels[chosen].min()), float(labels[chosen].max())
+        axes.plot(ends, ends, color="#777777", linewidth=0.8, zorder=1)
+        axes.set(xlabel="label (eV/Å)", ylabel="predicted (eV/Å)", xlim=ends, ylim=ends)
+        return _svg(figure, f"Forces of {name} against labels")
+
+
+def change_map(changes: Sequence[ChangePart]) -> Html:
+    """Relative change ‖ΔW‖/‖W‖ of every path: a row for each layer, a column for each kind of path."""
+    layers = list(dict.fromkeys(change.site for change in changes))
+    paths = list(dict.fromkeys(re.sub(r"#\d+$", "", change.path) for change in changes))
+    values = np.full((len(layers), len(paths)), np.nan)
+    for change in changes:
+        place = layers.index(change.site), paths.index(re.sub(r"#\d+$", "", change.path))
+        # several couplings of one kind are shown by the largest
+        values[place] = np.nanmax((values[place], 100 * change.relative))
+    with _style():
+        width, height = 3.4 + 0.62 * len(paths), 1.0 + 0.27 * len(layers)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots()
+        largest = float(np.nanmax(values)) or 1.0
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=1.25 * largest, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = value > 0.7 * largest
+                text = f"{value:.2g}" if value >= 0.005 else "0"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, color="#fff" if dark else INK)
+        axes.set_xticks(range(len(paths)), [path.replace("->", "→") for path in paths], rotation=40, ha="right")
+        axes.set_yticks(range(len(layers)), [layer_text(layer) for layer in layers])
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        return _svg(figure, "Relative change of every path of every layer, percent")
 
 
 def energy_over_time(dynamics: DynamicsPart) -> Html:

@@ -113,6 +113,19 @@ class PairPart(Part):
         return {"before": self.before or {}, "after": self.after or {}}
 
 
+class ChangePart(Part):
+    """The change of one path of a weight."""
+
+    site: str
+    kind: str
+    path: str
+    size: int
+    relative: float
+    changed: float
+    stable_rank: float
+    elements: dict[str, float] = {}
+
+
 class DynamicsPart(Part):
     """Dynamics at constant energy with the tuned potential; energies in meV/atom from the start."""
 
@@ -144,6 +157,7 @@ class Results(Part):
     warnings: list[str] = []
     adapter_bytes: int | None = None
     dynamics: DynamicsPart | None = None
+    changes: list[ChangePart] = []
 
 
 def read_results(run: Path, config: RunConfig) -> Results:

@@ -25,6 +25,8 @@ QUANTITIES = (
 )
 """Name, unit, and key of an error with ``mae`` or ``rmse`` to be filled in."""
 
+GATE_COLUMNS = ("mean", "std", "low", "high")
+
 MISSING = "–"
 
 
@@ -212,6 +214,44 @@ def demo_table(errors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
                 table.add_row(Text(name), error, number_text(before), bold, ratio_text(ratio(before, after)))
                 name = ""
     return table
+
+
+def comparison_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Methods side by side, for the terminal; the first column is text."""
+    table = _rich_table(title, head[:1], head[1:])
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def change_tables(changes: Mapping[str, Any]) -> list[Table]:
+    """What an adapter changed, for the terminal: paths by relative change, and gates.
+
+    Args:
+        changes: as ``forcetune inspect --json`` prints them.
+    """
+    tables = []
+    if changes["paths"]:
+        head = ("|ΔW|/|W|", "changed", "stable rank", "weights")
+        table = _rich_table(f"{changes['method']}: changed weights", ("layer", "path"), head)
+        for row in sorted(changes["paths"], key=lambda row: -row["relative"]):
+            share = f"{100 * row['changed']:.3g} %"
+            numbers = (number_text(row["relative"]), share, f"{row['stable_rank']:.1f}", count_text(row["size"]))
+            table.add_row(layer_text(row["site"]), row["path"], *numbers)
+        tables.append(table)
+    if changes["gates"]:
+        table = _rich_table(f"{changes['method']}: gates", ("layer", "irrep", "does"), ("mean", "std", "5 %", "95 %"))
+        for row in changes["gates"]:
+            numbers = (f"{row[key]:+.3f}" if row["quantity"] == "shift" else f"{row[key]:.3f}" for key in GATE_COLUMNS)
+            irrep = f"{row['channels']}x{row['irrep']}"
+            table.add_row(layer_text(row["site"]), irrep, "×" if row["quantity"] == "gain" else "+", *numbers)
+        tables.append(table)
+    return tables
+
+
+def layer_text(site: str) -> str:
+    """A site's name without what every weight's name ends in."""
+    return site.removesuffix(".weight").replace("symmetric_contractions.contractions", "contraction")
 
 
 def evaluation_table(errors: Mapping[str, Any]) -> Table:

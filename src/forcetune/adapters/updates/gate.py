@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -43,7 +43,7 @@ class _FixedGate(torch.autograd.Function):
         ctx.gate = gate
         ctx.save_for_backward(scalars, *blocks)
         shifts, gains, _, _ = gate.fixed(scalars[:, 0])
-        per_block = gate._per_block(shifts, gains)
+        per_block = gate.per_block(shifts, gains)
         return tuple(
             block * gain.unsqueeze(1)
             if gain is not None
@@ -61,7 +61,7 @@ class _FixedGate(torch.autograd.Function):
         found: list[Tensor] = []
         by_shift: list[Tensor] = []
         by_gain: list[Tensor] = []
-        for grad, block, (shift, gain) in zip(grads, blocks, gate._per_block(shifts, gains), strict=True):
+        for grad, block, (shift, gain) in zip(grads, blocks, gate.per_block(shifts, gains), strict=True):
             if gain is not None:
                 pull = (grad * block).sum(1)
                 by_gain.append(pull if gain.shape[1] == pull.shape[1] else pull.sum(1, keepdim=True))
@@ -96,6 +96,9 @@ class GateActivation(ActivationUpdate):
 
     z = SiLU(W↓ h⁽⁰⁾ + b↓); even scalars: out + W↑ z + b↑; others: out · φ(W↑ z + b↑), one number for each
     irrep and multiplicity of the output, the same for its 2 l + 1 components.
+
+    Attributes:
+        watcher: called with shifts, gains and the blocks of the output they act on, to learn what the gate does.
     """
 
     def __init__(self, site: Site, weight: Tensor, spec: Gate) -> None:
@@ -116,6 +119,7 @@ class GateActivation(ActivationUpdate):
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, **options)
 
+        self.watcher: Callable[[Tensor | None, Tensor | None, Sequence[Tensor]], None] | None = None
         both = n_shift > 0 and n_gain > 0
         self.down = linear(n_in, spec.rank)
         self.down_gain = linear(n_in, spec.rank) if both and not spec.shared_bottleneck else None
@@ -157,6 +161,7 @@ class GateActivation(ActivationUpdate):
             and len(self.scalars_in) == 1
             and (inputs.geometric or outputs.geometric)
             and self._layouts == (inputs.layout, outputs.layout)
+            and self.watcher is None
             and not any(parameter.requires_grad for parameter in self.parameters())
         )
 
@@ -176,9 +181,16 @@ class GateActivation(ActivationUpdate):
             hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars)
             raw = self.gain(hidden)
             gains = gain_exp(raw) if self.spec.gain == "exp" else gain_linear(raw)
-        return self._changed(inputs, outputs, self._per_block(shifts, gains))
+        if self.watcher is not None:
+            self.watcher(shifts, gains, self._parts_of(outputs))
+        return self._changed(inputs, outputs, self.per_block(shifts, gains))
 
-    def _per_block(self, shifts: Tensor | None, gains: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
+    def _parts_of(self, outputs: Any) -> list[Tensor]:
+        """The output's blocks, (…, anything)."""
+        flat = outputs.flat if isinstance(outputs, Features) else outputs
+        return [flat[..., block.start : block.stop] for block in self.blocks_out]
+
+    def per_block(self, shifts: Tensor | None, gains: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
         """(shift, gain) of each output block, (…, channels) or (…, 1)."""
         found: list[tuple[Tensor | None, Tensor | None]] = []
         n_shift = n_gain = 0

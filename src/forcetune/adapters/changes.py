@@ -1,0 +1,240 @@
+"""What an adapter changed: by site, path and element for weights, over data for gates, and two adapters compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from forcetune.adapters.attach import attached
+from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.adapters.updates.gate import GateActivation
+from forcetune.backbones.protocol import Backbone, Site, WeightPath
+from forcetune.errors import InputError
+
+SINGULAR_VALUES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PathChange:
+    """The change ΔW = W' − W of one path of a weight.
+
+    Attributes:
+        site, kind, path: where; the path of an equivariant layer reads ``order in -> order out``.
+        update: name of the update.
+        size: weights of the path.
+        relative: ‖ΔW‖ / ‖W‖ (Frobenius).
+        changed: share of weights with ΔW ≠ 0.
+        singular: the largest singular values of ΔW (fan in, fan out), divided by ‖W‖.
+        stable_rank: ‖ΔW‖² over the square of its largest singular value, 0 where nothing changed.
+        channels: share of the output channels with any change.
+        elements: ‖ΔW‖ / ‖W‖ by element symbol, for weights that each element has its own of.
+    """
+
+    site: str
+    kind: str
+    path: str
+    update: str
+    size: int
+    relative: float
+    changed: float
+    singular: tuple[float, ...]
+    stable_rank: float
+    channels: float
+    elements: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class GateChange:
+    """What a gate did over data, for one block of its output.
+
+    Attributes:
+        site: of the gate.
+        irrep: of the block, such as ``1o``.
+        channels: multiplicity.
+        quantity: ``gain`` (factor, 1 changes nothing) or ``shift`` (added, in units of the output's r.m.s.).
+        mean, std: over atoms and channels.
+        low, high: 5th and 95th percentile.
+    """
+
+    site: str
+    irrep: str
+    channels: int
+    quantity: str
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Everything an adapter changed."""
+
+    method: str
+    paths: tuple[PathChange, ...]
+    gates: tuple[GateChange, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
+    """The change of every path that a weight update acts on.
+
+    Raises:
+        InputError: no adapter is attached.
+    """
+    adapter = attached(backbone)
+    found: list[PathChange] = []
+    for site, weight, delta in _weight_updates(backbone):
+        update = next(u.name for u in adapter.method.updates_at(site) if u.name != "Gate")
+        for path in site.paths:
+            part = slice(path.start, path.start + path.size)
+            old, new = weight[part].view(path.shape), delta[part].view(path.shape)
+            found.append(_path_change(site, path, update, old, new, backbone.elements))
+    return tuple(found)
+
+
+def _weight_updates(backbone: Backbone) -> Iterator[tuple[Site, Tensor, Tensor]]:
+    """(site, flat W, flat ΔW) of every site with a weight update, on the CPU in float64."""
+    adapter = attached(backbone)
+    with torch.no_grad():
+        for site in adapter.sites:
+            part = adapter.part(site, WeightUpdate)
+            if part is not None:
+                weight: Tensor = backbone.model.get_submodule(site.module)._parameters[site.parameter]
+                change = part(weight) - weight
+                yield site, weight.detach().reshape(-1).cpu().double(), change.reshape(-1).cpu().double()
+
+
+def _path_change(
+    site: Site, path: WeightPath, update: str, weight: Tensor, delta: Tensor, elements: Sequence[int]
+) -> PathChange:
+    norm = float(torch.linalg.vector_norm(weight)) or 1.0
+    matrix = delta.reshape(-1, path.shape[-1]) if len(path.shape) > 1 else delta.reshape(1, -1)
+    values = torch.linalg.svdvals(matrix)
+    largest = float(values[0]) if len(values) else 0.0
+    size = float(torch.linalg.vector_norm(delta))
+    return PathChange(
+        site=site.name,
+        kind=site.kind,
+        path=path.name,
+        update=update,
+        size=path.size,
+        relative=size / norm,
+        changed=float((delta != 0).double().mean()),
+        singular=tuple(float(value) / norm for value in values[:SINGULAR_VALUES]),
+        stable_rank=(size / largest) ** 2 if largest > 0 else 0.0,
+        channels=float((matrix != 0).any(dim=0).double().mean()),
+        elements=_by_element(path, site.kind, weight, delta, elements),
+    )
+
+
+def _by_element(
+    path: WeightPath, kind: str, weight: Tensor, delta: Tensor, elements: Sequence[int]
+) -> dict[str, float]:
+    """Contractions are (elements, couplings, channels); a tensor product's fan in runs over channels, then elements."""
+    count = len(elements)
+    if kind.startswith("contraction") and path.shape[0] == count:
+        old, new = weight.reshape(count, -1), delta.reshape(count, -1)
+    elif kind == "tensor_product" and path.shape[0] % count == 0:
+        shape = (path.shape[0] // count, count, path.shape[1])
+        old, new = (tensor.reshape(shape).transpose(0, 1).reshape(count, -1) for tensor in (weight, delta))
+    else:
+        return {}
+    ratios = torch.linalg.vector_norm(new, dim=1) / torch.linalg.vector_norm(old, dim=1).clamp(min=1e-300)
+    return {chemical_symbols[number]: float(ratio) for number, ratio in zip(elements, ratios, strict=True)}
+
+
+@contextmanager
+def recorded_gates(backbone: Backbone) -> Iterator[list[GateChange]]:
+    """Within this context every prediction is watched; afterwards the list holds what the gates did.
+
+    Raises:
+        InputError: no adapter is attached.
+    """
+    adapter = attached(backbone)
+    seen: dict[tuple[str, int, str], list[np.ndarray]] = {}
+    outputs: dict[tuple[str, int], list[float]] = {}
+    parts = ((site, adapter.part(site, ActivationUpdate)) for site in adapter.sites)
+    watched = [(site, part) for site, part in parts if isinstance(part, GateActivation)]
+    found: list[GateChange] = []
+
+    def watch(site: Site, gate: GateActivation) -> Any:
+        def look(shifts: Tensor | None, gains: Tensor | None, blocks: Sequence[Tensor]) -> None:
+            for index, (shift, gain) in enumerate(gate.per_block(shifts, gains)):
+                value, quantity = (shift, "shift") if shift is not None else (gain, "gain")
+                if value is not None:
+                    seen.setdefault((site.name, index, quantity), []).append(value.detach().double().cpu().numpy())
+                    outputs.setdefault((site.name, index), []).append(float(blocks[index].detach().square().mean()))
+
+        return look
+
+    for site, gate in watched:
+        gate.watcher = watch(site, gate)
+    try:
+        yield found
+    finally:
+        for _, gate in watched:
+            gate.watcher = None
+    gates = {site.name: gate for site, gate in watched}
+    for (name, index, quantity), values in seen.items():
+        block = gates[name].blocks_out[index]
+        numbers = np.concatenate([value.ravel() for value in values])
+        if quantity == "shift":
+            numbers = numbers / (np.sqrt(np.mean(outputs[name, index])) or 1.0)
+        low, high = np.percentile(numbers, (5, 95))
+        statistics = float(numbers.mean()), float(numbers.std()), float(low), float(high)
+        found.append(GateChange(name, block.irrep, block.multiplicity, quantity, *statistics))
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How alike two adapters of one base changed it.
+
+    Attributes:
+        weights: 1 − R² between their ΔW, over all weights that either could change; 0 is the same, 1 unrelated.
+        paths: 1 − R² between the relative changes of their paths.
+    """
+
+    weights: float
+    paths: float
+
+
+def likeness(one: Backbone, other: Backbone) -> Likeness:
+    """Compare the adapters attached to two copies of a base.
+
+    Raises:
+        InputError: the bases differ, or one changes no weights.
+    """
+    first, second = ({site.name: (w, d) for site, w, d in _weight_updates(backbone)} for backbone in (one, other))
+    if not first or not second:
+        raise InputError("one of the adapters changes no weights (gates only), so there is nothing to compare.")
+    names = sorted(set(first) | set(second))
+    deltas: list[tuple[Tensor, Tensor]] = []
+    ratios: list[tuple[float, float]] = []
+    for name in names:
+        weight = first[name][0] if name in first else second[name][0]
+        if name in first and name in second and not torch.equal(first[name][0], second[name][0]):
+            raise InputError(f"the adapters belong to different bases: {name} differs.")
+        pair = tuple(found[name][1] if name in found else torch.zeros_like(weight) for found in (first, second))
+        deltas.append((pair[0], pair[1]))
+        norm = float(torch.linalg.vector_norm(weight)) or 1.0
+        sizes = [float(torch.linalg.vector_norm(change)) for change in pair]
+        ratios.append((sizes[0] / norm, sizes[1] / norm))
+    left, right = (torch.cat([pair[i] for pair in deltas]).numpy() for i in (0, 1))
+    return Likeness(_unexplained(left, right), _unexplained(*np.array(ratios).T))
+
+
+def _unexplained(one: np.ndarray, other: np.ndarray) -> float:
+    """1 − R² of a straight line through two patterns; 1 where one of them is constant."""
+    if one.std() == 0 or other.std() == 0:
+        return 1.0
+    return float(1 - np.corrcoef(one, other)[0, 1] ** 2)

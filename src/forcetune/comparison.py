@@ -1,0 +1,170 @@
+"""Several methods and seeds on one split of the data, with equal budgets."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from forcetune.adapters.methods import METHODS, method, options_of
+from forcetune.config import RunConfig
+from forcetune.errors import ForcetuneError, InputError
+from forcetune.frames.dataset import read_dataset
+from forcetune.records import RESULTS_NAME, write_json
+from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
+from forcetune.run import CONFIG_NAME, run_fit
+
+COMPARISON_NAME = "comparison.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A finished comparison.
+
+    Attributes:
+        folder: holds a run folder for every method and seed, ``comparison.json`` and ``comparison.html``.
+        comparison: the figures.
+        page: the report.
+    """
+
+    folder: Path
+    comparison: Comparison
+    page: Path
+
+
+def compare(
+    config: RunConfig,
+    methods: Sequence[str],
+    *,
+    seeds: int = 1,
+    processes: int = 1,
+    console: Console | None = None,
+) -> Compared:
+    """Run every method with every seed and set them side by side.
+
+    All runs have the same frames, split, loss, epochs and batches; each method has its own learning rate and optimizer
+    unless the configuration names one. Options of ``config.method`` go to the methods that have them. A run that is
+    finished with the same configuration is not repeated, so that an interrupted comparison goes on.
+
+    Args:
+        config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
+            ``config.training.seed`` are overridden.
+        methods: names.
+        seeds: so many, counted from ``config.training.seed``.
+        processes: runs at the same time, each with its share of the cores.
+        console: where progress is told; standard error by default.
+
+    Raises:
+        InputError: an unknown method, a name twice, bad data or options, or a folder of something else.
+        ForcetuneError: a run failed; the others are kept.
+    """
+    console = console or Console(stderr=True, soft_wrap=True)
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError(f"--methods {','.join(methods)}: name every method once.")
+    folder = Path(config.output.run)
+    plan = {
+        name: {seed: _config_of(config, name, seed, folder, processes) for seed in _seeds(config, seeds)}
+        for name in methods
+    }
+    everything = [one for by_seed in plan.values() for one in by_seed.values()]
+    for one in everything:
+        method(one.method.name, target=one.method.target, **one.method.options())
+    read_dataset(config.data)  # bad data are met before the first run
+    missing = [one for one in everything if not _is_finished(one)]
+    _check_folder(folder)
+    if len(missing) < len(everything):
+        console.print(f"{len(everything) - len(missing)} of {len(everything)} runs are finished already")
+    _run_all(missing, processes, console)
+    runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in plan.items()}
+    found = read_comparison(runs)
+    write_json(folder / COMPARISON_NAME, found.to_json())
+    return Compared(folder, found, write_comparison(folder, found, runs))
+
+
+def _seeds(config: RunConfig, count: int) -> range:
+    return range(config.training.seed, config.training.seed + count)
+
+
+def _config_of(config: RunConfig, name: str, seed: int, folder: Path, processes: int) -> RunConfig:
+    given = config.model_dump(exclude_unset=True)
+    if name not in METHODS:
+        raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
+    known = options_of(METHODS[name])
+    options = {key: value for key, value in config.method.options().items() if key in known}
+    threads = config.training.threads
+    if threads is None and processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+    given["method"] = {"name": name, "target": config.method.target, **options}
+    given["training"] = given.get("training", {}) | {"seed": seed, "threads": threads}
+    given["output"] = given.get("output", {}) | {"run": str(folder / f"{name}-{seed}"), "overwrite": True}
+    return RunConfig.model_validate(given)
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """What :func:`run_fit` writes for this configuration."""
+    chosen = method(config.method.name, target=config.method.target, **config.method.options())
+    return config.with_defaults_of(chosen.learning_rate, chosen.optimizer).model_dump(mode="json")
+
+
+def _is_finished(config: RunConfig) -> bool:
+    run = Path(config.output.run)
+    if not (run / RESULTS_NAME).is_file() or not (run / CONFIG_NAME).is_file():
+        return False
+    stored = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
+    wanted = _resolved(config)
+    for one in (stored, wanted):
+        one["training"].pop("threads", None)
+    return stored == wanted
+
+
+def _check_folder(folder: Path) -> None:
+    """
+    Raises:
+        InputError: the folder holds what is not of a comparison.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another folder with --out.")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        empty = path.is_dir() and not any(path.iterdir())
+        if not (empty or path.name.startswith(("comparison.", ".")) or (path / CONFIG_NAME).is_file()):
+            raise InputError(f"{path}: is not of a comparison; choose another folder with --out.")
+
+
+def _run_one(config: RunConfig) -> str | None:
+    """Carry out one run in a process of its own; returns what went wrong."""
+    try:
+        run_fit(config, console=Console(quiet=True))
+    except ForcetuneError as error:
+        return f"{Path(config.output.run).name}: {error}"
+    return None
+
+
+def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    failures: list[str] = []
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("runs", total=len(missing))
+
+        def note(failure: str | None) -> None:
+            bar.advance(task)
+            if failure is not None:
+                failures.append(failure)
+
+        if processes == 1:
+            for one in missing:
+                bar.update(task, description=Path(one.output.run).name)
+                note(_run_one(one))
+        elif missing:
+            # spawned, not forked: PyTorch's threads do not survive a fork
+            with multiprocessing.get_context("spawn").Pool(min(processes, len(missing))) as pool:
+                for failure in pool.imap_unordered(_run_one, missing):
+                    note(failure)
+    if failures:
+        raise ForcetuneError("; ".join(failures) + ". The other runs are kept; the same command goes on from there.")

@@ -1,0 +1,104 @@
+"""What an adapter changed, against changes made on purpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from forcetune.adapters.attach import Adapter, attach, detach
+from forcetune.adapters.changes import likeness, recorded_gates, weight_changes
+from forcetune.adapters.methods import method
+from forcetune.adapters.updates.dense import DenseWeight
+from forcetune.adapters.updates.gate import GateActivation
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import graphs_of, predict
+from systems import backbone, cluster, frames_of, perturb
+
+
+@pytest.fixture
+def model() -> MaceBackbone:
+    return backbone(elements=(1, 6, 8))
+
+
+def dense_of(adapter: Adapter, ending: str) -> tuple[DenseWeight, str]:
+    site = next(site for site in adapter.sites if site.name.endswith(ending))
+    return adapter.part(site, DenseWeight), site.name
+
+
+def test_a_known_change_is_found_where_it_was_made(model: MaceBackbone) -> None:
+    adapter = attach(model, method("full"))
+    assert all(change.relative == change.changed == change.stable_rank == 0 for change in weight_changes(model))
+    part, name = dense_of(adapter, "interactions.1.linear_up.weight")
+    path = part.paths[1]
+    with torch.no_grad():
+        block = part.value.view(-1)[path.start : path.start + path.size].view(path.shape)
+        before = block.clone()
+        block[:, 0] += 2 * before[:, 0]
+    found = {(change.site, change.path): change for change in weight_changes(model)}
+    touched = {key for key, change in found.items() if change.changed > 0}
+    assert touched == {(name, path.name)}
+    change = found[name, path.name]
+    expected = float(2 * before[:, 0].norm() / before.norm())
+    assert change.relative == pytest.approx(expected) == pytest.approx(change.singular[0])
+    assert change.stable_rank == pytest.approx(1.0)
+    assert change.changed == pytest.approx(1 / path.shape[1]) == pytest.approx(change.channels)
+    assert change.size == path.size and change.update == "Dense" and change.kind == "linear"
+
+
+@pytest.mark.parametrize("ending", ["interactions.1.skip_tp.weight", "contractions.0.weights_max"])
+def test_a_change_of_one_element_is_told_by_element(model: MaceBackbone, ending: str) -> None:
+    adapter = attach(model, method("full"))
+    part, name = dense_of(adapter, ending)
+    path = part.paths[0]
+    with torch.no_grad():
+        block = part.value.view(-1)[path.start : path.start + path.size]
+        if ending.endswith("max"):
+            block.view(path.shape)[1] *= 1.5
+        else:
+            block.view(-1, 3, path.shape[-1])[:, 1] *= 1.5  # channels, elements, channels out
+    change = next(c for c in weight_changes(model) if (c.site, c.path) == (name, path.name))
+    assert change.elements == pytest.approx({"H": 0.0, "C": 0.5, "O": 0.0})
+
+
+def test_gates_are_watched_over_data(model: MaceBackbone) -> None:
+    adapter = attach(model, method("mmea-pure"))
+    graphs = graphs_of(model, frames_of(cluster((1, 6, 8)), cluster((1, 6), 5, seed=2)))
+    gates = [part for part in adapter.parts.values() if isinstance(part, GateActivation)]
+    with recorded_gates(model) as fresh:
+        predict(model, graphs)
+    assert fresh and all((gate.mean, gate.std) == ((1.0, 0.0) if gate.quantity == "gain" else (0, 0)) for gate in fresh)
+    with torch.no_grad():
+        for gate in gates:
+            if gate.gain is not None:
+                gate.gain.bias.fill_(float(np.log(1.25)))
+    expected = predict(model, graphs)
+    with recorded_gates(model) as seen:
+        again = predict(model, graphs)
+    assert np.array_equal(again.forces, expected.forces)
+    gains = [gate for gate in seen if gate.quantity == "gain"]
+    assert gains and all(gate.mean == pytest.approx(1.25) and gate.low == pytest.approx(1.25) for gate in gains)
+    assert {gate.irrep for gate in gains} >= {"1o"}
+    assert all(gate.watcher is None for gate in gates)
+
+
+def test_likeness_of_two_adapters() -> None:
+    first, second, third = (backbone() for _ in range(3))
+    for tuned, seed in ((first, 0), (second, 0), (third, 1)):
+        perturb(attach(tuned, method("elora"), seed=seed + 1))
+        if seed:
+            with torch.no_grad():
+                for parameter in tuned.model.forcetune_adapter.parameters():
+                    parameter.normal_()
+    same, other = likeness(first, second), likeness(first, third)
+    assert same.weights == pytest.approx(0, abs=1e-12) and same.paths == pytest.approx(0, abs=1e-12)
+    assert other.weights > 0.9
+    strange = backbone(seed=5)
+    attach(strange, method("elora"))
+    with pytest.raises(InputError, match="different bases"):
+        likeness(first, strange)
+    detach(strange)
+    attach(strange, method("mmea-pure"))
+    with pytest.raises(InputError, match="changes no weights"):
+        likeness(first, strange)

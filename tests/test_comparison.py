@@ -1,0 +1,90 @@
+"""Methods side by side at the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import forcetune
+from forcetune.cli import main
+from forcetune.errors import InputError
+from forcetune.reports.comparison import read_comparison
+
+
+def compare(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *map(str, arguments)])
+    told = capfd.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, told.out, told.err
+
+
+def test_methods_and_seeds_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "compared"
+    given = [forcetune.demo_file("train"), "--methods", "readout,elora", "--out", out, "--epochs", 2, "--valid", 10]
+    given += ["--set", "training.batch_size=20"]
+    code, text, _ = compare(capfd, *given, "--seeds", 2)
+    assert code == 0
+    assert "zero-shot" in text and "lowest validation loss" in text and "over 2 seeds" in text
+    runs = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert runs == ["elora-1", "elora-2", "readout-1", "readout-2"]
+    stored = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert stored["split"] == "valid" and stored["recommended"] == "elora"
+    for method in stored["methods"]:
+        results = [
+            json.loads((out / f"{method['name']}-{seed}" / "results.json").read_text(encoding="utf-8"))
+            for seed in method["seeds"]
+        ]
+        found = [one["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] for one in results]
+        errors = method["errors"]["forces_mae_mev_per_ang"]
+        assert errors["values"] == found and errors["mean"] == pytest.approx(sum(found) / 2)
+        assert method["steps"] == 4 and method["trainable"] == results[0]["parameters"]["trainable"]
+        assert method["epochs_to_target"]["mean"] <= 2
+    rates = {method["name"]: method["learning_rate"] for method in stored["methods"]}
+    assert rates == {"readout": 5e-3, "elora": 5e-3}
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert "Recommendation" in page and 'href="elora-2/report.html"' in page and page.count("<svg") == 4
+
+    # finished runs are not repeated, a new method joins them, another option repeats all
+    before = (out / "elora-1" / "results.json").stat().st_mtime_ns
+    code, text, told = compare(capfd, *given, "--methods", "readout,elora,gain", "--json")
+    assert code == 0 and "2 of 3 runs are finished already" in told
+    assert [method["name"] for method in json.loads(text)["methods"]] == ["readout", "elora", "gain"]
+    assert (out / "elora-1" / "results.json").stat().st_mtime_ns == before
+    assert compare(capfd, *given, "--methods", "elora", "--set", "training.loss.energy=2")[0] == 0
+    assert (out / "elora-1" / "results.json").stat().st_mtime_ns > before
+
+
+def test_several_processes_give_the_same(tmp_path: Path) -> None:
+    config = forcetune.load_config(
+        given={
+            "data": {"train": [str(forcetune.demo_file("train"))], "valid": 10},
+            "training": {"epochs": 1, "batch_size": 20},
+            "output": {"run": str(tmp_path / "one")},
+        }
+    )
+    one = forcetune.compare(config, ["readout", "gain"])
+    config = config.model_copy(update={"output": config.output.model_copy(update={"run": str(tmp_path / "two")})})
+    two = forcetune.compare(config, ["readout", "gain"], processes=2)
+    for first, second in zip(one.comparison.methods, two.comparison.methods, strict=True):
+        assert first.valid_loss.mean == pytest.approx(second.valid_loss.mean, rel=1e-9)
+
+
+def test_bad_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    frames, out = forcetune.demo_file("train"), tmp_path / "out"
+    for options, message in (
+        (["--methods", "elora,elora"], "name every method once"),
+        (["--methods", "elora,peft"], "there is no method 'peft'"),
+        (["--methods", "elora", "--set", "data.energy_key=nothing"], "nothing"),
+    ):
+        code, _, told = compare(capfd, frames, "--out", out, *options)
+        assert code == 2 and message in told and not out.exists()
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    code, _, told = compare(capfd, frames, "--out", out, "--methods", "elora")
+    assert code == 2 and "thesis.tex: is not of a comparison" in told
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(InputError):
+        read_comparison({"elora": {1: tmp_path / "unfinished"}})

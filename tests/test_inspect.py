@@ -1,0 +1,75 @@
+"""What a run changed, at the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import forcetune
+from forcetune.cli import main
+
+
+def inspect(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", *map(str, arguments)])
+    told = capfd.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, told.out, told.err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        name: forcetune.fit(
+            forcetune.demo_file("train"),
+            model="mini",
+            method=name,
+            valid=10,
+            epochs=1,
+            out=folder / name,
+            settings={"training.batch_size": 20},
+        ).folder
+        for name in ("mmea", "sparse")
+    }
+
+
+def test_weights_gates_and_likeness(runs: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    code, text, _ = inspect(capfd, runs["mmea"], "--json")
+    assert code == 0
+    found = json.loads(text)
+    assert found["method"] == "mmea" and found["likeness"] is None
+    assert {path["kind"] for path in found["paths"]} >= {"tensor_product", "radial_mlp", "contraction"}
+    assert {gate["quantity"] for gate in found["gates"]} == {"gain", "shift"}
+    contraction = next(path for path in found["paths"] if path["kind"] == "contraction")
+    assert set(contraction["elements"]) == {"H", "C", "N", "O"}
+    results = json.loads((runs["mmea"] / "results.json").read_text(encoding="utf-8"))
+    assert [row["relative"] for row in results["changes"]] == [row["relative"] for row in found["paths"]]
+
+    code, text, _ = inspect(capfd, runs["mmea"], "--against", runs["sparse"])
+    assert code == 0 and "mmea: changed weights" in text and "mmea: gates" in text and "1 − R²" in text
+    code, text, _ = inspect(capfd, runs["sparse"], "--against", runs["sparse"], "--json")
+    found = json.loads(text)
+    assert found["gates"] == [] and found["likeness"]["weights"] == pytest.approx(0, abs=1e-12)
+    assert 0 < min(path["changed"] for path in found["paths"]) < 1
+    stored = json.loads((runs["sparse"] / "results.json").read_text(encoding="utf-8"))["sparsity"]
+    changed = sum(path["changed"] * path["size"] for path in found["paths"])
+    assert changed == pytest.approx(stored["changed"]) and stored["zeros_of_all"] > stored["zeros_of_wrapped"]
+
+
+def test_the_report_shows_it(runs: dict[str, Path]) -> None:
+    page = (runs["sparse"] / "report.html").read_text(encoding="utf-8")
+    assert "What changed" in page and "By element" in page and "did not change by epoch" in page
+    assert "not what they were" in page
+
+
+def test_an_adapter_alone_needs_frames_for_its_gates(
+    runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs["mmea"] / "adapter", tmp_path / "alone")
+    code, _, told = inspect(capfd, tmp_path / "alone")
+    assert code == 2 and "--data" in told
+    assert inspect(capfd, tmp_path / "alone", "--data", forcetune.demo_file("test"))[0] == 0
