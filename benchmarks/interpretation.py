@@ -100,7 +100,9 @@ def main() -> None:
     target, truth = changed_target()
     files = {part: label(target, forcetune.demo_file(part), given.out / f"{part}.xyz") for part in ("test", "valid")}
     rows = {}
-    table = Table("λ_τ", "F MAE before", "after", "zeros %", "paths: precision", "recall", "weights: precision", "recall")
+    table = Table(
+        "λ_τ", "F MAE before", "after", "zeros %", "paths: precision", "recall", "weights: precision", "recall"
+    )
     for decay in map(float, given.decays.split(",")):
         run = forcetune.fit(
             files["test"],
@@ -125,7 +127,9 @@ def main() -> None:
         rows[f"{decay:g}"] = found
         keys = ("paths_precision", "paths_recall", "weights_precision", "weights_recall")
         errors = (f"{found['forces_before']:.1f}", f"{found['forces_after']:.2f}")
-        table.add_row(f"{decay:g}", *errors, f"{100 * found['zeros_of_wrapped']:.1f}", *(f"{found[k]:.2f}" for k in keys))
+        table.add_row(
+            f"{decay:g}", *errors, f"{100 * found['zeros_of_wrapped']:.1f}", *(f"{found[k]:.2f}" for k in keys)
+        )
     (given.out / "interpretation.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     Console().print(table)
 

@@ -31,7 +31,9 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, capfd: pytest.CaptureFix
     runs = sorted(path.name for path in out.iterdir() if path.is_dir())
     assert runs == ["elora-1", "elora-2", "readout-1", "readout-2"]
     stored = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    assert stored["split"] == "valid" and stored["recommended"] == "elora"
+    assert stored["split"] == "valid"
+    losses = {method["name"]: method["valid_loss"]["mean"] for method in stored["methods"]}
+    assert losses[stored["recommended"]] == min(losses.values())
     for method in stored["methods"]:
         results = [
             json.loads((out / f"{method['name']}-{seed}" / "results.json").read_text(encoding="utf-8"))

@@ -193,7 +193,7 @@ def compare(
     }
     resolved = configuration.load_config(config, settings or (), given)
     from forcetune.comparison import compare as compare_runs
-    from forcetune.reports.comparison import table
+    from forcetune.reports.comparison import table, target_note
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     found = compare_runs(resolved, names, seeds=seeds, processes=processes)
@@ -201,7 +201,7 @@ def compare(
         print(json.dumps(found.comparison.to_json()))
         return
     Console().print(table(found.comparison))
-    print(f"{found.comparison.reason}\nreport   {found.page}")
+    print(f"{target_note(found.comparison)}\n{found.comparison.reason}\nreport   {found.page}")
 
 
 @app.command()

@@ -109,7 +109,8 @@ def _weight_updates(backbone: Backbone) -> Iterator[tuple[Site, Tensor, Tensor]]
         for site in adapter.sites:
             part = adapter.part(site, WeightUpdate)
             if part is not None:
-                weight: Tensor = backbone.model.get_submodule(site.module)._parameters[site.parameter]
+                weight = backbone.model.get_submodule(site.module)._parameters[site.parameter]
+                assert weight is not None
                 change = part(weight) - weight
                 yield site, weight.detach().reshape(-1).cpu().double(), change.reshape(-1).cpu().double()
 

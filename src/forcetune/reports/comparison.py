@@ -205,13 +205,18 @@ def table(comparison: Comparison) -> Table:
     return comparison_table(_title(comparison), _head(comparison), _rows(comparison))
 
 
+def target_note(comparison: Comparison) -> str:
+    """What the star in the table means."""
+    return f"* until the validation loss was {number_text(comparison.target_loss)}, the lowest that all runs reached."
+
+
 def _title(comparison: Comparison) -> str:
     frames = "test frames" if comparison.split != "valid" else "validation frames"
     return f"Mean absolute errors on the {frames}"
 
 
 def _head(comparison: Comparison) -> list[str]:
-    return ["method", "E, meV/atom", "F, meV/Å", "trained", "adapter", "s/step", "epochs to target"]
+    return ["method", "E, meV/atom", "F, meV/Å", "trained", "adapter", "s/step", "epochs*"]
 
 
 def _rows(comparison: Comparison) -> list[list[str]]:
@@ -252,8 +257,7 @@ def write_comparison(folder: Path, comparison: Comparison, runs: Mapping[str, Ma
     css = files("forcetune.reports").joinpath("report.css").read_text(encoding="utf-8")
     first = comparison.methods[0]
     spread = "" if len(first.seeds) == 1 else f", mean ± standard deviation over {len(first.seeds)} seeds"
-    target = number_text(comparison.target_loss)
-    note = f"{first.steps:,} steps each{spread}. Target: validation loss {target}, the lowest that all reached."
+    note = f"{first.steps:,} steps each{spread}. {target_note(comparison)}"
     names = html(" · ".join(method.name for method in comparison.methods))
     title = html(_title(comparison))
     table = html_table(_head(comparison), _rows(comparison))
