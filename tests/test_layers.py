@@ -11,7 +11,8 @@ PACKAGE = Path(forcetune.__file__).parent
 FOUNDATION = ("_version", "errors", "files", "irreps", "config")
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "adapters"),
-    *("evaluation", "training", "reports", "deployment", "records", "run", "comparison", "api", "demo", "cli"),
+    *("evaluation", "training", "reports", "deployment"),
+    *("records", "checkpoints", "run", "comparison", "api", "demo", "cli"),
 )
 
 

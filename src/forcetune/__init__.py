@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from forcetune.deployment.merge import merge
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
     from forcetune.frames.read import read_frames
-    from forcetune.run import Run, fit, run_fit
+    from forcetune.run import Run, fit, resume, run_fit
 
 _HOMES = {
     "adapters.attach": ("Adapter", "attach", "detach", "disable_adapter"),
@@ -41,7 +41,7 @@ _HOMES = {
     "deployment.calculator": ("calculator",),
     "deployment.merge": ("merge",),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
-    "run": ("Run", "fit", "run_fit"),
+    "run": ("Run", "fit", "resume", "run_fit"),
     "frames.read": ("read_frames",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,6 +76,7 @@ __all__ = [
     "merge",
     "method",
     "read_frames",
+    "resume",
     "run_fit",
     "save_adapter",
 ]

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from pydantic import BaseModel
@@ -18,6 +18,9 @@ from rich.table import Table
 from forcetune import config as configuration
 from forcetune._version import __version__
 from forcetune.errors import ForcetuneError, InputError
+
+if TYPE_CHECKING:
+    from forcetune.run import Run
 
 # PyTorch and the model libraries take seconds to import: each command imports what it needs, so that help is instant.
 
@@ -143,10 +146,14 @@ def fit(
         "output": {"run": out, "overwrite": overwrite},
     }
     resolved = configuration.load_config(config, settings or (), given)
-    from forcetune.reports.tables import error_table
     from forcetune.run import run_fit
 
-    run = run_fit(resolved)
+    _say_run(run_fit(resolved))
+
+
+def _say_run(run: Run) -> None:
+    from forcetune.reports.tables import error_table
+
     Console().print(error_table(run.results["errors"]))
     print(
         f"report   {run.folder / 'report.html'}\nadapter  {run.adapter} ({run.results['adapter_bytes'] / 1e3:.0f} kB)"
@@ -165,6 +172,14 @@ def _valid(given: Sequence[str] | None) -> list[str] | float | int | None:
             except ValueError:
                 continue
     return list(given)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="Folder of a run that was interrupted.")]) -> None:
+    """Go on with an interrupted run, to the same result as if it had not been interrupted."""
+    from forcetune.run import resume as resume_run
+
+    _say_run(resume_run(run))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from forcetune.adapters.methods import Method, method
 from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
+from forcetune.checkpoints import has_checkpoint, read_checkpoint, recover_adapter, write_checkpoint
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_finite, graphs_of, predict
@@ -134,8 +136,66 @@ def run_fit(config: RunConfig, *, backbone: Backbone | None = None, console: Con
         InputError, ForcetuneError: as :func:`fit`.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    with collected_warnings() as told, limited_threads(config.training.threads):
+    with collected_warnings() as told, limited_threads(config.training.threads), unfused_scripts():
         return _Fit(config, console, told).carry_out(backbone)
+
+
+def resume(run: str | Path, *, console: Console | None = None) -> Run:
+    """Go on with a run that was interrupted, to the same result as if it had not been, bit for bit on one machine.
+
+    Args:
+        run: its folder.
+        console: where progress is told; standard error by default.
+
+    Raises:
+        InputError: not a run folder, the run is finished, or its data or model changed meanwhile.
+        ForcetuneError: as :func:`fit`.
+    """
+    folder = Path(run)
+    if not (folder / CONFIG_NAME).is_file():
+        raise InputError(f"{folder}: is no run folder (no {CONFIG_NAME}); name the folder that `forcetune fit` wrote.")
+    config = load_config(folder / CONFIG_NAME)
+    # the folder may have moved since
+    config = config.model_copy(update={"output": config.output.model_copy(update={"run": str(folder)})})
+    if _status(folder) in ("finished", "stopped early"):
+        raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
+    console = console or Console(stderr=True, soft_wrap=True)
+    with collected_warnings() as told, limited_threads(config.training.threads), unfused_scripts():
+        if not has_checkpoint(folder):
+            console.print("interrupted before the first checkpoint: starting from the beginning")
+            again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
+            return _Fit(again, console, told).carry_out(None)
+        return _Fit(config, console, told).go_on()
+
+
+def _status(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8")).get("status")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / RESULTS_NAME}: cannot be read ({error}); remove it and resume again.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a run has before its training begins.
+
+    Attributes:
+        dataset, graphs: frames, and the graph of each, by split.
+        backbone: with the adapter attached and the run's reference energies.
+        references, own_references: of the run, and of the foundation model.
+        before: predictions of the foundation model with the run's reference energies.
+        parameters: description of what is trained.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    graphs: dict[str, list[Batch]]
+    references: ReferenceEnergies
+    own_references: dict[int, float]
+    before: dict[str, Predictions]
+    parameters: dict[str, Any]
 
 
 class _Fit:
@@ -152,6 +212,29 @@ class _Fit:
 
     def carry_out(self, backbone: Backbone | None) -> Run:
         check_folder(self.folder, self.config.output.overwrite)
+        start = self._start(backbone)
+        prepare_folder(self.folder, self.config.output.overwrite)
+        self.config.save(self.folder / CONFIG_NAME)
+        write_json(self.folder / ENVIRONMENT_NAME, environment(start.backbone.device))
+        return self._finish(start, None)
+
+    def go_on(self) -> Run:
+        """The rest of a run that was interrupted; the configuration is that of its folder."""
+        checkpoint = read_checkpoint(self.folder)
+        start = self._start(None, checkpoint)
+        for name, found, stored in (
+            ("the training frames", start.dataset.train.sha256, checkpoint["data"]),
+            ("the model", start.backbone.base.fingerprint, checkpoint["base"]),
+        ):
+            if found != stored:
+                raise InputError(f"{self.folder}: {name} changed since the run began; start a new run with `fit`.")
+        recover_adapter(self.folder / ADAPTER_NAME)
+        epochs = checkpoint["training"]["epochs_done"]
+        self.console.print(f"going on after epoch {epochs} of {self.config.training.epochs}", highlight=False)
+        return self._finish(start, checkpoint["training"])
+
+    def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> _Start:
+        """Everything before the training; nothing is written."""
         dataset = read_dataset(self.config.data)
         self._say_data(dataset)
         backbone = self._load(dataset, backbone)
@@ -170,6 +253,8 @@ class _Fit:
             own_references,
             None if table is None else {**table},
         )
+        if checkpoint is not None:
+            references = replace(references, energies=checkpoint["reference_energies"])
         self.console.print(
             f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
             f"{references.offset_after_mev_per_atom:.1f} meV/atom",
@@ -180,22 +265,15 @@ class _Fit:
         adapter = attach(backbone, self.method, seed=self.config.training.seed)
         backbone.set_reference_energies(references.energies)
         self._say_adapter(backbone, adapter)
-        parameters = describe_parameters(adapter)
-        prepare_folder(self.folder, self.config.output.overwrite)
-        self.config.save(self.folder / CONFIG_NAME)
-        write_json(self.folder / ENVIRONMENT_NAME, environment(backbone.device))
-        outcome = self._train(backbone, dataset, graphs)
-        after = self._best(backbone, dataset, graphs)
-        save_predictions(self.folder / PREDICTIONS_NAME, before, after)
-        results = self._results(backbone, dataset, references, own_references, outcome, parameters)
-        errors = {name: (before[name].errors(), after[name].errors()) for name in before}
-        results["changes"] = [asdict(change) for change in weight_changes(backbone)]
-        sparsity = attached(backbone).sparsity()
-        if sparsity is not None:
-            results["sparsity"] = asdict(sparsity) | {
-                "zeros_of_wrapped": sparsity.zeros_of_wrapped,
-                "zeros_of_all": sparsity.zeros_of_all,
-            }
+        return _Start(dataset, backbone, graphs, references, own_references, before, describe_parameters(adapter))
+
+    def _finish(self, start: _Start, state: dict[str, Any] | None) -> Run:
+        """Training and everything after it."""
+        outcome = self._train(start, state)
+        after = self._best(start)
+        save_predictions(self.folder / PREDICTIONS_NAME, start.before, after)
+        results = self._results(start, outcome)
+        errors = {name: (start.before[name].errors(), after[name].errors()) for name in after}
         results["errors"] = {
             name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
         }
@@ -206,7 +284,7 @@ class _Fit:
             {name: one for name, (one, _) in errors.items()},
             {name: two for name, (_, two) in errors.items()},
             results,
-            backbone,
+            start.backbone,
         )
 
     def _load(self, dataset: Dataset, backbone: Backbone | None) -> Backbone:
@@ -236,49 +314,54 @@ class _Fit:
             task = bar.add_task(label, total=len(graphs))
             return predict(backbone, graphs, progress=lambda done: bar.advance(task, done))
 
-    def _train(self, backbone: Backbone, dataset: Dataset, graphs: Mapping[str, list[Batch]]) -> TrainingOutcome:
+    def _train(self, start: _Start, state: dict[str, Any] | None) -> TrainingOutcome:
         def save_best(errors: Errors) -> None:
-            self._save(backbone, dataset, {"valid": errors})
+            self._save(start, {"valid": errors})
+
+        def save_state(training: dict[str, Any]) -> None:
+            write_checkpoint(
+                self.folder,
+                {
+                    "training": training,
+                    "reference_energies": start.backbone.reference_energies,
+                    "data": start.dataset.train.sha256,
+                    "base": start.backbone.base.fingerprint,
+                },
+            )
 
         return train(
-            backbone,
+            start.backbone,
             self.config.training,
             self.rate,
-            graphs["train"],
-            graphs["valid"],
+            start.graphs["train"],
+            start.graphs["valid"],
             self.folder,
             save_best,
             tensorboard=self.config.output.tensorboard,
+            state=state,
+            save_state=save_state,
         )
 
-    def _save(self, backbone: Backbone, dataset: Dataset, errors: Mapping[str, Errors]) -> None:
+    def _save(self, start: _Start, errors: Mapping[str, Errors]) -> None:
         save_adapter(
-            backbone,
+            start.backbone,
             self.folder / ADAPTER_NAME,
             stored_dtype=torch.float32 if self.config.output.adapter_dtype == "float32" else torch.float64,
-            training_data_sha256=dataset.train.sha256,
+            training_data_sha256=start.dataset.train.sha256,
             metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
         )
 
-    def _best(self, backbone: Backbone, dataset: Dataset, graphs: Mapping[str, list[Batch]]) -> dict[str, Predictions]:
+    def _best(self, start: _Start) -> dict[str, Predictions]:
         """Predictions of the best adapter as its file gives it; its errors go into the file."""
-        detach(backbone)
-        load_adapter(backbone, self.folder / ADAPTER_NAME)
-        after = {name: self._predict(backbone, graphs[name], f"{name}, after") for name in graphs}
-        self._save(backbone, dataset, {name: found.errors() for name, found in after.items()})
+        detach(start.backbone)
+        load_adapter(start.backbone, self.folder / ADAPTER_NAME)
+        after = {name: self._predict(start.backbone, start.graphs[name], f"{name}, after") for name in start.graphs}
+        self._save(start, {name: found.errors() for name, found in after.items()})
         return after
 
-    def _results(
-        self,
-        backbone: Backbone,
-        dataset: Dataset,
-        references: ReferenceEnergies,
-        own_references: Mapping[int, float],
-        outcome: TrainingOutcome,
-        parameters: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        training = self.config.training
-        return {
+    def _results(self, start: _Start, outcome: TrainingOutcome) -> dict[str, Any]:
+        training, backbone = self.config.training, start.backbone
+        results: dict[str, Any] = {
             "forcetune": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": outcome.status,
@@ -289,9 +372,9 @@ class _Fit:
                 "rank": _rank(self.method),
                 "mergeable": self.method.mergeable,
             },
-            "parameters": dict(parameters),
-            "reference_energies": describe_references(references, own_references),
-            "data": describe_data(dataset),
+            "parameters": start.parameters,
+            "reference_energies": describe_references(start.references, start.own_references),
+            "data": describe_data(start.dataset),
             "training": {
                 **asdict(outcome),
                 "epochs": training.epochs,
@@ -303,7 +386,13 @@ class _Fit:
             "environment": environment(backbone.device),
             "warnings": list(self.told),
             "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
+            "changes": [asdict(change) for change in weight_changes(backbone)],
         }
+        sparsity = attached(backbone).sparsity()
+        if sparsity is not None:
+            shares = {"zeros_of_wrapped": sparsity.zeros_of_wrapped, "zeros_of_all": sparsity.zeros_of_all}
+            results["sparsity"] = asdict(sparsity) | shares
+        return results
 
     def _say_data(self, dataset: Dataset) -> None:
         for name, part in dataset.splits.items():
@@ -398,6 +487,20 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 @contextmanager
+def unfused_scripts() -> Iterator[None]:
+    """Within this context TorchScript fuses nothing.
+
+    It fuses after the first calls of a process, and a fused kernel rounds differently: a resumed run would not be equal
+    to one that was left in peace.
+    """
+    before = torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])
+    try:
+        yield
+    finally:
+        torch.jit.set_fusion_strategy(before)
+
+
+@contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
     """Within this context PyTorch uses this many CPU threads."""
     before = torch.get_num_threads()
@@ -408,4 +511,4 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-__all__ = ["Run", "check_folder", "fit", "method_of", "run_fit"]
+__all__ = ["Run", "check_folder", "fit", "limited_threads", "method_of", "resume", "run_fit"]

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from forcetune.files import atomic_path
 from forcetune.training.module import FineTuning
 
 METRICS_NAME = "metrics.csv"
@@ -34,7 +36,7 @@ def metrics_row(module: FineTuning, seconds: float) -> dict[str, Any]:
     """One row of ``metrics.csv``; validation columns are empty in epochs without validation."""
     row: dict[str, Any] = {
         "epoch": module.epoch,
-        "step": module.global_step,
+        "step": module.steps_done,
         "learning_rate": module.learning_rate,
         "stage": module.stage,
         "train_loss": module.train_loss,
@@ -56,9 +58,21 @@ class MetricsTable(Callback):
         self.began = time.monotonic()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.began = time.monotonic()
-        with self.path.open("w", newline="", encoding="utf-8") as stream:
-            csv.DictWriter(stream, COLUMNS).writeheader()
+        assert isinstance(pl_module, FineTuning)
+        kept = self._rows(pl_module.epochs_done)
+        self.began = time.monotonic() - (float(kept[-1]["seconds"]) if kept else 0.0)
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def _rows(self, epochs: int) -> list[dict[str, str]]:
+        """Rows of the epochs that a resumed run does not repeat."""
+        if epochs == 0 or not self.path.is_file():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as stream:
+            rows = [row for row in csv.DictReader(stream) if all(row.get(name) is not None for name in COLUMNS)]
+        return [row for row in rows if int(row["epoch"]) <= epochs]
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, FineTuning)
@@ -70,6 +84,18 @@ class MetricsTable(Callback):
         if trainer.logger is not None:
             numbers = {key: float(value) for key, value in row.items() if value not in (None, "")}
             trainer.logger.log_metrics(numbers, step=pl_module.epoch)
+
+
+class Checkpoint(Callback):
+    """Hands the state over after every epoch that was validated, the last step of the epoch."""
+
+    def __init__(self, save: Callable[[dict[str, Any]], None]) -> None:
+        self.save = save
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, FineTuning)
+        if pl_module.epoch % pl_module.config.valid_every == 0:
+            self.save(pl_module.training_state())
 
 
 class ProgressBar(Callback):
@@ -92,9 +118,8 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console)
-        self.task = self.bar.add_task(
-            "", total=pl_module.config.epochs, epoch=0, epochs=pl_module.config.epochs, told=""
-        )
+        done, epochs = pl_module.epochs_done, pl_module.config.epochs
+        self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, told="")
         self.bar.start()
 
     def on_train_batch_end(

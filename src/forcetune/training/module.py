@@ -21,6 +21,11 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.training.losses import loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 
+_COUNTERS = (
+    *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
+    *("epochs_done", "steps_done", "stopped"),
+)
+
 
 class FineTuning(lightning.LightningModule):
     """Trains the adapter attached to a backbone; the backbone itself stays outside of Lightning's books.
@@ -31,7 +36,8 @@ class FineTuning(lightning.LightningModule):
         valid_loss, valid_errors, sparsity: of the last validation.
         train_loss: mean over the steps of the epoch.
         waited: validations since the last improvement.
-        epochs_done: complete epochs.
+        epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
+        stopped: early stopping ended the run.
     """
 
     def __init__(
@@ -60,6 +66,10 @@ class FineTuning(lightning.LightningModule):
         self.train_loss = math.nan
         self.waited = 0
         self.epochs_done = 0
+        self.steps_done = 0
+        self.stopped = False
+        self._epochs_before = 0
+        self._optimizer_state: dict[str, Any] | None = None
         self._n_batches = 0
         self._losses: list[Tensor] = []
         self._validated: list[tuple[Batch, Prediction]] = []
@@ -71,13 +81,13 @@ class FineTuning(lightning.LightningModule):
 
     @property
     def epoch(self) -> int:
-        """The epoch in progress, counted from 1."""
-        return self.current_epoch + 1
+        """The epoch in progress, counted from 1 over the whole run."""
+        return self._epochs_before + self.current_epoch + 1
 
     @property
     def progress(self) -> float:
         """Epochs done, as a fraction, after the last step."""
-        return self.current_epoch + len(self._losses) / max(1, self._n_batches)
+        return self.epoch - 1 + len(self._losses) / max(1, self._n_batches)
 
     @property
     def learning_rate(self) -> float:
@@ -90,7 +100,37 @@ class FineTuning(lightning.LightningModule):
         return optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.adapter, self.config, self.schedule.base, self.loader.n_batches)
+        optimizer = make_optimizer(self.adapter, self.config, self.schedule.base, self.loader.n_batches)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = None
+        return optimizer
+
+    def training_state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, after a complete epoch: tensors and plain values only."""
+        return {
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": torch.get_rng_state(),
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "epochs_done": self.epoch,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`training_state` was taken; to be called before the training begins."""
+        self.adapter.load_state_dict(state["adapter"])
+        self._optimizer_state = state["optimizer"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self._epochs_before = self.epochs_done
+        # Lightning takes the first batch before it says that an epoch starts
+        self.loader.epoch = self.epochs_done
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device=device)
@@ -112,7 +152,7 @@ class FineTuning(lightning.LightningModule):
                 optimizer.train()
 
     def on_train_epoch_start(self) -> None:
-        self.loader.epoch = self.current_epoch
+        self.loader.epoch = self.epoch - 1
         self._n_batches = self.loader.n_batches
         self._losses.clear()
         if self.config.optimizer == "schedulefree":
@@ -127,7 +167,7 @@ class FineTuning(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.config.optimizer != "schedulefree":
-            self._set_rate(self.schedule.at(self.current_epoch + (batch_idx + 1) / self._n_batches))
+            self._set_rate(self.schedule.at(self.epoch - 1 + (batch_idx + 1) / self._n_batches))
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -140,6 +180,7 @@ class FineTuning(lightning.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.steps_done += 1
         if self.average is not None:
             self.average.update()
         if batch_idx + 1 == self._n_batches:
@@ -173,7 +214,7 @@ class FineTuning(lightning.LightningModule):
             self.save_best(self.valid_errors)
             self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
         if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
-            self.trainer.should_stop = True
+            self.trainer.should_stop = self.stopped = True
 
     def on_validation_end(self) -> None:
         self._during_validation.close()

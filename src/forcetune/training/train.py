@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from forcetune.backbones.protocol import Backbone
@@ -19,7 +21,7 @@ from forcetune.errors import InputError
 from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
-from forcetune.training.callbacks import MetricsTable, ProgressBar
+from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning
 
 
@@ -53,6 +55,8 @@ def train(
     save_best: Callable[[Errors], None],
     *,
     tensorboard: bool = False,
+    state: dict[str, Any] | None = None,
+    save_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
 
@@ -65,6 +69,8 @@ def train(
         save_best: called with the validation errors whenever the validation loss is the lowest so far (of the
             stage), while the adapter has the weights that count.
         tensorboard: also log for TensorBoard.
+        state: of an earlier training that is to go on, as ``save_state`` was given it.
+        save_state: called after every epoch that was validated.
 
     Raises:
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
@@ -85,18 +91,26 @@ def train(
         validation, len(validation), batch_atoms=max(EVALUATION_ATOMS, largest), device=backbone.device
     )
     module = FineTuning(backbone, config, learning_rate, loader, save_best)
-    trainer = _trainer(backbone, config, folder, tensorboard)
-    began = time.monotonic()
-    status = _carry_out(trainer, module, valid_loader)
+    if state is not None:
+        module.load_training_state(state)
+    callbacks: list[Callback] = [MetricsTable(folder), ProgressBar()]
+    if save_state is not None:
+        callbacks.append(Checkpoint(save_state))
+    began, steps_before = time.monotonic(), module.steps_done
+    if module.stopped or module.epochs_done >= config.epochs:
+        status = "finished" if module.epochs_done == config.epochs else "stopped early"
+    else:
+        trainer = _trainer(backbone, config, folder, tensorboard, callbacks, config.epochs - module.epochs_done)
+        status = _carry_out(trainer, module, valid_loader)
     seconds = time.monotonic() - began
     return TrainingOutcome(
         status=status,
         epochs_done=module.epochs_done,
-        steps=trainer.global_step,
+        steps=module.steps_done,
         best_epoch=module.best_epoch,
         best_valid_loss=module.best_loss,
         seconds=seconds,
-        seconds_per_step=seconds / max(1, trainer.global_step),
+        seconds_per_step=seconds / max(1, module.steps_done - steps_before),
     )
 
 
@@ -113,13 +127,20 @@ def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: Batch
     return "finished" if module.epochs_done == module.config.epochs else "stopped early"
 
 
-def _trainer(backbone: Backbone, config: TrainingConfig, folder: Path, tensorboard: bool) -> lightning.Trainer:
+def _trainer(
+    backbone: Backbone,
+    config: TrainingConfig,
+    folder: Path,
+    tensorboard: bool,
+    callbacks: list[Callback],
+    epochs: int,
+) -> lightning.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     cuda = backbone.device.type == "cuda"
     return lightning.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=[backbone.device.index or 0] if cuda else 1,
-        max_epochs=config.epochs,
+        max_epochs=epochs,
         gradient_clip_val=config.clip,
         check_val_every_n_epoch=config.valid_every,
         # forces are gradients: validation needs autograd as training does
@@ -130,7 +151,7 @@ def _trainer(backbone: Backbone, config: TrainingConfig, folder: Path, tensorboa
         enable_model_summary=False,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(str(folder), name="tensorboard", version="") if tensorboard else False,
-        callbacks=[MetricsTable(folder), ProgressBar()],
+        callbacks=callbacks,
     )
 
 

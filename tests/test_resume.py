@@ -1,0 +1,184 @@
+"""A run that dies at any moment, and its continuation, against the run that was left in peace."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import forcetune
+from forcetune import checkpoints, run
+from forcetune.cli import main
+from forcetune.errors import ForcetuneError, InputError
+from systems import write_labelled, write_model
+
+EPOCHS = 6
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adam, average, plateau": {"method.name": "mmea", "training.schedule.patience": 0},
+    "schedule-free": {"method.name": "sparse"},
+    "second stage, cosine, every other epoch": {
+        "method.name": "elora",
+        "training.second_stage.start": 4,
+        "training.schedule.name": "cosine",
+        "training.valid_every": 2,
+    },
+    "early stop": {"method.name": "readout", "training.early_stopping": 1, "training.learning_rate": 3.0},
+}
+
+
+def fit(out: Path, **more: Any) -> run.Run:
+    """A run in a folder beside which the data and the model are made once."""
+    frames, model = out.parent / "frames.xyz", out.parent / "small.model"
+    if not model.exists():
+        write_labelled(frames, 12)
+        write_model(model)
+    settings = {"training.batch_size": 4, "training.seed": 3, "training.threads": 1}
+    return forcetune.fit(frames, model=model, valid=4, epochs=EPOCHS, out=out, settings=settings | more)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All that must be the same: adapter bits, metrics but for times, errors, predictions."""
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
+        rows = [{key: text for key, text in row.items() if key != "seconds"} for row in csv.DictReader(stream)]
+    predictions = np.load(folder / "predictions.npz")
+    results = run.json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return {
+        "adapter": {n: t.numpy() for n, t in load_file(folder / "adapter" / "adapter_model.safetensors").items()},
+        "config": (folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"),
+        "metrics": rows,
+        "predictions": {name: predictions[name] for name in predictions.files},
+        "errors": results["errors"],
+        "status": results["status"],
+        "best": (results["training"]["best_epoch"], results["training"]["steps"]),
+    }
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for key in ("adapter", "predictions"):
+        assert one[key].keys() == other[key].keys()
+        for name, values in one[key].items():
+            assert np.array_equal(values, other[key][name], equal_nan=True), name
+    for key in ("config", "metrics", "errors", "status", "best"):
+        assert one[key] == other[key], key
+
+
+class PowerLossError(BaseException):
+    """Nothing catches it."""
+
+
+MOMENTS = ("after the second checkpoint", "before it", "while the adapter is replaced")
+
+
+NAMES = [name if index < 2 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(OPTIONS)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interrupted_runs_end_as_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    options = OPTIONS[name]
+    expected = content(fit(tmp_path / "peace", **options).folder)
+    assert (expected["status"] == "stopped early") == (name == "early stop")
+    for moment in MOMENTS if name == next(iter(OPTIONS)) else MOMENTS[:1]:
+        folder = tmp_path / moment.replace(" ", "-")
+        calls = 0
+
+        def dying(place: Path, state: dict[str, Any], moment: str = moment) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and moment.startswith("before"):
+                raise PowerLossError
+            checkpoints.write_checkpoint(place, state)
+            if calls == 2:
+                if moment.startswith("while"):
+                    (place / "adapter").rename(place / ".adapter.old.abc")
+                raise PowerLossError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "write_checkpoint", dying)
+            with pytest.raises(PowerLossError):
+                fit(folder, **options)
+        assert not (folder / "results.json").exists()
+        assert_same(content(forcetune.resume(folder).folder), expected)
+        assert not list(folder.glob(".adapter*"))
+
+
+def script(out: Path) -> str:
+    return f"""
+import sys; sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from test_resume import OPTIONS, fit
+fit(Path({str(out)!r}), **OPTIONS["adam, average, plateau"])
+"""
+
+
+def killed_after(out: Path, seconds: float) -> None:
+    """Run in a process of its own and kill it so long after the run folder appeared."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (out / "config.yaml").exists():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def finish(out: Path) -> None:
+    if not (out / "results.json").exists():
+        forcetune.resume(out)
+
+
+def test_killed_once(tmp_path: Path) -> None:
+    expected = content(fit(tmp_path / "peace", **OPTIONS["adam, average, plateau"]).folder)
+    killed_after(tmp_path / "killed", 1.0)
+    finish(tmp_path / "killed")
+    assert_same(content(tmp_path / "killed"), expected)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    began = time.monotonic()
+    expected = content(fit(tmp_path / "peace", **OPTIONS["adam, average, plateau"]).folder)
+    length = time.monotonic() - began
+    moments = np.random.default_rng(int(time.time())).uniform(0, length, 20)
+    for index, moment in enumerate(moments):
+        folder = tmp_path / f"killed-{index}"
+        killed_after(folder, float(moment))
+        finish(folder)
+        assert_same(content(folder), expected)
+
+
+def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(InputError, match="is no run folder"):
+        forcetune.resume(tmp_path)
+    done = fit(tmp_path / "done", **{"method.name": "readout", "training.epochs": 2}).folder
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(done)])
+    assert ended.value.code == 2 and "this run is finished" in capsys.readouterr().err
+
+    (done / "results.json").unlink()
+    state = torch.load(done / checkpoints.CHECKPOINT, weights_only=True)
+    for key, message in (("data", "the training frames changed"), ("base", "the model changed")):
+        checkpoints.write_checkpoint(done, state | {key: "other"})
+        with pytest.raises(InputError, match=message):
+            forcetune.resume(done)
+    (done / checkpoints.CHECKPOINT).write_bytes(b"PK nonsense")
+    with pytest.raises(InputError, match="no checkpoint that can be read"):
+        forcetune.resume(done)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ForcetuneError, match=r"No space left on device.*forcetune resume"):
+        fit(tmp_path / "full", **{"method.name": "readout"})
+    monkeypatch.undo()
+    assert forcetune.resume(tmp_path / "full").results["status"] == "finished"
