@@ -1,29 +1,25 @@
-"""Methods side by side: the same frames, the same number of steps, one table.
+"""Methods side by side: the same frames, the same number of steps, one table and one page.
 
-python examples/compare_methods.py [FOLDER]
+    python examples/compare_methods.py [FOLDER]
+
+On the command line: forcetune compare TRAIN --valid VALID --test TEST --methods readout,elora,mmea --epochs 10
 """
 
 import sys
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 import forcetune
+from forcetune.reports.comparison import table
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "compared")
-table = Table("method", "trained parameters", "adapter, kB", "forces MAE, meV/Å")
-for name in ("readout", "elora", "mmea"):
-    run = forcetune.fit(
-        forcetune.demo_file("train"),
-        model="mini",
-        method=name,
-        valid=forcetune.demo_file("valid"),
-        test=forcetune.demo_file("test"),
-        epochs=10,
-        out=folder / name,
-    )
-    before, after = (errors["test"].forces_mae_mev_per_ang for errors in (run.before, run.after))
-    size = run.results["adapter_bytes"] / 1000
-    table.add_row(name, f"{run.results['parameters']['trainable']:,}", f"{size:.0f}", f"{before:.0f} → {after:.0f}")
-Console().print(table)
+config = forcetune.load_config(
+    given={
+        "data": {part: [str(forcetune.demo_file(part))] for part in ("train", "valid", "test")},
+        "model": {"model": "mini"},
+        "training": {"epochs": 10},
+        "output": {"run": sys.argv[1] if len(sys.argv) > 1 else "compared"},
+    }
+)
+compared = forcetune.compare(config, ["readout", "elora", "mmea"])
+Console().print(table(compared.comparison))
+print(compared.comparison.reason, f"Look at {compared.page}", sep="\n")

@@ -55,6 +55,12 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, capfd: pytest.CaptureFix
     assert code == 0 and "2 of 3 runs are finished already" in told
     assert [method["name"] for method in json.loads(text)["methods"]] == ["readout", "elora", "gain"]
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns == before
+    (out / "elora-1" / "results.json").unlink()  # as if it had died: it goes on from its last epoch
+    assert compare(capfd, *given, "--methods", "elora")[0] == 0
+    again = json.loads((out / "elora-1" / "results.json").read_text(encoding="utf-8"))
+    elora = next(method for method in stored["methods"] if method["name"] == "elora")
+    first = elora["errors"]["forces_mae_mev_per_ang"]["values"][0]
+    assert again["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] == first
     assert compare(capfd, *given, "--methods", "elora", "--set", "training.loss.energy=2")[0] == 0
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns > before
 
@@ -80,6 +86,7 @@ def test_bad_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--methods", "elora,elora"], "name every method once"),
         (["--methods", "elora,peft"], "there is no method 'peft'"),
         (["--methods", "elora", "--set", "data.energy_key=nothing"], "nothing"),
+        (["--methods", "readout,full", "--set", "method.rank=4"], "none of the methods readout, full has this option"),
     ):
         code, _, told = compare(capfd, frames, "--out", out, *options)
         assert code == 2 and message in told and not out.exists()

@@ -17,11 +17,12 @@ from forcetune.adapters.methods import METHODS, method, options_of
 from forcetune.config import RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
-from forcetune.records import RESULTS_NAME, write_json
+from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
-from forcetune.run import CONFIG_NAME, run_fit
+from forcetune.run import CONFIG_NAME, FINISHED, resume, run_fit, status_of
 
 COMPARISON_NAME = "comparison.json"
+MARK_NAME = "comparison.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ def compare(
 
     All runs have the same frames, split, loss, epochs and batches; each method has its own learning rate and optimizer
     unless the configuration names one. Options of ``config.method`` go to the methods that have them. A run that is
-    finished with the same configuration is not repeated, so that an interrupted comparison goes on.
+    finished with the same configuration is not repeated and one that was interrupted goes on, so that the same command
+    continues a comparison; with another configuration the run is made anew.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -62,12 +64,13 @@ def compare(
         console: where progress is told; standard error by default.
 
     Raises:
-        InputError: an unknown method, a name twice, bad data or options, or a folder of something else.
+        InputError: an unknown method, a name twice, an option no method has, bad data, or a folder of something else.
         ForcetuneError: a run failed; the others are kept.
     """
     console = console or Console(stderr=True, soft_wrap=True)
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"--methods {','.join(methods)}: name every method once.")
+    _check_options(config, methods)
     folder = Path(config.output.run)
     plan = {
         name: {seed: _config_of(config, name, seed, folder, processes) for seed in _seeds(config, seeds)}
@@ -79,6 +82,7 @@ def compare(
     read_dataset(config.data)  # bad data are met before the first run
     missing = [one for one in everything if not _is_finished(one)]
     _check_folder(folder)
+    config.save(folder / MARK_NAME)
     if len(missing) < len(everything):
         console.print(f"{len(everything) - len(missing)} of {len(everything)} runs are finished already")
     _run_all(missing, processes, console)
@@ -92,10 +96,21 @@ def _seeds(config: RunConfig, count: int) -> range:
     return range(config.training.seed, config.training.seed + count)
 
 
+def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: a method is unknown, or an option is known to none of the methods.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
+    for option in config.method.options():
+        if not any(option in options_of(METHODS[name]) for name in methods):
+            raise InputError(f"method.{option}: none of the methods {', '.join(methods)} has this option.")
+
+
 def _config_of(config: RunConfig, name: str, seed: int, folder: Path, processes: int) -> RunConfig:
     given = config.model_dump(exclude_unset=True)
-    if name not in METHODS:
-        raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
     known = options_of(METHODS[name])
     options = {key: value for key, value in config.method.options().items() if key in known}
     threads = config.training.threads
@@ -114,8 +129,13 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def _is_finished(config: RunConfig) -> bool:
+    return _is_begun(config) and status_of(Path(config.output.run)) in FINISHED
+
+
+def _is_begun(config: RunConfig) -> bool:
+    """Whether the run folder is of this very configuration."""
     run = Path(config.output.run)
-    if not (run / RESULTS_NAME).is_file() or not (run / CONFIG_NAME).is_file():
+    if not (run / CONFIG_NAME).is_file():
         return False
     stored = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
     wanted = _resolved(config)
@@ -131,16 +151,22 @@ def _check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another folder with --out.")
+    ours = (folder / MARK_NAME).is_file()
     for path in folder.iterdir() if folder.is_dir() else ():
+        known = path.name.startswith("comparison.") or (path / CONFIG_NAME).is_file()
         empty = path.is_dir() and not any(path.iterdir())
-        if not (empty or path.name.startswith(("comparison.", ".")) or (path / CONFIG_NAME).is_file()):
+        if not (ours and (known or empty)):
             raise InputError(f"{path}: is not of a comparison; choose another folder with --out.")
 
 
 def _run_one(config: RunConfig) -> str | None:
     """Carry out one run in a process of its own; returns what went wrong."""
+    quiet = Console(quiet=True)
     try:
-        run_fit(config, console=Console(quiet=True))
+        if _is_begun(config):
+            resume(config.output.run, console=quiet)
+        else:
+            run_fit(config, console=quiet)
     except ForcetuneError as error:
         return f"{Path(config.output.run).name}: {error}"
     return None

@@ -49,6 +49,7 @@ from forcetune.training.train import TrainingOutcome, check_labels, train
 
 CONFIG_NAME = "config.yaml"
 ADAPTER_NAME = "adapter"
+FINISHED = ("finished", "stopped early")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     config = load_config(folder / CONFIG_NAME)
     # the folder may have moved since
     config = config.model_copy(update={"output": config.output.model_copy(update={"run": str(folder)})})
-    if _status(folder) in ("finished", "stopped early"):
+    if status_of(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
     console = console or Console(stderr=True, soft_wrap=True)
     with collected_warnings() as told, limited_threads(config.training.threads), unfused_scripts():
@@ -168,7 +169,12 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
         return _Fit(config, console, told).go_on()
 
 
-def _status(folder: Path) -> str | None:
+def status_of(folder: Path) -> str | None:
+    """How the run of a folder ended, None if it has not.
+
+    Raises:
+        InputError: its results are damaged.
+    """
     try:
         return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8")).get("status")
     except FileNotFoundError:
@@ -340,6 +346,7 @@ class _Fit:
             tensorboard=self.config.output.tensorboard,
             state=state,
             save_state=save_state,
+            console=self.console,
         )
 
     def _save(self, start: _Start, errors: Mapping[str, Errors]) -> None:

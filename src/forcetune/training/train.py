@@ -14,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
@@ -57,6 +58,7 @@ def train(
     tensorboard: bool = False,
     state: dict[str, Any] | None = None,
     save_state: Callable[[dict[str, Any]], None] | None = None,
+    console: Console | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
 
@@ -71,6 +73,7 @@ def train(
         tensorboard: also log for TensorBoard.
         state: of an earlier training that is to go on, as ``save_state`` was given it.
         save_state: called after every epoch that was validated.
+        console: where progress is told; standard error by default.
 
     Raises:
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
@@ -93,7 +96,7 @@ def train(
     module = FineTuning(backbone, config, learning_rate, loader, save_best)
     if state is not None:
         module.load_training_state(state)
-    callbacks: list[Callback] = [MetricsTable(folder), ProgressBar()]
+    callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
     if save_state is not None:
         callbacks.append(Checkpoint(save_state))
     began, steps_before = time.monotonic(), module.steps_done
