@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune import checkpoints, run
+from forcetune import run, run_folder
 from forcetune.cli import main
 from forcetune.errors import ForcetuneError, InputError
 from systems import write_labelled, write_model
@@ -50,7 +51,7 @@ def content(folder: Path) -> dict[str, Any]:
     with (folder / "metrics.csv").open(encoding="utf-8") as stream:
         rows = [{key: text for key, text in row.items() if key != "seconds"} for row in csv.DictReader(stream)]
     predictions = np.load(folder / "predictions.npz")
-    results = run.json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return {
         "adapter": {n: t.numpy() for n, t in load_file(folder / "adapter" / "adapter_model.safetensors").items()},
         "config": (folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"),
@@ -95,7 +96,7 @@ def test_interrupted_runs_end_as_the_others(tmp_path: Path, monkeypatch: pytest.
             calls += 1
             if calls == 2 and moment.startswith("before"):
                 raise PowerLossError
-            checkpoints.write_checkpoint(place, state)
+            run_folder.write_checkpoint(place, state)
             if calls == 2:
                 if moment.startswith("while"):
                     (place / "adapter").rename(place / ".adapter.old.abc")
@@ -165,12 +166,12 @@ def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert ended.value.code == 2 and "this run is finished" in capsys.readouterr().err
 
     (done / "results.json").unlink()
-    state = torch.load(done / checkpoints.CHECKPOINT, weights_only=True)
+    state = torch.load(done / run_folder.CHECKPOINT, weights_only=True)
     for key, message in (("data", "the training frames changed"), ("base", "the model changed")):
-        checkpoints.write_checkpoint(done, state | {key: "other"})
+        run_folder.write_checkpoint(done, state | {key: "other"})
         with pytest.raises(InputError, match=message):
             forcetune.resume(done)
-    (done / checkpoints.CHECKPOINT).write_bytes(b"PK nonsense")
+    (done / run_folder.CHECKPOINT).write_bytes(b"PK nonsense")
     with pytest.raises(InputError, match="no checkpoint that can be read"):
         forcetune.resume(done)
 

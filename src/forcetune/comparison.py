@@ -19,7 +19,8 @@ from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
-from forcetune.run import CONFIG_NAME, FINISHED, resume, run_fit, status_of
+from forcetune.run import resume, run_fit
+from forcetune.run_folder import CONFIG_NAME, FINISHED, status_of
 
 COMPARISON_NAME = "comparison.json"
 MARK_NAME = "comparison.yaml"

@@ -18,7 +18,8 @@ from forcetune.deployment.calculator import calculator
 from forcetune.deployment.dynamics import EnergyConservation, energy_conservation
 from forcetune.records import RESULTS_NAME, peak_memory, write_json
 from forcetune.reports.html import write_report
-from forcetune.run import Run, limited_threads, run_fit
+from forcetune.run import Run, run_fit
+from forcetune.surroundings import limited_threads
 
 DATA = Path(__file__).parent / "frames" / "aminoethanol"
 PARTS = ("test", "hot")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,9 +20,8 @@ from forcetune.adapters.methods import Method, method
 from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
-from forcetune.checkpoints import has_checkpoint, read_checkpoint, recover_adapter, write_checkpoint
 from forcetune.config import RunConfig, load_config
-from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_finite, graphs_of, predict
 from forcetune.frames.dataset import Dataset, Split, read_dataset
 from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
@@ -45,11 +40,20 @@ from forcetune.records import (
     write_json,
 )
 from forcetune.reports.html import write_report
+from forcetune.run_folder import (
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    FINISHED,
+    check_folder,
+    has_checkpoint,
+    prepare_folder,
+    read_checkpoint,
+    recover_adapter,
+    status_of,
+    write_checkpoint,
+)
+from forcetune.surroundings import collected_warnings, limited_threads, unfused_scripts
 from forcetune.training.train import TrainingOutcome, check_labels, train
-
-CONFIG_NAME = "config.yaml"
-ADAPTER_NAME = "adapter"
-FINISHED = ("finished", "stopped early")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,20 +171,6 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
             again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
             return _Fit(again, console, told).carry_out(None)
         return _Fit(config, console, told).go_on()
-
-
-def status_of(folder: Path) -> str | None:
-    """How the run of a folder ended, None if it has not.
-
-    Raises:
-        InputError: its results are damaged.
-    """
-    try:
-        return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8")).get("status")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / RESULTS_NAME}: cannot be read ({error}); remove it and resume again.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,85 +427,3 @@ def _shifted(found: Predictions, part: Split, shift: Mapping[int, float]) -> Pre
     elements = tuple(sorted(shift))
     moved = composition_matrix(part.frames, elements) @ [shift[z] for z in elements]
     return replace(found, energy=found.energy + moved)
-
-
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        InputError: the run folder exists and is not empty, and may not or cannot be replaced.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; choose another run folder with --out.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise InputError(f"{folder}: is not empty; choose another run folder with --out, or add --overwrite.")
-        if not (folder / CONFIG_NAME).is_file():
-            raise InputError(f"{folder}: is no run folder (no {CONFIG_NAME}), so it is not overwritten.")
-
-
-def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make the run folder, empty.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    check_folder(folder, overwrite)
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another run folder.") from error
-
-
-@contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """Within this context our warnings are shown as ever and also gathered for the report."""
-    told: list[str] = []
-    show: Callable[..., None] = warnings.showwarning
-
-    def note(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, ForcetuneWarning):
-            told.append(str(message))
-        show(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = note
-    try:
-        yield told
-    finally:
-        warnings.showwarning = show
-
-
-@contextmanager
-def unfused_scripts() -> Iterator[None]:
-    """Within this context TorchScript fuses nothing.
-
-    It fuses after the first calls of a process, and a fused kernel rounds differently: a resumed run would not be equal
-    to one that was left in peace.
-    """
-    before = torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])
-    try:
-        yield
-    finally:
-        torch.jit.set_fusion_strategy(before)
-
-
-@contextmanager
-def limited_threads(threads: int | None) -> Iterator[None]:
-    """Within this context PyTorch uses this many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-__all__ = ["Run", "check_folder", "fit", "limited_threads", "method_of", "resume", "run_fit"]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from forcetune.adapters.attach import attach, detach
 from forcetune.adapters.methods import METHODS, Method, method
-from forcetune.adapters.updates import Dense, LowRank
+from forcetune.adapters.updates import Dense, Gain, LowRank
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.backbones.protocol import WeightPath
+from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.errors import InputError
 from systems import backbone
 
@@ -41,6 +41,23 @@ def test_options_reach_the_updates_and_useless_ones_are_refused() -> None:
         method("dora")
     with pytest.raises(InputError, match="does nothing"):
         method("mmea", shift=False, modulation=False)
+
+
+def test_gain_has_one_factor_for_each_channel_and_element() -> None:
+    linear, contraction = WeightPath("1o->1o", 0, (16, 8)), WeightPath("order3", 0, (3, 23, 8))
+    assert Gain().shape_for(linear) == (1, 8)
+    assert Gain().shape_for(contraction) == (3, 1, 8)
+    assert Gain(per_element=False).shape_for(contraction) == (1, 1, 8)
+    assert Gain().shape_for(WeightPath("all", 0, (8,))) == (8,)
+    site = Site("a.weight", "a", "weight", "a", "contraction", (contraction,))
+    weight = torch.randn(3, 23, 8, dtype=torch.float64)
+    part = Gain().build(site, weight)
+    assert torch.equal(part(weight), weight)
+    with torch.no_grad():
+        part.gains["order3"][1, 0, 2] = 0.5
+    expected = weight.clone()
+    expected[1, :, 2] *= 1.5
+    assert torch.equal(part(weight), expected)
 
 
 def fresh_start(model: MaceBackbone, seed: int) -> dict[str, Tensor]:

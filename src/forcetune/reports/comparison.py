@@ -15,8 +15,8 @@ from rich.table import Table
 from forcetune.config import load_config
 from forcetune.errors import InputError
 from forcetune.files import write_text
+from forcetune.reports.comparison_plots import comparison_curves, comparison_parity
 from forcetune.reports.html import POLICY
-from forcetune.reports.plots import comparison_curves, comparison_parity
 from forcetune.reports.results import Metrics, Results, read_metrics, read_predictions, read_results
 from forcetune.reports.tables import (
     MISSING,

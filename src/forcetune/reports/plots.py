@@ -24,12 +24,11 @@ from forcetune.reports.tables import Html, html, layer_text, number_text
 
 # Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
 BEFORE, AFTER, MARK, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31", "#7f7f7f")
 VECTOR_POINTS = 3_000
 MOST_POINTS = 20_000
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
     """The look of all figures; matplotlib's settings are as before afterwards."""
     return mpl.rc_context(
         {
@@ -65,13 +64,13 @@ def learning_curves(metrics: Metrics, best_epoch: float | None, before: Mapping[
         best_epoch: epoch whose weights were kept, marked; None when there was no validation.
         before: errors on the validation frames before training, for a reference line.
     """
-    with _style():
-        figures = [_svg(_loss_figure(metrics, best_epoch), "Training and validation loss and learning rate by epoch")]
+    with style():
+        figures = [svg(_loss_figure(metrics, best_epoch), "Training and validation loss and learning rate by epoch")]
         errors = _error_curves_figure(metrics, best_epoch, before)
         if errors is not None:
-            figures.append(_svg(errors, "Validation errors of energies and forces by epoch"))
+            figures.append(svg(errors, "Validation errors of energies and forces by epoch"))
         if np.isfinite(metrics["zeros_of_wrapped"]).any():
-            figures.append(_svg(_sparsity_figure(metrics), "Share of the weights that did not change by epoch"))
+            figures.append(svg(_sparsity_figure(metrics), "Share of the weights that did not change by epoch"))
     return figures
 
 
@@ -80,12 +79,12 @@ def _loss_figure(metrics: Metrics, best_epoch: float | None) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     _curve(upper, metrics, "train_loss", INK, "train")
     _curve(upper, metrics, "valid_loss", AFTER, "validation")
-    _log_axis(upper)
+    log_axis(upper)
     upper.set_ylabel("loss")
     _curve(lower, metrics, "learning_rate", "#6b6b6b", "")
     rates = _positive(metrics["learning_rate"])
     if rates.size and rates.max() > 5 * rates.min():
-        _log_axis(lower)
+        log_axis(lower)
     else:
         lower.set_ylim(bottom=0)
         lower.yaxis.set_major_locator(MaxNLocator(3))
@@ -130,70 +129,13 @@ def _error_curves_figure(
         _curve(axes, metrics, column, AFTER, "validation")
         if start is not None and start > 0:
             axes.axhline(start, color=BEFORE, linewidth=1.2, linestyle=(0, (4, 2)), label="before training")
-        _log_axis(axes)
+        log_axis(axes)
         axes.set_ylabel(title)
     _epochs(panels[-1], metrics)
     _mark_events(panels, metrics, best_epoch)
     panels[0].legend(loc="upper right", handlelength=1.6)
     figure.align_ylabels()
     return figure
-
-
-def comparison_curves(runs: Mapping[str, Sequence[Metrics]], target: float) -> list[Html]:
-    """Validation loss and force error of several methods over the epochs: the mean over seeds, and their range.
-
-    Args:
-        runs: method → one table for each seed.
-        target: loss that all reached, for a line.
-    """
-    shown = (("valid_loss", "validation loss"), ("valid_forces_mae_mev_per_ang", "forces MAE\n(meV/Å)"))
-    figures = []
-    with _style():
-        for column, title in shown:
-            figure = Figure(figsize=(4.9, 3.9), layout="constrained")
-            axes = figure.subplots()
-            for index, (name, tables) in enumerate(runs.items()):
-                length = min(len(table["epoch"]) for table in tables)
-                values = np.stack([table[column][:length] for table in tables])
-                known = np.isfinite(values).all(axis=0)
-                if not known.any():
-                    continue
-                epochs, colour = tables[0]["epoch"][:length][known], SERIES[index % len(SERIES)]
-                axes.plot(epochs, values[:, known].mean(axis=0), color=colour, label=name)
-                low, high = values[:, known].min(axis=0), values[:, known].max(axis=0)
-                axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
-            if column == "valid_loss":
-                axes.axhline(target, color=BEFORE, linewidth=1.0, linestyle=(0, (4, 2)), label="reached by all")
-            _log_axis(axes)
-            axes.set_ylabel(title)
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.legend(loc="upper right", handlelength=1.4)
-            figures.append(_svg(figure, f"{title} of all methods by epoch".replace("\n", " ")))
-    return figures
-
-
-def comparison_parity(arrays: Mapping[str, NDArray], split: str, name: str) -> Html | None:
-    """Predicted force components against labels, before and after; None where there are none."""
-    label = arrays.get(f"{split}/reference/forces")
-    if label is None or f"{split}/after/forces" not in arrays:
-        return None
-    labels = np.asarray(label, dtype=np.float64).ravel()
-    chosen = np.flatnonzero(np.isfinite(labels))
-    if not chosen.size:
-        return None
-    if chosen.size > VECTOR_POINTS:
-        chosen = np.sort(np.random.default_rng(0).choice(chosen, VECTOR_POINTS, replace=False))
-    with _style():
-        figure = Figure(figsize=(3.3, 3.3), layout="constrained")
-        axes = figure.subplots()
-        for when, colour in (("before", BEFORE), ("after", AFTER)):
-            values = np.asarray(arrays[f"{split}/{when}/forces"], dtype=np.float64).ravel()
-            axes.scatter(labels[chosen], values[chosen], s=2.5, color=colour, alpha=0.4, linewidths=0, rasterized=True)
-        ends = float(labels[chosen].min()), float(labels[chosen].max())
-        axes.plot(ends, ends, color="#777777", linewidth=0.8, zorder=1)
-        axes.set(xlabel="label (eV/Å)", ylabel="predicted (eV/Å)", xlim=ends, ylim=ends)
-        return _svg(figure, f"Forces of {name} against labels")
 
 
 def change_map(changes: Sequence[ChangePart]) -> Html:
@@ -205,7 +147,7 @@ def change_map(changes: Sequence[ChangePart]) -> Html:
         place = layers.index(change.site), paths.index(re.sub(r"#\d+$", "", change.path))
         # several couplings of one kind are shown by the largest
         values[place] = np.nanmax((values[place], 100 * change.relative))
-    with _style():
+    with style():
         width, height = 3.4 + 0.62 * len(paths), 1.0 + 0.27 * len(layers)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots()
@@ -220,12 +162,12 @@ def change_map(changes: Sequence[ChangePart]) -> Html:
         axes.set_yticks(range(len(layers)), [layer_text(layer) for layer in layers])
         axes.grid(visible=False)
         axes.tick_params(length=0)
-        return _svg(figure, "Relative change of every path of every layer, percent")
+        return svg(figure, "Relative change of every path of every layer, percent")
 
 
 def energy_over_time(dynamics: DynamicsPart) -> Html:
     """Total and potential energy of dynamics at constant energy."""
-    with _style():
+    with style():
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         for axes, values, colour, name in (
@@ -236,7 +178,7 @@ def energy_over_time(dynamics: DynamicsPart) -> Html:
             axes.set_ylabel(f"{name}\n(meV/atom)")
         lower.set_xlabel("time (ps)")
         figure.align_ylabels()
-        return _svg(figure, "Total and potential energy of the dynamics by time")
+        return svg(figure, "Total and potential energy of the dynamics by time")
 
 
 def _positive(values: FloatArray) -> FloatArray:
@@ -252,7 +194,7 @@ def _curve(axes: Axes, metrics: Metrics, column: str, colour: str, label: str) -
         axes.plot(metrics["epoch"][known], values[known], color=colour, label=label, marker=marker, markersize=3)
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = np.log10(high / low)
@@ -303,9 +245,9 @@ def parity(arrays: Mapping[str, NDArray], split: str, quantity: str) -> tuple[Ht
     known = np.isfinite(labels) & np.logical_and.reduce([np.isfinite(p) for p in predictions.values()] or [False])
     if not known.any():
         return None
-    with _style():
+    with style():
         panel = _ParityPanel(quantity, labels[known], {name: p[known] for name, p in predictions.items()})
-        return _svg(panel.figure, f"Parity plot of {quantity.replace('_', ' ')}, {split} frames"), panel.note
+        return svg(panel.figure, f"Parity plot of {quantity.replace('_', ' ')}, {split} frames"), panel.note
 
 
 class _ParityPanel:
@@ -402,7 +344,7 @@ class _ParityPanel:
         axes.yaxis.set_major_locator(MaxNLocator(4, symmetric=True))
 
 
-def _svg(figure: Figure, label: str) -> Html:
+def svg(figure: Figure, label: str) -> Html:
     """The figure as SVG for the inside of a page: no header, no links, no fixed size, the page's own font."""
     stream = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}

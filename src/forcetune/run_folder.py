@@ -1,7 +1,8 @@
-"""The state of a run on the disk, so that nothing is lost when it dies."""
+"""The folder of a run: made, checked, and its state kept so that nothing is lost when the run dies."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 
 import torch
 
-from forcetune.adapters.file import CONFIG_NAME, TENSORS_NAME
+from forcetune.adapters.file import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from forcetune.adapters.file import TENSORS_NAME
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.files import atomic_path
+from forcetune.records import RESULTS_NAME
 
+CONFIG_NAME = "config.yaml"
+ADAPTER_NAME = "adapter"
+FINISHED = ("finished", "stopped early")
 CHECKPOINT = Path("checkpoints") / "last.pt"
 KEYS = {"training", "reference_energies", "data", "base"}
 
@@ -66,10 +72,53 @@ def recover_adapter(folder: Path) -> None:
         folder: the adapter folder.
     """
     left = [path for path in folder.parent.glob(f".{folder.name}.*") if path.is_dir()]
-    complete = [path for path in left if (path / CONFIG_NAME).is_file() and (path / TENSORS_NAME).is_file()]
+    complete = [path for path in left if (path / ADAPTER_CONFIG_NAME).is_file() and (path / TENSORS_NAME).is_file()]
     if not folder.exists() and complete:
         # the old folder that stepped aside; a new one beside it is written again by the epoch that is repeated
         aside = sorted(complete, key=lambda path: ".old." not in path.name)
         aside[0].replace(folder)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def status_of(folder: Path) -> str | None:
+    """How the run of a folder ended, None if it has not.
+
+    Raises:
+        InputError: its results are damaged.
+    """
+    try:
+        return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8")).get("status")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder / RESULTS_NAME}: cannot be read ({error}); remove it and resume again.") from error
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        InputError: the run folder exists and is not empty, and may not or cannot be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another run folder with --out.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise InputError(f"{folder}: is not empty; choose another run folder with --out, or add --overwrite.")
+        if not (folder / CONFIG_NAME).is_file():
+            raise InputError(f"{folder}: is no run folder (no {CONFIG_NAME}), so it is not overwritten.")
+
+
+def prepare_folder(folder: Path, overwrite: bool) -> None:
+    """Make the run folder, empty.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    check_folder(folder, overwrite)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another run folder.") from error
