@@ -90,7 +90,8 @@ class MethodConfig(Section):
     """What is trained. Options a method has no use for are refused by it."""
 
     name: str = Field(
-        default="mmea", description="mmea, mmea-pure, elora, sparse, sparse-h, gain, lora, full, readout, scratch."
+        default="mmea",
+        description="mmea, mmea-pure, elora, sparse, sparse-h, gain, lora, adapter, full, readout, scratch.",
     )
     rank: int | None = Field(
         default=None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16."

@@ -23,6 +23,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_finite, graphs_of, predict
+from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, Split, read_dataset
 from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
 from forcetune.graphs.graph import Batch
@@ -52,7 +53,7 @@ from forcetune.run_folder import (
     status_of,
     write_checkpoint,
 )
-from forcetune.surroundings import collected_warnings, limited_threads, unfused_scripts
+from forcetune.surroundings import collected_warnings, limited_threads, never_fuse_scripts
 from forcetune.training.train import TrainingOutcome, check_labels, train
 
 
@@ -141,7 +142,8 @@ def run_fit(config: RunConfig, *, backbone: Backbone | None = None, console: Con
         InputError, ForcetuneError: as :func:`fit`.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    with collected_warnings() as told, limited_threads(config.training.threads), unfused_scripts():
+    never_fuse_scripts()
+    with collected_warnings() as told, limited_threads(config.training.threads):
         return _Fit(config, console, told).carry_out(backbone)
 
 
@@ -165,7 +167,8 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     if status_of(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
     console = console or Console(stderr=True, soft_wrap=True)
-    with collected_warnings() as told, limited_threads(config.training.threads), unfused_scripts():
+    never_fuse_scripts()
+    with collected_warnings() as told, limited_threads(config.training.threads):
         if not has_checkpoint(folder):
             console.print("interrupted before the first checkpoint: starting from the beginning")
             again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
@@ -383,6 +386,7 @@ class _Fit:
             "environment": environment(backbone.device),
             "warnings": list(self.told),
             "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
+            "rotation_error": asdict(rotation_error(backbone, start.dataset.valid.frames)),
             "changes": [asdict(change) for change in weight_changes(backbone)],
         }
         sparsity = attached(backbone).sparsity()

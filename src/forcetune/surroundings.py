@@ -37,18 +37,13 @@ def collected_warnings() -> Iterator[list[str]]:
         warnings.showwarning = show
 
 
-@contextmanager
-def unfused_scripts() -> Iterator[None]:
-    """Within this context TorchScript fuses nothing.
+def never_fuse_scripts() -> None:
+    """From now on TorchScript fuses nothing in this process.
 
-    It fuses after the first calls of a process, and a fused kernel rounds differently: a resumed run would not be equal
-    to one that was left in peace.
+    It fuses after the first calls, and a fused kernel rounds differently: a resumed run would not be equal to one that
+    was left in peace. There is no way back that TorchScript takes well.
     """
-    before = torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])
-    try:
-        yield
-    finally:
-        torch.jit.set_fusion_strategy(before)
+    torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])
 
 
 @contextmanager

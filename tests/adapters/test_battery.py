@@ -35,8 +35,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # what others have in common with these is tested once: scratch is full from another start, lora is low rank
 SAME_UPDATES = {"scratch", "sparse-h", "lora"}
+NOT_EQUIVARIANT = {"adapter"}
 STARTS_ELSEWHERE = {"sparse"}
-VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name not in SAME_UPDATES} | {
+VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name not in SAME_UPDATES | NOT_EQUIVARIANT} | {
     f"{name}, linear gain": method(name, gain="linear") for name in ("mmea", "mmea-pure")
 }
 

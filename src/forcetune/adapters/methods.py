@@ -8,7 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from forcetune.adapters.updates import UPDATES, Dense, Frozen, Gain, Gate, LowRank, SoftThreshold, Update
+from forcetune.adapters.updates import (
+    UPDATES,
+    Bottleneck,
+    Dense,
+    Frozen,
+    Gain,
+    Gate,
+    LowRank,
+    SoftThreshold,
+    Update,
+)
 from forcetune.backbones.protocol import Site
 from forcetune.errors import InputError
 
@@ -64,6 +74,11 @@ class Method:
     def mergeable(self) -> bool:
         """Whether every update can be absorbed by the weights."""
         return all(update.mergeable for updates in self.table.values() for update in updates)
+
+    @property
+    def equivariant(self) -> bool:
+        """Whether every update keeps rotational symmetry; others are baselines and are refused for deployment."""
+        return all(update.equivariant for updates in self.table.values() for update in updates)
 
     def updates_at(self, site: Site) -> tuple[Update, ...]:
         """Updates this method makes at ``site``, those that do not apply there left out."""
@@ -186,6 +201,15 @@ def readout() -> Method:
     return Method("readout", {"readout": (Dense(),)}, "readouts only")
 
 
+def adapter(rank: int = 16) -> Method:
+    """The conventional adapter of language models after every linear layer: a baseline that breaks symmetry."""
+    return Method(
+        "adapter",
+        {"linear": (Bottleneck(rank),)},
+        "conventional bottlenecks, NOT equivariant (baseline)",
+    )
+
+
 SPARSE_WRAPS = {
     "all": ("linear", "readout", "tensor_product"),
     "linears": ("linear", "readout"),
@@ -233,6 +257,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sparse-h": sparse_h,
     "gain": gain,
     "lora": lora,
+    "adapter": adapter,
     "readout": readout,
     "scratch": scratch,
 }

@@ -10,8 +10,10 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
+from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import deploy
+from forcetune.errors import InputError
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import Frame, Origin
 from forcetune.graphs.graph import graph_of
@@ -93,9 +95,14 @@ def calculator(
         trust: allow a model file to run its own code where it cannot be rebuilt without.
 
     Raises:
-        InputError: nothing usable at a path, or the adapter belongs to another base.
+        InputError: nothing usable at a path, the adapter belongs to another base, or its method is not equivariant.
     """
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
+    if deployed.adapter is not None and not Method.from_json(deployed.adapter.method).equivariant:
+        raise InputError(
+            f"{adapter or model}: method {deployed.adapter.method['name']} breaks rotational symmetry: turning a "
+            "molecule changes its energy. It is a baseline for comparisons and not for use; train with mmea or elora."
+        )
     for parameter in deployed.backbone.model.parameters():
         if isinstance(model, (str, Path)) or model is None:
             parameter.requires_grad_(False)

@@ -273,6 +273,7 @@ def _trained(results: Results) -> Html:
             ("Trainable parameters", share),
             ("Adapter size", None if results.adapter_bytes is None else bytes_text(results.adapter_bytes)),
             ("Merges into the model", merge),
+            ("Error under rotation", _rotation_text(results)),
         )
     )
     if not parameters.coverage:
@@ -296,6 +297,13 @@ def _trained(results: Results) -> Html:
     rows.append(("all", "", count_text(sums[0]), covered, share_text(sums[1], sums[2]), count_text(sums[3])))
     head = ("Kind of site", "Update", "Sites", "Weights covered", "Share", "Trainable")
     return Html(facts + html_table(head, rows, text_columns=2, total=True))
+
+
+def _rotation_text(results: Results) -> str | None:
+    found = results.rotation_error
+    if found is None:
+        return None
+    return f"{found.energy_mev_per_atom:.1e} meV/atom, {found.forces_mev_per_ang:.1e} meV/Å at most"
 
 
 def _changes(results: Results) -> Html:

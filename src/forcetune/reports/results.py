@@ -126,6 +126,13 @@ class ChangePart(Part):
     elements: dict[str, float] = {}
 
 
+class RotationPart(Part):
+    """Largest differences between structures and the same structures rotated."""
+
+    energy_mev_per_atom: float
+    forces_mev_per_ang: float
+
+
 class DynamicsPart(Part):
     """Dynamics at constant energy with the tuned potential; energies in meV/atom from the start."""
 
@@ -158,6 +165,7 @@ class Results(Part):
     adapter_bytes: int | None = None
     dynamics: DynamicsPart | None = None
     changes: list[ChangePart] = []
+    rotation_error: RotationPart | None = None
 
 
 def read_results(run: Path, config: RunConfig) -> Results:

@@ -92,6 +92,7 @@ class Update(ABC):
 
     name: ClassVar[str]
     mergeable: ClassVar[bool] = True
+    equivariant: ClassVar[bool] = True
 
     def reason_against(self, site: Site) -> str | None:
         """Why this update leaves ``site`` alone, or None if it applies."""

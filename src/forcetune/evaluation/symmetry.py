@@ -1,0 +1,52 @@
+"""How far predictions are from being those of a rotated structure, rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forcetune.backbones.protocol import Backbone
+from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.frames.frame import Frame
+
+
+@dataclass(frozen=True, slots=True)
+class RotationError:
+    """Largest differences between a structure and the same structure rotated and reflected.
+
+    Attributes:
+        energy_mev_per_atom: of energies.
+        forces_mev_per_ang: of force components, rotated back.
+    """
+
+    energy_mev_per_atom: float
+    forces_mev_per_ang: float
+
+
+def rotation_error(backbone: Backbone, frames: Sequence[Frame], *, most: int = 5, seed: int = 0) -> RotationError:
+    """Rotate (and in half of the cases reflect) structures at random and compare.
+
+    Args:
+        backbone: the model.
+        frames: structures; labels are not used.
+        most: so many of them, evenly spread.
+        seed: of the rotations.
+    """
+    generator = np.random.default_rng(seed)
+    chosen = [frames[int(i)] for i in np.linspace(0, len(frames) - 1, min(most, len(frames)))]
+    rotations = [np.linalg.qr(generator.standard_normal((3, 3)))[0] for _ in chosen]
+    turned = [
+        replace(frame, positions=frame.positions @ rotation.T, cell=frame.cell @ rotation.T, stress=None)
+        for frame, rotation in zip(chosen, rotations, strict=True)
+    ]
+    one = predict(backbone, graphs_of(backbone, [replace(frame, stress=None) for frame in chosen]))
+    other = predict(backbone, graphs_of(backbone, turned))
+    ends = np.cumsum(one.atoms)
+    forces = [
+        np.abs(other.forces[end - size : end] @ rotation - one.forces[end - size : end]).max()
+        for end, size, rotation in zip(ends, one.atoms, rotations, strict=True)
+    ]
+    energies = np.abs(other.energy - one.energy) / one.atoms
+    return RotationError(1000 * float(energies.max()), 1000 * float(max(forces)))
