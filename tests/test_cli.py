@@ -65,7 +65,7 @@ def test_fit_evaluate_and_report(command: Command, data: Path, model: Path, tmp_
     names = {path.name for path in run.iterdir()}
     assert names == {
         *("config.yaml", "adapter", "metrics.csv", "results.json", "predictions.npz"),
-        *("report.html", "environment.json"),
+        *("report.html", "environment.json", "checkpoints"),
     }
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert results["status"] == "finished"
