@@ -53,7 +53,7 @@ from forcetune.run_folder import (
     status_of,
     write_checkpoint,
 )
-from forcetune.surroundings import collected_warnings, limited_threads, never_fuse_scripts
+from forcetune.surroundings import collected_warnings, limited_threads
 from forcetune.training.train import TrainingOutcome, check_labels, train
 
 
@@ -142,7 +142,6 @@ def run_fit(config: RunConfig, *, backbone: Backbone | None = None, console: Con
         InputError, ForcetuneError: as :func:`fit`.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    never_fuse_scripts()
     with collected_warnings() as told, limited_threads(config.training.threads):
         return _Fit(config, console, told).carry_out(backbone)
 
@@ -167,7 +166,6 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     if status_of(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
     console = console or Console(stderr=True, soft_wrap=True)
-    never_fuse_scripts()
     with collected_warnings() as told, limited_threads(config.training.threads):
         if not has_checkpoint(folder):
             console.print("interrupted before the first checkpoint: starting from the beginning")

@@ -1,4 +1,4 @@
-"""What a run changes around itself while it lasts: threads, TorchScript, and who hears its warnings."""
+"""What a run changes around itself while it lasts: threads, and who hears its warnings."""
 
 from __future__ import annotations
 
@@ -35,15 +35,6 @@ def collected_warnings() -> Iterator[list[str]]:
         yield told
     finally:
         warnings.showwarning = show
-
-
-def never_fuse_scripts() -> None:
-    """From now on TorchScript fuses nothing in this process.
-
-    It fuses after the first calls, and a fused kernel rounds differently: a resumed run would not be equal to one that
-    was left in peace. There is no way back that TorchScript takes well.
-    """
-    torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])
 
 
 @contextmanager

@@ -20,10 +20,14 @@ def import_mace() -> ModuleType:
     allowed. Importing mace makes ``torch.load`` unsafe by default for the whole process (it sets
     ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``, which its calculator needs); forcetune never relies on that default.
 
+    TorchScript is told to fuse nothing in this process: it would fuse after the first calls, a fused kernel rounds
+    differently, and a resumed run would not be equal to one that was left in peace.
+
     Raises:
         InputError: mace-torch is not installed.
     """
     torch.serialization.add_safe_globals([slice])
+    torch.jit.set_fusion_strategy([("STATIC", 0), ("DYNAMIC", 0)])
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # notes on optional accelerators that are not installed
     try:
