@@ -24,6 +24,7 @@ from rich.table import Table
 import forcetune
 from forcetune.adapters.changes import weight_changes
 from forcetune.deployment.loading import deploy
+from forcetune.files import write_text
 
 ELEMENTS = (1, 6, 7, 8)
 CHANGED = (("interactions.1.linear_up.weight", 1), ("products.0.linear.weight", 0))
@@ -31,7 +32,7 @@ SHARE = 0.1
 SIZE = 0.5
 
 
-def changed_target(seed: int = 0) -> tuple[forcetune.load, dict[tuple[str, str], np.ndarray]]:
+def changed_target(seed: int = 0) -> tuple[Any, dict[tuple[str, str], np.ndarray]]:
     """``mini`` with a tenth of the weights of two paths moved, and which."""
     target = forcetune.load("mini", elements=ELEMENTS)
     sites = {site.name: site for site in target.sites()}
@@ -130,7 +131,7 @@ def main() -> None:
         table.add_row(
             f"{decay:g}", *errors, f"{100 * found['zeros_of_wrapped']:.1f}", *(f"{found[k]:.2f}" for k in keys)
         )
-    (given.out / "interpretation.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_text(given.out / "interpretation.json", json.dumps(rows, indent=2) + "\n")
     Console().print(table)
 
 

@@ -46,11 +46,22 @@ class Job:
     epochs: int
     tested: bool
     model: str
+    options: tuple[tuple[str, Any], ...] = ()
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a table calls it."""
+        return self.name or self.method
 
     @property
     def folder(self) -> Path:
         kind = "runs" if self.tested else "search"
-        return self.out / kind / f"{self.molecule}-{self.method}-{self.learning_rate:g}-{self.seed}"
+        return self.out / kind / f"{self.molecule}-{self.label}-{self.learning_rate:g}-{self.seed}".replace(" ", "_")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.folder / "results.json").exists()
 
     def results(self) -> dict[str, Any]:
         return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
@@ -60,7 +71,7 @@ def carry_out(job: Job) -> None:
     """Fit, unless it is done."""
     import forcetune
 
-    if (job.folder / "results.json").exists():
+    if job.is_finished:
         return
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     forcetune.run_fit(
@@ -72,7 +83,7 @@ def carry_out(job: Job) -> None:
                     "test": [str(job.data / job.molecule / "test.xyz")] if job.tested else None,
                 },
                 "model": {"model": job.model},
-                "method": {"name": job.method},
+                "method": {"name": job.method} | dict(job.options),
                 "training": {
                     "epochs": job.epochs,
                     "batch_size": BATCH,
@@ -103,7 +114,7 @@ def run_all(jobs: Sequence[Job], processes: int, title: str) -> None:
 def chosen_rates(jobs: Iterable[Job]) -> dict[str, dict[str, Any]]:
     """Per method the learning rate with the lowest validation loss, and all that were tried."""
     tried: dict[str, dict[float, float]] = {}
-    for job in jobs:
+    for job in filter(lambda job: job.is_finished, jobs):
         tried.setdefault(job.method, {})[job.learning_rate] = job.results()["training"]["best_valid_loss"]
     return {
         method: {"learning_rate": min(losses, key=lambda rate: losses[rate]), "valid_loss": losses}
@@ -117,40 +128,56 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def table(jobs: Sequence[Job]) -> dict[str, dict[str, dict[str, Any]]]:
-    """molecule → method → errors on the test frames with their spread."""
+    """molecule → method → errors on the test frames with their spread, of the runs that are finished."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for molecule in dict.fromkeys(job.molecule for job in jobs):
-        mine = [job for job in jobs if job.molecule == molecule]
-        before = mine[0].results()["errors"]["test"]["before"]
-        rows[molecule] = {"zero-shot": {key: summary([before[key]]) for key in KEYS}}
-        for method in dict.fromkeys(job.method for job in mine):
-            found = [job.results() for job in mine if job.method == method]
-            errors = {key: summary([one["errors"]["test"]["after"][key] for one in found]) for key in KEYS}
-            rows[molecule][method] = errors | {
-                "trainable": found[0]["parameters"]["trainable"],
-                "adapter_bytes": found[0]["adapter_bytes"],
-                "seconds_per_step": statistics.median(one["training"]["seconds_per_step"] for one in found),
-                "reference_energies": found[0]["reference_energies"]["mode"],
-            }
+    for job in jobs:
+        if job.is_finished:
+            before = job.results()["errors"]["test"]["before"]
+            rows.setdefault(job.molecule, {"zero-shot": {key: summary([before[key]]) for key in KEYS}})
+            rows[job.molecule].setdefault(job.label, {})
+    for molecule, methods in rows.items():
+        for label, row in methods.items():
+            found = [j.results() for j in jobs if (j.molecule, j.label) == (molecule, label) and j.is_finished]
+            if found:
+                row |= {key: summary([one["errors"]["test"]["after"][key] for one in found]) for key in KEYS}
+                row |= {
+                    "trainable": found[0]["parameters"]["trainable"],
+                    "adapter_bytes": found[0]["adapter_bytes"],
+                    "seconds_per_step": statistics.median(one["training"]["seconds_per_step"] for one in found),
+                    "reference_energies": found[0]["reference_energies"]["mode"],
+                }
+                if "sparsity" in found[0]:
+                    shares = [100 * one["sparsity"]["zeros_of_wrapped"] for one in found]
+                    row["zeros_of_wrapped_percent"] = summary(shares)
     return rows
 
 
-def markdown(content: dict[str, Any]) -> str:
-    """The table for people: E in meV a frame, F in meV/Å, mean ± half range over the seeds."""
-    molecules = list(content["errors"])
-    lines = ["| method | trained | " + " | ".join(f"{m}: E | F" for m in molecules) + " |"]
-    lines.append("|---|--:|" + "--:|--:|" * len(molecules))
-    for method in content["errors"][molecules[0]]:
-        cells = [f"{content['errors'][molecules[0]][method].get('trainable', 0):,}"]
-        for molecule in molecules:
-            for key in KEYS:
-                found = content["errors"][molecule][method][key]
-                spread = f" ± {found['half_range']:.1f}" if len(found["values"]) > 1 else ""
-                cells.append(f"{found['mean']:.1f}{spread}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    rates = ", ".join(f"{m} {found['learning_rate']:g}" for m, found in content["learning_rates"].items())
-    lines += ["", f"Learning rates, chosen on validation: {rates}. {content['steps']} steps of {BATCH} frames, "]
-    lines[-1] += f"seeds {', '.join(map(str, content['seeds']))}; {content['environment']['device']}, CPU, float64."
+def cell(found: dict[str, Any]) -> str:
+    """E / F with the spread over seeds and their number."""
+    texts = []
+    for key in KEYS:
+        values = found[key]
+        spread = f" ± {values['half_range']:.1f}" if len(values["values"]) > 1 else ""
+        texts.append(f"{values['mean']:.1f}{spread}")
+    return " / ".join(texts)
+
+
+def markdown(errors: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The table for people: E in meV a frame / F in meV/Å, mean ± half of the range over the seeds, their number."""
+    names = list(dict.fromkeys(name for rows in errors.values() for name in rows))
+    sparse = any("zeros_of_wrapped_percent" in row for rows in errors.values() for row in rows.values())
+    head = ["method", "trained", "seeds", *(["zeros, %"] if sparse else []), *errors]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for name in names:
+        rows = [rows.get(name) for rows in errors.values()]
+        known = [row for row in rows if row]
+        counts = sorted({len(row[KEYS[0]]["values"]) for row in known})
+        cells = [name, f"{known[0].get('trainable', 0):,}", "" if name == "zero-shot" else "–".join(map(str, counts))]
+        if sparse:
+            shares = [row["zeros_of_wrapped_percent"]["mean"] for row in known if "zeros_of_wrapped_percent" in row]
+            cells.append(f"{statistics.fmean(shares):.1f}" if shares else "")
+        cells += [cell(row) if row else "" for row in rows]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--finished", action="store_true", help="only write the table of what is finished")
     given = parser.parse_args()
     from forcetune.adapters.methods import method
     from forcetune.files import write_text
@@ -182,22 +210,26 @@ def main() -> None:
         for name in methods
         for factor in factors
     ]
-    run_all(search, given.processes, "learning rates")
+    if not given.finished:
+        run_all(search, given.processes, "learning rates")
     rates = chosen_rates(search)
     # seeds outermost: an unfinished benchmark has complete tables of fewer seeds
     jobs = [
         job(m, name, rates[name]["learning_rate"], seed, True) for seed in seeds for m in molecules for name in methods
     ]
-    run_all(jobs, given.processes, "runs")
+    if not given.finished:
+        run_all(jobs, given.processes, "runs")
+    errors = table(jobs)
     content = {
         "steps": epochs * FRAMES // BATCH,
-        "seeds": list(seeds),
         "learning_rates": rates,
-        "errors": table(jobs),
+        "errors": errors,
         "environment": jobs[0].results()["environment"],
     }
     write_text(given.out / "rmd17.json", json.dumps(content, indent=2) + "\n")
-    text = markdown(content)
+    text = markdown(errors)
+    text += "\nLearning rates, chosen on validation: "
+    text += ", ".join(f"{name} {found['learning_rate']:g}" for name, found in rates.items()) + ".\n"
     write_text(given.out / "rmd17.md", text)
     print(text)
 

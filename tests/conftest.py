@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from forcetune.cli import main
 from loopback import Loopback
+from terminal import Command
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Loopback() as loopback:
         yield loopback
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run ``forcetune`` with arguments; returns exit code, standard output and standard error."""
+    # the command line sets how warnings are shown
+    monkeypatch.setattr(warnings, "filters", list(warnings.filters))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        told = capfd.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), told.out, told.err
+
+    return run

@@ -15,28 +15,8 @@ import torch
 from ase import Atoms
 from ase.io import read, write
 
-from forcetune.cli import main
 from systems import labelled, write_labelled, write_model
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run ``forcetune`` with arguments; returns exit code, standard output and standard error."""
-    import warnings
-
-    monkeypatch.setattr(warnings, "filters", list(warnings.filters))
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        told = capsys.readouterr()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0), told.out, told.err
-
-    return run
+from terminal import Command
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +87,7 @@ def test_merge_from_the_command_line(command: Command, data: Path, model: Path, 
     assert fit(command, data, model, tmp_path / "mmea")[0] == 0
     code, _, err = command("merge", tmp_path / "mmea", "-o", tmp_path / "no.model")
     assert code == 2
-    assert "has gates" in err
+    assert "depend on the input of their layer (Gate)" in err
     assert "forcetune.calculator(model, adapter=...)" in err
     assert not (tmp_path / "no.model").exists()
 

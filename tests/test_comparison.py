@@ -8,24 +8,16 @@ from pathlib import Path
 import pytest
 
 import forcetune
-from forcetune.cli import main
 from forcetune.errors import InputError
 from forcetune.reports.comparison import read_comparison
+from terminal import Command
 
 
-def compare(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["compare", *map(str, arguments)])
-    told = capfd.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, told.out, told.err
-
-
-def test_methods_and_seeds_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> None:
     out = tmp_path / "compared"
     given = [forcetune.demo_file("train"), "--methods", "readout,elora", "--out", out, "--epochs", 2, "--valid", 10]
     given += ["--set", "training.batch_size=20"]
-    code, text, _ = compare(capfd, *given, "--seeds", 2)
+    code, text, _ = command("compare", *given, "--seeds", 2)
     assert code == 0
     assert "zero-shot" in text and "lowest validation loss" in text and "over 2 seeds" in text
     runs = sorted(path.name for path in out.iterdir() if path.is_dir())
@@ -51,17 +43,17 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, capfd: pytest.CaptureFix
 
     # finished runs are not repeated, a new method joins them, another option repeats all
     before = (out / "elora-1" / "results.json").stat().st_mtime_ns
-    code, text, told = compare(capfd, *given, "--methods", "readout,elora,gain", "--json")
+    code, text, told = command("compare", *given, "--methods", "readout,elora,gain", "--json")
     assert code == 0 and "2 of 3 runs are finished already" in told
     assert [method["name"] for method in json.loads(text)["methods"]] == ["readout", "elora", "gain"]
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns == before
     (out / "elora-1" / "results.json").unlink()  # as if it had died: it goes on from its last epoch
-    assert compare(capfd, *given, "--methods", "elora")[0] == 0
+    assert command("compare", *given, "--methods", "elora")[0] == 0
     again = json.loads((out / "elora-1" / "results.json").read_text(encoding="utf-8"))
     elora = next(method for method in stored["methods"] if method["name"] == "elora")
     first = elora["errors"]["forces_mae_mev_per_ang"]["values"][0]
     assert again["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] == first
-    assert compare(capfd, *given, "--methods", "elora", "--set", "training.loss.energy=2")[0] == 0
+    assert command("compare", *given, "--methods", "elora", "--set", "training.loss.energy=2")[0] == 0
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns > before
 
 
@@ -80,7 +72,7 @@ def test_several_processes_give_the_same(tmp_path: Path) -> None:
         assert first.valid_loss.mean == pytest.approx(second.valid_loss.mean, rel=1e-9)
 
 
-def test_bad_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(tmp_path: Path, command: Command) -> None:
     frames, out = forcetune.demo_file("train"), tmp_path / "out"
     for options, message in (
         (["--methods", "elora,elora"], "name every method once"),
@@ -88,11 +80,11 @@ def test_bad_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--methods", "elora", "--set", "data.energy_key=nothing"], "nothing"),
         (["--methods", "readout,full", "--set", "method.rank=4"], "none of the methods readout, full has this option"),
     ):
-        code, _, told = compare(capfd, frames, "--out", out, *options)
+        code, _, told = command("compare", frames, "--out", out, *options)
         assert code == 2 and message in told and not out.exists()
     out.mkdir()
     (out / "thesis.tex").write_text("precious")
-    code, _, told = compare(capfd, frames, "--out", out, "--methods", "elora")
+    code, _, told = command("compare", frames, "--out", out, "--methods", "elora")
     assert code == 2 and "thesis.tex: is not of a comparison" in told
     (tmp_path / "unfinished").mkdir()
     with pytest.raises(InputError):

@@ -11,21 +11,15 @@ import ase.io
 import pytest
 
 import forcetune
-from forcetune.cli import main
+from terminal import Command
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def demo(out: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(["demo", "--out", str(out), *arguments])
-    assert ended.value.code == 0
-    return capsys.readouterr().out
-
-
-def test_short_demo_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_demo_tells_what_it_did(tmp_path: Path, command: Command) -> None:
     out = tmp_path / "demo"
-    text = demo(out, capsys, "--set", "training.epochs=3", "--picoseconds", "0.02")
+    code, text, _ = command("demo", "--out", out, "--set", "training.epochs=3", "--picoseconds", "0.02")
+    assert code == 0
     for expected in ("test, 200 frames", "test hot, 50 frames", "drift", "forcetune fit", "report.html"):
         assert expected in text
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
@@ -37,17 +31,13 @@ def test_short_demo_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Energy conservation" in page and "Test hot" in page
 
-    with pytest.raises(SystemExit) as ended:
-        main(["demo", "--out", str(out)])
-    assert ended.value.code == 2
-    assert "is not empty" in capsys.readouterr().err
+    code, _, told = command("demo", "--out", out)
+    assert code == 2 and "is not empty" in told
 
 
 @pytest.mark.slow
-def test_demo_brings_the_forces_to_a_third_and_conserves_energy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    demo(tmp_path / "demo", capsys)
+def test_demo_brings_the_forces_to_a_third_and_conserves_energy(tmp_path: Path, command: Command) -> None:
+    assert command("demo", "--out", tmp_path / "demo")[0] == 0
     results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
     errors = results["errors"]["test"]
     assert errors["after"]["forces_mae_mev_per_ang"] < errors["before"]["forces_mae_mev_per_ang"] / 3
@@ -62,15 +52,11 @@ def test_data_of_the_demo_are_complete_and_never_overlap() -> None:
     assert sum(forcetune.demo_file(part).stat().st_size for part in frames) < 250_000
 
 
-def test_fit_without_a_model_starts_from_mini_and_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    frames = str(forcetune.demo_file("train"))
-    with pytest.raises(SystemExit) as ended:
-        main(["fit", frames, "--method", "readout", "--epochs", "1", "--out", str(tmp_path / "run")])
-    assert ended.value.code == 0
-    assert "no model named: starting from mini" in capfd.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["fit", frames, "--model", "mini", "--method", "readout", "--epochs", "1", "--out", str(tmp_path / "two")])
-    assert "no model named" not in capfd.readouterr().err
+def test_fit_without_a_model_starts_from_mini_and_says_so(tmp_path: Path, command: Command) -> None:
+    given = ["fit", forcetune.demo_file("train"), "--method", "readout", "--epochs", 1, "--out"]
+    code, _, told = command(*given, tmp_path / "run")
+    assert code == 0 and "no model named: starting from mini" in told
+    assert "no model named" not in command(*given, tmp_path / "two", "--model", "mini")[2]
 
 
 def run_example(name: str, *arguments: object) -> str:

@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 
 import forcetune
-from forcetune.cli import main
-
-
-def inspect(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(["inspect", *map(str, arguments)])
-    told = capfd.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, told.out, told.err
+from terminal import Command
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_weights_gates_and_likeness(runs: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    code, text, _ = inspect(capfd, runs["mmea"], "--json")
+def test_weights_gates_and_likeness(runs: dict[str, Path], command: Command) -> None:
+    code, text, _ = command("inspect", runs["mmea"], "--json")
     assert code == 0
     found = json.loads(text)
     assert found["method"] == "mmea" and found["likeness"] is None
@@ -49,9 +41,9 @@ def test_weights_gates_and_likeness(runs: dict[str, Path], capfd: pytest.Capture
     results = json.loads((runs["mmea"] / "results.json").read_text(encoding="utf-8"))
     assert [row["relative"] for row in results["changes"]] == [row["relative"] for row in found["paths"]]
 
-    code, text, _ = inspect(capfd, runs["mmea"], "--against", runs["sparse"])
+    code, text, _ = command("inspect", runs["mmea"], "--against", runs["sparse"])
     assert code == 0 and "mmea: changed weights" in text and "mmea: gates" in text and "1 − R²" in text
-    code, text, _ = inspect(capfd, runs["sparse"], "--against", runs["sparse"], "--json")
+    code, text, _ = command("inspect", runs["sparse"], "--against", runs["sparse"], "--json")
     found = json.loads(text)
     assert found["gates"] == [] and found["likeness"]["weights"] == pytest.approx(0, abs=1e-12)
     assert 0 < min(path["changed"] for path in found["paths"]) < 1
@@ -66,10 +58,8 @@ def test_the_report_shows_it(runs: dict[str, Path]) -> None:
     assert "not what they were" in page
 
 
-def test_an_adapter_alone_needs_frames_for_its_gates(
-    runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_alone_needs_frames_for_its_gates(runs: dict[str, Path], tmp_path: Path, command: Command) -> None:
     shutil.copytree(runs["mmea"] / "adapter", tmp_path / "alone")
-    code, _, told = inspect(capfd, tmp_path / "alone")
+    code, _, told = command("inspect", tmp_path / "alone")
     assert code == 2 and "--data" in told
-    assert inspect(capfd, tmp_path / "alone", "--data", forcetune.demo_file("test"))[0] == 0
+    assert command("inspect", tmp_path / "alone", "--data", forcetune.demo_file("test"))[0] == 0

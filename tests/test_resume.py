@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 import forcetune
 from forcetune import run, run_folder
-from forcetune.cli import main
 from forcetune.errors import ForcetuneError, InputError
 from systems import write_labelled, write_model
+from terminal import Command
 
 EPOCHS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -157,13 +157,12 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
         assert_same(content(folder), expected)
 
 
-def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     with pytest.raises(InputError, match="is no run folder"):
         forcetune.resume(tmp_path)
     done = fit(tmp_path / "done", **{"method.name": "readout", "training.epochs": 2}).folder
-    with pytest.raises(SystemExit) as ended:
-        main(["resume", str(done)])
-    assert ended.value.code == 2 and "this run is finished" in capsys.readouterr().err
+    code, _, told = command("resume", done)
+    assert code == 2 and "this run is finished" in told
 
     (done / "results.json").unlink()
     state = torch.load(done / run_folder.CHECKPOINT, weights_only=True)

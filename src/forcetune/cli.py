@@ -34,10 +34,10 @@ app = typer.Typer(
 errors_to = Console(stderr=True, soft_wrap=True)
 
 
-def _about(section: type[BaseModel], field: str) -> str:
-    """Description and default of an option, which stand in the configuration only."""
+def _about(section: type[BaseModel], field: str, *, default: bool = True) -> str:
+    """Description and default of an option, which stand in the configuration; not if the command has its own."""
     found = section.model_fields[field]
-    unset = found.is_required() or found.default in (None, [], False)
+    unset = not default or found.is_required() or found.default in (None, [], False)
     about = found.description or ""
     return about if unset else f"{about} Default: {found.default}."
 
@@ -71,8 +71,8 @@ def _main(
 
 @app.command()
 def demo(
-    out: Annotated[str, typer.Option(help=_about(configuration.OutputConfig, "run"))] = "demo",
-    method: Annotated[str, typer.Option(help=_about(configuration.MethodConfig, "name"))] = "mmea",
+    out: Annotated[str, typer.Option(help=_about(configuration.OutputConfig, "run", default=False))] = "demo",
+    method: Annotated[str, typer.Option(help=_about(configuration.MethodConfig, "name", default=False))] = "mmea",
     picoseconds: Annotated[float, typer.Option(min=0.01, help="Length of the dynamics.")] = 2.0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help=_about(configuration.OutputConfig, "overwrite"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from forcetune.api import compare_methods
-from forcetune.cli import main
 from systems import write_model
+from terminal import Command
 
 MEDIUM = {
     "elements": (1, 6, 7, 8, 9, 15, 16, 17, 35, 53),
@@ -38,11 +38,10 @@ def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "medium.model", **MEDIUM)
 
 
-def test_command_line_gives_the_published_counts(medium: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["methods", "--model", str(medium), "--elements", "H,C,O", "--json"])
-    assert ended.value.code == 0
-    rows = json.loads(capsys.readouterr().out)
+def test_command_line_gives_the_published_counts(medium: Path, command: Command) -> None:
+    code, text, _ = command("methods", "--model", medium, "--elements", "H,C,O", "--json")
+    assert code == 0
+    rows = json.loads(text)
     assert {row["method"]: row["trainable"] for row in rows if row["method"] in PUBLISHED} == PUBLISHED
     assert {row["total"] for row in rows} == {751_896}
     for row in rows:

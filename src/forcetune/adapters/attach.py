@@ -362,14 +362,15 @@ def fold_weights(backbone: Backbone) -> None:
 def check_mergeable(backbone: Backbone) -> None:
     """
     Raises:
-        InputError: the method has gates, which depend on the input and which no weight can absorb.
+        InputError: the method has gates or other parts that depend on the input and that no weight can absorb.
     """
     adapter = attached(backbone)
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
+        names = sorted({u.name for entries in adapter.method.table.values() for u in entries if not u.mergeable})
         raise InputError(
-            f"method {adapter.method.name} has gates: they depend on the input of each layer, so no weights can absorb "
-            "them. Use base and adapter together (forcetune.calculator(model, adapter=...)), or train with elora, "
-            "which merges."
+            f"method {adapter.method.name} has parts that depend on the input of their layer ({', '.join(names)}), so "
+            "no weights can absorb them. Use base and adapter together (forcetune.calculator(model, adapter=...)), or "
+            "train with a method that merges, as elora does."
         )
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from forcetune._version import __version__
 from forcetune.config import load_config
 from forcetune.errors import InputError
 from forcetune.files import write_text
 from forcetune.reports.comparison_plots import comparison_curves, comparison_parity
-from forcetune.reports.html import POLICY
+from forcetune.reports.page import page
 from forcetune.reports.results import Metrics, Results, read_metrics, read_predictions, read_results
 from forcetune.reports.tables import (
     MISSING,
+    Html,
     bytes_text,
     comparison_table,
     count_text,
@@ -241,7 +242,10 @@ def _rows(comparison: Comparison) -> list[list[str]]:
 
 def write_comparison(folder: Path, comparison: Comparison, runs: Mapping[str, Mapping[int, Path]]) -> Path:
     """Write ``comparison.html``, one page that opens offline, and return its path."""
-    metrics = {name: [_read(path).metrics for path in seeds.values()] for name, seeds in runs.items()}
+    metrics = {
+        name: [found for path in seeds.values() if (found := read_metrics(path / "metrics.csv")) is not None]
+        for name, seeds in runs.items()
+    }
     curves = comparison_curves(metrics, comparison.target_loss)
     panels = []
     for name, seeds in runs.items():
@@ -254,35 +258,22 @@ def write_comparison(folder: Path, comparison: Comparison, runs: Mapping[str, Ma
         for name, seeds in runs.items()
         for seed, path in seeds.items()
     )
-    css = files("forcetune.reports").joinpath("report.css").read_text(encoding="utf-8")
     first = comparison.methods[0]
     spread = "" if len(first.seeds) == 1 else f", mean ± standard deviation over {len(first.seeds)} seeds"
     note = f"{first.steps:,} steps each{spread}. {target_note(comparison)}"
     names = html(" · ".join(method.name for method in comparison.methods))
-    title = html(_title(comparison))
     table = html_table(_head(comparison), _rows(comparison))
     figures = "".join(f"<figure>{figure}</figure>" for figure in curves)
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison of methods · forcetune</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-<header><p class="brand">Comparison of methods</p><h1>{names}</h1></header>
-<section><h2>Recommendation</h2><p>{html(comparison.reason)}</p></section>
-<section><h2>{title}</h2>{table}<p class="note">{html(note)}</p></section>
-<section><h2>Learning curves</h2><div class="grid">{figures}</div></section>
-<section><h2>Forces against labels</h2><div class="grid three">{"".join(panels)}</div></section>
-<section><h2>Runs</h2><ul>{links}</ul></section>
-</main>
-</body>
-</html>
-"""
-    write_text(folder / PAGE_NAME, page)
+    sections = [
+        ("recommendation", "Recommendation", Html(f"<p>{html(comparison.reason)}</p>")),
+        ("errors", _title(comparison), Html(f'{table}<p class="note">{html(note)}</p>')),
+        ("curves", "Learning curves", Html(f'<div class="grid">{figures}</div>')),
+        ("parity", "Forces against labels", Html(f'<div class="grid three">{"".join(panels)}</div>' if panels else "")),
+        ("runs", "Runs", Html(f"<ul>{links}</ul>")),
+    ]
+    header = Html(f'<header>\n<p class="brand">Comparison of methods</p>\n<h1>{names}</h1>\n</header>')
+    write_text(
+        folder / PAGE_NAME,
+        page("Comparison of methods", header, sections, footer=f"Written by forcetune {__version__}."),
+    )
     return folder / PAGE_NAME

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from forcetune.config import load_config
 from forcetune.errors import InputError
 from forcetune.files import write_text
+from forcetune.reports.page import page
 from forcetune.reports.plots import change_map, energy_over_time, learning_curves, parity
 from forcetune.reports.results import Metrics, Results, read_metrics, read_predictions, read_results
 from forcetune.reports.tables import (
@@ -37,9 +37,6 @@ from forcetune.reports.tables import (
     ratio,
     share_text,
 )
-
-# The page can fetch and run nothing, whatever a name in the data may hold.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(run: str | os.PathLike[str]) -> Path:
@@ -73,37 +70,14 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         ("environment", "Environment", html_pairs(flat(results.environment))),
         ("config", "Configuration", _configuration(run)),
     ]
-    target = run / "report.html"
-    write_text(target, _page(results, [section for section in sections if section[2]]))
-    return target
-
-
-def _page(results: Results, sections: Sequence[tuple[str, str, Html]]) -> str:
-    css = files("forcetune.reports").joinpath("report.css").read_text(encoding="utf-8")
     title = f"{results.model.name} → {results.method.name} → {_data_name(results)}"
-    body = "\n".join(f'<section id="{key}">\n<h2>{html(name)}</h2>\n{text}\n</section>' for key, name, text in sections)
-    links = "".join(f'<a href="#{key}">{html(name)}</a>' for key, name, _ in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html(title)} · forcetune</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-{_header(results)}
-<nav>{links}</nav>
-{body}
-<footer>Written by forcetune {html(results.forcetune)}. Energies in meV, forces in meV/Å, stresses in meV/Å³;
-force and stress errors over all components.</footer>
-</main>
-</body>
-</html>
-"""
+    footer = (
+        f"Written by forcetune {results.forcetune}. Energies in meV, forces in meV/Å, stresses in meV/Å³; "
+        "force and stress errors over all components."
+    )
+    target = run / "report.html"
+    write_text(target, page(title, _header(results), sections, footer=footer))
+    return target
 
 
 def _header(results: Results) -> Html:

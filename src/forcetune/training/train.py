@@ -80,19 +80,7 @@ def train(
         ForcetuneError: the loss is no longer finite.
     """
     check_labels(config, training)
-    loader = BatchLoader(
-        training,
-        config.batch_size,
-        batch_atoms=config.batch_atoms,
-        batch_edges=config.batch_edges,
-        shuffle=True,
-        seed=config.seed,
-        device=backbone.device,
-    )
-    largest = max(graph.n_atoms for graph in validation)
-    valid_loader = BatchLoader(
-        validation, len(validation), batch_atoms=max(EVALUATION_ATOMS, largest), device=backbone.device
-    )
+    loader, valid_loader = _loaders(backbone, config, training, validation)
     module = FineTuning(backbone, config, learning_rate, loader, save_best)
     if state is not None:
         module.load_training_state(state)
@@ -115,6 +103,23 @@ def train(
         seconds=seconds,
         seconds_per_step=seconds / max(1, module.steps_done - steps_before),
     )
+
+
+def _loaders(
+    backbone: Backbone, config: TrainingConfig, training: Sequence[Batch], validation: Sequence[Batch]
+) -> tuple[BatchLoader, BatchLoader]:
+    loader = BatchLoader(
+        training,
+        config.batch_size,
+        batch_atoms=config.batch_atoms,
+        batch_edges=config.batch_edges,
+        shuffle=True,
+        seed=config.seed,
+        device=backbone.device,
+    )
+    largest = max(graph.n_atoms for graph in validation)
+    budget = max(EVALUATION_ATOMS, largest)
+    return loader, BatchLoader(validation, len(validation), batch_atoms=budget, device=backbone.device)
 
 
 def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: BatchLoader) -> str:

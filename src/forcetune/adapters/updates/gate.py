@@ -21,15 +21,17 @@ from forcetune.kernels.features import Features
 LARGEST_EXPONENT = 10.0
 
 
-def gain_exp(x: Tensor) -> Tensor:
-    """eˣ, continued by its tangent beyond :data:`LARGEST_EXPONENT`; once continuously differentiable, positive."""
-    excess = functional.relu(x - LARGEST_EXPONENT)
-    return torch.exp(x - excess) * (1 + excess)
+def gain_and_slope(kind: Literal["exp", "linear"], x: Tensor) -> tuple[Tensor, Tensor]:
+    """φ(x) and φ′(x).
 
-
-def gain_linear(x: Tensor) -> Tensor:
-    """1 + x."""
-    return 1 + x
+    ``exp``: eˣ, continued by its tangent beyond :data:`LARGEST_EXPONENT`; once continuously differentiable, positive.
+    ``linear``: 1 + x.
+    """
+    if kind == "linear":
+        return 1 + x, torch.ones_like(x)
+    capped = x.clamp(max=LARGEST_EXPONENT)
+    slope = capped.exp()
+    return torch.addcmul(slope, slope, x - capped), slope
 
 
 class _FixedGate(torch.autograd.Function):
@@ -146,12 +148,7 @@ class GateActivation(ActivationUpdate):
         shifts = None if self.shift is None else self.shift(hidden)
         if self.gain is None:
             return shifts, None, None, before
-        raw = self.gain(hidden)
-        if self.spec.gain == "linear":
-            return shifts, 1 + raw, torch.ones_like(raw), before
-        capped = raw.clamp(max=LARGEST_EXPONENT)
-        slope = capped.exp()
-        return shifts, torch.addcmul(slope, slope, raw - capped), slope, before
+        return shifts, *gain_and_slope(self.spec.gain, self.gain(hidden)), before
 
     def _can_be_fixed(self, inputs: Any, outputs: Any) -> bool:
         return (
@@ -179,8 +176,7 @@ class GateActivation(ActivationUpdate):
         gains = None
         if self.gain is not None:
             hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars)
-            raw = self.gain(hidden)
-            gains = gain_exp(raw) if self.spec.gain == "exp" else gain_linear(raw)
+            gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
         if self.watcher is not None:
             self.watcher(shifts, gains, self._parts_of(outputs))
         return self._changed(inputs, outputs, self.per_block(shifts, gains))
