@@ -87,7 +87,7 @@ def test_merge_from_the_command_line(command: Command, data: Path, model: Path, 
     assert fit(command, data, model, tmp_path / "mmea")[0] == 0
     code, _, err = command("merge", tmp_path / "mmea", "-o", tmp_path / "no.model")
     assert code == 2
-    assert "depend on the input of their layer (Gate)" in err
+    assert "depend on the input of their layer (GateActivation)" in err
     assert "forcetune.calculator(model, adapter=...)" in err
     assert not (tmp_path / "no.model").exists()
 

@@ -13,13 +13,13 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forcetune.adapters.methods import METHODS, method, options_of
+from forcetune.adapters.methods import METHODS, options_of
 from forcetune.config import RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
-from forcetune.run import resume, run_fit
+from forcetune.run import method_of, resume, run_fit
 from forcetune.run_folder import CONFIG_NAME, FINISHED, status_of
 
 COMPARISON_NAME = "comparison.json"
@@ -79,7 +79,7 @@ def compare(
     }
     everything = [one for by_seed in plan.values() for one in by_seed.values()]
     for one in everything:
-        method(one.method.name, target=one.method.target, **one.method.options())
+        method_of(one)
     read_dataset(config.data)  # bad data are met before the first run
     missing = [one for one in everything if not _is_finished(one)]
     _check_folder(folder)
@@ -125,7 +125,7 @@ def _config_of(config: RunConfig, name: str, seed: int, folder: Path, processes:
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
     """What :func:`run_fit` writes for this configuration."""
-    chosen = method(config.method.name, target=config.method.target, **config.method.options())
+    chosen = method_of(config)
     return config.with_defaults_of(chosen.learning_rate, chosen.optimizer).model_dump(mode="json")
 
 

@@ -91,7 +91,8 @@ class MethodConfig(Section):
 
     name: str = Field(
         default="mmea",
-        description="mmea, mmea-pure, elora, sparse, sparse-h, gain, lora, adapter, full, readout, scratch.",
+        description="mmea, mmea-pure, elora, sparse, sparse-h, gain, lora, adapter, full, freeze, bias, readout, "
+        "scratch; a label of your own with `table`.",
     )
     rank: int | None = Field(
         default=None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16."
@@ -102,6 +103,20 @@ class MethodConfig(Section):
     cap_rank: bool | None = Field(
         default=None, description="Cap the rank at what a path can use; off gives the published counts."
     )
+    norms: bool | None = Field(
+        default=None, description="Low rank: train the norm of each output channel apart from its direction (DoRA)."
+    )
+    scaling: Literal["standard", "rank_stabilised"] | None = Field(
+        default=None, description="Low rank: scale alpha / rank, or alpha / √rank."
+    )
+    init: Literal["normal", "gradient"] | None = Field(
+        default=None, description="Low rank: start at random, or along the gradient of the first batches."
+    )
+    budget: int | None = Field(
+        default=None, ge=1, description="elora: share so many trained parameters among the paths by their gradient."
+    )
+    skip: bool | None = Field(default=None, description="Gates on the skip connections, too, which know the element.")
+    layers: int | None = Field(default=None, ge=1, description="Interaction layers that are trained (freeze); 1.")
     gain: Literal["exp", "linear"] | None = Field(default=None, description="Gain of the gate: exp(x) or 1 + x.")
     activation: bool | None = Field(default=None, description="SiLU in the gate's bottleneck (ablation).")
     shift: bool | None = Field(default=None, description="The gate's additive shift of even scalars (ablation).")
@@ -128,9 +143,15 @@ class MethodConfig(Section):
         description="Only sites whose name matches this regular expression, or ends with one of these names.",
     )
 
+    table: dict[str, list[dict[str, Any]]] | None = Field(
+        default=None,
+        description="A method of your own: kinds of sites with their updates, such as "
+        "{linear: [{update: Gate, rank: 8}, {update: SoftThreshold}]}.",
+    )
+
     def options(self) -> dict[str, Any]:
-        """The options that were given, without name and target."""
-        return self.model_dump(exclude={"name", "target"}, exclude_none=True)
+        """The options that were given, without name, target and table."""
+        return self.model_dump(exclude={"name", "target", "table"}, exclude_none=True)
 
 
 class LossConfig(Section):

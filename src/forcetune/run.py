@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, detach
+from forcetune.adapters.attach import Adapter, attached, detach
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
-from forcetune.adapters.methods import Method, method
+from forcetune.adapters.methods import Method, custom_method, method
 from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
@@ -54,6 +54,7 @@ from forcetune.run_folder import (
     write_checkpoint,
 )
 from forcetune.surroundings import collected_warnings, limited_threads
+from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
 
 
@@ -259,7 +260,7 @@ class _Fit:
         )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
         before = {name: _shifted(raw[name], dataset.splits[name], shift) for name in raw}
-        adapter = attach(backbone, self.method, seed=self.config.training.seed)
+        adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
         backbone.set_reference_energies(references.energies)
         self._say_adapter(backbone, adapter)
         return _Start(dataset, backbone, graphs, references, own_references, before, describe_parameters(adapter))
@@ -415,7 +416,12 @@ def method_of(config: RunConfig) -> Method:
     Raises:
         InputError: unknown method, or an option it has no use for.
     """
-    return method(config.method.name, target=config.method.target, **config.method.options())
+    asked = config.method
+    if asked.table is None:
+        return method(asked.name, target=asked.target, **asked.options())
+    if asked.options():
+        raise InputError(f"method.{next(iter(asked.options()))}: has no meaning beside method.table; put it in there.")
+    return custom_method(asked.name if "name" in asked.model_fields_set else "custom", asked.table, target=asked.target)
 
 
 def _rank(method: Method) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from forcetune.adapters.attach import attach, detach
-from forcetune.adapters.methods import METHODS, Method, method
+from forcetune.adapters.methods import METHODS, Method, custom_method, method
 from forcetune.adapters.updates import Dense, Gain, LowRank
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.backbones.mace.backbone import MaceBackbone
@@ -83,6 +83,40 @@ def test_rank_is_capped_at_what_a_path_can_use() -> None:
     assert LowRank(16, 16.0, True).rank_for(WeightPath("a", 0, (128, 1))) == 1
     assert LowRank(16, 16.0, True).rank_for(WeightPath("a", 0, (3, 23, 128))) == 16
     assert LowRank(16, 16.0, False).rank_for(WeightPath("a", 0, (128, 1))) == 16
+
+
+def test_freeze_trains_the_last_layers_and_the_readouts(model: MaceBackbone) -> None:
+    adapter = attach(model, method("freeze"))
+    trained = {key.split("|")[0].replace("/", ".") for key in adapter.parts}
+    detach(model)
+    assert trained == {site.name for site in model.sites() if site.layers_behind == 0}
+    assert {name.split(".")[0] + name.split(".")[1] for name in trained} == {
+        "interactions1",
+        "products1",
+        "readouts0",
+        "readouts1",
+    }
+    both = attach(model, method("freeze", layers=2)).trainable
+    detach(model)
+    whole = attach(model, method("full")).trainable
+    detach(model)
+    assert 0 < whole - both == sum(site.numel for site in model.sites() if site.layers_behind == 2)
+
+
+def test_a_table_of_ones_own() -> None:
+    made = custom_method("mine", {"linear": [{"update": "Gate", "rank": 4}, {"update": "SoftThreshold"}]})
+    assert made.optimizer == "schedulefree" and made.name == "mine" and not made.mergeable
+    assert Method.from_json(made.to_json()) == made
+    for table, message in (
+        ({"linear": [{"update": "Gate"}, {"update": "Shift"}]}, "two updates of the same sort"),
+        ({"linear": [{"update": "LowRank"}, {"update": "Dense"}]}, "two updates of the same sort"),
+        ({"linear": [{"update": "DoRA"}]}, "updates are Gate, LowRank"),
+        ({"linear": [{"update": "LowRank", "width": 3}]}, "has no option"),
+        ({"linear": [{"update": "LowRank", "rank": 0}]}, "a rank is at least 1"),
+        ({"lines": [{"update": "Dense"}]}, "there is no site kind"),
+    ):
+        with pytest.raises(InputError, match=message):
+            custom_method("mine", table)
 
 
 def test_targets_by_expression_and_by_ending(model) -> None:

@@ -91,14 +91,14 @@ class Adapter(nn.Module):
             for update in method.updates_at(site):
                 part = update.build(site, weight)
                 if part is not None:
-                    self.parts[_key(site, type(part))] = part
+                    self.parts[part_key(site, type(part))] = part
         self._handles: list[Any] = []
         self._required_grad: dict[str, bool] = {}
         self._references: dict[int, float] = {}
 
     def part(self, site: Site, kind: type[nn.Module]) -> Any:
         """The part of one kind at ``site``, or None."""
-        return dict(self.parts.items()).get(_key(site, kind))
+        return dict(self.parts.items()).get(part_key(site, kind))
 
     def trainable_parts(self) -> Iterator[tuple[str, TrainablePart]]:
         """Every part with its key."""
@@ -167,7 +167,8 @@ class Adapter(nn.Module):
         print(f"trainable params: {self.trainable:,} || all params: {total:,} || trainable%: {share:.2f}")
 
 
-def _key(site: Site, kind: type[nn.Module]) -> str:
+def part_key(site: Site, kind: type[nn.Module]) -> str:
+    """Name of a site's part among the parts of an adapter."""
     return f"{site.name.replace('.', '/')}|{'weight' if issubclass(kind, WeightUpdate) else 'gate'}"
 
 
@@ -208,8 +209,14 @@ class _ChangeOutput:
         self.adapter = adapter
         self.part = part
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return self.part(args[0], output) if self.adapter.enabled else None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not self.adapter.enabled:
+            return None
+        if not self.part.reads_species:
+            return self.part(args[0], output)
+        # the kernels hand on what the layers of a step share instead of the species alone
+        second = args[1]
+        return self.part(args[0], output, second if isinstance(second, Tensor) else second.attributes)
 
 
 def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapter:
@@ -240,13 +247,18 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
         raise InputError(_matches_nothing(method, sites))
     if method.fresh:
         _start_afresh(adapter, backbone.fresh_weights(seed))
+    place(adapter, backbone)
+    return adapter
+
+
+def place(adapter: Adapter, backbone: Backbone) -> None:
+    """Freeze ``backbone``, which carries no adapter, and put a ready one into it."""
     adapter._references = backbone.reference_energies
-    for name, parameter in model.named_parameters():
+    for name, parameter in backbone.model.named_parameters():
         adapter._required_grad[name] = parameter.requires_grad
         parameter.requires_grad_(False)
-    _install(adapter, model)
-    model.add_module(ATTRIBUTE, adapter)
-    return adapter
+    _install(adapter, backbone.model)
+    backbone.model.add_module(ATTRIBUTE, adapter)
 
 
 def _start_afresh(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
@@ -347,7 +359,7 @@ def fold_weights(backbone: Backbone) -> None:
             if part is not None:
                 weight = _parameter(backbone.model, site)
                 weight.copy_(part(weight))
-                del adapter.parts[_key(site, type(part))]
+                del adapter.parts[part_key(site, type(part))]
     required = dict(adapter._required_grad)
     references = adapter._references
     _remove(adapter, backbone)
@@ -366,7 +378,7 @@ def check_mergeable(backbone: Backbone) -> None:
     """
     adapter = attached(backbone)
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
-        names = sorted({u.name for entries in adapter.method.table.values() for u in entries if not u.mergeable})
+        names = sorted({type(p).__name__ for p in adapter.parts.values() if isinstance(p, ActivationUpdate)})
         raise InputError(
             f"method {adapter.method.name} has parts that depend on the input of their layer ({', '.join(names)}), so "
             "no weights can absorb them. Use base and adapter together (forcetune.calculator(model, adapter=...)), or "

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from forcetune.adapters.updates import (
     UPDATES,
@@ -16,6 +16,7 @@ from forcetune.adapters.updates import (
     Gain,
     Gate,
     LowRank,
+    Shift,
     SoftThreshold,
     Update,
 )
@@ -46,8 +47,11 @@ class Method:
         learning_rate, optimizer: defaults of the optimisation.
         target: only these sites: a regular expression that must match the whole site name, or a sequence of
             endings of site names; None for all.
+        last_layers: only so many interaction layers, counted from the output, with the readouts; None for all.
         fresh: weights that are trained whole start from random values instead of the foundation model's. It concerns
             the start only and is no part of the table that an adapter stores.
+        budget: trained parameters that low-rank updates may use, shared among the paths by the gradient at the
+            start (:func:`forcetune.adapters.gradients.within_budget`), which puts the ranks into the table.
     """
 
     name: str
@@ -57,6 +61,8 @@ class Method:
     target: str | tuple[str, ...] | None = None
     fresh: bool = False
     optimizer: str = "adam"
+    last_layers: int | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
@@ -76,13 +82,19 @@ class Method:
         return all(update.mergeable for updates in self.table.values() for update in updates)
 
     @property
+    def needs_gradients(self) -> bool:
+        """Whether its start depends on the gradient of the first batches."""
+        low_rank = (update for updates in self.table.values() for update in updates if isinstance(update, LowRank))
+        return self.budget is not None or any(update.init == "gradient" for update in low_rank)
+
+    @property
     def equivariant(self) -> bool:
         """Whether every update keeps rotational symmetry; others are baselines and are refused for deployment."""
         return all(update.equivariant for updates in self.table.values() for update in updates)
 
     def updates_at(self, site: Site) -> tuple[Update, ...]:
         """Updates this method makes at ``site``, those that do not apply there left out."""
-        if not self._targets(site):
+        if not self._targets(site) or (self.last_layers is not None and site.layers_behind >= self.last_layers):
             return ()
         return tuple(
             update
@@ -105,6 +117,7 @@ class Method:
             "learning_rate": self.learning_rate,
             "optimizer": self.optimizer,
             "target": list(self.target) if isinstance(self.target, tuple) else self.target,
+            "last_layers": self.last_layers,
             "table": {kind: [update.to_json() for update in updates] for kind, updates in self.table.items()},
         }
 
@@ -128,6 +141,7 @@ class Method:
                 learning_rate=float(data.get("learning_rate", 5e-3)),
                 target=tuple(target) if isinstance(target, list) else target,
                 optimizer=str(data.get("optimizer", "adam")),
+                last_layers=data.get("last_layers"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
@@ -147,16 +161,18 @@ def _update_from_json(entry: Mapping[str, Any]) -> Update:
 EVERYWHERE_DENSE = {kind: (Dense(),) for kind in KINDS}
 
 
-def mmea(rank: int = 16, **gate: Any) -> Method:
+def mmea(rank: int = 16, skip: bool = False, **gate: Any) -> Method:
     """MMEA as published: gates on every equivariant linear layer, ELoRA (r = α = 16) on tensor products, radial MLPs
-    and the highest-order contraction, dense lower orders and Bessel frequencies."""
+    and the highest-order contraction, dense lower orders and Bessel frequencies. ``skip`` adds gates to the skip
+    connections, driven by the scalars and the species."""
     low_rank = LowRank(16, 16.0)
+    skip_gates = (Gate(rank, species=True, **gate),) if skip else ()
     return Method(
         "mmea",
         {
             "linear": (Gate(rank, **gate),),
             "readout": (Gate(rank, **gate),),
-            "tensor_product": (low_rank,),
+            "tensor_product": (low_rank, *skip_gates),
             "radial_mlp": (low_rank,),
             "contraction": (low_rank,),
             "contraction_lower": (Dense(),),
@@ -166,23 +182,35 @@ def mmea(rank: int = 16, **gate: Any) -> Method:
     )
 
 
-def mmea_pure(rank: int = 16, **gate: Any) -> Method:
-    """Gates on every equivariant linear layer and nothing else."""
-    return Method(
-        "mmea-pure",
-        {"linear": (Gate(rank, **gate),), "readout": (Gate(rank, **gate),)},
-        "gates on linears only",
-    )
+def mmea_pure(rank: int = 16, skip: bool = False, **gate: Any) -> Method:
+    """Gates on every equivariant linear layer and nothing else; ``skip`` as for :func:`mmea`."""
+    table: dict[str, tuple[Update, ...]] = {"linear": (Gate(rank, **gate),), "readout": (Gate(rank, **gate),)}
+    if skip:
+        table["tensor_product"] = (Gate(rank, species=True, **gate),)
+    return Method("mmea-pure", table, "gates on linears only")
 
 
-def elora(rank: int = 16, alpha: float | None = None, cap_rank: bool = False) -> Method:
-    """ELoRA (ICML 2025): low rank on every path, dense lower-order contractions and Bessel frequencies."""
-    low_rank = LowRank(rank, float(rank if alpha is None else alpha), cap_rank)
+def elora(
+    rank: int = 16,
+    alpha: float | None = None,
+    cap_rank: bool = False,
+    norms: bool = False,
+    scaling: Literal["standard", "rank_stabilised"] = "standard",
+    init: Literal["normal", "gradient"] = "normal",
+    budget: int | None = None,
+) -> Method:
+    """ELoRA (ICML 2025): low rank on every path, dense lower-order contractions and Bessel frequencies.
+
+    ``norms``, ``scaling`` and ``init`` are those of :class:`LowRank`; ``budget`` shares so many trained parameters
+    among the paths instead of giving each the same rank.
+    """
+    low_rank = LowRank(rank, float(rank if alpha is None else alpha), cap_rank, norms, scaling, init)
     kinds = ("linear", "readout", "tensor_product", "radial_mlp", "contraction")
     return Method(
         "elora",
         {**dict.fromkeys(kinds, (low_rank,)), "contraction_lower": (Dense(),), "radial_basis": (Dense(),)},
         "low rank on every path (ICML 2025)",
+        budget=budget,
     )
 
 
@@ -199,6 +227,20 @@ def scratch() -> Method:
 def readout() -> Method:
     """Only the readouts are trained."""
     return Method("readout", {"readout": (Dense(),)}, "readouts only")
+
+
+def freeze(layers: int = 1) -> Method:
+    """Every parameter of the last interaction layers and the readouts; what comes before stays frozen."""
+    if layers < 1:
+        raise ValueError("layers is at least 1")
+    return Method(
+        "freeze", EVERYWHERE_DENSE, "every parameter of the last layers", learning_rate=1e-3, last_layers=layers
+    )
+
+
+def bias() -> Method:
+    """A constant shift of the even scalars of every linear layer."""
+    return Method("bias", {"linear": (Shift(),), "readout": (Shift(),)}, "a bias for each scalar channel")
 
 
 def adapter(rank: int = 16) -> Method:
@@ -258,6 +300,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gain": gain,
     "lora": lora,
     "adapter": adapter,
+    "freeze": freeze,
+    "bias": bias,
     "readout": readout,
     "scratch": scratch,
 }
@@ -290,12 +334,47 @@ def method(name: str, *, target: str | Sequence[str] | None = None, **options: A
     return replace(made, target=chosen)
 
 
+def custom_method(
+    name: str, table: Mapping[str, Sequence[Mapping[str, Any]]], *, target: str | Sequence[str] | None = None
+) -> Method:
+    """A method of one's own.
+
+    Args:
+        name: a label.
+        table: site kind to updates, each a mapping with ``update`` (a key of :data:`UPDATES`) and its options.
+        target: as in :class:`Method`.
+
+    Raises:
+        InputError: an unknown kind, update or option, or two updates that cannot share a site.
+    """
+    try:
+        found = {kind: tuple(_update_from_json(entry) for entry in entries) for kind, entries in table.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        known = ", ".join(UPDATES)
+        raise InputError(f"method.table: {error} cannot be used; updates are {known}, with their options.") from error
+    for kind, updates in found.items():
+        activations = sum(isinstance(update, Gate | Shift | Bottleneck) for update in updates)
+        if max(activations, len(updates) - activations) > 1:
+            raise InputError(
+                f"method.table: {kind} has two updates of the same sort; one may change the weight "
+                "(LowRank, SoftThreshold, Gain, Dense) and one the output (Gate, Shift)."
+            )
+    sparse = any(isinstance(update, SoftThreshold) for updates in found.values() for update in updates)
+    return Method(
+        name,
+        found,
+        "a table of its own",
+        target=target if target is None or isinstance(target, str) else tuple(target),
+        optimizer="schedulefree" if sparse else "adam",
+    )
+
+
 def options_of(make: Callable[..., Method]) -> list[str]:
     """Names of the hyper-parameters of a method in :data:`METHODS`."""
     names = []
     for parameter in inspect.signature(make).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            names += [field.name for field in fields(Gate) if field.name not in names]
+            names += [field.name for field in fields(Gate) if field.name not in (*names, "species")]
         else:
             names.append(parameter.name)
     return names

@@ -64,6 +64,8 @@ class Site:
         kind: ``linear``, ``tensor_product``, ``radial_mlp``, ``contraction``, ``contraction_lower``,
             ``radial_basis``, ``readout`` or ``other``.
         irreps_in, irreps_out: of the module's features, where it has some.
+        layers_behind: interaction layers between this weight and the output that come after its own: 0 for those of
+            the last layer and the readouts.
         paths: blocks of the weight that updates act on.
     """
 
@@ -75,6 +77,7 @@ class Site:
     paths: tuple[WeightPath, ...]
     irreps_in: str | None = None
     irreps_out: str | None = None
+    layers_behind: int = 0
 
     @property
     def numel(self) -> int:

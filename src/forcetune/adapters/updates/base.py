@@ -78,11 +78,16 @@ class WeightUpdate(TrainablePart):
 class ActivationUpdate(TrainablePart):
     """The trainable part of an activation update: changes what the site's module puts out.
 
-    It depends on the module's input, so no weight can absorb it: it does not merge.
+    No weight can absorb it: it does not merge.
     """
 
+    @property
+    def reads_species(self) -> bool:
+        """Whether :meth:`forward` wants the species, (atoms, elements) one-hot, as a third argument."""
+        return False
+
     @abstractmethod
-    def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
         """The new output, with the shape of ``outputs``."""
 
 

@@ -27,7 +27,7 @@ class BottleneckActivation(ActivationUpdate):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
         flat = outputs.flat if isinstance(outputs, Features) else outputs
         return flat + self.up(functional.silu(self.down(flat)))
 

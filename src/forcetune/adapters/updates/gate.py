@@ -97,7 +97,8 @@ class GateActivation(ActivationUpdate):
     """Shift of even scalars and gain of all other channels, computed from the input's even scalars.
 
     z = SiLU(W↓ h⁽⁰⁾ + b↓); even scalars: out + W↑ z + b↑; others: out · φ(W↑ z + b↑), one number for each
-    irrep and multiplicity of the output, the same for its 2 l + 1 components.
+    irrep and multiplicity of the output, the same for its 2 l + 1 components. A gate that is told the species
+    adds to b↓ a vector for the element of each atom.
 
     Attributes:
         watcher: called with shifts, gains and the blocks of the output they act on, to learn what the gate does.
@@ -125,6 +126,9 @@ class GateActivation(ActivationUpdate):
         both = n_shift > 0 and n_gain > 0
         self.down = linear(n_in, spec.rank)
         self.down_gain = linear(n_in, spec.rank) if both and not spec.shared_bottleneck else None
+        self.element = None
+        if spec.species:
+            self.element = nn.Parameter(torch.randn(_n_species(site), spec.rank, **options))
         self.shift = linear(spec.rank, n_shift) if n_shift else None
         self.gain = linear(spec.rank, n_gain) if n_gain else None
         for layer, spread in ((self.shift, spec.shift_init), (self.gain, 0.0)):
@@ -137,8 +141,15 @@ class GateActivation(ActivationUpdate):
             return 0
         return 1 if self.spec.shared_gain else block.multiplicity
 
-    def _bottleneck(self, down: nn.Linear, scalars: Tensor) -> Tensor:
+    @property
+    def reads_species(self) -> bool:
+        return self.element is not None
+
+    def _bottleneck(self, down: nn.Linear, scalars: Tensor, species: Tensor | None) -> Tensor:
         hidden = down(scalars)
+        if self.element is not None:
+            assert species is not None
+            hidden = hidden + species @ self.element
         return functional.silu(hidden) if self.spec.activation else hidden
 
     def fixed(self, scalars: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
@@ -155,6 +166,7 @@ class GateActivation(ActivationUpdate):
             isinstance(inputs, Features)
             and isinstance(outputs, Features)
             and self.down_gain is None
+            and self.element is None
             and len(self.scalars_in) == 1
             and (inputs.geometric or outputs.geometric)
             and self._layouts == (inputs.layout, outputs.layout)
@@ -162,7 +174,7 @@ class GateActivation(ActivationUpdate):
             and not any(parameter.requires_grad for parameter in self.parameters())
         )
 
-    def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
         if self._can_be_fixed(inputs, outputs):
             known: Any = outputs
             given: Any = inputs
@@ -171,11 +183,11 @@ class GateActivation(ActivationUpdate):
             return Features(blocks, geometric=True, trains=True)  # pyright: ignore[reportReturnType]
         parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
         scalars = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        hidden = self._bottleneck(self.down, scalars)
+        hidden = self._bottleneck(self.down, scalars, species)
         shifts = self.shift(hidden) if self.shift is not None else None
         gains = None
         if self.gain is not None:
-            hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars)
+            hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars, species)
             gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
         if self.watcher is not None:
             self.watcher(shifts, gains, self._parts_of(outputs))
@@ -228,6 +240,14 @@ class GateActivation(ActivationUpdate):
         return outputs.geometric or not isinstance(inputs, Features) or inputs.geometric
 
 
+def _n_species(site: Site) -> int:
+    """Elements of a tensor product of features with one-hot species: its fan in runs over channels and elements."""
+    assert site.irreps_in is not None
+    first = next(block for block in parse_irreps(site.irreps_in) if block.is_even_scalar)
+    path = next(path for path in site.paths if path.name.startswith("0e*"))
+    return path.shape[0] // first.multiplicity
+
+
 @dataclass(frozen=True)
 class Gate(Update):
     """MMEA's gate after an equivariant linear layer. It mixes no two channels and keeps O(3) equivariance exactly.
@@ -244,6 +264,7 @@ class Gate(Update):
         shared_bottleneck: one bottleneck for both parts.
         shared_gain: one gain for all channels of an irrep block instead of one each.
         shift_init: standard deviation of the additive part's initial weights; 0 starts at the identity.
+        species: the gate knows each atom's element, too; for tensor products with the species (skip connections).
     """
 
     rank: int = 16
@@ -254,6 +275,7 @@ class Gate(Update):
     shared_bottleneck: bool = True
     shared_gain: bool = False
     shift_init: float = 0.0
+    species: bool = False
     name: ClassVar[str] = "Gate"
     mergeable: ClassVar[bool] = False
 
@@ -266,6 +288,8 @@ class Gate(Update):
     def reason_against(self, site: Site) -> str | None:
         if site.irreps_in is None or site.irreps_out is None:
             return "its module has no irreps"
+        if self.species and site.kind != "tensor_product":
+            return "it is not told the species"
         if not any(block.is_even_scalar for block in parse_irreps(site.irreps_in)):
             return "its input has no even scalars to drive a gate"
         outputs = parse_irreps(site.irreps_out)

@@ -1,9 +1,11 @@
-"""Low-rank update of every path of a weight (ELoRA, ICML 2025)."""
+"""Low-rank update of every path of a weight (ELoRA, ICML 2025), and refinements of it that keep what it is."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +14,77 @@ from forcetune.adapters.updates.base import Update, WeightUpdate
 from forcetune.backbones.protocol import Site, WeightPath
 
 
+def as_matrix(flat: Tensor, path: WeightPath) -> Tensor:
+    """The path's block of a flat weight as the matrix that is factorised, (everything but channels, channels)."""
+    return flat[path.start : path.start + path.size].view(-1, path.shape[-1])
+
+
 class LowRankWeight(WeightUpdate):
-    """W' = W + (α / r) A B on each path, with A ~ N(0, 1) and B = 0, so that W' = W at the start."""
+    """W' = W + s A B on each path, with B = 0 at the start, so that W' = W.
+
+    With ``norms`` every output channel of W + s A B is brought to a trained norm, which starts at that of W.
+    """
 
     def __init__(self, site: Site, weight: Tensor, spec: LowRank) -> None:
         super().__init__()
         self.paths = site.paths
+        self.spec = spec
         self.A = nn.ParameterDict()
         self.B = nn.ParameterDict()
-        self.scales: list[float] = []
+        self.norm = nn.ParameterDict()
+        self.scales: dict[str, float] = {}
         options = {"dtype": weight.dtype, "device": weight.device}
         for path in site.paths:
+            rank = spec.rank_at(site, path)
+            if rank == 0:
+                continue
             *fan_in, fan_out = path.shape
-            rank = spec.rank_for(path)
             self.A[path.name] = nn.Parameter(torch.randn(*fan_in, rank, **options))
             self.B[path.name] = nn.Parameter(torch.zeros(rank, fan_out, **options))
             # ELoRA divides the contraction's A, of shape (elements, couplings, r), by the number of couplings
             couplings = fan_in[1] if len(fan_in) == 2 else 1
-            self.scales.append(spec.alpha / spec.rank / couplings)
+            self.scales[path.name] = spec.scale / couplings
+            if spec.norms:
+                block = as_matrix(weight.detach().reshape(-1), path)
+                self.norm[path.name] = nn.Parameter(torch.linalg.vector_norm(block, dim=0))
+
+    @torch.no_grad()
+    def start_from(self, gradient: Tensor) -> None:
+        """Let A span what the loss pulls at most: the leading left singular vectors of the gradient by the weight.
+
+        B stays zero, so that the model is unchanged, and its first step is the best one of this rank. Columns of A
+        have the length that random ones have on average.
+
+        Args:
+            gradient: of the loss, with the shape of the weight.
+        """
+        flat = gradient.detach().reshape(-1)
+        for path in self.paths:
+            if path.name in self.A:
+                factor = self.A[path.name]
+                left = torch.linalg.svd(as_matrix(flat, path), full_matrices=False)[0][:, : factor.shape[-1]]
+                rows = factor.view(-1, factor.shape[-1])
+                rows[:, : left.shape[1]] = left.to(rows) * math.sqrt(len(rows))
 
     def forward(self, weight: Tensor) -> Tensor:
-        deltas = [
-            (scale * (self.A[path.name] @ self.B[path.name])).reshape(-1)
-            for path, scale in zip(self.paths, self.scales, strict=True)
-        ]
-        delta = deltas[0] if len(deltas) == 1 else torch.cat(deltas)
-        return weight + delta.view(weight.shape)
+        flat = weight.reshape(-1)
+        parts = []
+        for path in self.paths:
+            block = flat[path.start : path.start + path.size]
+            if path.name in self.scales:
+                block = block + (self.scales[path.name] * (self.A[path.name] @ self.B[path.name])).reshape(-1)
+                if path.name in self.norm:
+                    matrix = block.view(-1, path.shape[-1])
+                    # a channel without weights has no norm to keep: it stays zero
+                    length = torch.linalg.vector_norm(matrix, dim=0).clamp(min=torch.finfo(matrix.dtype).tiny)
+                    block = (matrix * (self.norm[path.name] / length)).reshape(-1)
+            parts.append(block)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(weight.shape)
 
 
 @dataclass(frozen=True)
 class LowRank(Update):
-    """ELoRA: per path W' = W + (α / r) A B, inside the path's normalisation.
+    """ELoRA: per path W' = W + (α / r) A B, inside the path's normalisation, A ~ N(0, 1).
 
     For an equivariant linear layer A is (multiplicity in, r) and B (r, multiplicity out); for a tensor product
     A is (m₁ m₂, r); for a radial layer (inputs, r); for a contraction A is (elements, couplings, r) divided by the
@@ -53,24 +95,67 @@ class LowRank(Update):
         alpha: α.
         cap_rank: cap r at what a path can use, min(fan in, fan out). Off, as published, a path narrower than r
             only costs parameters.
+        norms: train the norm of every output channel apart from its direction (DoRA, arXiv 2402.09353, on
+            multiplicities).
+        scaling: ``standard`` α / r, or ``rank_stabilised`` α / √r (arXiv 2312.03732).
+        init: A at random, or from the gradient of the first batches (``gradient``; compare arXiv 2407.05000).
+        ranks: ranks of single paths, by ``site/path``; 0 leaves a path frozen. Others have ``rank``.
     """
 
     rank: int = 16
     alpha: float = 16.0
     cap_rank: bool = False
+    norms: bool = False
+    scaling: Literal["standard", "rank_stabilised"] = "standard"
+    init: Literal["normal", "gradient"] = "normal"
+    ranks: Mapping[str, int] | None = None
     name: ClassVar[str] = "LowRank"
 
+    def __post_init__(self) -> None:
+        if self.scaling not in ("standard", "rank_stabilised") or self.init not in ("normal", "gradient"):
+            raise ValueError(f"unknown scaling {self.scaling!r} or init {self.init!r}")
+        if self.rank < 1 or any(rank < 0 for rank in (self.ranks or {}).values()):
+            raise ValueError("a rank is at least 1, or 0 for a path that stays frozen")
+
+    def __hash__(self) -> int:
+        return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.scaling, self.init))
+
+    @property
+    def scale(self) -> float:
+        """The factor in front of A B, but for the contraction's couplings; the same for every path."""
+        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+
+    def rank_at(self, site: Site, path: WeightPath) -> int:
+        """Rank used on a path of a site."""
+        if self.ranks is not None:
+            return self.ranks.get(f"{site.name}/{path.name}", self.rank)
+        return self.rank_for(path)
+
     def rank_for(self, path: WeightPath) -> int:
-        """Rank used on ``path``."""
-        if not self.cap_rank:
-            return self.rank
-        fan_in = path.size // path.shape[-1]
-        return min(self.rank, fan_in, path.shape[-1])
+        """Rank used on ``path`` where it has none of its own."""
+        return min(self.rank, full_rank(path)) if self.cap_rank else self.rank
+
+    def cost(self, path: WeightPath) -> int:
+        """Parameters for each unit of rank."""
+        return path.size // path.shape[-1] + path.shape[-1]
 
     def reason_against(self, site: Site) -> str | None:
         if any(len(path.shape) < 2 for path in site.paths):
             return "a vector has no low-rank factors"
+        if self.ranks is not None and not any(self.rank_at(site, path) for path in site.paths):
+            return "the budget gives it no rank"
         return None
 
     def build(self, site: Site, weight: Tensor) -> LowRankWeight:
         return LowRankWeight(site, weight, self)
+
+    def describe(self) -> str:
+        if self.ranks is None:
+            return super().describe()
+        used = [rank for rank in self.ranks.values() if rank]
+        return f"LowRank(ranks {min(used, default=0)} to {max(used, default=0)}, alpha={self.alpha:g})"
+
+
+def full_rank(path: WeightPath) -> int:
+    """The largest rank a path can use, min(fan in, fan out)."""
+    return min(path.size // path.shape[-1], path.shape[-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -36,7 +37,16 @@ def mace_sites(model: nn.Module) -> tuple[Site, ...]:
                 whole = WeightPath("all", 0, tuple(tensor.shape) or (1,))
                 kind = "radial_basis" if "bessel" in parameter or "gaussian" in parameter else "other"
                 sites.append(Site(full, name, parameter, name, kind, (whole,)))
-    return tuple(sites)
+    n_layers = len(model.get_submodule("interactions")) if "interactions" in model._modules else 0  # pyright: ignore[reportArgumentType]
+    return tuple(replace(site, layers_behind=_layers_behind(site.name, n_layers)) for site in sites)
+
+
+def _layers_behind(name: str, n_layers: int) -> int:
+    """Readouts count with the last layer; what comes before the layers counts as one more."""
+    first, *rest = name.split(".")
+    if first in ("interactions", "products"):
+        return n_layers - 1 - int(rest[0])
+    return 0 if first in ("readouts", "scale_shift", "embedding_readout") else n_layers
 
 
 def _sites_of(name: str, module: Any) -> Iterator[Site]:

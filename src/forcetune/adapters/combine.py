@@ -1,0 +1,198 @@
+"""Several trained adapters on one base at once: add, switch, scale, average, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from forcetune.adapters.attach import Adapter, adapter_of, detach, part_key, place
+from forcetune.adapters.file import load_adapter
+from forcetune.adapters.methods import Method
+from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.backbones.protocol import Backbone
+from forcetune.errors import InputError
+from forcetune.kernels.features import Features
+
+
+class CombinedWeight(WeightUpdate):
+    """W + Σ s (W′ − W) over the members, each W′ made from the base's own W."""
+
+    def __init__(self, scales: Mapping[str, float]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict()
+        self._scales = scales
+
+    def forward(self, weight: Tensor) -> Tensor:
+        found = weight
+        for name, part in self.members.items():
+            scale = self._scales[name]
+            if scale:
+                found = found + scale * (part(weight) - weight)
+        return found
+
+
+class CombinedActivation(ActivationUpdate):
+    """The members one after the other: out ← out + s (out′ − out)."""
+
+    def __init__(self, scales: Mapping[str, float]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict()
+        self._scales = scales
+
+    @property
+    def reads_species(self) -> bool:
+        return any(part.reads_species for part in self.members.values())  # pyright: ignore[reportReturnType]
+
+    def forward(self, inputs: Tensor, outputs: Any, species: Tensor | None = None) -> Any:
+        for name, part in self.members.items():
+            scale = self._scales[name]
+            if not scale:
+                continue
+            changed = part(inputs, outputs, species) if part.reads_species else part(inputs, outputs)
+            outputs = changed if scale == 1 else _flat(outputs) + scale * (_flat(changed) - _flat(outputs))
+        return outputs
+
+
+def _flat(value: Any) -> Tensor:
+    return value.flat if isinstance(value, Features) else value
+
+
+class Combination:
+    """Trained adapters, by name, on one backbone, each with a scale.
+
+    Weights become W + Σ s (W′ − W); what gates and the like do to an output is blended the same way, one after the
+    other in the order in which they were added; reference energies become E0 + Σ s (E0′ − E0). A scale of 1 for one
+    and 0 for the others is that one adapter exactly. The backbone predicts, deploys and merges
+    (:func:`forcetune.adapters.attach.merge_weights`) as with a single adapter.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        """
+        Raises:
+            InputError: the backbone carries an adapter already.
+        """
+        if adapter_of(backbone) is not None:
+            raise InputError("this model already carries an adapter; detach it first.")
+        self.backbone = backbone
+        self._scales: dict[str, float] = {}
+        self._members: dict[str, Adapter] = {}
+        self._references: dict[str, dict[int, float]] = {}
+        self._own = backbone.reference_energies
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Scale of every adapter, in the order in which they were added."""
+        return dict(self._scales)
+
+    def add(self, name: str, folder: str | Path, *, scale: float = 1.0) -> None:
+        """Load one more adapter.
+
+        Args:
+            name: to call it by; without dots.
+            folder: adapter folder or run folder.
+            scale: 1 as trained, 0 off.
+
+        Raises:
+            InputError: a name twice, or an adapter of another base; the combination stays as it was.
+        """
+        if name in self._members or not name or "." in name:
+            raise InputError(f"adapter name {name!r}: take another one, without dots and not yet in use.")
+        self._lift()
+        path = Path(folder)
+        path = path / "adapter" if (path / "adapter").is_dir() else path
+        try:
+            load_adapter(self.backbone, path)
+            self._references[name] = self.backbone.reference_energies
+            self._members[name] = detach(self.backbone)
+            self._scales[name] = float(scale)
+        finally:
+            self._put()
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        self._known(name)
+        self._lift()
+        for table in (self._members, self._scales, self._references):
+            del table[name]
+        self._put()
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Change how strongly an adapter counts; 0 disables it."""
+        self._known(name)
+        self._scales[name] = float(scale)
+        self._set_references()
+
+    def switch(self, name: str) -> None:
+        """This adapter as it was trained, and no other."""
+        self._known(name)
+        for other in self._scales:
+            self._scales[other] = float(other == name)
+        self._set_references()
+
+    def average(self) -> None:
+        """All adapters with equal shares that sum to 1."""
+        for name in self._scales:
+            self._scales[name] = 1 / len(self._scales)
+        self._set_references()
+
+    def detach(self) -> None:
+        """Take everything out; the backbone is what it was."""
+        self._lift()
+
+    def _known(self, name: str) -> None:
+        if name not in self._members:
+            raise InputError(f"there is no adapter {name!r} here; there are {', '.join(self._members) or 'none'}.")
+
+    def _lift(self) -> None:
+        if adapter_of(self.backbone) is not None:
+            detach(self.backbone)
+
+    def _put(self) -> None:
+        """Attach one part for each site that has any, which holds those of all members."""
+        if not self._members:
+            return
+        method = Method("combination", {}, f"{' + '.join(self._members)}")
+        combined = Adapter(method, self.backbone.sites(), self.backbone.model)
+        for kind, holder in ((WeightUpdate, CombinedWeight), (ActivationUpdate, CombinedActivation)):
+            for site in combined.sites:
+                parts = {name: member.part(site, kind) for name, member in self._members.items()}
+                if any(part is not None for part in parts.values()):
+                    combined.parts[part_key(site, kind)] = made = holder(self._scales)
+                    made.members.update({name: part for name, part in parts.items() if part is not None})
+        combined.requires_grad_(False)
+        place(combined, self.backbone)
+        self._set_references()
+
+    def _set_references(self) -> None:
+        self.backbone.set_reference_energies(
+            {
+                z: own + sum(s * (self._references[name][z] - own) for name, s in self._scales.items())
+                for z, own in self._own.items()
+            }
+        )
+
+
+def combine(backbone: Backbone, adapters: Mapping[str, str | Path], *, average: bool = False) -> Combination:
+    """Put several trained adapters on one base.
+
+    Args:
+        backbone: their base, cut to the elements they were trained for (``forcetune.load(model, elements=…)``).
+        adapters: name → adapter folder or run folder.
+        average: equal shares that sum to 1 instead of all as trained.
+
+    Raises:
+        InputError: an adapter of another base.
+    """
+    made = Combination(backbone)
+    try:
+        for name, folder in adapters.items():
+            made.add(name, folder)
+    except BaseException:
+        made.detach()
+        raise
+    if average:
+        made.average()
+    return made

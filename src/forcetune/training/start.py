@@ -1,0 +1,59 @@
+"""The start of an adapter, which may depend on what the loss asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from forcetune.adapters.attach import Adapter, attach
+from forcetune.adapters.gradients import start_from_gradients, weight_gradients, within_budget
+from forcetune.adapters.methods import Method
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import TrainingConfig
+from forcetune.graphs.graph import Batch
+from forcetune.graphs.loader import BatchLoader
+from forcetune.training.losses import loss_of
+
+FIRST_FRAMES = 100
+
+
+def attach_for_training(
+    backbone: Backbone,
+    method: Method,
+    config: TrainingConfig,
+    graphs: Sequence[Batch],
+    reference_energies: Mapping[int, float],
+) -> Adapter:
+    """Attach ``method``; where its start depends on the gradient, that of the first :data:`FIRST_FRAMES` frames.
+
+    Args:
+        backbone: with its own reference energies, which it keeps.
+        method: may have a budget, which is shared among the paths here.
+        config: loss, batch size and seed.
+        graphs: of the training frames, with labels.
+        reference_energies: of the run, eV.
+
+    Raises:
+        InputError: as :func:`forcetune.adapters.attach.attach` and
+            :func:`forcetune.adapters.gradients.within_budget`.
+    """
+    if not method.needs_gradients:
+        return attach(backbone, method, seed=config.seed)
+    own = backbone.reference_energies
+    backbone.set_reference_energies(reference_energies)
+    loader = BatchLoader(
+        graphs[:FIRST_FRAMES],
+        config.batch_size,
+        batch_atoms=config.batch_atoms,
+        batch_edges=config.batch_edges,
+        device=backbone.device,
+    )
+    stress = config.loss.stress > 0
+    gradients = weight_gradients(
+        backbone, loader, lambda found, batch: loss_of(config.loss, found, batch), stress=stress
+    )
+    backbone.set_reference_energies(own)
+    if method.budget is not None:
+        method = within_budget(method, backbone.sites(), gradients)
+    adapter = attach(backbone, method, seed=config.seed)
+    start_from_gradients(adapter, gradients)
+    return adapter
