@@ -220,6 +220,9 @@ class TrainingConfig(Section):
     early_stopping: int | None = Field(
         default=None, ge=1, description="Validations without improvement before the run stops."
     )
+    refine: int | None = Field(
+        default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
+    )
     seed: int = Field(default=1, ge=0, description="Seed of initial values and of the order of frames.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
 

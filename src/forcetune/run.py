@@ -45,6 +45,7 @@ from forcetune.run_folder import (
     ADAPTER_NAME,
     CONFIG_NAME,
     FINISHED,
+    UNREFINED,
     check_folder,
     has_checkpoint,
     prepare_folder,
@@ -54,6 +55,7 @@ from forcetune.run_folder import (
     write_checkpoint,
 )
 from forcetune.surroundings import collected_warnings, limited_threads
+from forcetune.training.refine import Refinement, refine
 from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
 
@@ -268,9 +270,13 @@ class _Fit:
     def _finish(self, start: _Start, state: dict[str, Any] | None) -> Run:
         """Training and everything after it."""
         outcome = self._train(start, state)
+        asked = self.config.training.refine is not None and outcome.status != "interrupted"
+        refinement = self._refine(start) if asked else None
         after = self._best(start)
         save_predictions(self.folder / PREDICTIONS_NAME, start.before, after)
         results = self._results(start, outcome)
+        if refinement is not None:
+            results["training"]["refinement"] = asdict(refinement)
         errors = {name: (start.before[name].errors(), after[name].errors()) for name in after}
         results["errors"] = {
             name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
@@ -340,6 +346,32 @@ class _Fit:
             save_state=save_state,
             console=self.console,
         )
+
+    def _refine(self, start: _Start) -> Refinement:
+        """Refine the best adapter; a run that died meanwhile begins this again from the same weights."""
+        detach(start.backbone)
+        unrefined = self.folder / UNREFINED
+        if not unrefined.exists():
+            load_adapter(start.backbone, self.folder / ADAPTER_NAME)
+            save_adapter(start.backbone, unrefined)
+            detach(start.backbone)
+        load_adapter(start.backbone, unrefined)
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("refining", total=self.config.training.refine)
+            found = refine(
+                start.backbone,
+                self.config.training,
+                start.graphs["train"],
+                start.graphs["valid"],
+                progress=lambda done: bar.update(task, completed=done),
+            )
+        self.console.print(
+            f"refined by {found.iterations} iterations of L-BFGS: validation loss {found.valid_loss_before:.4g} → "
+            f"{found.valid_loss_after:.4g}, training loss {found.train_loss_before:.4g} → {found.train_loss_after:.4g}",
+            highlight=False,
+        )
+        self._save(start, {})
+        return found
 
     def _save(self, start: _Start, errors: Mapping[str, Errors]) -> None:
         save_adapter(
@@ -426,8 +458,8 @@ def method_of(config: RunConfig) -> Method:
 
 def _rank(method: Method) -> int | None:
     """The rank a method is known by: of its first update that has one."""
-    updates = (update for entries in method.table.values() for update in entries)
-    return next((update.rank for update in updates if isinstance(update, Gate | LowRank)), None)
+    updates = [update for entries in method.table.values() for update in entries if isinstance(update, Gate | LowRank)]
+    return updates[0].rank if updates and method.budget is None else None
 
 
 def _shifted(found: Predictions, part: Split, shift: Mapping[int, float]) -> Predictions:

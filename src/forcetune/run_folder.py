@@ -20,6 +20,8 @@ CONFIG_NAME = "config.yaml"
 ADAPTER_NAME = "adapter"
 FINISHED = ("finished", "stopped early")
 CHECKPOINT = Path("checkpoints") / "last.pt"
+UNREFINED = Path("checkpoints") / "unrefined"
+"""The adapter as training left it, where a refinement follows."""
 KEYS = {"training", "reference_energies", "data", "base"}
 
 

@@ -1,0 +1,114 @@
+"""A short second-order refinement of a trained adapter: L-BFGS on all training frames at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forcetune.adapters.attach import attached
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import TrainingConfig
+from forcetune.evaluation.metrics import EVALUATION_ATOMS, gather
+from forcetune.graphs.graph import Batch
+from forcetune.graphs.loader import BatchLoader
+from forcetune.training.losses import loss_of
+
+PATIENCE = 5
+HISTORY = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """What a refinement did.
+
+    Attributes:
+        iterations: of L-BFGS, done.
+        best_iteration: after which the validation loss was lowest; 0 is the adapter as training left it.
+        train_loss_before, train_loss_after: over all training frames, at the start and after ``best_iteration``.
+        valid_loss_before, valid_loss_after: the same on the validation frames.
+    """
+
+    iterations: int
+    best_iteration: int
+    train_loss_before: float
+    train_loss_after: float
+    valid_loss_before: float
+    valid_loss_after: float
+
+
+def refine(
+    backbone: Backbone,
+    config: TrainingConfig,
+    training: Sequence[Batch],
+    validation: Sequence[Batch],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Refinement:
+    """Go on from a trained adapter by L-BFGS with strong-Wolfe line searches (Nocedal & Wright, algorithm 7.5).
+
+    The adapter ends with the parameters of the lowest validation loss, which may be those it came with. The loss is
+    that of the last stage. It stops after :data:`PATIENCE` iterations without a lower validation loss.
+
+    Args:
+        backbone: carries the adapter, changed in place.
+        config: ``refine`` iterations at most, and the loss.
+        training, validation: graphs with labels.
+        progress: called with the number of each iteration.
+    """
+    adapter = attached(backbone)
+    loss = config.loss if config.second_stage.start is None else config.second_stage.loss
+    parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    batches = list(_large(training, backbone))
+    frames = sum(batch.n_graphs for batch in batches)
+
+    def full_loss() -> Tensor:
+        """The mean over all frames, batch by batch; its gradient is added to the parameters'."""
+        total = torch.zeros((), dtype=torch.float64, device=backbone.device)
+        for batch in batches:
+            found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
+            part = loss_of(loss, found, batch) * (batch.n_graphs / frames)
+            part.backward()
+            total += part.detach()
+        return total
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        return full_loss()
+
+    def valid_loss() -> float:
+        pairs = [(b, backbone.predict(b, stress=loss.stress > 0).detached()) for b in _large(validation, backbone)]
+        batch, found = gather(pairs)
+        return float(loss_of(loss, found, batch))
+
+    def kept() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in parameters]
+
+    optimizer = torch.optim.LBFGS(parameters, max_iter=1, history_size=HISTORY, line_search_fn="strong_wolfe")
+    before = valid_loss()
+    losses = [float(closure())]
+    best, best_loss, best_iteration, iteration = kept(), before, 0, 0
+    while iteration < (config.refine or 0) and iteration - best_iteration < PATIENCE:
+        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        iteration += 1
+        losses.append(float(closure()))
+        found = valid_loss()
+        if not (math.isfinite(losses[-1]) and math.isfinite(found)):
+            break
+        if found < best_loss:
+            best, best_loss, best_iteration = kept(), found, iteration
+        if progress is not None:
+            progress(iteration)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return Refinement(iteration, best_iteration, losses[0], losses[best_iteration], before, best_loss)
+
+
+def _large(graphs: Sequence[Batch], backbone: Backbone) -> BatchLoader:
+    budget = max(EVALUATION_ATOMS, max(graph.n_atoms for graph in graphs))
+    return BatchLoader(graphs, len(graphs), batch_atoms=budget, device=backbone.device)
