@@ -1,6 +1,7 @@
 """Time of a training step and of inference: mace-torch and forcetune in turn, in one process, on the same frames.
 
     python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick]
+    python benchmarks/step.py --data DATA/rmd17 --profile
 
 A step is energies and forces with their graph, the loss mean (E − E*)² + 1000 mean (F − F*)², and its gradient by
 the trainable parameters; no optimizer. Models have the size of MACE-OFF23-medium (128x0e+128x1o, correlation 3,
@@ -9,6 +10,7 @@ folder, otherwise a shaken molecule of the same composition.
 
 Codes take turns and medians are given, so that a busy machine slows all of them. Memory is the largest growth of
 what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's allocator there.
+``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.library import import_mace
 from forcetune.deployment.calculator import frame_of
 from forcetune.evaluation.metrics import graphs_of
+from forcetune.files import write_text
 from forcetune.graphs.graph import Batch, collate
-from forcetune.kernels.mace import install
+from forcetune.kernels.mace import install, plan_of
 from forcetune.records import environment
 
 ELEMENTS = (1, 6, 8)
@@ -259,6 +262,53 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     return result
 
 
+LAYERS = {
+    "contraction": ("_Polynomial", "_PolynomialBackward", "_PolynomialBackwardBackward"),
+    "convolution": ("_Convolution", "_ConvolutionBackward", "_ConvolutionBackwardBackward"),
+}
+"""Hand-written autograd functions of the kernels: forward, first and second derivative."""
+
+
+def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, Any]:
+    """Time of the mmea step by operation and by layer, and of collating and planning a batch, in milliseconds."""
+    model = tuned_model(random_model(torch.float64), "mmea")
+    structures = aspirin(arguments.data, 5)
+    batch = batch_of(model, structures, torch.float64)
+    for _ in range(3):
+        step(model, batch)
+    plain = medians({"step": lambda: step(model, batch)}, rounds, {})["step"]
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(rounds):
+            step(model, batch)
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in rows)
+    operations = [
+        {
+            "operation": row.key,
+            "share": row.self_cpu_time_total / total,
+            "milliseconds": row.self_cpu_time_total / rounds / 1000,
+            "calls": row.count / rounds,
+        }
+        for row in rows[:15]
+    ]
+    layers = {
+        layer: sum(row.cpu_time_total for row in rows if row.key in names) / rounds / 1000
+        for layer, names in LAYERS.items()
+    }
+    graphs = graphs_of(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
+    ready = medians({"collate": lambda: collate(graphs), "plan": lambda: plan_of(model, batch)}, 20, {})
+    table = Table("operation", "share", "ms", "calls", title="mmea, 5 frames, float64", title_justify="left")
+    for row in operations:
+        texts = (f"{100 * row['share']:.1f} %", f"{row['milliseconds']:.1f}", f"{row['calls']:.0f}")
+        table.add_row(row["operation"][:40], *texts)
+    Console().print(table)
+    calls = sum(row.count for row in rows) / rounds
+    print(f"a step takes {1000 * plain:.0f} ms unwatched; {calls:,.0f} calls, {total / rounds / 1000:.0f} ms watched")
+    print(", ".join(f"{layer} {time:.0f} ms" for layer, time in layers.items()) + " of them, derivatives included")
+    print(", ".join(f"{name} {1000 * time:.2f} ms" for name, time in ready.items()) + " a batch")
+    return {"milliseconds": 1000 * plain, "operations": operations, "layers": layers, "batch": ready}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of rMD17, with aspirin/train.xyz in it")
@@ -268,8 +318,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each code")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--quick", action="store_true", help="only the float64 batch of five and the molecule")
+    parser.add_argument("--profile", action="store_true", help="only the profile of the mmea step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.profile:
+        found = show_profile(arguments)
+        if arguments.json is not None:
+            write_text(arguments.json, json.dumps(found, indent=1) + "\n")
+        return
     first = step_table(arguments, "float64", 5, memory=True)
     steps = [first]
     if not arguments.quick:
@@ -292,7 +348,7 @@ def main() -> None:
     }
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(result, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -89,3 +89,29 @@ def test_bad_input(tmp_path: Path, command: Command) -> None:
     (tmp_path / "unfinished").mkdir()
     with pytest.raises(InputError):
         read_comparison({"elora": {1: tmp_path / "unfinished"}})
+
+
+def test_options_are_searched_and_then_used(tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "out"
+    given = ["compare", forcetune.demo_file("train"), "--methods", "readout", "--out", out, "--epochs", 2]
+    given += ["--valid", 10, "--set", "training.batch_size=20", "--json"]
+    code, text, _ = command(*given, "--search", 4)
+    assert code == 0
+    found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["search"]["readout"]
+    assert len(found["trials"]) == 4
+    first = found["trials"][0]
+    assert first["training.learning_rate"] == 5e-3 and first["training.loss.forces"] == 1000 and not first["pruned"]
+    best = min((trial for trial in found["trials"] if not trial["pruned"]), key=lambda trial: trial["score"])
+    assert found["score"] == best["score"]
+    assert found["settings"] == {key: best[key] for key in ("training.learning_rate", "training.loss.forces")}
+    results = json.loads((out / "readout-1" / "results.json").read_text(encoding="utf-8"))
+    assert results["training"]["learning_rate"] == found["settings"]["training.learning_rate"]
+    assert json.loads(text)["methods"][0]["learning_rate"] == found["settings"]["training.learning_rate"]
+    # the journal holds what was tried: nothing is tried again, and the run stands
+    before = (out / "readout-1" / "results.json").stat().st_mtime_ns
+    assert command(*given, "--search", 4)[0] == 0
+    assert (out / "readout-1" / "results.json").stat().st_mtime_ns == before
+    code, _, told = command(
+        *given, "--search", 4, "--set", "training.learning_rate=0.01", "--set", "training.loss.forces=10"
+    )
+    assert code == 2 and "all given for readout" in told

@@ -188,6 +188,10 @@ def compare(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "full,elora,mmea",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counted up.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    search: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trials for each method to choose learning rate, rank and loss weight (Optuna)."),
+    ] = None,
     valid: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "valid"))] = None,
     test: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "test"))] = None,
     model: Annotated[str | None, typer.Option(help=_about(configuration.ModelConfig, "model"))] = None,
@@ -211,7 +215,7 @@ def compare(
     from forcetune.reports.comparison import table, target_note
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    found = compare_runs(resolved, names, seeds=seeds, processes=processes)
+    found = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search)
     if as_json:
         print(json.dumps(found.comparison.to_json()))
         return

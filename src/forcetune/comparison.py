@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
 from forcetune.run import method_of, resume, run_fit
 from forcetune.run_folder import CONFIG_NAME, FINISHED, status_of
+from forcetune.search import Searched, check_installed, with_settings
+from forcetune.search import search as find_options
 
 COMPARISON_NAME = "comparison.json"
 MARK_NAME = "comparison.yaml"
+SEARCH_NAME = "search"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,16 @@ def compare(
     *,
     seeds: int = 1,
     processes: int = 1,
+    search: int | None = None,
     console: Console | None = None,
 ) -> Compared:
     """Run every method with every seed and set them side by side.
 
     All runs have the same frames, split, loss, epochs and batches; each method has its own learning rate and optimizer
-    unless the configuration names one. Options of ``config.method`` go to the methods that have them. A run that is
-    finished with the same configuration is not repeated and one that was interrupted goes on, so that the same command
-    continues a comparison; with another configuration the run is made anew.
+    unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
+    methods that have them. A run that is finished with the same configuration is not repeated and one that was
+    interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
+    anew.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -62,6 +67,8 @@ def compare(
         methods: names.
         seeds: so many, counted from ``config.training.seed``.
         processes: runs at the same time, each with its share of the cores.
+        search: so many trials for each method to choose learning rate, rank and weight of the forces on the
+            validation frames (:func:`forcetune.search.search`), with the first seed.
         console: where progress is told; standard error by default.
 
     Raises:
@@ -73,23 +80,35 @@ def compare(
         raise InputError(f"--methods {','.join(methods)}: name every method once.")
     _check_options(config, methods)
     folder = Path(config.output.run)
+    first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
+    for one in first.values():
+        method_of(one)
+    read_dataset(config.data)  # bad data are met before the first run
+    _check_folder(folder)
+    config.save(folder / MARK_NAME)
+    searched: dict[str, Searched] = {}
+    if search is not None:
+        check_installed()
+        jobs = [(one, folder / SEARCH_NAME, search) for one in first.values()]
+        searched = {found.method: found for found in _in_processes(_search_one, jobs, processes, console, "searches")}
     plan = {
-        name: {seed: _config_of(config, name, seed, folder, processes) for seed in _seeds(config, seeds)}
+        name: {
+            seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {})
+            for seed in _seeds(config, seeds)
+        }
         for name in methods
     }
     everything = [one for by_seed in plan.values() for one in by_seed.values()]
-    for one in everything:
-        method_of(one)
-    read_dataset(config.data)  # bad data are met before the first run
     missing = [one for one in everything if not _is_finished(one)]
-    _check_folder(folder)
-    config.save(folder / MARK_NAME)
     if len(missing) < len(everything):
         console.print(f"{len(everything) - len(missing)} of {len(everything)} runs are finished already")
     _run_all(missing, processes, console)
     runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in plan.items()}
     found = read_comparison(runs)
-    write_json(folder / COMPARISON_NAME, found.to_json())
+    content = found.to_json()
+    if searched:
+        content["search"] = {name: asdict(one) for name, one in searched.items()}
+    write_json(folder / COMPARISON_NAME, content)
     return Compared(folder, found, write_comparison(folder, found, runs))
 
 
@@ -110,7 +129,9 @@ def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
             raise InputError(f"method.{option}: none of the methods {', '.join(methods)} has this option.")
 
 
-def _config_of(config: RunConfig, name: str, seed: int, folder: Path, processes: int) -> RunConfig:
+def _config_of(
+    config: RunConfig, name: str, seed: int, folder: Path, processes: int, chosen: Mapping[str, Any] | None = None
+) -> RunConfig:
     given = config.model_dump(exclude_unset=True)
     known = options_of(METHODS[name])
     options = {key: value for key, value in config.method.options().items() if key in known}
@@ -120,7 +141,7 @@ def _config_of(config: RunConfig, name: str, seed: int, folder: Path, processes:
     given["method"] = {"name": name, "target": config.method.target, **options}
     given["training"] = given.get("training", {}) | {"seed": seed, "threads": threads}
     given["output"] = given.get("output", {}) | {"run": str(folder / f"{name}-{seed}"), "overwrite": True}
-    return RunConfig.model_validate(given)
+    return RunConfig.model_validate(with_settings(given, chosen or {}))
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
@@ -154,7 +175,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: is a file; choose another folder with --out.")
     ours = (folder / MARK_NAME).is_file()
     for path in folder.iterdir() if folder.is_dir() else ():
-        known = path.name.startswith("comparison.") or (path / CONFIG_NAME).is_file()
+        known = path.name.startswith("comparison.") or path.name == SEARCH_NAME or (path / CONFIG_NAME).is_file()
         empty = path.is_dir() and not any(path.iterdir())
         if not (ours and (known or empty)):
             raise InputError(f"{path}: is not of a comparison; choose another folder with --out.")
@@ -173,25 +194,30 @@ def _run_one(config: RunConfig) -> str | None:
     return None
 
 
-def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> None:
+def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
+    return find_options(*job)
+
+
+def _in_processes(
+    work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, console: Console, title: str
+) -> Iterator[Any]:
+    """What ``work`` returns for each job, as they end."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    failures: list[str] = []
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("runs", total=len(missing))
-
-        def note(failure: str | None) -> None:
-            bar.advance(task)
-            if failure is not None:
-                failures.append(failure)
-
+        task = bar.add_task(title, total=len(jobs))
         if processes == 1:
-            for one in missing:
-                bar.update(task, description=Path(one.output.run).name)
-                note(_run_one(one))
-        elif missing:
+            for job in jobs:
+                yield work(job)
+                bar.advance(task)
+        elif jobs:
             # spawned, not forked: PyTorch's threads do not survive a fork
-            with multiprocessing.get_context("spawn").Pool(min(processes, len(missing))) as pool:
-                for failure in pool.imap_unordered(_run_one, missing):
-                    note(failure)
+            with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs))) as pool:
+                for found in pool.imap_unordered(work, jobs):
+                    yield found
+                    bar.advance(task)
+
+
+def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> None:
+    failures = [failure for failure in _in_processes(_run_one, missing, processes, console, "runs") if failure]
     if failures:
         raise ForcetuneError("; ".join(failures) + ". The other runs are kept; the same command goes on from there.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,20 +133,27 @@ def _texts(value: Any) -> Any:
     return [str(item) for item in value] if isinstance(value, Sequence) else value
 
 
-def run_fit(config: RunConfig, *, backbone: Backbone | None = None, console: Console | None = None) -> Run:
+def run_fit(
+    config: RunConfig,
+    *,
+    backbone: Backbone | None = None,
+    console: Console | None = None,
+    observe: Callable[[int, Errors], None] | None = None,
+) -> Run:
     """Carry out a complete configuration; the command line and :func:`fit` come here.
 
     Args:
         config: what to do.
         backbone: a loaded model to use instead of loading the one named in ``config``.
         console: where progress is told; standard error by default.
+        observe: called with epoch and validation errors after every validation; what it raises ends the run.
 
     Raises:
         InputError, ForcetuneError: as :func:`fit`.
     """
     console = console or Console(stderr=True, soft_wrap=True)
     with collected_warnings() as told, limited_threads(config.training.threads):
-        return _Fit(config, console, told).carry_out(backbone)
+        return _Fit(config, console, told, observe).carry_out(backbone)
 
 
 def resume(run: str | Path, *, console: Console | None = None) -> Run:
@@ -201,11 +208,18 @@ class _Start:
 class _Fit:
     """One run, step by step; every check comes before the first thing written."""
 
-    def __init__(self, config: RunConfig, console: Console, told: list[str]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        told: list[str],
+        observe: Callable[[int, Errors], None] | None = None,
+    ) -> None:
         self.method = method_of(config)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
         self.told = told
+        self.observe = observe
         self.folder = Path(config.output.run)
         assert self.config.training.learning_rate is not None
         self.rate = self.config.training.learning_rate
@@ -344,6 +358,7 @@ class _Fit:
             tensorboard=self.config.output.tensorboard,
             state=state,
             save_state=save_state,
+            observe=self.observe,
             console=self.console,
         )
 

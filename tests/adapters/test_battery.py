@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from ase import Atoms
 
 from forcetune.adapters.attach import adapter_of, attach, detach, disable_adapter, merge_weights
-from forcetune.adapters.methods import METHODS, Method, method
+from forcetune.adapters.methods import METHODS, Method, custom_method, method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
 from systems import backbone, cluster, crystal, frames_of, perturb
@@ -33,28 +34,47 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "agnostic product": {"use_agnostic_product": True},
 }
-# what others have in common with these is tested once: scratch is full from another start, lora is low rank
-SAME_UPDATES = {"scratch", "sparse-h", "lora"}
+# what others have in common with these is tested once: scratch and freeze are like full, lora is low rank
+SAME_UPDATES = {"scratch", "freeze", "sparse-h", "lora"}
 NOT_EQUIVARIANT = {"adapter"}
 STARTS_ELSEWHERE = {"sparse"}
-VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name not in SAME_UPDATES | NOT_EQUIVARIANT} | {
-    f"{name}, linear gain": method(name, gain="linear") for name in ("mmea", "mmea-pure")
+VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name not in SAME_UPDATES | NOT_EQUIVARIANT}
+# options of the same updates: on two models, one of them with odd scalars
+OPTIONS: dict[str, Method] = {
+    "mmea-pure, linear gain": method("mmea-pure", gain="linear"),
+    "mmea-pure, skip connections": method("mmea-pure", skip=True),
+    "elora, norms": method("elora", norms=True, scaling="rank_stabilised"),
+    "gates and gains": custom_method(
+        "custom", {"linear": [{"update": "Gate", "rank": 4}, {"update": "Gain"}], "readout": [{"update": "LowRank"}]}
+    ),
 }
+CASES = [(name, variant) for name in MODELS for variant in VARIANTS.values()]
+CASES += [(name, variant) for name in ("scale-shift", "odd scalars") for variant in OPTIONS.values()]
+IDS = [f"{name}-{label}" for name in MODELS for label in VARIANTS]
+IDS += [f"{name}-{label}" for name in ("scale-shift", "odd scalars") for label in OPTIONS]
+MERGEABLE = [case for case in CASES if case[1].mergeable]
 
 
-@pytest.fixture(params=MODELS.values(), ids=MODELS.keys(), scope="module")
-def model(request: pytest.FixtureRequest) -> MaceBackbone:
-    found = backbone(**request.param)
+@cache
+def known_model(name: str) -> MaceBackbone:
+    found = backbone(**MODELS[name])
     for _ in range(3):
         # the library's TorchScript parts sum in another order until they have been optimised
         predictions(found, cluster(), crystal())
     return found
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
-def tuned(request: pytest.FixtureRequest, model: MaceBackbone) -> Iterator[MaceBackbone]:
+@pytest.fixture(params=CASES, ids=IDS)
+def case(request: pytest.FixtureRequest) -> tuple[MaceBackbone, Method]:
+    name, variant = request.param
+    return known_model(name), variant
+
+
+@pytest.fixture
+def tuned(case: tuple[MaceBackbone, Method]) -> Iterator[MaceBackbone]:
     """A model with a perturbed adapter."""
-    perturb(attach(model, request.param))
+    model, variant = case
+    perturb(attach(model, variant))
     yield model
     detach(model)
 
@@ -69,8 +89,8 @@ def same(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= EXACT * scale
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_fresh_adapter_changes_nothing_and_leaves_no_trace(model: MaceBackbone, variant: Method) -> None:
+def test_fresh_adapter_changes_nothing_and_leaves_no_trace(case: tuple[MaceBackbone, Method]) -> None:
+    model, variant = case
     structures = (cluster(), crystal())
     before = predictions(model, *structures)
     weights = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
@@ -172,10 +192,11 @@ def test_every_adapter_parameter_receives_a_gradient_and_the_base_none(tuned: Ma
     assert all(p.grad is None for p in tuned.model.parameters() if id(p) not in own)
 
 
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.mergeable])
-def test_merged_weights_equal_the_adapted_model(model: MaceBackbone, name: str) -> None:
+@pytest.mark.parametrize("mergeable", MERGEABLE, ids=lambda case: f"{case[0]}-{case[1].name}")
+def test_merged_weights_equal_the_adapted_model(mergeable: tuple[str, Method]) -> None:
+    model = known_model(mergeable[0])
     weights = {name: parameter.clone() for name, parameter in model.model.named_parameters()}
-    perturb(attach(model, VARIANTS[name]))
+    perturb(attach(model, mergeable[1]))
     adapted = predictions(model, cluster(), crystal())
     merge_weights(model)
     merged = predictions(model, cluster(), crystal())

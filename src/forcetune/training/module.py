@@ -47,6 +47,7 @@ class FineTuning(lightning.LightningModule):
         learning_rate: float,
         loader: BatchLoader,
         save_best: Callable[[Errors], None],
+        observe: Callable[[int, Errors], None] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -54,6 +55,7 @@ class FineTuning(lightning.LightningModule):
         self.config = config
         self.loader = loader
         self.save_best = save_best
+        self.observe = observe
         self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
         averaged = config.ema is not None and config.optimizer != "schedulefree"
         self.average = MovingAverage(list(self.adapter.parameters()), config.ema or 0.0) if averaged else None
@@ -213,6 +215,8 @@ class FineTuning(lightning.LightningModule):
         if self.valid_loss < self.best_loss:
             self.save_best(self.valid_errors)
             self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
+        if self.observe is not None:
+            self.observe(self.epoch, self.valid_errors)
         if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
             self.trainer.should_stop = self.stopped = True
 

@@ -58,6 +58,7 @@ def train(
     tensorboard: bool = False,
     state: dict[str, Any] | None = None,
     save_state: Callable[[dict[str, Any]], None] | None = None,
+    observe: Callable[[int, Errors], None] | None = None,
     console: Console | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
@@ -73,6 +74,7 @@ def train(
         tensorboard: also log for TensorBoard.
         state: of an earlier training that is to go on, as ``save_state`` was given it.
         save_state: called after every epoch that was validated.
+        observe: called with epoch and errors of every validation; what it raises ends the training.
         console: where progress is told; standard error by default.
 
     Raises:
@@ -81,7 +83,7 @@ def train(
     """
     check_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation)
-    module = FineTuning(backbone, config, learning_rate, loader, save_best)
+    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe)
     if state is not None:
         module.load_training_state(state)
     callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
