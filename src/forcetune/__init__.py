@@ -14,6 +14,7 @@ from forcetune._version import __version__
 
 if TYPE_CHECKING:
     from forcetune.adapters.attach import Adapter, attach, detach, disable_adapter
+    from forcetune.adapters.combine import Combination, combine
     from forcetune.adapters.file import load_adapter, save_adapter
     from forcetune.adapters.methods import METHODS, Method, method
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapters.attach": ("Adapter", "attach", "detach", "disable_adapter"),
+    "adapters.combine": ("Combination", "combine"),
     "adapters.file": ("load_adapter", "save_adapter"),
     "adapters.methods": ("METHODS", "Method", "method"),
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
@@ -49,6 +51,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
     "Adapter",
+    "Combination",
     "Demo",
     "Dense",
     "ForcetuneError",
@@ -63,6 +66,7 @@ __all__ = [
     "__version__",
     "attach",
     "calculator",
+    "combine",
     "compare",
     "compare_methods",
     "demo_file",
