@@ -14,6 +14,7 @@ Finished runs in OUT are not repeated. ``rmd17.json`` and ``rmd17.md`` there hol
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import os
@@ -152,6 +153,29 @@ def table(jobs: Sequence[Job]) -> dict[str, dict[str, dict[str, Any]]]:
     return rows
 
 
+def steps_to_same_loss(jobs: Sequence[Job], one: str, other: str) -> dict[str, Any] | None:
+    """Steps that two methods need to the lowest validation loss that both reach, over all molecules and seeds."""
+    finished = {(job.molecule, job.seed, job.label): job for job in jobs if job.is_finished}
+    rows = []
+    for molecule, seed, label in finished:
+        if label != one or (molecule, seed, other) not in finished:
+            continue
+        curves = [validations(finished[molecule, seed, name].folder) for name in (one, other)]
+        target = max(min(losses) for _, losses in curves)
+        needed = [next(step for step, loss in zip(*curve, strict=True) if loss <= target) for curve in curves]
+        rows.append({"molecule": molecule, "seed": seed, "loss": target, one: needed[0], other: needed[1]})
+    if not rows:
+        return None
+    return {"ratio": statistics.median(row[one] / row[other] for row in rows), "runs": rows}
+
+
+def validations(folder: Path) -> tuple[list[int], list[float]]:
+    """Steps and losses of all validations of a run."""
+    with (folder / "metrics.csv").open(encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["valid_loss"]]
+    return [int(row["step"]) for row in rows], [float(row["valid_loss"]) for row in rows]
+
+
 def cell(found: dict[str, Any]) -> str:
     """E / F with the spread over seeds and their number."""
     texts = []
@@ -224,12 +248,17 @@ def main() -> None:
         "steps": epochs * FRAMES // BATCH,
         "learning_rates": rates,
         "errors": errors,
+        "steps_mmea_over_elora": steps_to_same_loss(jobs, "mmea", "elora"),
         "environment": jobs[0].results()["environment"],
     }
     write_text(given.out / "rmd17.json", json.dumps(content, indent=2) + "\n")
     text = markdown(errors)
     text += "\nLearning rates, chosen on validation: "
     text += ", ".join(f"{name} {found['learning_rate']:g}" for name, found in rates.items()) + ".\n"
+    convergence = content["steps_mmea_over_elora"]
+    if convergence is not None:
+        text += f"Steps of mmea over steps of elora to the same validation loss: {convergence['ratio']:.2f} (median of "
+        text += f"{len(convergence['runs'])} pairs of runs).\n"
     write_text(given.out / "rmd17.md", text)
     print(text)
 
