@@ -18,6 +18,7 @@ from rich.table import Table
 from forcetune import config as configuration
 from forcetune._version import __version__
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.parsing import printable
 
 if TYPE_CHECKING:
     from forcetune.run import Run
@@ -366,7 +367,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    errors_to.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+    errors_to.print(f"warning: {printable(str(message))}", style="yellow", markup=False, highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -379,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="forcetune")
     except ForcetuneError as error:
-        errors_to.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        errors_to.print(f"error: {printable(str(error))}", style="bold red", markup=False, highlight=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors_to.print("interrupted", style="bold red")

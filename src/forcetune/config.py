@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from forcetune.errors import InputError
 from forcetune.files import write_text
+from forcetune.parsing import parse_yaml, short
+
+LARGEST_SEED = 2**63 - 1
+LARGEST_RANK = 1024
 
 
 class Section(BaseModel):
@@ -95,7 +99,10 @@ class MethodConfig(Section):
         "scratch; a label of your own with `table`.",
     )
     rank: int | None = Field(
-        default=None, ge=1, description="Rank of the gate (mmea) or of the low-rank update (elora); 16."
+        default=None,
+        ge=1,
+        le=LARGEST_RANK,
+        description="Rank of the gate (mmea) or of the low-rank update (elora); 16.",
     )
     alpha: float | None = Field(
         default=None, gt=0, description="Scale of the low-rank update: W + (alpha / rank) A B; 16."
@@ -223,7 +230,9 @@ class TrainingConfig(Section):
     refine: int | None = Field(
         default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
     )
-    seed: int = Field(default=1, ge=0, description="Seed of initial values and of the order of frames.")
+    seed: int = Field(
+        default=1, ge=0, le=LARGEST_SEED, description="Seed of initial values and of the order of frames."
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
 
 
@@ -299,11 +308,25 @@ def parse_setting(text: str) -> tuple[list[str], Any]:
     """
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise InputError(f"--set {text}: write it as section.key=value, for example training.learning_rate=1e-3.")
+        raise InputError(
+            f"--set {short(text)}: write it as section.key=value, for example training.learning_rate=1e-3."
+        )
     try:
-        return name.strip().split("."), _number(yaml.safe_load(value))
+        return _section_and_key(name), _number(parse_yaml(value))
     except yaml.YAMLError as error:
-        raise InputError(f"--set {text}: the value is not valid YAML.") from error
+        raise InputError(f"--set {short(text)}: the value is not valid YAML.") from error
+
+
+def _section_and_key(name: str) -> list[str]:
+    """The parts of a dotted name.
+
+    Raises:
+        InputError: so many of them that it names nothing.
+    """
+    keys = name.strip().split(".")
+    if len(keys) > 8:
+        raise InputError(f"setting {short(name)}: name a section and a key, as in training.epochs.")
+    return keys
 
 
 def _number(value: Any) -> Any:
@@ -336,13 +359,13 @@ def load_config(
     merged: dict[str, Any] = _read_yaml(path) if path is not None else {}
     _merge(merged, given or {})
     chosen = [(text, *parse_setting(text)) for text in settings]
-    chosen += [(name, name.split("."), value) for name, value in (overrides or {}).items()]
+    chosen += [(name, _section_and_key(name), value) for name, value in (overrides or {}).items()]
     for text, keys, value in chosen:
         nested: Any = value
         for key in reversed(keys):
             nested = {key: nested}
         if not isinstance(nested, dict):
-            raise InputError(f"setting {text}: name a section and a key, as in training.epochs.")
+            raise InputError(f"setting {short(text)}: name a section and a key, as in training.epochs.")
         _merge(merged, nested, keep_none=True)
     source = f"{path}: " if path is not None else ""
     try:
@@ -353,12 +376,12 @@ def load_config(
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
+        where = f" (line {mark.line + 1})" if mark else f" ({error})"
         raise InputError(f"{path}: is not valid YAML{where}.") from error
     if not isinstance(content, dict):
         raise InputError(
@@ -390,6 +413,8 @@ def _explain(error: ValidationError) -> str:
             message = "there is no such option"
         elif item["type"] == "missing":
             message = "is needed"
-        given = "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f" (given: {item['input']!r})"
+        given = (
+            "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f" (given: {short(item['input'])})"
+        )
         problems.append(f"{key}: {message}{given}" if key else message)
     return "; ".join(problems) + "."

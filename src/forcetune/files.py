@@ -13,6 +13,24 @@ from pathlib import Path
 from forcetune.errors import InputError
 
 
+def path_of(name: str | os.PathLike[str]) -> Path:
+    """The path that a name given by a user stands for, ``~`` included.
+
+    Raises:
+        InputError: no file can have this name.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+        os.fsencode(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)[:80]
+        raise InputError(f"{str(name)[:80]!r}: is no name that a file can have ({why}).") from error
+    if "\0" in str(path):
+        raise InputError(f"{str(name)[:80]!r}: is no name that a file can have.")
+    return path
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is moved onto ``path``, on failure removed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from forcetune.adapters.file import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from forcetune.adapters.file import TENSORS_NAME
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.files import atomic_path
+from forcetune.files import atomic_path, path_of
+from forcetune.parsing import check_archive
 from forcetune.records import RESULTS_NAME
 
 CONFIG_NAME = "config.yaml"
@@ -59,8 +59,10 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """
     path = folder / CHECKPOINT
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # damaged pickles raise whatever their last instruction did
         raise InputError(f"{path}: is no checkpoint that can be read ({error}); start a new run.") from error
     if not isinstance(state, dict) or set(state) != KEYS:
         raise InputError(f"{path}: is no checkpoint of this version of forcetune; start a new run.")
@@ -93,7 +95,7 @@ def status_of(folder: Path) -> str | None:
         return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8")).get("status")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / RESULTS_NAME}: cannot be read ({error}); remove it and resume again.") from error
 
 
@@ -102,6 +104,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         InputError: the run folder exists and is not empty, and may not or cannot be replaced.
     """
+    path_of(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another run folder with --out.")
     if folder.is_dir() and any(folder.iterdir()):

@@ -7,6 +7,7 @@ and by a fingerprint of its architecture and tensors; on any other base an adapt
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ TENSORS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
 LARGEST_CONFIG = 16 * 2**20
+_STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32)
 
 
 class _Part(BaseModel):
@@ -198,6 +200,8 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {where}: {first['msg']}; copy the adapter folder again.") from error
+    if not all(map(math.isfinite, config.reference_energies_ev.values())):
+        raise InputError(f"{path}: a reference energy is not finite; copy the adapter folder again.")
     unknown = {*config.base.elements, *config.reference_energies_ev} - set(chemical_symbols[1:])
     if unknown:
         raise InputError(f"{path}: {sorted(unknown)} are no elements; copy the adapter folder again.")
@@ -242,7 +246,10 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     """
     config = read_adapter_config(folder)
     check_base(config, backbone, folder)
-    adapter = attach(backbone, Method.from_json(config.method))
+    try:
+        adapter = attach(backbone, Method.from_json(config.method))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{folder}: the method of this adapter cannot be built ({error}).") from error
     try:
         _load_tensors(adapter, Path(folder) / TENSORS_NAME)
         references = {atomic_numbers[symbol]: energy for symbol, energy in config.reference_energies_ev.items()}
@@ -264,10 +271,14 @@ def _load_tensors(adapter: Adapter, path: Path) -> None:
                 raise InputError(f"{path}: tensor {odd} is {where}; tensors and configuration do not belong together.")
             tensors: dict[str, Tensor] = {name: stored.get_tensor(name) for name in names}
         for name, value in tensors.items():
+            if value.dtype not in _STORED:
+                raise ValueError(f"{name} has the type {value.dtype}, which no adapter has")
             if not bool(value.isfinite().all()):
                 raise ValueError(f"{name} holds numbers that are not finite")
         set_adapter_tensors(adapter, tensors)
-    except ValueError as error:
+        if not all(bool(parameter.isfinite().all()) for parameter in adapter.parameters()):
+            raise ValueError("of the file holds numbers beyond the precision of the model")
+    except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: tensor {error}; copy the adapter folder again.") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); copy the adapter folder again.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,9 @@ from forcetune.adapters.updates import (
     Update,
 )
 from forcetune.backbones.protocol import Site
+from forcetune.config import LARGEST_RANK
 from forcetune.errors import InputError
+from forcetune.parsing import short
 
 KINDS = (
     "linear",
@@ -134,6 +137,10 @@ class Method:
                 for kind, entries in data["table"].items()
             }
             target = data.get("target")
+            if isinstance(target, str):
+                _check_simple(target)
+            elif target is not None and not all(isinstance(name, str) for name in target):
+                raise ValueError("its target is no list of names")
             return Method(
                 name=str(data["name"]),
                 table=table,
@@ -152,10 +159,33 @@ class Method:
 def _update_from_json(entry: Mapping[str, Any]) -> Update:
     options = {key: value for key, value in entry.items() if key != "update"}
     kind = UPDATES[entry["update"]]
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} of {entry['update']} is {value}")
     known = {field.name for field in fields(kind)}
     if set(options) - known:
         raise ValueError(f"{entry['update']} has no option {sorted(set(options) - known)}")
-    return kind(**options)
+    made = kind(**options)
+    for field in fields(kind):
+        value, usual = getattr(made, field.name), field.default
+        if usual is None:
+            continue  # the update itself checks these
+        if not isinstance(value, type(usual)) and not (isinstance(usual, float) and type(value) is int):
+            raise ValueError(f"{field.name} of {entry['update']} is {short(value)}")
+        if field.name == "rank" and not 1 <= value <= LARGEST_RANK:
+            raise ValueError(f"the rank of {entry['update']} is {short(value)}, at most {LARGEST_RANK} is read")
+    return made
+
+
+def _check_simple(expression: str) -> None:
+    """A regular expression of a file is matched only if it cannot take forever.
+
+    Raises:
+        ValueError: it repeats groups, or too much.
+    """
+    repeats = re.findall(r"[*+?{]", expression)
+    if len(expression) > 500 or len(repeats) > 3 or re.search(r"\)[*+?{]", expression):
+        raise ValueError(f"the expression {short(expression)} of its target may take too long to match")
 
 
 EVERYWHERE_DENSE = {kind: (Dense(),) for kind in KINDS}
@@ -349,7 +379,7 @@ def custom_method(
     """
     try:
         found = {kind: tuple(_update_from_json(entry) for entry in entries) for kind, entries in table.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         known = ", ".join(UPDATES)
         raise InputError(f"method.table: {error} cannot be used; updates are {known}, with their options.") from error
     for kind, updates in found.items():

@@ -32,11 +32,14 @@ from forcetune.backbones.inert_values import (
     named,
 )
 from forcetune.errors import InputError
+from forcetune.parsing import short
 
 __all__ = ["Global", "Record", "read_inert", "read_inert_bytes"]
 
 _PICKLE_LIMIT = 1 << 27  # bytes; the pickles of the largest published models have a few million
 _RATIO_LIMIT = 20  # torch stores without compression, so anything far above 1 is a decompression bomb
+_COPIES = 2  # times the size of its pickle
+_SIZED = (list, tuple, dict, set, frozenset, str, bytes, bytearray)
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -78,7 +81,7 @@ class _Archive:
         _, kind, key, _, count = reference[:5]
         dtype = STORAGES.get(kind.name) if isinstance(kind, Global) else None
         if dtype is None or not isinstance(key, str) or type(count) is not int:
-            raise MalformedError(f"a storage has the unknown type {kind}")
+            raise MalformedError(f"a storage has the unknown type {short(kind)}")
         if key not in self._storages:
             self._storages[key] = self._read_storage(key, dtype)
         found = self._storages[key]
@@ -110,8 +113,11 @@ class _Machine:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._copied = 0
+        self._most_copied = 0
 
     def run(self, program: bytes) -> Any:
+        self._most_copied = _COPIES * len(program) + (1 << 20)
         for opcode, argument, _ in pickletools.genops(program):
             if opcode.name == "STOP":
                 return self._stack.pop()
@@ -225,16 +231,27 @@ class _Machine:
             raise MalformedError("a name is not a text")
         self._stack.append(named(module, name))
 
+    def _make(self, function: Any, args: Any) -> Any:
+        """Make a value; those that it is made from may be named again and again, and each time is a copy."""
+        if isinstance(args, tuple):
+            self._spend(*args)
+        return make(function, args)
+
+    def _spend(self, *values: Any) -> None:
+        self._copied += sum(len(value) for value in values if isinstance(value, _SIZED))
+        if self._copied > self._most_copied:
+            raise MalformedError("its pickle copies more than any model needs")
+
     def reduce(self, _: Any) -> None:
         args = self._stack.pop()
-        self._stack.append(make(self._stack.pop(), args))
+        self._stack.append(self._make(self._stack.pop(), args))
 
     def new_object(self, _: Any) -> None:
         args = self._stack.pop()
         kind = self._stack.pop()
         if not isinstance(kind, Global) or not isinstance(args, tuple):
             raise MalformedError("an object has no class")
-        self._stack.append(make(kind, args))
+        self._stack.append(self._make(kind, args))
 
     def new_object_with_names(self, _: Any) -> None:
         names = self._stack.pop()
@@ -248,6 +265,8 @@ class _Machine:
         state = self._stack.pop()
         target = self._stack[-1]
         if isinstance(target, np.ndarray):
+            if isinstance(state, tuple):
+                self._spend(*state)
             fill_array(target, state)
         elif isinstance(target, Record):
             target.state = state

@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from forcetune.parsing import short
+
 # an expanded tensor takes no memory in the file; up to this many elements it may have more of them than its storage
 _EXPANDED = 1 << 20
+_KEY_PARTS = 1000
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -111,21 +114,30 @@ class Storage:
     flat: Tensor
 
 
-def check_key(key: Any, depth: int = 0) -> Any:
-    """A value that may be a key: hashing tuples nested without end would exhaust the stack."""
-    if isinstance(key, tuple):
-        if depth > 8:
-            raise MalformedError("a key is nested too deeply")
-        for part in key:
-            check_key(part, depth + 1)
-    elif isinstance(key, (list, dict, set, np.ndarray, bytearray)):
-        raise MalformedError(f"a {type(key).__name__} is used as a key")
-    return key
+def check_key(key: Any) -> Any:
+    """A value that may be a key: hashing tuples nested without end would exhaust the stack, wide ones all time."""
+    if isinstance(key, (str, int)):
+        return key
+    left = [(key, 0)]
+    for count in range(_KEY_PARTS):
+        if not left:
+            return key
+        part, depth = left.pop()
+        if isinstance(part, tuple):
+            if depth > 8:
+                raise MalformedError("a key is nested too deeply")
+            if count + len(left) + len(part) < _KEY_PARTS:
+                left += [(inner, depth + 1) for inner in part]
+                continue
+            break
+        if isinstance(part, (list, dict, set, np.ndarray, bytearray)):
+            raise MalformedError(f"a {type(part).__name__} is used as a key")
+    raise MalformedError("a key has too many parts")
 
 
 def _integer(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 48:
-        raise MalformedError(f"a tensor's offset, size or stride is {value!r}")
+        raise MalformedError(f"a tensor's offset, size or stride is {short(value)}")
     return value
 
 
@@ -207,6 +219,8 @@ def _slice(*bounds: Any) -> slice:
 
 
 def _complex(real: Any = 0.0, imaginary: Any = 0.0) -> complex:
+    if any(not isinstance(part, (int, float)) for part in (real, imaginary)):
+        raise MalformedError("a complex number is made from something other than numbers")
     return complex(float(real), float(imaginary))
 
 
@@ -225,7 +239,7 @@ def _numpy_type(record: Any) -> np.dtype[Any]:
     known = isinstance(record, Record) and (record.module, record.name) == ("numpy", "dtype") and record.args
     code = record.args[0] if known else None
     if not isinstance(code, str) or _NUMPY_TYPE.fullmatch(code) is None:
-        raise MalformedError(f"an array has elements of an unknown type {code!r}")
+        raise MalformedError(f"an array has elements of an unknown type {short(code)}")
     result = np.dtype(code)
     order = record.state[1] if isinstance(record.state, tuple) and len(record.state) > 1 else "="
     return result.newbyteorder(order) if order in ("<", ">") else result

@@ -45,6 +45,8 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"there is no device {device!r}; use cpu, cuda, cuda:1 or auto.") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"models do not run on a device of type {chosen.type}; use cpu, cuda, cuda:1 or auto.")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available here; use device cpu or auto.")
     return chosen

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from forcetune.backbones.download import ProgressCallback, download, progress_bar
 from forcetune.errors import InputError
-from forcetune.files import sha256_of, write_text
+from forcetune.files import path_of, sha256_of, write_text
 
 HOME_VARIABLE = "FORCETUNE_HOME"
 MIRROR_VARIABLE = "FORCETUNE_MODELS_URL"
@@ -270,7 +270,7 @@ def resolve(name_or_path: str) -> ResolvedModel:
             published one.
         ForcetuneError: as :func:`download_model`.
     """
-    path = Path(name_or_path).expanduser()
+    path = path_of(name_or_path)
     if path.is_file():
         digest = sha256_of(path)
         twin = next((model for model in _MODELS if model.sha256 == digest), None)

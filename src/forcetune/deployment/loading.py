@@ -13,6 +13,7 @@ from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.kernels.install import accelerate
+from forcetune.parsing import parse_yaml, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,12 @@ def base_of_run(path: str | Path) -> str | None:
         config = folder / "config.yaml"
         if config.is_file():
             try:
-                content = yaml.safe_load(config.read_text(encoding="utf-8"))
-                return str(content["model"]["model"])
-            except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+                named = parse_yaml(config.read_text(encoding="utf-8"))["model"]["model"]
+            except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{config}: cannot be read ({error}); name the base with --model.") from error
+            if not isinstance(named, str):
+                raise InputError(f"{config}: the model is no name but {short(named)}; name the base with --model.")
+            return named
     return None
 
 

@@ -169,7 +169,11 @@ def _differs(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) ->
         ours, theirs = label_under(raw, label, chosen), _own(raw, label, other)
         if ours is None or theirs is None or ours is theirs:
             continue
-        if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
+        try:
+            same = np.array_equal(np.asarray(ours), np.asarray(theirs))
+        except ValueError:
+            same = False  # ragged lists are no labels
+        if not same:
             return True
     return False
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 
 from forcetune.errors import InputError
 from forcetune.files import sha256_of
@@ -119,6 +120,11 @@ def _check_structure(raw: RawFrame) -> None:
     if (atoms.numbers < 1).any():
         atom = int(np.argmax(atoms.numbers < 1))
         raise InputError(f"{raw.origin}: atom {atom} has no element (atomic number {atoms.numbers[atom]}); name it.")
+    if (atoms.numbers >= len(chemical_symbols)).any():
+        atom = int(np.argmax(atoms.numbers >= len(chemical_symbols)))
+        raise InputError(
+            f"{raw.origin}: atom {atom} has the atomic number {atoms.numbers[atom]}; there is no such one."
+        )
     if not np.isfinite(atoms.positions).all():
         atom = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
         raise InputError(f"{raw.origin}: the position of atom {atom} is not finite; mend or remove the frame.")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import ase.db
 import ase.io
@@ -11,10 +15,17 @@ from ase import Atoms
 from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
 
 from forcetune.errors import InputError, warn
+from forcetune.files import path_of
 from forcetune.frames.frame import Origin
+from forcetune.parsing import check_unpacked
 
 XYZ_FORMATS = frozenset({"extxyz", "xyz"})
 DATABASE_FORMATS = frozenset({"db", "json"})
+
+
+_LONGEST_LINE = 16 * 2**20
+_MOST_COLUMNS = 10_000
+COMPRESSED = frozenset({".gz", ".bz2", ".xz"})
 
 
 def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -30,7 +41,7 @@ def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
         raise InputError("No data file was named; name at least one.")
     files: dict[Path, Path] = {}
     for source in named:
-        for path in _matches(Path(source).expanduser()):
+        for path in _matches(path_of(source)):
             _check_readable(path)
             if path.resolve() in files:
                 warn(f"{path}: named more than once; its frames are used once.")
@@ -139,9 +150,25 @@ def _check_xyz(path: Path) -> None:
     """
     try:
         with open_with_compression(str(path), "rt") as stream:
-            _walk_xyz(path, enumerate(stream, start=1))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            _walk_xyz(path, enumerate(_lines(path, stream), start=1))
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
+
+
+def _lines(path: Path, stream: IO[Any]) -> Iterator[str]:
+    """The lines of a text file, which may be compressed.
+
+    Raises:
+        ValueError: a line without end, or a file that unpacks to far more than frames do.
+    """
+    done = 0
+    while line := stream.readline(_LONGEST_LINE):
+        done += len(line)
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(f"it has a line of more than {_LONGEST_LINE:,} characters")
+        if path.suffix in COMPRESSED:
+            check_unpacked(path, done)
+        yield line
 
 
 def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
@@ -159,20 +186,34 @@ def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
         if words[0].startswith("VEC") and vectors < 3:
             vectors += 1
             continue
-        if len(words) > 1 or not words[0].isdigit():
+        if len(words) > 1 or not re.fullmatch("[0-9]{1,18}", words[0]):
             raise InputError(
                 f"{Origin(str(path), frame)}: line {line_number} should be a number of atoms but is "
                 f"'{line.strip()[:40]}'; the frame before it has more lines than it announces, "
                 "or this is no XYZ file."
             )
         atoms = int(words[0])
-        missing = 1 + atoms - sum(1 for _ in zip(range(1 + atoms), lines, strict=False))
+        _check_columns(path, frame, next(lines, (0, ""))[1])
+        missing = atoms - sum(1 for _ in zip(range(atoms), lines, strict=False))
         if missing > 0 and atoms > 0:
             raise InputError(
-                f"{Origin(str(path), frame)}: the file ends after {max(0, atoms - missing)} of the frame's "
+                f"{Origin(str(path), frame)}: the file ends after {atoms - missing} of the frame's "
                 f"{atoms} atoms; it was cut short, copy it again or remove this frame."
             )
         frame, vectors = frame + 1, 0
+
+
+def _check_columns(path: Path, frame: int, comment: str) -> None:
+    """
+    Raises:
+        InputError: the comment line announces more columns than any frame has; ASE would make room for all of them.
+    """
+    announced = re.findall(r":[A-Za-z]:([0-9]+)", comment)
+    if len(announced) > _MOST_COLUMNS or sum(int(count[:9]) for count in announced) > _MOST_COLUMNS:
+        raise InputError(
+            f"{Origin(str(path), frame)}: the comment line announces more than {_MOST_COLUMNS:,} columns; mend its "
+            "Properties."
+        )
 
 
 def _unknown_format(path: Path) -> InputError:

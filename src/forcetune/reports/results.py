@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from forcetune._version import __version__
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
+from forcetune.parsing import check_archive
 
 FloatArray = NDArray[np.float64]
 
@@ -186,7 +186,7 @@ def read_results(run: Path, config: RunConfig) -> Results:
     except ValidationError as error:
         first = error.errors()[0]
         raise damaged(path, f"{'.'.join(map(str, first['loc'])) or 'its content'}: {first['msg']}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, "it is not valid JSON") from error
 
 
@@ -233,7 +233,10 @@ def read_metrics(path: Path) -> Metrics | None:
         raise damaged(path, "it cannot be read as text") from error
     if lines and not lines[-1].endswith("\n"):
         del lines[-1]
-    table = list(csv.reader(lines))
+    try:
+        table = list(csv.reader(lines))
+    except csv.Error as error:
+        raise damaged(path, f"it is no table ({error})") from error
     if not table:
         return None
     head, *rows = table
@@ -266,11 +269,15 @@ def read_predictions(path: Path) -> dict[str, NDArray] | None:
     if not path.exists():
         return None
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # whatever zlib, zipfile and NumPy's reader of headers raise for damaged bytes, MemoryError included
         raise damaged(path, "it is not a complete NPZ file") from error
     for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise damaged(path, f"{name} has no numbers")
         split, _, rest = name.partition("/")
         source, _, quantity = rest.partition("/")
         reference = arrays.get(f"{split}/reference/{quantity}")

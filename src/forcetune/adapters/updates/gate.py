@@ -282,6 +282,8 @@ class Gate(Update):
     def __post_init__(self) -> None:
         if not (self.shift or self.modulation):
             raise ValueError("a gate without shift and without modulation does nothing")
+        if self.gain not in ("exp", "linear"):
+            raise ValueError("the gain of a gate is exp or linear")
         if not (self.rank >= 1 and math.isfinite(self.shift_init)):
             raise ValueError("a gate needs a rank of at least 1 and a finite shift_init")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from forcetune.adapters.updates.base import Update, WeightUpdate
 from forcetune.backbones.protocol import Site, WeightPath
+from forcetune.config import LARGEST_RANK
 
 
 def as_matrix(flat: Tensor, path: WeightPath) -> Tensor:
@@ -114,8 +115,11 @@ class LowRank(Update):
     def __post_init__(self) -> None:
         if self.scaling not in ("standard", "rank_stabilised") or self.init not in ("normal", "gradient"):
             raise ValueError(f"unknown scaling {self.scaling!r} or init {self.init!r}")
-        if self.rank < 1 or any(rank < 0 for rank in (self.ranks or {}).values()):
-            raise ValueError("a rank is at least 1, or 0 for a path that stays frozen")
+        ranks = self.ranks or {}
+        if not isinstance(ranks, Mapping) or not all(type(rank) is int for rank in ranks.values()):
+            raise ValueError("ranks give a whole number for each path")
+        if not 1 <= self.rank <= LARGEST_RANK or not all(0 <= rank <= LARGEST_RANK for rank in ranks.values()):
+            raise ValueError(f"a rank is at least 1 and at most {LARGEST_RANK}, or 0 for a path that stays frozen")
 
     def __hash__(self) -> int:
         return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.scaling, self.init))

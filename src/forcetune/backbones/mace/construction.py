@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from threading import RLock
 from typing import Any
 
@@ -19,6 +21,25 @@ from forcetune.errors import InputError
 
 # building swaps a function of the library and torch's default dtype for a moment
 _LOCK = RLock()
+
+
+def _check_covered(plain: MaceArchitecture, elements: int) -> None:
+    """Refuse layers that are larger than all tensors of a file together: its constructor would exhaust memory.
+
+    Args:
+        plain: a sane architecture.
+        elements: of all tensors of the file.
+
+    Raises:
+        UnfitError: there are such layers.
+    """
+    parts = [part.partition("x") for part in plain.hidden_irreps.split("+")]
+    channels = max(int(count) for count, _, _ in parts)
+    widths = (plain.num_bessel, *plain.radial_MLP)
+    # every block joins channels of the same kind with each other; the species join them in at least one
+    needed = max(channels**2, len(plain.atomic_numbers) * channels, *map(math.prod, pairwise(widths)))
+    if needed > max(elements, 1 << 16) or len(widths) > 32:
+        raise UnfitError(f"its architecture does not fit its tensors ({needed:,} weights of {elements:,})")
 
 
 def _check_sane(plain: MaceArchitecture) -> None:
@@ -116,6 +137,7 @@ def construct(
     architecture: MaceArchitecture,
     *,
     couplings: Mapping[str, Tensor] | None = None,
+    elements: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
     """As :func:`build`, for parts of this package.
@@ -123,12 +145,15 @@ def construct(
     Args:
         architecture: what to build.
         couplings: coupling tensors ``products.….U_matrix_n`` to take; without them the full basis is computed.
+        elements: of all tensors that it is to have, where they come from a file; nothing larger is built.
         dtype: precision of parameters and constants.
 
     Raises:
         UnfitError: mace's constructor does not accept it.
     """
     _check_sane(architecture)
+    if elements is not None:
+        _check_covered(architecture, elements)
     modules = import_mace()
     with _LOCK, _default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch on annotations in e3nn's scripted classes

@@ -35,6 +35,7 @@ from forcetune.backbones.mace.tree import (
 )
 from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.files import atomic_path
+from forcetune.parsing import short
 
 __all__ = [
     "MaceArchitecture",
@@ -51,6 +52,7 @@ __all__ = [
 
 _FORMAT = "forcetune-mace-1"
 _INDEX = ":index"
+_UNPACKED = 64  # elements of a coupling tensor for each byte of a file that stores its nonzero ones
 # shapes of these depend on how a model was made, not on its architecture
 _FREE_SHAPE = ("atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift")
 
@@ -132,7 +134,8 @@ def assemble(
         UnfitError: a tensor has no place, has another shape, or one is missing.
     """
     couplings = {name: tensor.detach().cpu() for name, tensor in tensors.items() if ".U_matrix_" in name}
-    model = construct(architecture, couplings=couplings, dtype=dtype_of(tensors))
+    elements = sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in tensors.values())
+    model = construct(architecture, couplings=couplings, elements=elements, dtype=dtype_of(tensors))
     places = node_from_module(model).all_tensors()
     for name, tensor in tensors.items():
         if name in places:
@@ -304,7 +307,10 @@ def read_plain(path: str | os.PathLike[str]) -> nn.Module:
                     "file, or for an adapter its folder."
                 )
             content = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        largest = _UNPACKED * file.stat().st_size
         for name, shape in json.loads(header.get("sparse", "{}")).items():
+            if math.prod(shape) > largest:
+                raise ValueError(f"{name} has shape {short(shape)}")
             values, index = content[name], content.pop(name + _INDEX).long()
             content[name] = values.new_zeros(math.prod(shape)).index_put((index,), values).reshape(shape)
         architecture = MaceArchitecture.from_json(header["architecture"])

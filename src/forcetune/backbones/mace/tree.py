@@ -95,6 +95,13 @@ class _Budget:
 
     def __init__(self) -> None:
         self.left = _MOST_MODULES
+        self._compiled: dict[int, Any] = {}
+
+    def compiled(self, blob: bytes, what: str) -> Any:
+        """What compiled code holds; the same bytes may belong to many modules and are read once."""
+        if id(blob) not in self._compiled:
+            self._compiled[id(blob)] = getattr(read_inert_bytes(blob, f"compiled code of {what}"), "state", None)
+        return self._compiled[id(blob)]
 
     def spend(self, depth: int) -> None:
         self.left -= 1
@@ -133,7 +140,7 @@ def node_from_record(record: Any, _budget: _Budget | None = None, _depth: int = 
     for name, blob in _part(state, "__codegen__").items():
         if not isinstance(blob, bytes):
             raise UnfitError("its compiled code is stored in an unknown way")
-        constants = getattr(read_inert_bytes(blob, f"compiled code of {record.name}"), "state", None)
+        constants = budget.compiled(blob, record.name)
         for key, value in (constants if isinstance(constants, dict) else {}).items():
             if isinstance(value, Tensor):
                 node.constants[f"{name}.{key}"] = value
