@@ -1,0 +1,82 @@
+"""Single frames whose labels stand out against what a foundation model predicts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from forcetune.evaluation.agreement import Compared, cosine, saturated
+from forcetune.evaluation.diagnosis import AGREES, FEWEST
+from forcetune.frames.doctor.composition import composition_residual
+from forcetune.frames.doctor.finding import Finding, in_frames
+from forcetune.frames.frame import FloatArray, Frame
+
+ENERGY_OUTLIER = (9.0, 0.03)
+"""Robust standard deviations, and eV an atom, by which label minus model must lie off."""
+GAP = (6.0, 0.02)
+"""Robust standard deviations, and eV an atom, that separate two groups of frames of different settings."""
+GROUP = (3, 0.03)
+"""Frames, and share of all frames, that make a group and not outliers."""
+
+
+def find_outliers(found: Compared) -> list[Finding]:
+    """Energies and forces of single frames, and groups of frames, that differ from the model as no others do."""
+    return _energies(found.with_energy()) + _forces(found.with_forces())
+
+
+def _energies(found: Compared) -> list[Finding]:
+    if len(found.frames) < FEWEST:
+        return []
+    off, _, _ = composition_residual(found.frames, found.energy_label - found.energy)
+    groups = _groups(off)
+    if groups is not None:
+        gap, smaller = groups
+        text = (
+            f"Energies fall into two groups {1e3 * gap:,.0f} meV/atom apart that structures do not explain, these frames in "
+            "the smaller one: settings, units or molecules are mixed; calculate all with the same settings."
+        )
+        return in_frames("energy-levels", "warning", text, [found.frames[k] for k in smaller])
+    spread = 1.4826 * float(np.median(np.abs(off)))
+    bound = max(ENERGY_OUTLIER[0] * spread, ENERGY_OUTLIER[1])
+    outside: list[Frame] = [frame for frame, size in zip(found.frames, np.abs(off), strict=True) if size > bound]
+    text = (
+        f"The energy is off by more than {1e3 * bound:,.0f} meV/atom against what the model and the other frames say; "
+        "repeat its calculation or remove the frame."
+    )
+    return in_frames("energy-outlier", "warning", text, outside)
+
+
+def _groups(off: FloatArray) -> tuple[float, list[int]] | None:
+    """The gap between two groups of values, and the members of the smaller one; None where there is one group."""
+    order = np.argsort(off)
+    values = off[order]
+    least = max(GROUP[0], round(GROUP[1] * len(values)))
+    inner = np.diff(values)[least - 1 : len(values) - least]
+    if not len(inner):
+        return None
+    cut = int(inner.argmax()) + least
+    gap = float(inner.max())
+    spread = max(float(np.median(np.abs(part - np.median(part)))) for part in (values[:cut], values[cut:]))
+    if gap < max(GAP[0] * 1.4826 * spread, GAP[1]):
+        return None
+    smaller = order[:cut] if cut <= len(order) - cut else order[cut:]
+    return gap, sorted(smaller.tolist())
+
+
+def _forces(found: Compared) -> list[Finding]:
+    """Frames whose forces do not follow the model although those of most frames do."""
+    if len(found.frames) < FEWEST:
+        return []
+    likeness = np.array(
+        [cosine(saturated(a), saturated(b)) for a, b in zip(found.forces_label, found.forces, strict=True)]
+    )
+    if np.median(likeness) < AGREES + 0.1:
+        return []
+    # of a few atoms near equilibrium the forces are mostly the difference between two theories
+    size = np.array([np.sqrt((label**2).mean()) for label in found.forces_label])
+    strange = (likeness < 0.0) & (size > 0.3 * np.median(size))
+    strange &= np.array([len(frame) >= 4 for frame in found.frames])
+    text = (
+        f"The forces do not follow the model's, while those of most frames do (correlation {np.median(likeness):.2f}); look "
+        "for forces of another frame, another order of atoms or a failed calculation."
+    )
+    return in_frames("forces-outlier", "warning", text, [found.frames[k] for k in np.flatnonzero(strange)])
