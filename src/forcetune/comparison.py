@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.adapters.methods import METHODS, method, options_of
+from forcetune.checkup import check_frames
 from forcetune.config import RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
@@ -80,7 +81,9 @@ def compare(
     everything = [one for by_seed in plan.values() for one in by_seed.values()]
     for one in everything:
         method(one.method.name, target=one.method.target, **one.method.options())
-    read_dataset(config.data)  # bad data are met before the first run
+    dataset = read_dataset(config.data)  # bad data are met before the first run
+    if config.data.doctor == "on":
+        check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
     missing = [one for one in everything if not _is_finished(one)]
     _check_folder(folder)
     config.save(folder / MARK_NAME)

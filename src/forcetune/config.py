@@ -40,6 +40,13 @@ class DataConfig(Section):
         default=123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split."
     )
 
+    doctor: Literal["on", "off"] = Field(
+        default="on",
+        description="`on` examines frames and labels before the training as `forcetune doctor` does and stops at "
+        "errors; "
+        "`off` trains on them as they are.",
+    )
+
     @model_validator(mode="after")
     def _positive_split(self) -> DataConfig:
         if not isinstance(self.valid, list) and self.valid <= 0:

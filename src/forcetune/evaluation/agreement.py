@@ -99,7 +99,11 @@ class Compared:
     def with_forces(self) -> Compared:
         """Frames of several atoms that have force labels, not all of them zero."""
         return self.select(
-            [k for k, label in enumerate(self.forces_label) if len(label) > 1 and np.isfinite(label).all() and label.any()]
+            [
+                k
+                for k, label in enumerate(self.forces_label)
+                if len(label) > 1 and np.isfinite(label).all() and label.any()
+            ]
         )
 
     def with_energy(self) -> Compared:
@@ -111,6 +115,22 @@ class Compared:
         if self.stress is None or self.stress_label is None:
             return self.select([])
         return self.select([k for k, label in enumerate(self.stress_label) if np.isfinite(label).all()])
+
+    def arrays(self) -> dict[str, FloatArray]:
+        """Labels and predictions for plots, energies an atom and predictions moved onto the labels by composition."""
+        if not self.frames:
+            return {}
+        found = {
+            "forces_element": np.concatenate([frame.numbers for frame in self.frames]),
+            "reference/forces": np.concatenate(self.forces_label),
+            "before/forces": np.concatenate(self.forces),
+        }
+        labelled = self.with_energy()
+        if len(labelled.frames) >= 3:
+            label = labelled.energy_label / np.array([len(frame) for frame in labelled.frames])
+            off, *_ = composition_residual(labelled.frames, labelled.energy_label - labelled.energy)
+            found |= {"reference/energy_per_atom": label, "before/energy_per_atom": label - off}
+        return found
 
     def energy_residuals(self) -> tuple[FloatArray, FloatArray]:
         """Labels and predictions with their own composition taken out, (frames,) each, eV an atom."""

@@ -89,7 +89,8 @@ def _told(mismatch: Mismatch, agreement: Agreement, found: Compared) -> Finding:
 def _unrelated(found: Compared, agreement: Agreement) -> Finding:
     if agreement.ratio < 0.25:
         text = (
-            f"The model's forces are {1 / agreement.ratio:.0f} times larger than the labels and unrelated to them: elements, "
+            f"The model's forces are {1 / agreement.ratio:.0f} times larger than the labels and unrelated to them: "
+            "elements, "
             "positions or cell are probably not what was calculated; else choose a model that knows such structures."
         )
         return in_set("structures-implausible", "warning", text, found.frames)
@@ -125,24 +126,25 @@ def _check_energies(found: Compared, forces: Agreement | None, trusted: bool) ->
     bound = max(0.3, 3 / math.sqrt(agreement.n_frames))
     if agreement.correlation <= -max(0.4, bound):
         text = (
-            f"Energies fall where the model's rise (rank correlation {agreement.correlation:.2f}): they have the wrong sign; "
-            "multiply them by −1."
+            f"Energies fall where the model's rise (rank correlation {agreement.correlation:.2f}): they have the "
+            "wrong sign; multiply them by −1."
         )
         return [in_set("energy-sign", "error", text, found.frames)]
     if agreement.correlation >= bound:
-        return _check_energy_unit(found, agreement)
+        return _check_energy_unit(found, agreement, forces)
     return _check_energy_order(found, agreement, forces)
 
 
-def _check_energy_unit(found: Compared, agreement: Agreement) -> list[Finding]:
-    if is_usual(agreement.ratio):
+def _check_energy_unit(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+    """Without forces it is a doubt only: along a scan of one coordinate a model may be wrong by any factor."""
+    if is_usual(agreement.ratio) or (forces is None and agreement.n_frames < 3 * FEWEST):
         return []
     atoms = float(np.median([len(frame) for frame in found.frames]))
     near = candidates(agreement.ratio, (*ENERGY, Unit("eV divided by the number of atoms", 1 / atoms)), 1.6)
     text = f"Energy differences are {_times(agreement.ratio)} the model's, as if they were " + (
         f"in {named(near)}; convert energies to eV for the whole frame." if near else "in another unit; give eV."
     )
-    return [in_set("energy-unit", "error" if near else "warning", text, found.frames)]
+    return [in_set("energy-unit", "error" if near and forces is not None else "warning", text, found.frames)]
 
 
 def _check_energy_order(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
@@ -157,8 +159,8 @@ def _check_energy_order(found: Compared, agreement: Agreement, forces: Agreement
         return []
     told = "" if followed is None else f" and {followed:.2f} with what the forces say"
     text = (
-        f"Forces agree with the model, but energies do not (rank correlation {agreement.correlation:.2f}{told}): energies "
-        "and structures are in different orders or of different calculations; write them anew."
+        f"Forces agree with the model, but energies do not (rank correlation {agreement.correlation:.2f}{told}): "
+        "energies and structures are in different orders or of different calculations; write them anew."
     )
     severity: Severity = "error" if agreement.n_frames >= SURE_FRAMES and followed is not None else "warning"
     return [in_set("energy-shuffled", severity, text, found.frames)]
@@ -171,8 +173,8 @@ def _check_stress(found: Compared) -> list[Finding]:
     findings = []
     if agreement.correlation < 0:
         text = (
-            f"Stress has the sign against the model's (correlation {agreement.correlation:.2f}); positive is tension here, "
-            "as in ASE: multiply it by −1."
+            f"Stress has the sign against the model's (correlation {agreement.correlation:.2f}); positive is tension "
+            "here, as in ASE: multiply it by −1."
         )
         findings.append(in_set("stress-sign", "error", text, found.frames))
     if is_usual(agreement.ratio):
@@ -191,8 +193,8 @@ def _check_elements(found: Compared) -> list[Finding]:
         return []
     named_rows = ", ".join(f"{row.symbol} ({100 * row.relative:.0f} %)" for row in far)
     text = (
-        f"The model's force errors are larger than the forces on {named_rows}: is the element right? If so, the model does "
-        "not know it in such surroundings; give enough frames of it, and test on it."
+        f"The model's force errors are larger than the forces on {named_rows}: is the element right? If so, the "
+        "model does not know it in such surroundings; give enough frames of it, and test on it."
     )
     return [in_set("element-unknown-to-model", "warning", text, _having(found, [row.symbol for row in far]))]
 

@@ -31,7 +31,8 @@ def _energies(found: Compared) -> list[Finding]:
     if groups is not None:
         gap, smaller = groups
         text = (
-            f"Energies fall into two groups {1e3 * gap:,.0f} meV/atom apart that structures do not explain, these frames in "
+            f"Energies fall into two groups {1e3 * gap:,.0f} meV/atom apart that structures do not explain, these "
+            "frames in "
             "the smaller one: settings, units or molecules are mixed; calculate all with the same settings."
         )
         return in_frames("energy-levels", "warning", text, [found.frames[k] for k in smaller])
@@ -76,7 +77,8 @@ def _forces(found: Compared) -> list[Finding]:
     strange = (likeness < 0.0) & (size > 0.3 * np.median(size))
     strange &= np.array([len(frame) >= 4 for frame in found.frames])
     text = (
-        f"The forces do not follow the model's, while those of most frames do (correlation {np.median(likeness):.2f}); look "
+        "The forces do not follow the model's, while those of most frames do (correlation "
+        f"{np.median(likeness):.2f}); look "
         "for forces of another frame, another order of atoms or a failed calculation."
     )
     return in_frames("forces-outlier", "warning", text, [found.frames[k] for k in np.flatnonzero(strange)])

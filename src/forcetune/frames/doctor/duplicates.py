@@ -45,7 +45,8 @@ def check_duplicates(frames: Sequence[Frame], shapes: Sequence[Shape | None], *,
     findings = in_frames(
         "duplicate-frames",
         severity,
-        "The same structure as an earlier frame; remove one, or it counts twice and may stand on both sides of a split.",
+        "The same structure as an earlier frame; remove one, or it counts twice and may stand on both sides of a "
+        "split.",
         [frames[k] for k in same],
     )
     findings += in_frames(

@@ -59,9 +59,7 @@ class Finding:
         }
 
 
-def in_frames(
-    code: str, severity: Severity, message: str, frames: Iterable[Frame] | Iterable[Origin]
-) -> list[Finding]:
+def in_frames(code: str, severity: Severity, message: str, frames: Iterable[Frame] | Iterable[Origin]) -> list[Finding]:
     """The same finding in several frames, one :class:`Finding` for each file; none without frames."""
     by_file: dict[str, list[int]] = {}
     for item in frames:

@@ -80,8 +80,8 @@ def check_cells(frames: Sequence[Frame], cutoff: float | None) -> list[Finding]:
         findings += in_frames(
             "cell-below-cutoff",
             "note",
-            f"The cell is thinner than the model's cutoff of {cutoff:g} Å, so that atoms see their own images; right for "
-            "a crystal, wrong for a molecule in a box.",
+            f"The cell is thinner than the model's cutoff of {cutoff:g} Å, so that atoms see their own images; right "
+            "for a crystal, wrong for a molecule in a box.",
             [frame for frame in sound if _thickness(frame) < cutoff],
         )
     return findings

@@ -48,15 +48,17 @@ def _check_energies(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> 
         return []
     repeated = _repeated(frames, shapes, labelled, lambda frame: frame.energy)
     if len(np.unique(energies)) == 1 and repeated:
-        text = f"All {len(energies)} energies are {energies[0]:.8g} eV although the structures differ: choose another key."
+        text = (
+            f"All {len(energies)} energies are {energies[0]:.8g} eV although the structures differ: choose another key."
+        )
         return [in_set("energy-constant", "error", text, [frames[k] for k in labelled])]
     findings = []
     step = _step(energies)
     atoms = float(np.median([len(frames[k]) for k in labelled]))
     if step >= COARSE_ENERGY[0] and step / atoms >= COARSE_ENERGY[1]:
         text = (
-            f"Energies are rounded to {1e3 * step:.3g} meV, {1e3 * step / atoms:.2g} meV/atom, which no model can learn "
-            "through; write them with all digits (single precision has 7)."
+            f"Energies are rounded to {1e3 * step:.3g} meV, {1e3 * step / atoms:.2g} meV/atom, which no model can "
+            "learn through; write them with all digits (single precision has 7)."
         )
         findings.append(in_set("energy-rounded", "warning", text, [frames[k] for k in labelled]))
     elif len(repeated) >= 2:
@@ -220,7 +222,9 @@ def _check_depth(frames: Sequence[Frame]) -> list[Finding]:
             "them (1 Hartree = 27.2114 eV, 1 kcal/mol = 0.0433641 eV, 1 kJ/mol = 0.0103643 eV)."
         )
         return [in_set("energy-unit", severity, text, deep)]
-    text = "The energy is more than twice that of all electrons together: an overflow or another unit; remove the frame."
+    text = (
+        "The energy is more than twice that of all electrons together: an overflow or another unit; remove the frame."
+    )
     return in_frames("energy-overflow", severity, text, deep)
 
 
@@ -246,8 +250,8 @@ def _check_composition(frames: Sequence[Frame]) -> list[Finding]:
         findings.append(in_set("energy-unexplained", "warning", text, labelled))
     if rank < elements:
         text = (
-            f"The compositions fix only {rank} of {elements} reference energies; fine within these compositions, but add "
-            "others if the model is to compare different ones."
+            f"The compositions fix only {rank} of {elements} reference energies; fine within these compositions, but "
+            "add others if the model is to compare different ones."
         )
         findings.append(in_set("composition-rank", "note", text, labelled))
     return findings

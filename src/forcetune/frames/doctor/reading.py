@@ -96,7 +96,7 @@ def _keys(
         chosen[label] = key
         if key is None:
             continue
-        severity: Severity = "error" if required else "warning"
+        severity: Severity = "error" if required else "note"
         without = lacking(label, key, raws)
         findings += in_frames(
             f"{label}-missing",
