@@ -4,8 +4,8 @@
 
 DATA has the folders ``rmd17``, ``acac`` and ``3bpa``. Every fault is planted into the 100 ``train`` frames of a
 molecule (some into its ``test`` frames, of which 100 are taken), written to a file as a user would have it, and
-examined with the embedded model ``mini``. A fault counts as named when one of its codes is among the findings. The clean
-files count what is found without a fault.
+examined with the embedded model ``mini``. A fault counts as named when one of its codes is among the findings. The
+clean files count what is found without a fault.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ FAULTS = (
     Fault("energies an atom", ("energy-unit",), energy_per_atom),
     Fault("positions in Bohr", ("positions-bohr",), scaled(positions=1 / Bohr)),
     Fault("positions converted twice", ("positions-bohr",), scaled(positions=Bohr)),
-    Fault("positions in nm", ("atoms-overlap",), scaled(positions=0.1)),
+    Fault("positions in nm", ("atoms-overlap", "cell-tiny"), scaled(positions=0.1)),
     Fault("gradients instead of forces", ("forces-sign",), scaled(forces=-1)),
     Fault("gradients in Hartree/Bohr", ("forces-sign",), scaled(1 / Hartree, -Bohr / Hartree)),
     Fault("energies with the wrong sign", ("energy-sign",), scaled(energy=-1)),
@@ -351,7 +351,7 @@ FAULTS = (
     Fault("unusual label keys", ("energy-missing",), unusual_keys),
     Fault("half of the frames without forces", ("forces-missing",), half_without_forces),
     Fault("species in another order", ("structures-implausible", "forces-unrelated"), permuted_species, LOUD),
-    Fault("oxygen written as carbon", ("element-unknown-to-model", "structures-implausible"), wrong_species, LOUD),
+    Fault("oxygen written as carbon", ("atoms-unknown-to-model", "element-unknown-to-model"), wrong_species, LOUD),
     Fault("element unknown to the model", ("element-unknown",), unknown_element),
     Fault("pbc without a cell", ("cell-missing",), no_cell),
     Fault("cell in nm", ("cell-tiny",), boxed(2.0)),

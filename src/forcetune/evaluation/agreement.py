@@ -17,6 +17,9 @@ from forcetune.frames.frame import FloatArray, Frame
 SATURATION = 5.0
 """Vectors longer than so many medians are cut to that length before they are compared."""
 
+STANDS_OUT = 8.0
+"""A frame whose largest force is so many times that of most frames says nothing about elements."""
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -198,8 +201,12 @@ def stress_agreement(found: Compared) -> Agreement | None:
 
 
 def element_agreement(found: Compared) -> list[ElementAgreement]:
-    """Of the forces on every element, ascending by atomic number."""
+    """Of the forces on every element, ascending by atomic number; frames that stand out by size are left out."""
     found = found.with_forces()
+    sizes = np.array(
+        [max(np.abs(a).max(), np.abs(b).max()) for a, b in zip(found.forces_label, found.forces, strict=True)]
+    )
+    found = found.select(np.flatnonzero(sizes <= STANDS_OUT * np.median(sizes)).tolist() if len(sizes) else [])
     if not found.frames:
         return []
     numbers = np.concatenate([frame.numbers for frame in found.frames])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from ase.data import atomic_numbers, chemical_symbols
 
 from forcetune.evaluation.agreement import (
     Agreement,
@@ -19,9 +20,10 @@ from forcetune.evaluation.agreement import (
     force_agreement,
     stress_agreement,
 )
-from forcetune.evaluation.shuffles import Mismatch, find_mismatch, pair_correlation
+from forcetune.evaluation.shuffles import Mismatch, find_mismatch, pair_correlation, same_order
 from forcetune.evaluation.units import ENERGY, FORCES, STRESS, Unit, candidates, is_usual, named
 from forcetune.frames.doctor.finding import Finding, Severity, in_set
+from forcetune.frames.frame import Frame
 
 FEWEST = 10
 """Frames that a verdict on a whole set needs."""
@@ -31,18 +33,19 @@ VANISHED = 0.3
 SURE_FRAMES = 100
 """Frames from which energies without any correlation are no accident."""
 ELEMENT_ATOMS = 20
+STRANGE_ATOM = 2.2
+"""Error over size of the forces on one atom, over many frames, beyond what a poor model has."""
 
 
 def diagnose(found: Compared) -> list[Finding]:
     """Everything that predictions for a set of frames say about its labels as a whole."""
     forces = force_agreement(found)
     findings = _check_forces(found.with_forces(), forces)
+    if not findings and forces is not None and forces.n_frames >= FEWEST and forces.correlation > VANISHED:
+        findings += _check_elements(found) or _check_atoms(found.with_forces())
     trusted = forces is None or forces.correlation >= AGREES or forces.correlation <= -AGREES
     findings += _check_energies(found.with_energy(), forces, trusted)
-    findings += _check_stress(found.with_stress())
-    if forces is not None and forces.n_frames >= FEWEST and forces.correlation >= AGREES and is_usual(forces.ratio):
-        findings += _check_elements(found)
-    return findings
+    return findings + _check_stress(found.with_stress())
 
 
 def _check_forces(found: Compared, agreement: Agreement | None) -> list[Finding]:
@@ -199,8 +202,26 @@ def _check_elements(found: Compared) -> list[Finding]:
     return [in_set("element-unknown-to-model", "warning", text, _having(found, [row.symbol for row in far]))]
 
 
-def _having(found: Compared, symbols: Sequence[str]) -> list:
-    from ase.data import atomic_numbers
-
+def _having(found: Compared, symbols: Sequence[str]) -> list[Frame]:
     wanted = [atomic_numbers[symbol] for symbol in symbols]
     return [frame for frame in found.with_forces().frames if np.isin(frame.numbers, wanted).any()]
+
+
+def _check_atoms(found: Compared) -> list[Finding]:
+    """Atoms that the model sees otherwise in every frame, as where one element was written for another."""
+    findings = []
+    for members in same_order(found):
+        group = found.select(members)
+        label, model = np.stack(group.forces_label), np.stack(group.forces)
+        # medians over frames, so that a broken frame does not speak for all
+        size, error = (np.median((values**2).mean(axis=2), axis=0) for values in (label, label - model))
+        strange = np.flatnonzero(error > STRANGE_ATOM**2 * np.maximum(size, 1e-12))
+        if not len(strange):
+            continue
+        atoms = ", ".join(f"{k} ({chemical_symbols[group.frames[0].numbers[k]]})" for k in strange[:4])
+        text = (
+            "The model's force errors are far larger than the forces on atoms "
+            f"{atoms}{' …' if len(strange) > 4 else ''}: are these and their neighbours the right elements?"
+        )
+        findings.append(in_set("atoms-unknown-to-model", "warning", text, group.frames))
+    return findings

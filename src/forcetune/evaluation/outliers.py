@@ -12,6 +12,8 @@ from forcetune.frames.frame import FloatArray, Frame
 
 ENERGY_OUTLIER = (9.0, 0.03)
 """Robust standard deviations, and eV an atom, by which label minus model must lie off."""
+FORCES_OUTLIER = 6.0
+"""Robust standard deviations by which the correlation of a frame's forces must lie below that of most frames."""
 GAP = (6.0, 0.02)
 """Robust standard deviations, and eV an atom, that separate two groups of frames of different settings."""
 GROUP = (3, 0.03)
@@ -70,15 +72,19 @@ def _forces(found: Compared) -> list[Finding]:
     likeness = np.array(
         [cosine(saturated(a), saturated(b)) for a, b in zip(found.forces_label, found.forces, strict=True)]
     )
-    if np.median(likeness) < AGREES + 0.1:
+    middle = float(np.median(likeness))
+    if middle < AGREES + 0.1:
         return []
+    # correlations crowd towards 1; their inverse hyperbolic tangents spread evenly (Fisher)
+    off = np.arctanh(min(middle, 0.999)) - np.arctanh(np.clip(likeness, -0.999, 0.999))
+    spread = 1.4826 * float(np.median(np.abs(off - np.median(off))))
     # of a few atoms near equilibrium the forces are mostly the difference between two theories
     size = np.array([np.sqrt((label**2).mean()) for label in found.forces_label])
-    strange = (likeness < 0.0) & (size > 0.3 * np.median(size))
+    strange = (off > FORCES_OUTLIER * max(spread, 0.05)) & (size > 0.3 * np.median(size))
     strange &= np.array([len(frame) >= 4 for frame in found.frames])
     text = (
         "The forces do not follow the model's, while those of most frames do (correlation "
-        f"{np.median(likeness):.2f}); look "
+        f"{middle:.2f}); look "
         "for forces of another frame, another order of atoms or a failed calculation."
     )
     return in_frames("forces-outlier", "warning", text, [found.frames[k] for k in np.flatnonzero(strange)])

@@ -16,8 +16,9 @@ from forcetune.frames.frame import FloatArray
 
 RESTORED = 0.6
 """Correlation from which a suspicion is confirmed."""
-LEAD = 0.15
-"""By so much the match must be better than that of negated labels."""
+LEAD = 0.05
+SIGNIFICANT = 8.0
+"""By so much, and so many standard errors, matches must be better than those of negated labels."""
 PAIR = 0.8
 """Correlation of a frame's forces with the model's of another frame that is no chance."""
 NEAREST = 3
@@ -56,7 +57,7 @@ def _rotated(label: FloatArray, model: FloatArray) -> float:
     return cosine(label @ (u @ vt), model)
 
 
-def _same_order(found: Compared) -> list[list[int]]:
+def same_order(found: Compared) -> list[list[int]]:
     """Frames with the same elements in the same order, in groups of ten or more."""
     groups: dict[bytes, list[int]] = {}
     for k, frame in enumerate(found.frames):
@@ -68,7 +69,7 @@ def _of_other_frames(found: Compared, label: list[FloatArray], model: list[Float
     matched = by_chance = total = 0
     best: list[float] = []
     steps: list[int] = []
-    for members in _same_order(found):
+    for members in same_order(found):
         if len(found.frames[members[0]]) < 8:
             continue  # the forces of so few atoms resemble others by chance
         ours = _unit(np.stack([label[k].ravel() for k in members]))
@@ -99,7 +100,7 @@ def _unit(rows: FloatArray) -> FloatArray:
 
 
 def _of_other_atoms(found: Compared, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
-    for members in _same_order(found):
+    for members in same_order(found):
         # one order for all frames leaves no room for chance
         gain = np.einsum("kax,kbx->ab", np.stack([label[k] for k in members]), np.stack([model[k] for k in members]))
         rows, columns = linear_sum_assignment(-gain)
@@ -108,21 +109,18 @@ def _of_other_atoms(found: Compared, label: list[FloatArray], model: list[FloatA
         )
         if ordered >= RESTORED and (rows != columns).any():
             return Mismatch("atoms", ordered, "in the same wrong order in every frame")
-    straight, negated = (_assigned([sign * own for own in label], model) for sign in (1.0, -1.0))
-    if straight >= RESTORED and straight - negated >= LEAD:
-        return Mismatch("atoms", straight, "in a different wrong order in each frame")
+    straight = np.array([_assigned(own, theirs) for own, theirs in zip(label, model, strict=True)])
+    lead = straight - np.array([_assigned(-own, theirs) for own, theirs in zip(label, model, strict=True)])
+    error = max(float(lead.std()) / np.sqrt(len(lead)), 1e-6)
+    if straight.mean() >= RESTORED and lead.mean() >= LEAD and lead.mean() >= SIGNIFICANT * error:
+        return Mismatch("atoms", float(straight.mean()), "in a different wrong order in each frame")
     return None
 
 
-def _assigned(label: list[FloatArray], model: list[FloatArray]) -> float:
-    """Correlation when every frame's forces may be given to its atoms anew."""
-    ordered = []
-    for ours, theirs in zip(label, model, strict=True):
-        rows, columns = linear_sum_assignment(-(ours @ theirs.T))
-        restored = np.empty_like(ours)
-        restored[columns] = ours[rows]
-        ordered.append(restored)
-    return cosine(np.concatenate(ordered), np.concatenate(model))
+def _assigned(label: FloatArray, model: FloatArray) -> float:
+    """Correlation when a frame's forces (atoms, 3) may be given to its atoms anew."""
+    rows, columns = linear_sum_assignment(-(label @ model.T))
+    return cosine(label[rows], model[columns])
 
 
 def pair_correlation(found: Compared) -> float | None:
@@ -139,7 +137,7 @@ def pair_correlation(found: Compared) -> float | None:
         None where no ten frames have the same atoms in the same order.
     """
     expected, seen = [], []
-    for members in _same_order(found):
+    for members in same_order(found):
         one = found.select(members[:200])
         positions = np.stack([frame.positions - frame.positions.mean(axis=0) for frame in one.frames])
         lacking = np.stack(one.forces_label) - np.stack(one.forces)

@@ -181,7 +181,7 @@ def _card(item: Mapping[str, Any]) -> str:
     where = _where(item)
     place = f'<p class="where">{html(where)}</p>' if where else ""
     return (
-        f'<div class="finding {item["severity"]}"><p class="code">{html(item["code"])}</p>'
+        f'<div class="finding is-{item["severity"]}"><p class="code">{html(item["code"])}</p>'
         f"<div><p>{html(item['message'])}</p>{place}</div></div>"
     )
 
@@ -193,16 +193,13 @@ def _agreement(facts: Mapping[str, Any]) -> Html:
     head = ("Set", "Quantity", "Frames", "Correlation", "Label / model")
     note = (
         "Untouched model. Correlation of force and stress components, and of ranks of energies after composition; "
-        "label / "
-        "model is the ratio of typical sizes. A sound set has a correlation well above 0 and a ratio near 1."
+        "label / model is the ratio of typical sizes. A sound set has a correlation well above 0 and a ratio near 1."
     )
     text = str(html_table(head, [(SETS.get(row[0], row[0]), *row[1:]) for row in rows], text_columns=2, css="narrow"))
     text += f'<p class="note">{html(note)}</p>'
     for name, measures in facts["agreement"].items():
         if measures["elements"]:
-            title = (
-                f"Forces by element <small>{html(SETS.get(name, name).lower())} frames, root mean square, meV/Å</small>"
-            )
+            title = f"Forces by element <small>{html(SETS.get(name, str(name)).lower())} frames, root mean square, meV/Å</small>"
             text += f"<h3>{title}</h3>{_element_table(measures['elements'])}"
     return Html(text)
 
@@ -239,7 +236,7 @@ def _parity(facts: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> Html:
     )
     if not figures:
         return Html("")
-    text = "frames, untouched model; its energies are moved onto the labels by composition."
+    text = "frames; before: the untouched model, its energies moved onto the labels by composition."
     return Html(f'<p>{html(SETS.get(name, name))} {html(text)}</p><div class="grid">{figures}</div>')
 
 

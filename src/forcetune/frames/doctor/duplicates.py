@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames
 from forcetune.frames.doctor.shape import REACH, Shape, by_composition, sorted_distances
@@ -135,7 +135,7 @@ def _near(
         return np.stack([shape.descriptor for k in members if (shape := shapes[k]) is not None])
 
     asked = min(NEIGHBOURS + within, len(left))
-    tree = cKDTree(table(first_shapes, left))
+    tree = KDTree(table(first_shapes, left))
     found, places = tree.query(table(second_shapes, right), k=asked, distance_upper_bound=RADIUS)
     found, places = found.reshape(len(right), asked), places.reshape(len(right), asked)
     for row, k in enumerate(right):

@@ -127,7 +127,8 @@ def _is_other(one: FloatArray, other: FloatArray) -> bool:
 
 def _step(values: FloatArray) -> float:
     """The step in which numbers were written: 10⁻ᵈ for d decimals, or that of single precision; 0 if neither shows."""
-    scale = float(np.abs(values).max())
+    values = values[np.abs(values) < 1e9]  # an overflow is a whole number
+    scale = float(np.abs(values).max(initial=0.0))
     if scale == 0 or not np.isfinite(scale):
         return 0.0
     with np.errstate(over="ignore"):
@@ -135,7 +136,7 @@ def _step(values: FloatArray) -> float:
     coarse = float(np.spacing(np.float32(scale))) if np.array_equal(single.astype(np.float64), values) else 0.0
     for decimals in range(6):
         scaled = values * 10.0**decimals
-        if np.abs(scaled - np.round(scaled)).max() < 1e-9 * max(1.0, scale * 10.0**decimals) + 1e-6:
+        if (np.abs(scaled - np.round(scaled)) < 1e-11 * np.abs(scaled) + 1e-7).all():
             return max(coarse, 10.0**-decimals)
     return coarse
 
@@ -150,7 +151,7 @@ def _check_balance(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> l
             (pushed if frame.forces.any(axis=1).all() else zeroed).append(frame)
         elif shape is not None and shape.is_molecule:
             arms = frame.positions - frame.positions.mean(axis=0)
-            if _unbalanced(np.cross(arms, frame.forces)):
+            if _unbalanced(np.cross(arms, frame.forces).astype(np.float64)):
                 turned.append(frame)
     findings = in_frames(
         "forces-sum",
