@@ -1,6 +1,6 @@
 """Does `forcetune doctor` name what is wrong? Faults planted into rMD17, and clean published files.
 
-    python benchmarks/doctor_faults.py --data DATA [--molecule aspirin] [--only NAME] [--json FILE]
+    python benchmarks/doctor_faults.py --data DATA [--molecules aspirin,uracil] [--only NAME] [--json FILE]
 
 DATA has the folders ``rmd17``, ``acac`` and ``3bpa``. Every fault is planted into the 100 ``train`` frames of a
 molecule (some into its ``test`` frames, of which 100 are taken), written to a file as a user would have it, and
@@ -421,7 +421,8 @@ def run_faults(data: Path, molecule: str, only: str | None) -> list[dict[str, An
                 given = Data(plain(train), plain(test), foreign)
                 found = examined(given, fault, model, Path(place))
             loud = {item.code: item.severity for item in reversed(found.findings) if item.severity != "note"}
-            rows.append({"fault": fault.name, "named": is_named(fault, found), "found": loud})
+            named = is_named(fault, found)
+            rows.append({"molecule": molecule, "fault": fault.name, "named": named, "found": loud})
             bar.advance(task)
     return rows
 
@@ -462,17 +463,23 @@ def run_clean(data: Path) -> list[dict[str, Any]]:
 
 
 def show(faults: Sequence[dict[str, Any]], clean: Sequence[dict[str, Any]]) -> None:
-    table = Table("fault", "named", "errors and warnings", title="Planted faults", title_justify="left")
-    for row in faults:
-        found = ", ".join(f"{code} ({severity})" for code, severity in row["found"].items())
-        table.add_row(row["fault"], "yes" if row["named"] else "[red]no[/]", found)
+    molecules = list(dict.fromkeys(row["molecule"] for row in faults))
+    table = Table("fault", *molecules, f"errors and warnings, {molecules[0]}", title="Planted faults")
+    for name in dict.fromkeys(row["fault"] for row in faults):
+        rows = [row for row in faults if row["fault"] == name]
+        found = ", ".join(f"{code} ({severity})" for code, severity in rows[0]["found"].items())
+        table.add_row(name, *("yes" if row["named"] else "[red]no[/]" for row in rows), found)
     Console().print(table)
-    table = Table("clean set", "errors", "warnings", "notes", "what", title="Clean sets", title_justify="left")
+    for molecule in molecules:
+        named = [row["named"] for row in faults if row["molecule"] == molecule]
+        Console().print(f"{molecule}: named {sum(named)} of {len(named)} faults")
+    if not clean:
+        return
+    table = Table("clean set", "errors", "warnings", "notes", "errors and warnings, frames", title="Clean sets")
     for row in clean:
         found = ", ".join(f"{item['code']} ({item['frames']})" for item in row["found"] if item["severity"] != "note")
         table.add_row(row["set"], *(str(row[name]) for name in ("error", "warning", "note")), found)
     Console().print(table)
-    Console().print(f"named {sum(row['named'] for row in faults)} of {len(faults)} faults")
     errors, warnings = (sum(row[name] for row in clean) for name in ("error", "warning"))
     Console().print(f"clean: {errors} errors, {warnings} warnings in {len(clean)} sets")
 
@@ -480,17 +487,18 @@ def show(faults: Sequence[dict[str, Any]], clean: Sequence[dict[str, Any]]) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with rmd17, acac and 3bpa in it")
-    parser.add_argument("--molecule", default="aspirin", help="of rMD17, into which faults are planted")
+    parser.add_argument(
+        "--molecules", type=lambda text: text.split(","), default=["aspirin"], help="of rMD17, to plant faults into"
+    )
     parser.add_argument("--only", help="only faults with this in their name, and no clean sets")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     arguments = parser.parse_args()
-    faults = run_faults(arguments.data, arguments.molecule, arguments.only)
+    faults = [row for name in arguments.molecules for row in run_faults(arguments.data, name, arguments.only)]
     clean = [] if arguments.only else run_clean(arguments.data)
     show(faults, clean)
     if arguments.json is not None:
-        result = {"molecule": arguments.molecule, "faults": faults, "clean": clean}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps({"faults": faults, "clean": clean}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from forcetune.kernels.install import accelerate
 
 SAMPLE = 200
 """So many training frames are predicted; of other sets a quarter of that. A run has its own predictions."""
+SAMPLE_OF_RUN = 500
 PREDICTABLE_EDGES = 500_000
 """Frames with more edges are not predicted only to be examined."""
 
@@ -147,7 +148,11 @@ def doctor(
 
 
 def check_frames(
-    sets: Mapping[str, Sequence[Frame]], cutoff: float | None = None, *, quiet: bool = False
+    sets: Mapping[str, Sequence[Frame]],
+    cutoff: float | None = None,
+    *,
+    quiet: bool = False,
+    progress: Callable[[], None] | None = None,
 ) -> list[Finding]:
     """For a run: all examinations of its frames that need no predictions.
 
@@ -155,11 +160,12 @@ def check_frames(
         sets: name to frames.
         cutoff: of the model, Å; None before it is loaded.
         quiet: leave warnings to a later call.
+        progress: called after each frame.
 
     Raises:
         InputError: an error was found; the message has all of them.
     """
-    return _reported(examine_frames(sets, cutoff=cutoff).findings, quiet=quiet)
+    return _reported(examine_frames(sets, cutoff=cutoff, progress=progress).findings, quiet=quiet)
 
 
 def check_predictions(frames: Sequence[Frame], found: Predictions) -> list[Finding]:
@@ -169,7 +175,9 @@ def check_predictions(frames: Sequence[Frame], found: Predictions) -> list[Findi
         InputError: as :func:`check_frames`.
     """
     compared = Compared.of(frames, found)
-    return _reported(diagnose(compared) + find_outliers(compared))
+    # a verdict on the whole set gains nothing from thousands of frames, and compares all pairs of them
+    chosen = compared.select(sample(range(len(frames)), SAMPLE_OF_RUN))
+    return _reported(diagnose(chosen) + find_outliers(compared))
 
 
 def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Finding]:
@@ -329,8 +337,7 @@ def _memory(
     if available is not None and found.estimate_bytes > available:
         text = (
             f"A step with the {batch_size} largest frames is estimated at {found.estimate_bytes / 1e9:.1f} GB, more "
-            "than the "
-            f"{available / 1e9:.1f} GB of this machine; set training.batch_size or training.batch_edges lower."
+            f"than the {available / 1e9:.1f} GB of this machine; set training.batch_size or training.batch_edges lower."
         )
         findings.append(Finding("memory", "warning", text))
     return {**found.to_json(), "batch_size": batch_size, "available_bytes": available, "device": str(backbone.device)}

@@ -52,8 +52,7 @@ class DataConfig(Section):
     doctor: Switch = Field(
         default="on",
         description="`on` examines frames and labels before the training as `forcetune doctor` does and stops at "
-        "errors; "
-        "`off` trains on them as they are.",
+        "errors; `off` trains on them as they are.",
     )
 
     @model_validator(mode="after")

@@ -313,9 +313,12 @@ class _Fit:
         return loaded
 
     def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
-        """What can be seen in the frames alone; a random split of one file does not count as an overlap by itself."""
+        """What can be seen in the frames alone."""
         check_elements(backbone, [frame for part in dataset.splits.values() for frame in part.frames])
-        check_frames({name: part.frames for name, part in dataset.splits.items()}, backbone.cutoff)
+        sets = {name: part.frames for name, part in dataset.splits.items()}
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("frames", total=sum(map(len, sets.values())))
+            check_frames(sets, backbone.cutoff, progress=lambda: bar.advance(task))
 
     def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:

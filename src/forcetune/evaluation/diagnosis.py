@@ -93,8 +93,8 @@ def _unrelated(found: Compared, agreement: Agreement) -> Finding:
     if agreement.ratio < 0.25:
         text = (
             f"The model's forces are {1 / agreement.ratio:.0f} times larger than the labels and unrelated to them: "
-            "elements, "
-            "positions or cell are probably not what was calculated; else choose a model that knows such structures."
+            "elements, positions or cell are probably not what was calculated; else choose a model that knows such "
+            "structures."
         )
         return in_set("structures-implausible", "warning", text, found.frames)
     text = (

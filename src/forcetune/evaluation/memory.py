@@ -15,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from forcetune.backbones.protocol import Backbone
 from forcetune.graphs.graph import Batch, collate
 
-MEASURED_EDGES = 20_000
-"""Edges that one measured step has at most, so that measuring stays within seconds."""
+MEASURED_EDGES = 4_000
+"""Edges that one measured step has at most, so that measuring stays within seconds and far from the limit."""
+LARGEST_MEASURED = 100_000
+"""Edges of a single frame above which nothing is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +97,23 @@ def training_step(backbone: Backbone, batch: Batch) -> None:
 
 
 def step_memory(backbone: Backbone, graphs: Sequence[Batch], batch_size: int) -> StepMemory | None:
-    """Memory of a training step with the largest frames, all parameters trained; None without frames.
+    """Memory of a training step with the largest frames, all parameters trained; None without frames of a sane size.
 
-    Two steps are run, with few and with more frames; the second is the measurement, the difference of both gives bytes
-    for each edge, by which larger batches are extrapolated.
+    Two steps are run, with few and with more of the smallest frames; the second is the measurement, the difference of
+    both gives bytes for each edge, by which the batch of the largest frames is extrapolated.
 
     Args:
         backbone: the model; its parameters and their gradients are left as they were.
         graphs: the frames.
         batch_size: frames a batch.
     """
-    if not graphs:
+    ascending = sorted(graphs, key=lambda graph: graph.n_edges)
+    if not graphs or ascending[0].n_edges > LARGEST_MEASURED:
         return None
-    largest = sorted(graphs, key=lambda graph: graph.n_edges, reverse=True)[:batch_size]
+    largest = ascending[-batch_size:]
     atoms, edges = sum(g.n_atoms for g in largest), sum(g.n_edges for g in largest)
     measured: list[Batch] = []
-    for graph in reversed(largest):
+    for graph in ascending[: max(2, batch_size)]:
         if measured and sum(g.n_edges for g in measured) + graph.n_edges > MEASURED_EDGES:
             break
         measured.append(graph)

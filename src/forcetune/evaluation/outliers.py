@@ -8,6 +8,7 @@ from forcetune.evaluation.agreement import Compared, cosine, saturated
 from forcetune.evaluation.diagnosis import AGREES, FEWEST
 from forcetune.frames.doctor.composition import composition_residual
 from forcetune.frames.doctor.finding import Finding, in_frames
+from forcetune.frames.doctor.shape import bonding_of
 from forcetune.frames.frame import FloatArray, Frame
 
 ENERGY_OUTLIER = (9.0, 0.03)
@@ -29,15 +30,9 @@ def _energies(found: Compared) -> list[Finding]:
     if len(found.frames) < FEWEST:
         return []
     off, _, _ = composition_residual(found.frames, found.energy_label - found.energy)
-    groups = _groups(off)
-    if groups is not None:
-        gap, smaller = groups
-        text = (
-            f"Energies fall into two groups {1e3 * gap:,.0f} meV/atom apart that structures do not explain, these "
-            "frames in "
-            "the smaller one: settings, units or molecules are mixed; calculate all with the same settings."
-        )
-        return in_frames("energy-levels", "warning", text, [found.frames[k] for k in smaller])
+    levels = _levels(found, off)
+    if levels:
+        return levels
     spread = 1.4826 * float(np.median(np.abs(off)))
     bound = max(ENERGY_OUTLIER[0] * spread, ENERGY_OUTLIER[1])
     outside: list[Frame] = [frame for frame, size in zip(found.frames, np.abs(off), strict=True) if size > bound]
@@ -46,6 +41,25 @@ def _energies(found: Compared) -> list[Finding]:
         "repeat its calculation or remove the frame."
     )
     return in_frames("energy-outlier", "warning", text, outside)
+
+
+def _levels(found: Compared, off: FloatArray) -> list[Finding]:
+    """Frames of one bonding in two groups of energies; isomers may differ by what the model does not know."""
+    by_bonding: dict[int, list[int]] = {}
+    for k, frame in enumerate(found.frames):
+        by_bonding.setdefault(bonding_of(frame), []).append(k)
+    findings = []
+    for members in by_bonding.values():
+        groups = _groups(off[members]) if len(members) >= FEWEST else None
+        if groups is None:
+            continue
+        gap, smaller = groups
+        text = (
+            f"Energies fall into two groups {1e3 * gap:,.0f} meV/atom apart that structures do not explain, these "
+            "frames in the smaller one: settings, units or molecules are mixed; calculate all with the same settings."
+        )
+        findings += in_frames("energy-levels", "warning", text, [found.frames[members[k]] for k in smaller])
+    return findings
 
 
 def _groups(off: FloatArray) -> tuple[float, list[int]] | None:

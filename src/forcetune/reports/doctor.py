@@ -102,7 +102,7 @@ def _memory_text(facts: Mapping[str, Any]) -> str:
     memory = facts.get("memory")
     if memory is None:
         return ""
-    scaled = "measured" if memory["batch_edges"] == memory["measured_edges"] else "scaled by edges from a measured step"
+    scaled = f"scaled by edges from a measured step of {count_text(memory['measured_edges'])}"
     return (
         f"about {bytes_text(memory['estimate_bytes'])} for a step with the {memory['batch_size']} largest frames "
         f"({count_text(memory['batch_atoms'])} atoms, {count_text(memory['batch_edges'])} edges; {scaled}, all "
@@ -199,8 +199,8 @@ def _agreement(facts: Mapping[str, Any]) -> Html:
     text += f'<p class="note">{html(note)}</p>'
     for name, measures in facts["agreement"].items():
         if measures["elements"]:
-            title = f"Forces by element <small>{html(SETS.get(name, str(name)).lower())} frames, root mean square, meV/Å</small>"
-            text += f"<h3>{title}</h3>{_element_table(measures['elements'])}"
+            detail = f"{SETS.get(name, str(name)).lower()} frames, root mean square, meV/Å"
+            text += f"<h3>Forces by element <small>{html(detail)}</small></h3>{_element_table(measures['elements'])}"
     return Html(text)
 
 

@@ -17,6 +17,8 @@ SMALLEST_VOLUME = 0.5
 """Å³ an atom; a cell below it cannot be searched for neighbours in any sensible time, and is nonsense."""
 LARGEST_EXTENT = 1000.0
 """Å; atoms further apart than this in a direction without periodicity are no structure."""
+BOND = 1.3
+"""Atoms nearer than so many sums of covalent radii are bonded."""
 CENTRES = np.linspace(0.8, 4.8, 11)
 WIDTH = 0.4
 
@@ -116,6 +118,17 @@ def sorted_distances(frame: Frame) -> dict[tuple[int, int], FloatArray]:
         for a, b in np.unique(np.stack((first, second), axis=1), axis=0)
         if a <= b
     }
+
+
+def bonding_of(frame: Frame) -> int:
+    """A number that two frames share where every element has the same bonded neighbours in both, as conformers have."""
+    i, j, apart, _ = distances(frame)
+    radii = covalent_radii[frame.numbers]
+    bonded = apart < BOND * (radii[i] + radii[j])
+    neighbours_of: list[list[int]] = [[] for _ in range(len(frame))]
+    for a, b in zip(i[bonded], j[bonded], strict=True):
+        neighbours_of[a].append(int(frame.numbers[b]))
+    return hash(tuple(sorted((int(z), *sorted(own)) for z, own in zip(frame.numbers, neighbours_of, strict=True))))
 
 
 def composition_of(frame: Frame) -> tuple[tuple[int, int], ...]:
