@@ -109,6 +109,15 @@ class Compared:
             ]
         )
 
+    def ordinary(self) -> Compared:
+        """Without frames whose largest force, label or prediction, is far larger than that of most frames."""
+        if not self.frames:
+            return self
+        sizes = np.array(
+            [np.nanmax(np.abs([*a.ravel(), *b.ravel()])) for a, b in zip(self.forces_label, self.forces, strict=True)]
+        )
+        return self.select(np.flatnonzero(sizes <= STANDS_OUT * np.median(sizes)).tolist())
+
     def with_energy(self) -> Compared:
         """Frames of several atoms that have an energy label."""
         return self.select([k for k, e in enumerate(self.energy_label) if np.isfinite(e) and len(self.forces[k]) > 1])
@@ -120,15 +129,17 @@ class Compared:
         return self.select([k for k, label in enumerate(self.stress_label) if np.isfinite(label).all()])
 
     def arrays(self) -> dict[str, FloatArray]:
-        """Labels and predictions for plots, energies an atom and predictions moved onto the labels by composition."""
-        if not self.frames:
+        """Labels and predictions of ordinary frames for plots; energies an atom, moved onto the labels by "
+        "composition."""
+        shown = self.ordinary()
+        if not shown.frames:
             return {}
         found = {
-            "forces_element": np.concatenate([frame.numbers for frame in self.frames]),
-            "reference/forces": np.concatenate(self.forces_label),
-            "before/forces": np.concatenate(self.forces),
+            "forces_element": np.concatenate([frame.numbers for frame in shown.frames]),
+            "reference/forces": np.concatenate(shown.forces_label),
+            "before/forces": np.concatenate(shown.forces),
         }
-        labelled = self.with_energy()
+        labelled = shown.with_energy()
         if len(labelled.frames) >= 3:
             label = labelled.energy_label / np.array([len(frame) for frame in labelled.frames])
             off, *_ = composition_residual(labelled.frames, labelled.energy_label - labelled.energy)
@@ -202,11 +213,7 @@ def stress_agreement(found: Compared) -> Agreement | None:
 
 def element_agreement(found: Compared) -> list[ElementAgreement]:
     """Of the forces on every element, ascending by atomic number; frames that stand out by size are left out."""
-    found = found.with_forces()
-    sizes = np.array(
-        [max(np.abs(a).max(), np.abs(b).max()) for a, b in zip(found.forces_label, found.forces, strict=True)]
-    )
-    found = found.select(np.flatnonzero(sizes <= STANDS_OUT * np.median(sizes)).tolist() if len(sizes) else [])
+    found = found.with_forces().ordinary()
     if not found.frames:
         return []
     numbers = np.concatenate([frame.numbers for frame in found.frames])

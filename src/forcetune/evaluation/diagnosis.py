@@ -54,8 +54,8 @@ def _check_forces(found: Compared, agreement: Agreement | None) -> list[Finding]
     frames = found.frames
     if agreement.correlation <= -AGREES:
         text = (
-            f"Forces point against the model's (correlation {agreement.correlation:.2f}): they are gradients; multiply "
-            "them by −1."
+            f"Forces point against the model's (correlation {_two(agreement.correlation)}): they are gradients; "
+            "multiply them by −1."
         )
         return [in_set("forces-sign", "error", text, frames), *_check_force_unit(found, agreement)]
     if agreement.correlation >= AGREES:
@@ -69,7 +69,7 @@ def _check_forces(found: Compared, agreement: Agreement | None) -> list[Finding]
 
 
 def _told(mismatch: Mismatch, agreement: Agreement, found: Compared) -> Finding:
-    before, after = f"{agreement.correlation:.2f}", f"{mismatch.correlation:.2f}"
+    before, after = _two(agreement.correlation), _two(mismatch.correlation)
     if mismatch.kind == "rotation":
         text = (
             f"Forces agree with the model only when all of them are rotated (correlation {before}, then {after}): "
@@ -98,7 +98,7 @@ def _unrelated(found: Compared, agreement: Agreement) -> Finding:
         )
         return in_set("structures-implausible", "warning", text, found.frames)
     text = (
-        f"Forces have nothing to do with the model's (correlation {agreement.correlation:.2f}): labels, elements or "
+        f"Forces have nothing to do with the model's (correlation {_two(agreement.correlation)}): labels, elements or "
         "positions are wrong, or the model does not know this chemistry; compare with another model."
     )
     return in_set("forces-unrelated", "warning", text, found.frames)
@@ -118,6 +118,10 @@ def _check_force_unit(found: Compared, agreement: Agreement) -> list[Finding]:
     return [in_set("forces-unit", severity, text, found.frames)]
 
 
+def _two(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:.3g} times" if ratio >= 1 else f"1/{1 / ratio:.3g} of"
 
@@ -129,7 +133,7 @@ def _check_energies(found: Compared, forces: Agreement | None, trusted: bool) ->
     bound = max(0.3, 3 / math.sqrt(agreement.n_frames))
     if agreement.correlation <= -max(0.4, bound):
         text = (
-            f"Energies fall where the model's rise (rank correlation {agreement.correlation:.2f}): they have the "
+            f"Energies fall where the model's rise (rank correlation {_two(agreement.correlation)}): they have the "
             "wrong sign; multiply them by −1."
         )
         return [in_set("energy-sign", "error", text, found.frames)]
@@ -160,9 +164,9 @@ def _check_energy_order(found: Compared, agreement: Agreement, forces: Agreement
     bound = 2 / math.sqrt(agreement.n_frames)
     if agreement.correlation >= bound or (followed is not None and followed >= bound):
         return []
-    told = "" if followed is None else f" and {followed:.2f} with what the forces say"
+    told = "" if followed is None else f" and {_two(followed)} with what the forces say"
     text = (
-        f"Forces agree with the model, but energies do not (rank correlation {agreement.correlation:.2f}{told}): "
+        f"Forces agree with the model, but energies do not (rank correlation {_two(agreement.correlation)}{told}): "
         "energies and structures are in different orders or of different calculations; write them anew."
     )
     severity: Severity = "error" if agreement.n_frames >= SURE_FRAMES and followed is not None else "warning"
@@ -176,7 +180,7 @@ def _check_stress(found: Compared) -> list[Finding]:
     findings = []
     if agreement.correlation < 0:
         text = (
-            f"Stress has the sign against the model's (correlation {agreement.correlation:.2f}); positive is tension "
+            f"Stress has the sign against the model's (correlation {_two(agreement.correlation)}); positive is tension "
             "here, as in ASE: multiply it by −1."
         )
         findings.append(in_set("stress-sign", "error", text, found.frames))

@@ -28,7 +28,6 @@ from forcetune.reports.tables import (
     html_table,
     number_text,
     ratio,
-    share_text,
 )
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -102,7 +101,7 @@ def _memory_text(facts: Mapping[str, Any]) -> str:
     memory = facts.get("memory")
     if memory is None:
         return ""
-    scaled = f"scaled by edges from a measured step of {count_text(memory['measured_edges'])}"
+    scaled = f"scaled by edges from a measured step of {count_text(memory['measured_edges'])} edges"
     return (
         f"about {bytes_text(memory['estimate_bytes'])} for a step with the {memory['batch_size']} largest frames "
         f"({count_text(memory['batch_atoms'])} atoms, {count_text(memory['batch_edges'])} edges; {scaled}, all "
@@ -211,7 +210,7 @@ def _element_table(elements: Sequence[Mapping[str, Any]]) -> Html:
         width = 100 * min(1.0, share or 0.0)
         worse = " worse" if share is not None and share > 1 else ""
         bar = f'<span class="bar{worse}" aria-hidden="true"><i style="width:{width:.1f}%"></i></span>'
-        percent = MISSING if share is None else share_text(row["error_rms_mev_per_ang"], row["label_rms_mev_per_ang"])
+        percent = MISSING if share is None else f"{100 * share:.0f} %" if share < 10 else f"{share:.0f}×"
         rows.append(
             (
                 row["symbol"],
@@ -236,7 +235,10 @@ def _parity(facts: Mapping[str, Any], arrays: Mapping[str, NDArray]) -> Html:
     )
     if not figures:
         return Html("")
-    text = "frames; before: the untouched model, its energies moved onto the labels by composition."
+    text = (
+        "frames, without those of far larger forces; before: the untouched model, its energies moved onto the labels "
+        "by composition."
+    )
     return Html(f'<p>{html(SETS.get(name, name))} {html(text)}</p><div class="grid">{figures}</div>')
 
 
