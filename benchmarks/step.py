@@ -31,13 +31,13 @@ from ase import Atoms
 from ase.io import read
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
 from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.library import import_mace
 from forcetune.deployment.calculator import frame_of
+from forcetune.evaluation.memory import peak_memory
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.files import write_text
 from forcetune.graphs.graph import Batch, collate
@@ -175,27 +175,6 @@ def medians(runs: Runs, rounds: int, repeats: Mapping[str, int]) -> dict[str, fl
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_memory(run: Callable[[], object]) -> float:
-    """MB by which a run exceeds what was allocated before it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    level = most = 0
-    for event in sorted(_memory_events(found), key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        most = max(most, level)
-    return most / 1e6
-
-
-def _memory_events(found: Any) -> list[Any]:
-    assert found.profiler is not None
-    return [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
-
-
 def training(
     models: Mapping[str, MaceBackbone], batch: Batch, rounds: int, *, memory: bool
 ) -> dict[str, dict[str, float]]:
@@ -208,7 +187,7 @@ def training(
     }
     if memory:
         for name, run in runs.items():
-            result[name]["peak_mb"] = peak_memory(run)
+            result[name]["peak_mb"] = peak_memory(run, batch.positions.device) / 1e6
     return result
 
 

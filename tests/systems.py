@@ -18,6 +18,9 @@ from forcetune.deployment.calculator import frame_of
 from forcetune.frames.frame import Frame
 from models import make_mace
 
+STIFFNESS = 5.0
+"""eV/Å² of the springs in :func:`labelled`."""
+
 
 def backbone(**options: object) -> MaceBackbone:
     """A small MACE with random weights."""
@@ -54,16 +57,22 @@ def frames_of(*structures: Atoms) -> list[Frame]:
 
 
 def labelled(count: int = 12, seed: int = 0) -> list[Atoms]:
-    """Shaken methanol molecules with spring energies in ``REF_energy`` and forces in ``REF_forces``."""
+    """Shaken methanol molecules in which springs hold all pairs; energies in ``REF_energy``, forces in ``REF_forces``.
+
+    E = ½ k Σ (d − d₀)² over pairs, so that forces and torques add up to zero.
+    """
     rng = np.random.default_rng(seed)
     start = molecule("CH3OH")
+    rest = start.get_all_distances() + np.eye(len(start))
     found = []
     for _ in range(count):
         atoms = start.copy()
-        shift = 0.06 * rng.standard_normal(start.positions.shape)
-        atoms.positions += shift
-        atoms.info["REF_energy"] = -3000.0 + 5.0 * float((shift**2).sum())
-        atoms.arrays["REF_forces"] = -10.0 * shift
+        atoms.positions += 0.06 * rng.standard_normal(start.positions.shape)
+        apart = atoms.positions[None] - atoms.positions[:, None]
+        distance = np.linalg.norm(apart, axis=-1) + np.eye(len(start))
+        atoms.info["REF_energy"] = -3000.0 + 0.25 * STIFFNESS * float(((distance - rest) ** 2).sum())
+        pull = STIFFNESS * (distance - rest) / distance
+        atoms.arrays["REF_forces"] = (pull[..., None] * apart).sum(axis=1)
         found.append(atoms)
     return found
 

@@ -34,6 +34,16 @@ def test_settings_win_over_options_and_options_over_the_file(tmp_path: Path) -> 
     assert (other.training.learning_rate, other.method.rank) == (1e-3, 8)
 
 
+def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_path: Path) -> None:
+    found = load_config(settings=["data.doctor=off", "model.kernels=off"], given=LEAST)
+    assert (found.data.doctor, found.model.kernels) == ("off", "off")
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: [a.xyz], doctor: off}\nmodel: {kernels: off}\n", encoding="utf-8")
+    assert load_config(path).data.doctor == "off"
+    with pytest.raises(InputError, match=r"model\.kernels"):
+        load_config(settings=["model.kernels=on"], given=LEAST)
+
+
 def test_saved_configuration_is_complete_and_reads_back(tmp_path: Path) -> None:
     config = load_config(given=LEAST | {"method": {"name": "elora", "rank": 4}})
     config.save(tmp_path / "config.yaml")

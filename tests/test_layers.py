@@ -12,7 +12,7 @@ FOUNDATION = ("_version", "errors", "files", "parsing", "irreps", "config")
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "adapters"),
     *("evaluation", "training", "reports", "deployment"),
-    *("records", "run_folder", "surroundings", "run", "search", "comparison", "api", "demo", "cli"),
+    *("records", "run_folder", "surroundings", "checkup", "run", "search", "comparison", "api", "demo", "cli"),
 )
 
 

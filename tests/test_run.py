@@ -10,14 +10,16 @@ import pytest
 
 import forcetune
 from forcetune.adapters.file import read_adapter_config
-from forcetune.errors import InputError
+from forcetune.errors import ForcetuneWarning, InputError
 from systems import labelled, write_labelled, write_model
 
 
 def test_aspirin_starts_within_tens_of_mev_per_atom(reference_data: Path, tmp_path: Path) -> None:
     aspirin = reference_data / "rmd17" / "aspirin"
     model = write_model(tmp_path / "random.model")
-    run = forcetune.fit(aspirin / "train.xyz", model=model, method="readout", valid=0.5, epochs=1, out=tmp_path / "run")
+    given = {"model": model, "method": "readout", "valid": 0.5, "epochs": 1, "out": tmp_path / "run"}
+    with pytest.warns(ForcetuneWarning, match="forces-unrelated"):  # random weights know no chemistry
+        run = forcetune.fit(aspirin / "train.xyz", **given)
     references = run.results["reference_energies"]
     assert references["offset_before_mev_per_atom"] > 100_000
     assert references["offset_after_mev_per_atom"] < 50
@@ -81,7 +83,7 @@ def test_float32_run(tmp_path: Path) -> None:
         data,
         model=write_model(tmp_path / "m.model"),
         valid=4,
-        test=data,
+        test=write_labelled(tmp_path / "b.xyz", 5, seed=9),
         epochs=4,
         out=tmp_path / "run",
         settings={"model.dtype": "float32"},

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
     from forcetune.api import compare_methods, evaluate
     from forcetune.backbones.loading import load
+    from forcetune.checkup import Checkup, doctor
     from forcetune.comparison import compare
     from forcetune.config import RunConfig, load_config
     from forcetune.demo import Demo, demo_file
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.merge import merge
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
+    from forcetune.frames.doctor.finding import Finding
     from forcetune.frames.read import read_frames
     from forcetune.run import Run, fit, resume, run_fit
 
@@ -37,6 +39,7 @@ _HOMES = {
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
     "api": ("compare_methods", "evaluate"),
     "backbones.loading": ("load",),
+    "checkup": ("Checkup", "doctor"),
     "comparison": ("compare",),
     "config": ("RunConfig", "load_config"),
     "demo": ("Demo", "demo_file"),
@@ -44,6 +47,7 @@ _HOMES = {
     "deployment.merge": ("merge",),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
     "run": ("Run", "fit", "resume", "run_fit"),
+    "frames.doctor.finding": ("Finding",),
     "frames.read": ("read_frames",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -51,9 +55,11 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
     "Adapter",
+    "Checkup",
     "Combination",
     "Demo",
     "Dense",
+    "Finding",
     "ForcetuneError",
     "ForcetuneWarning",
     "Frozen",
@@ -72,6 +78,7 @@ __all__ = [
     "demo_file",
     "detach",
     "disable_adapter",
+    "doctor",
     "evaluate",
     "fit",
     "load",

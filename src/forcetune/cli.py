@@ -261,6 +261,52 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    data: Annotated[list[str], typer.Argument(help="Files of frames to train on; everything ASE reads.")],
+    model: Annotated[str, typer.Option("--model", help=_about(configuration.ModelConfig, "model"))] = "mini",
+    valid: Annotated[list[str] | None, typer.Option(help="Files of frames to validate on.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "test"))] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Frames a batch, to estimate memory for.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write a page.")] = None,
+    as_json: Json = False,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    head: Head = None,
+    device: Device = None,
+    trust: Trust = False,
+) -> None:
+    """Examine frames and labels before training: units, signs, order, duplicates, outliers, cells, memory."""
+    from forcetune.checkup import doctor as examine
+    from forcetune.reports.doctor import print_checkup, write_checkup
+
+    checkup = examine(
+        data,
+        model=model,
+        valid=valid or None,
+        test=test or None,
+        energy_key=energy_key or "auto",
+        forces_key=forces_key or "auto",
+        stress_key=stress_key or "auto",
+        batch_size=batch_size,
+        head=head,
+        device=device or "auto",
+        trust=trust,
+    )
+    found = checkup.to_json()
+    if page is not None:
+        write_checkup(page, found, checkup.arrays)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_checkup(found, Console())
+        if page is not None:
+            print(f"page     {page}")
+    if found["n_errors"]:
+        sys.exit(2)
+
+
+@app.command()
 def methods(
     model: Model,
     elements: Annotated[str | None, typer.Option(help="Cut the element table to these, such as H,C,O.")] = None,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.adapters.methods import METHODS, options_of
+from forcetune.checkup import check_frames
 from forcetune.config import RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
@@ -83,7 +84,9 @@ def compare(
     first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
     for one in first.values():
         method_of(one)
-    read_dataset(config.data)  # bad data are met before the first run
+    dataset = read_dataset(config.data)  # bad data are met before the first run
+    if config.data.doctor == "on":
+        check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
     _check_folder(folder)
     config.save(folder / MARK_NAME)
     searched: dict[str, Searched] = {}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from forcetune.errors import InputError
 from forcetune.files import write_text
@@ -18,6 +18,15 @@ from forcetune.parsing import parse_yaml, short
 
 LARGEST_SEED = 2**63 - 1
 LARGEST_RANK = 1024
+
+
+def _as_word(value: Any) -> Any:
+    """YAML 1.1 reads ``on`` and ``off`` as true and false; people mean the words."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["on", "off"], BeforeValidator(_as_word)]
+AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(_as_word)]
 
 
 class Section(BaseModel):
@@ -44,6 +53,12 @@ class DataConfig(Section):
         default=123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split."
     )
 
+    doctor: Switch = Field(
+        default="on",
+        description="`on` examines frames and labels before the training as `forcetune doctor` does and stops at "
+        "errors; `off` trains on them as they are.",
+    )
+
     @model_validator(mode="after")
     def _positive_split(self) -> DataConfig:
         if not isinstance(self.valid, list) and self.valid <= 0:
@@ -64,7 +79,7 @@ class ModelConfig(Section):
         default="float64", description="Precision of the model during training."
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.")
-    kernels: Literal["auto", "off"] = Field(
+    kernels: AutoSwitch = Field(
         default="auto",
         description="`auto` computes by faster exact equivalents of the library's layers, `off` by the library's own.",
     )

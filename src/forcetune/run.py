@@ -20,9 +20,10 @@ from forcetune.adapters.methods import Method, custom_method, method
 from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
+from forcetune.checkup import check_frames, check_predictions
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, Predictions, check_finite, graphs_of, predict
+from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, Split, read_dataset
 from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
@@ -252,11 +253,16 @@ class _Fit:
         dataset = read_dataset(self.config.data)
         self._say_data(dataset)
         backbone = self._load(dataset, backbone)
+        examined = self.config.data.doctor == "on"
+        if examined:
+            self._examine(dataset, backbone)
         graphs = {name: graphs_of(backbone, part.frames) for name, part in dataset.splits.items()}
         check_labels(self.config.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
         for name, part in dataset.splits.items():
             check_finite(raw[name], part.frames)
+        if examined:
+            check_predictions(dataset.train.frames, raw["train"])
         own_references = backbone.reference_energies
         table = self.config.references.table
         references = reference_energies(
@@ -326,6 +332,14 @@ class _Fit:
         if model.kernels == "auto":
             accelerate(loaded)
         return loaded
+
+    def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
+        """What can be seen in the frames alone."""
+        check_elements(backbone, [frame for part in dataset.splits.values() for frame in part.frames])
+        sets = {name: part.frames for name, part in dataset.splits.items()}
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("frames", total=sum(map(len, sets.values())))
+            check_frames(sets, backbone.cutoff, progress=lambda: bar.advance(task))
 
     def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:

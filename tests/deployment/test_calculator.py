@@ -25,13 +25,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> forcetune.Run:
     folder = tmp_path_factory.mktemp("run")
     model = write_model(folder / "base.model")
     data = write_labelled(folder / "train.xyz")
-    return forcetune.fit(data, model=model, valid=0.25, test=data, epochs=3, out=folder / "run")
+    write_labelled(folder / "test.xyz", seed=9)
+    return forcetune.fit(data, model=model, valid=0.25, test=folder / "test.xyz", epochs=3, out=folder / "run")
 
 
 def test_numbers_are_those_of_the_training(run: forcetune.Run) -> None:
     stored = np.load(run.folder / "predictions.npz")
     base = run.folder.parent / "base.model"
-    atoms = read(run.folder.parent / "train.xyz", ":")
+    atoms = read(run.folder.parent / "test.xyz", ":")
     for calculator in (
         forcetune.calculator(run.folder),
         forcetune.calculator(base, adapter=run.adapter),

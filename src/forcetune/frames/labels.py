@@ -108,7 +108,7 @@ def choose_keys(raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[La
     chosen: dict[str, str | None] = {}
     for label in LABELS:
         required = label in require
-        key = _choose(label, getattr(asked, label) or NONE, raws, required, name)
+        key = choose_key(label, getattr(asked, label) or NONE, raws, required, name)
         if key is not None:
             _check_complete(label, key, raws, required, name)
         chosen[label] = key
@@ -130,8 +130,12 @@ def _own(raw: RawFrame, label: Label, key: str) -> Any:
     return raw.named.get(key)
 
 
-def _choose(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> str | None:
-    """The key for the whole set, or None for a label that is not there or not wanted."""
+def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> str | None:
+    """The key of one label for the whole set, or None for a label that is not there or not wanted.
+
+    Raises:
+        InputError: the label is required, or its key was asked for, and no frame has it.
+    """
     needed = required and not all(_may_lack(raw, label) for raw in raws)
     if key == NONE:
         if required:
@@ -186,8 +190,13 @@ def _may_lack(raw: RawFrame, label: Label) -> bool:
     return label == "stress" and not raw.atoms.pbc.any()
 
 
+def lacking(label: Label, key: str, raws: Sequence[RawFrame]) -> list[RawFrame]:
+    """The frames that should have a label and do not."""
+    return [raw for raw in raws if label_under(raw, label, key) is None and not _may_lack(raw, label)]
+
+
 def _check_complete(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> None:
-    missing = [raw for raw in raws if label_under(raw, label, key) is None and not _may_lack(raw, label)]
+    missing = lacking(label, key, raws)
     if not missing:
         return
     if required:

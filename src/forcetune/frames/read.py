@@ -108,12 +108,16 @@ def _label(
     raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str
 ) -> tuple[tuple[Frame, ...], LabelKeys]:
     for raw in raws:
-        _check_structure(raw)
+        check_structure(raw)
     keys = choose_keys(raws, asked, require, name)
-    return tuple(_frame_of(raw, keys) for raw in raws), keys
+    return tuple(labelled_frame(raw, keys) for raw in raws), keys
 
 
-def _check_structure(raw: RawFrame) -> None:
+def check_structure(raw: RawFrame) -> None:
+    """
+    Raises:
+        InputError: no atoms, an atom without an element, or a position or cell that is not finite.
+    """
     atoms = raw.atoms
     if len(atoms) == 0:
         raise InputError(f"{raw.origin}: has no atoms; remove the frame.")
@@ -132,7 +136,12 @@ def _check_structure(raw: RawFrame) -> None:
         raise InputError(f"{raw.origin}: the cell is not finite; mend or remove the frame.")
 
 
-def _frame_of(raw: RawFrame, keys: LabelKeys) -> Frame:
+def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
+    """The frame with the labels that stand under these keys.
+
+    Raises:
+        InputError: a label is not finite or of the wrong shape.
+    """
     atoms = raw.atoms
     energy = _numbers(raw, "energy", keys.energy)
     forces = _numbers(raw, "forces", keys.forces)

@@ -1,0 +1,181 @@
+"""Reading that goes on after a problem: every file and frame that can be read is read, the rest is told."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+
+from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.frames.doctor.finding import Finding, Severity, in_frames
+from forcetune.frames.frame import Frame, LabelKeys, Origin
+from forcetune.frames.labels import LABELS, NONE, Label, RawFrame, choose_key, label_under, lacking, raw_frame
+from forcetune.frames.read import check_structure, labelled_frame
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, iterate
+
+Source = str | Path
+
+
+def read_leniently(
+    sources: Sequence[Source] | Sequence[Atoms], asked: LabelKeys, require: Sequence[Label], name: str
+) -> tuple[tuple[Frame, ...], LabelKeys, list[Finding]]:
+    """Read what can be read.
+
+    Args:
+        sources: files and patterns, or structures in memory.
+        asked: for each label a key, ``auto``, ``none`` or ``calculator``.
+        require: labels that every frame must have; a frame without one is an error and still returned.
+        name: what the data are, for messages.
+
+    Returns:
+        the frames that could be read, the label keys, and what was wrong with the others.
+    """
+    findings: list[Finding] = []
+    raws = []
+    for raw in _raw_frames(sources, findings):
+        found = _refusal("structure-broken", raw.origin, lambda raw=raw: check_structure(raw))
+        findings += found
+        if not found:
+            raws.append(raw)
+    keys = _keys(raws, asked, require, name, findings)
+    frames = []
+    for raw in raws:
+        own, broken = _sound_labels(raw, keys)
+        findings += broken
+        frames.append(labelled_frame(raw, own))
+    return tuple(frames), keys, _gathered(findings)
+
+
+def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Finding]) -> Iterator[RawFrame]:
+    for source in sources:
+        if isinstance(source, Atoms):
+            yield from (
+                raw_frame(atoms, Origin("<atoms>", index), in_memory=True)
+                for index, atoms in enumerate(atoms for atoms in sources if isinstance(atoms, Atoms))
+            )
+            return
+    files: dict[Path, None] = {}
+    with _told("file-repeated", findings):
+        try:
+            files = dict.fromkeys(expand([source for source in sources if not isinstance(source, Atoms)]))
+        except InputError:
+            # one of several is not there: the others are read all the same
+            for source in sources:
+                try:
+                    files |= dict.fromkeys(expand([str(source)]))
+                except InputError as error:
+                    findings.append(Finding("file-unreadable", "error", _without(str(error), str(source)), str(source)))
+    for file in files:
+        reached = 0
+        try:
+            format_name = file_format(file)
+            for index, atoms in enumerate(iterate(file, format_name)):
+                reached = index + 1
+                yield raw_frame(atoms, Origin(str(file), index), moved=format_name in XYZ_FORMATS)
+        except InputError as error:
+            message = _without(str(error), str(Origin(str(file), reached)), str(file))
+            findings.append(Finding("file-unreadable", "error", message, str(file)))
+
+
+def _keys(
+    raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str, findings: list[Finding]
+) -> LabelKeys:
+    chosen: dict[str, str | None] = {}
+    for label in LABELS:
+        required = label in require
+        key = None
+        with _told("label-keys", findings):
+            try:
+                key = choose_key(label, getattr(asked, label) or NONE, raws, required, name) if raws else None
+            except InputError as error:
+                findings.append(Finding(f"{label}-missing", "error", str(error), _file_of(raws), (), len(raws)))
+        chosen[label] = key
+        if key is None:
+            continue
+        severity: Severity = "error" if required else "note"
+        without = lacking(label, key, raws)
+        findings += in_frames(
+            f"{label}-missing",
+            severity,
+            f"No {label} under '{key}' ({len(without)} of {len(raws)} frames of the {name}); remove these frames, "
+            f"repeat their calculation or set {label}_key.",
+            [raw.origin for raw in without],
+        )
+    return LabelKeys(**chosen)
+
+
+def _sound_labels(raw: RawFrame, keys: LabelKeys) -> tuple[LabelKeys, list[Finding]]:
+    """The keys under which this frame's labels can be used, and what is wrong with the others."""
+    sound: dict[str, str | None] = {}
+    findings: list[Finding] = []
+    nothing = LabelKeys(None, None, None)
+    for label, key in zip(LABELS, keys, strict=True):
+        code = f"{label}-not-finite" if _is_not_finite(raw, label, key) else f"{label}-broken"
+        alone = nothing._replace(**{label: key})
+        found = _refusal(code, raw.origin, lambda alone=alone: labelled_frame(raw, alone))
+        findings += found
+        sound[label] = None if found else key
+    return LabelKeys(**sound), findings
+
+
+def _is_not_finite(raw: RawFrame, label: Label, key: str | None) -> bool:
+    try:
+        values = np.asarray(None if key is None else label_under(raw, label, key), dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return not bool(np.isfinite(values).all())
+
+
+def _refusal(code: str, origin: Origin, check: Callable[[], object]) -> list[Finding]:
+    try:
+        check()
+    except InputError as error:
+        return in_frames(code, "error", _without(str(error), str(origin)), [origin])
+    return []
+
+
+def _gathered(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings of one kind in one file become one, with the message of the first."""
+    kept: list[Finding] = []
+    by_kind: dict[tuple[str, str], list[Finding]] = {}
+    for found in findings:
+        if found.frames and found.file is not None:
+            by_kind.setdefault((found.code, found.file), []).append(found)
+        else:
+            kept.append(found)
+    for (code, file), group in by_kind.items():
+        first = group[0]
+        if len(group) == 1:
+            kept.append(first)
+            continue
+        origins = [Origin(file, index) for found in group for index in found.frames]
+        message = f"In the first of them {first.message[0].lower()}{first.message[1:]}"
+        kept += in_frames(code, first.severity, message, origins)
+    return kept
+
+
+@contextmanager
+def _told(code: str, findings: list[Finding]) -> Iterator[None]:
+    """Within this context our warnings become findings."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", ForcetuneWarning)
+        yield
+    findings += [
+        Finding(code, "warning", str(item.message)) for item in heard if issubclass(item.category, ForcetuneWarning)
+    ]
+
+
+def _without(message: str, *starts: str) -> str:
+    """A message without the place that the finding names anyway, as a sentence."""
+    for start in starts:
+        message = message.removeprefix(start).lstrip(":, ")
+    return message[:1].upper() + message[1:]
+
+
+def _file_of(raws: Sequence[RawFrame]) -> str | None:
+    files = list(dict.fromkeys(raw.origin.file for raw in raws))
+    return files[0] if len(files) == 1 else None
