@@ -31,6 +31,7 @@ from ase import Atoms
 from ase.io import read
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import method

@@ -26,6 +26,13 @@ def reference_data() -> Path:
     pytest.skip(f"the reference data are not in {' or '.join(map(str, places))}; set FORCETUNE_DATA to their folder")
 
 
+@pytest.fixture(autouse=True)
+def _no_forgetting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fits of tests that are about something else leave the checks after the training out."""
+    if request.node.get_closest_marker("forgetting") is None:
+        monkeypatch.setattr("forcetune.run._Fit._forgetting", lambda *_: None)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     """A web server on the loopback interface, reached without a proxy."""

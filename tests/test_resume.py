@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "training.schedule.name": "cosine",
         "training.valid_every": 2,
     },
+    "replay": {"method.name": "readout", "replay.ratio": 0.75, "replay.weight": 2.0},
     "early stop": {"method.name": "readout", "training.early_stopping": 1, "training.learning_rate": 3.0},
 }
 
@@ -42,6 +43,8 @@ def fit(out: Path, **more: Any) -> run.Run:
     if not model.exists():
         write_labelled(frames, 12)
         write_model(model)
+    if "replay.ratio" in more:
+        more["replay.data"] = [str(write_labelled(out.parent / "replay.xyz", 9, seed=8))]
     settings = {"training.batch_size": 4, "training.seed": 3, "training.threads": 1}
     return forcetune.fit(frames, model=model, valid=4, epochs=EPOCHS, out=out, settings=settings | more)
 
@@ -79,7 +82,10 @@ class PowerLossError(BaseException):
 MOMENTS = ("after the second checkpoint", "before it", "while the adapter is replaced")
 
 
-NAMES = [name if index < 2 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(OPTIONS)]
+NAMES = [
+    name if index < 2 or name == "replay" else pytest.param(name, marks=pytest.mark.slow)
+    for index, name in enumerate(OPTIONS)
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

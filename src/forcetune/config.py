@@ -251,6 +251,21 @@ class TrainingConfig(Section):
     threads: int | None = Field(default=None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
 
 
+class ReplayConfig(Section):
+    """Frames of another kind mixed into the training, so that the model keeps what it knew."""
+
+    data: list[str] = Field(default=[], description="Files or globs of replay frames; none, no replay.")
+    labels: Literal["base", "file"] = Field(
+        default="base",
+        description="`base`: energies and forces of the foundation model itself, so that only structures are needed; "
+        "`file`: the labels in the files, with reference energies of their own, estimated from the replay frames.",
+    )
+    ratio: float = Field(default=1.0, gt=0, le=100, description="Replay frames per training frame in every epoch.")
+    weight: float = Field(
+        default=1.0, gt=0, le=1000, description="Weight of a replay frame in the loss; a training frame has 1."
+    )
+
+
 class OutputConfig(Section):
     """Where results go."""
 
@@ -260,6 +275,10 @@ class OutputConfig(Section):
         default="float32",
         description="Precision of the adapter file. The trained adapter is rounded to it before it is evaluated, "
         "so that the file gives the reported numbers exactly.",
+    )
+    forgetting: bool = Field(
+        default=True,
+        description="Measure after training what the model forgot: generic or replay frames, dimers, dynamics.",
     )
     tensorboard: bool = Field(default=False, description="Also log for TensorBoard, in the run folder.")
 
@@ -272,6 +291,7 @@ class RunConfig(Section):
     references: ReferenceConfig = Field(default=ReferenceConfig())
     method: MethodConfig = Field(default=MethodConfig())
     training: TrainingConfig = Field(default=TrainingConfig())
+    replay: ReplayConfig = Field(default=ReplayConfig())
     output: OutputConfig = Field(default=OutputConfig())
 
     @model_validator(mode="after")

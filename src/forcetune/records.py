@@ -17,11 +17,15 @@ from ase.data import chemical_symbols
 
 from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter
+from forcetune.adapters.methods import Method
+from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.protocol import Backbone
+from forcetune.config import ReplayConfig
 from forcetune.evaluation.metrics import Predictions
 from forcetune.files import atomic_path, write_text
 from forcetune.frames.dataset import Dataset, Split
 from forcetune.frames.references import ReferenceEnergies
+from forcetune.training.replay import ReplayFrames
 
 RESULTS_NAME = "results.json"
 PREDICTIONS_NAME = "predictions.npz"
@@ -94,6 +98,25 @@ def describe_model(backbone: Backbone) -> dict[str, Any]:
         "elements": [chemical_symbols[z] for z in backbone.elements],
         "cutoff_ang": backbone.cutoff,
         "dtype": "float64" if backbone.dtype == torch.float64 else "float32",
+    }
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    # the rank a method is known by: of its first update that has one
+    updates = (update for entries in method.table.values() for update in entries)
+    rank = next((update.rank for update in updates if isinstance(update, Gate | LowRank)), None)
+    return {"name": method.name, "description": method.description, "rank": rank, "mergeable": method.mergeable}
+
+
+def describe_replay(found: ReplayFrames, config: ReplayConfig) -> dict[str, Any]:
+    return {
+        "files": list(found.files),
+        "n_frames": len(found.frames),
+        "n_held": len(found.held),
+        "sha256": found.sha256,
+        "labels": config.labels,
+        "ratio": config.ratio,
+        "weight": config.weight,
     }
 
 

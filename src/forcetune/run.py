@@ -22,11 +22,12 @@ from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames, check_predictions
 from forcetune.config import RunConfig, load_config
+from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
 from forcetune.evaluation.symmetry import rotation_error
-from forcetune.frames.dataset import Dataset, Split, read_dataset
-from forcetune.frames.references import ReferenceEnergies, composition_matrix, reference_energies
+from forcetune.frames.dataset import Dataset, read_dataset
+from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.install import accelerate
 from forcetune.records import (
@@ -34,9 +35,11 @@ from forcetune.records import (
     PREDICTIONS_NAME,
     RESULTS_NAME,
     describe_data,
+    describe_method,
     describe_model,
     describe_parameters,
     describe_references,
+    describe_replay,
     environment,
     save_predictions,
     write_json,
@@ -57,6 +60,7 @@ from forcetune.run_folder import (
 )
 from forcetune.surroundings import collected_warnings, limited_threads
 from forcetune.training.refine import Refinement, refine
+from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
 
@@ -195,6 +199,8 @@ class _Start:
         references, own_references: of the run, and of the foundation model.
         before: predictions of the foundation model with the run's reference energies.
         parameters: description of what is trained.
+        replay_frames, replay: as they were read, and ready for the training; None without replay.
+        data: hash of the frames trained on.
     """
 
     dataset: Dataset
@@ -204,6 +210,9 @@ class _Start:
     own_references: dict[int, float]
     before: dict[str, Predictions]
     parameters: dict[str, Any]
+    replay_frames: ReplayFrames | None
+    replay: Replay | None
+    data: str
 
 
 class _Fit:
@@ -238,7 +247,7 @@ class _Fit:
         checkpoint = read_checkpoint(self.folder)
         start = self._start(None, checkpoint)
         for name, found, stored in (
-            ("the training frames", start.dataset.train.sha256, checkpoint["data"]),
+            ("the training frames", start.data, checkpoint["data"]),
             ("the model", start.backbone.base.fingerprint, checkpoint["base"]),
         ):
             if found != stored:
@@ -251,8 +260,9 @@ class _Fit:
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> _Start:
         """Everything before the training; nothing is written."""
         dataset = read_dataset(self.config.data)
-        self._say_data(dataset)
-        backbone = self._load(dataset, backbone)
+        replay = read_replay(self.config.replay, self.config.data)
+        self._say_data(dataset, replay)
+        backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
         examined = self.config.data.doctor == "on"
         if examined:
             self._examine(dataset, backbone)
@@ -281,11 +291,16 @@ class _Fit:
             highlight=False,
         )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
-        before = {name: _shifted(raw[name], dataset.splits[name], shift) for name in raw}
+        before = {name: found.shifted(shift) for name, found in raw.items()}
+        prepared = None
+        if replay is not None:
+            prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
         adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
         backbone.set_reference_energies(references.energies)
         self._say_adapter(backbone, adapter)
-        return _Start(dataset, backbone, graphs, references, own_references, before, describe_parameters(adapter))
+        parameters = describe_parameters(adapter)
+        data = data_hash(dataset.train.sha256, replay)
+        return _Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
 
     def _finish(self, start: _Start, state: dict[str, Any] | None) -> Run:
         """Training and everything after it."""
@@ -311,7 +326,7 @@ class _Fit:
             start.backbone,
         )
 
-    def _load(self, dataset: Dataset, backbone: Backbone | None) -> Backbone:
+    def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
         if backbone is not None:
             return backbone
         model = self.config.model
@@ -324,7 +339,7 @@ class _Fit:
         loaded = load(
             model.model,
             head=model.head,
-            elements=dataset.elements if model.elements == "data" else None,
+            elements=sorted(set(elements)) if model.elements == "data" else None,
             dtype=model.dtype,
             device=model.device,
             trust=model.trust,
@@ -356,7 +371,7 @@ class _Fit:
                 {
                     "training": training,
                     "reference_energies": start.backbone.reference_energies,
-                    "data": start.dataset.train.sha256,
+                    "data": start.data,
                     "base": start.backbone.base.fingerprint,
                 },
             )
@@ -374,6 +389,7 @@ class _Fit:
             save_state=save_state,
             observe=self.observe,
             console=self.console,
+            replay=start.replay,
         )
 
     def _refine(self, start: _Start) -> Refinement:
@@ -392,6 +408,7 @@ class _Fit:
                 self.config.training,
                 start.graphs["train"],
                 start.graphs["valid"],
+                replay=start.replay,
                 progress=lambda done: bar.update(task, completed=done),
             )
         self.console.print(
@@ -407,7 +424,7 @@ class _Fit:
             start.backbone,
             self.folder / ADAPTER_NAME,
             stored_dtype=torch.float32 if self.config.output.adapter_dtype == "float32" else torch.float64,
-            training_data_sha256=start.dataset.train.sha256,
+            training_data_sha256=start.data,
             metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
         )
 
@@ -426,12 +443,7 @@ class _Fit:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": outcome.status,
             "model": describe_model(backbone),
-            "method": {
-                "name": self.method.name,
-                "description": self.method.description,
-                "rank": _rank(self.method),
-                "mergeable": self.method.mergeable,
-            },
+            "method": describe_method(self.method),
             "parameters": start.parameters,
             "reference_energies": describe_references(start.references, start.own_references),
             "data": describe_data(start.dataset),
@@ -444,7 +456,6 @@ class _Fit:
                 "seed": training.seed,
             },
             "environment": environment(backbone.device),
-            "warnings": list(self.told),
             "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
             "rotation_error": asdict(rotation_error(backbone, start.dataset.valid.frames)),
             "changes": [asdict(change) for change in weight_changes(backbone)],
@@ -453,12 +464,30 @@ class _Fit:
         if sparsity is not None:
             shares = {"zeros_of_wrapped": sparsity.zeros_of_wrapped, "zeros_of_all": sparsity.zeros_of_all}
             results["sparsity"] = asdict(sparsity) | shares
+        if start.replay_frames is not None:
+            results["replay"] = describe_replay(start.replay_frames, self.config.replay)
+        if self.config.output.forgetting:
+            results["forgetting"] = self._forgetting(start)
+        results["warnings"] = list(self.told)
         return results
 
-    def _say_data(self, dataset: Dataset) -> None:
+    def _forgetting(self, start: _Start) -> dict[str, Any]:
+        """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""
+        with self.console.status("what was forgotten"):
+            found = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
+        for text in found.warnings:
+            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+            self.told.append(text)
+        return found.to_json()
+
+    def _say_data(self, dataset: Dataset, replay: ReplayFrames | None) -> None:
         for name, part in dataset.splits.items():
             keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
             self.console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
+        if replay is not None:
+            labels = "its own predictions" if self.config.replay.labels == "base" else "the labels in the files"
+            counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"
+            self.console.print(f"replay: {counts}, {labels} ({', '.join(replay.files)})", highlight=False)
         if dataset.isolated:
             self.console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
 
@@ -489,10 +518,3 @@ def _rank(method: Method) -> int | None:
     """The rank a method is known by: of its first update that has one."""
     updates = [update for entries in method.table.values() for update in entries if isinstance(update, Gate | LowRank)]
     return updates[0].rank if updates and method.budget is None else None
-
-
-def _shifted(found: Predictions, part: Split, shift: Mapping[int, float]) -> Predictions:
-    """With reference energies moved by ``shift``, eV."""
-    elements = tuple(sorted(shift))
-    moved = composition_matrix(part.frames, elements) @ [shift[z] for z in elements]
-    return replace(found, energy=found.energy + moved)

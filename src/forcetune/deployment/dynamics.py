@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time as clock
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from forcetune.errors import ForcetuneError
 
 FloatArray = NDArray[np.float64]
+_LEAST_STEPS = 20  # a line needs some points
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ def energy_conservation(
     timestep: float = 0.5,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    seconds: float | None = None,
 ) -> EnergyConservation:
     """Run velocity Verlet at constant energy and keep every step's energies.
 
@@ -87,6 +90,7 @@ def energy_conservation(
         timestep: fs.
         seed: of the velocities.
         progress: called with the number of steps done.
+        seconds: wall time after which the dynamics end, however long they are by then.
 
     Raises:
         ForcetuneError: the energy is no longer a number.
@@ -96,6 +100,7 @@ def energy_conservation(
     Stationary(atoms)
     if not atoms.pbc.any():
         ZeroRotation(atoms)
+    began = clock.monotonic()
     steps = max(1, round(picoseconds * 1000 / timestep))
     rows = np.empty((steps + 1, 3))
     dynamics = VelocityVerlet(atoms, timestep=timestep * units.fs)
@@ -109,5 +114,9 @@ def energy_conservation(
             )
         if progress is not None:
             progress(step)
+        if seconds is not None and step >= _LEAST_STEPS and clock.monotonic() - began > seconds:
+            rows = rows[: step + 1]
+            break
+    steps = len(rows) - 1
     time = np.arange(steps + 1) * timestep / 1000
     return EnergyConservation(timestep, time, rows[:, 0], rows[:, 0] + rows[:, 1], rows[:, 2], len(atoms))

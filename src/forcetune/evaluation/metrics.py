@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,13 @@ class Predictions:
             stress=None if stress is None else stress.double().numpy(),
             stress_label=None if stress is None else batch.stress.double().numpy(),
         )
+
+    def shifted(self, shift: Mapping[int, float]) -> Predictions:
+        """With energies moved by the shift of each element's reference energy, eV."""
+        table = np.zeros(len(chemical_symbols))
+        table[list(shift)] = list(shift.values())
+        frame = np.repeat(np.arange(len(self.atoms)), self.atoms)
+        return replace(self, energy=self.energy + np.bincount(frame, table[self.numbers], len(self.atoms)))
 
     def errors(self) -> Errors:
         """Mean absolute and root mean square errors against the labels there are."""

@@ -35,6 +35,7 @@ class Batch:
             there is no label.
         forces: (atoms, 3), eV/Å; NaN where there is no label.
         stress: (graphs, 3, 3), eV/Å³; NaN where there is no label.
+        weight: (graphs,), how much each graph counts in the loss; float64.
     """
 
     numbers: Tensor
@@ -47,6 +48,7 @@ class Batch:
     energy: Tensor
     forces: Tensor
     stress: Tensor
+    weight: Tensor
 
     @property
     def n_graphs(self) -> int:
@@ -66,13 +68,17 @@ class Batch:
         return self.ptr[1:] - self.ptr[:-1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch elsewhere; ``dtype`` applies to the real-valued tensors but the energy."""
+        """The same batch elsewhere; ``dtype`` applies to the real-valued tensors but energy and weight."""
         moved = {}
         for field in fields(self):
             tensor: Tensor = getattr(self, field.name)
-            converted = tensor.is_floating_point() and field.name != "energy"
+            converted = tensor.is_floating_point() and field.name not in ("energy", "weight")
             moved[field.name] = tensor.to(device=device, dtype=dtype if converted else None)
         return replace(self, **moved)
+
+    def weighted(self, weight: float) -> Batch:
+        """The same batch with this weight for every graph."""
+        return replace(self, weight=torch.full_like(self.weight, weight))
 
 
 def _check_extent(frame: Frame, cutoff: float) -> None:
@@ -138,6 +144,7 @@ def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) ->
         energy=label(frame.energy, (1,), torch.float64),
         forces=label(frame.forces, (atoms, 3)),
         stress=label(frame.stress, (1, 3, 3)),
+        weight=torch.ones(1, dtype=torch.float64),
     )
 
 
@@ -162,4 +169,5 @@ def collate(graphs: Sequence[Batch]) -> Batch:
         energy=joined("energy"),
         forces=joined("forces"),
         stress=joined("stress"),
+        weight=joined("weight"),
     )

@@ -64,13 +64,26 @@ class BatchLoader:
         shuffle: bool = False,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        replay: Sequence[Batch] = (),
+        replay_ratio: float = 0.0,
     ) -> None:
         """
+        Args:
+            graphs: one each, in the order of an epoch that is not shuffled.
+            batch_size, batch_atoms, batch_edges: as :func:`pack`.
+            shuffle: take the graphs in a new order every epoch.
+            seed: of the orders.
+            device: where the graphs are kept.
+            replay: further graphs, of which every epoch has others.
+            replay_ratio: so many of them for each of ``graphs``, evenly between them.
+
         Raises:
             InputError: a single graph exceeds a budget.
         """
-        self.graphs = [graph.to(device=device) for graph in graphs]
-        self.sizes = [(graph.n_atoms, graph.n_edges) for graph in graphs]
+        self.graphs = [graph.to(device=device) for graph in (*graphs, *replay)]
+        self.sizes = [(graph.n_atoms, graph.n_edges) for graph in self.graphs]
+        self._own = len(graphs)
+        self._replayed = max(1, round(replay_ratio * len(graphs))) if replay else 0
         self.batch_size = batch_size
         self.batch_atoms = batch_atoms
         self.batch_edges = batch_edges
@@ -86,10 +99,21 @@ class BatchLoader:
                         f"(training.batch_{what}); raise it to at least {size}."
                     )
 
+    def _replay_of_epoch(self) -> np.ndarray:
+        """Indices of this epoch's replay graphs: epoch after epoch goes on in one endless series of permutations."""
+        start, own, count = self.epoch * self._replayed, self._own, len(self.graphs) - self._own
+        rounds = range(start // count, (start + self._replayed - 1) // count + 1)
+        series = np.concatenate([np.random.default_rng((self.seed, index, 1)).permutation(count) for index in rounds])
+        return own + series[start % count :][: self._replayed]
+
     def _batches(self) -> list[list[int]]:
-        order = np.arange(len(self.graphs))
+        order = np.arange(self._own)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        if self._replayed:
+            mixed = np.concatenate((order, self._replay_of_epoch()))
+            places = [(np.arange(count) + 0.5) / count for count in (self._own, self._replayed)]
+            order = mixed[np.argsort(np.concatenate(places), kind="stable")]
         return pack(self.sizes, [int(i) for i in order], self.batch_size, self.batch_atoms, self.batch_edges)
 
     @property

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from forcetune.config import load_config
 from forcetune.errors import InputError
 from forcetune.files import write_text
+from forcetune.reports.forgetting import forgetting_section
 from forcetune.reports.page import page
 from forcetune.reports.plots import change_map, energy_over_time, learning_curves, parity
 from forcetune.reports.results import Metrics, Results, read_metrics, read_predictions, read_results
@@ -60,6 +61,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         ("curves", "Learning curves", _curves(results, metrics)),
         ("parity", "Predictions against labels", _parity(results, predictions)),
         ("dynamics", "Energy conservation", _dynamics(results)),
+        ("forgetting", "What was forgotten", forgetting_section(results.forgetting)),
         ("trained", "What was trained", _trained(results)),
         ("changes", "What changed", _changes(results)),
         ("references", "Reference energies", _references(results)),

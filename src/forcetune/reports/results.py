@@ -147,6 +147,44 @@ class DynamicsPart(Part):
     potential_mev_per_atom: list[float]
 
 
+class DistancePart(Part):
+    """How far the tuned model is from its base on other structures."""
+
+    source: str
+    n_frames: int
+    energy_mev_per_atom: float
+    forces_mev_per_ang: float
+
+
+class DimerPart(Part):
+    """Two atoms at short distances."""
+
+    pair: str
+    closest_ang: float
+    base_wall_ev: float
+    tuned_wall_ev: float
+    base_hole_ang: float | None = None
+    tuned_hole_ang: float | None = None
+    tuned_barrier_ev: float | None = None
+
+
+class StabilityPart(Part):
+    """A short run at constant energy."""
+
+    picoseconds: float
+    drift_mev_per_atom_per_ps: float | None = None
+    fluctuation_mev_per_atom: float | None = None
+    failure: str | None = None
+
+
+class ForgettingPart(Part):
+    """What the tuned model forgot."""
+
+    distance: DistancePart
+    dimers: list[DimerPart] = []
+    stability: StabilityPart
+
+
 class Results(Part):
     """``results.json``."""
 
@@ -166,6 +204,7 @@ class Results(Part):
     dynamics: DynamicsPart | None = None
     changes: list[ChangePart] = []
     rotation_error: RotationPart | None = None
+    forgetting: ForgettingPart | None = None
 
 
 def read_results(run: Path, config: RunConfig) -> Results:

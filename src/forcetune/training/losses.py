@@ -12,7 +12,7 @@ from forcetune.graphs.graph import Batch
 
 
 def loss_of(config: LossConfig, prediction: Prediction, batch: Batch) -> Tensor:
-    """w_E f(E) + w_F f(F) + w_S f(S), each f a mean over the labels there are.
+    """w_E f(E) + w_F f(F) + w_S f(S), each f a mean over the labels there are, weighted by the weights of graphs.
 
     The published form is 1 · MSE(E) + 1000 · MSE(F), with the energy of a frame in eV and the mean over all force
     components; ``energy_per_atom`` divides the energy's error by the number of atoms first.
@@ -26,17 +26,17 @@ def loss_of(config: LossConfig, prediction: Prediction, batch: Batch) -> Tensor:
         A scalar in float64.
     """
     atoms = batch.atoms_per_graph if config.energy_per_atom else 1
-    total = config.energy * _mean(config, prediction.energy / atoms, batch.energy / atoms)
+    total = config.energy * _mean(config, prediction.energy / atoms, batch.energy / atoms, batch.weight)
     if config.forces:
-        total = total + config.forces * _mean(config, prediction.forces, batch.forces)
+        total = total + config.forces * _mean(config, prediction.forces, batch.forces, batch.weight[batch.graph_index])
     if config.stress:
         assert prediction.stress is not None
-        total = total + config.stress * _mean(config, prediction.stress, batch.stress)
+        total = total + config.stress * _mean(config, prediction.stress, batch.stress, batch.weight)
     return total
 
 
-def _mean(config: LossConfig, predicted: Tensor, label: Tensor) -> Tensor:
-    """The mean over entries that have a label; zero when none has."""
+def _mean(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """The mean over entries that have a label, by the weight of their row; zero when none has."""
     missing = torch.isnan(label)
     values = torch.where(missing, 0.0, predicted - label).double()
     if config.form == "mse":
@@ -45,4 +45,6 @@ def _mean(config: LossConfig, predicted: Tensor, label: Tensor) -> Tensor:
         values = values.abs()
     else:
         values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
-    return values.sum() / (~missing).sum().clamp(min=1)
+    weights = weight.view(-1, *[1] * (values.ndim - 1)) * ~missing
+    total = weights.sum()
+    return (weights * values).sum() / torch.where(total > 0, total, 1.0)

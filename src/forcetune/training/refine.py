@@ -16,6 +16,7 @@ from forcetune.evaluation.metrics import EVALUATION_ATOMS, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.training.losses import loss_of
+from forcetune.training.replay import Replay
 
 PATIENCE = 5
 HISTORY = 20
@@ -46,6 +47,7 @@ def refine(
     training: Sequence[Batch],
     validation: Sequence[Batch],
     *,
+    replay: Replay | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Refinement:
     """Go on from a trained adapter by L-BFGS with strong-Wolfe line searches (Nocedal & Wright, algorithm 7.5).
@@ -57,20 +59,20 @@ def refine(
         backbone: carries the adapter, changed in place.
         config: ``refine`` iterations at most, and the loss.
         training, validation: graphs with labels.
+        replay: graphs that count as they do in training, all of them here.
         progress: called with the number of each iteration.
     """
     adapter = attached(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    batches = list(_large(training, backbone))
-    frames = sum(batch.n_graphs for batch in batches)
+    shares = _shares(training, replay, backbone)
 
     def full_loss() -> Tensor:
         """The mean over all frames, batch by batch; its gradient is added to the parameters'."""
         total = torch.zeros((), dtype=torch.float64, device=backbone.device)
-        for batch in batches:
+        for batch, share in shares:
             found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
-            part = loss_of(loss, found, batch) * (batch.n_graphs / frames)
+            part = loss_of(loss, found, batch) * share
             part.backward()
             total += part.detach()
         return total
@@ -107,6 +109,19 @@ def refine(
             parameter.copy_(value)
             parameter.grad = None
     return Refinement(iteration, best_iteration, losses[0], losses[best_iteration], before, best_loss)
+
+
+def _shares(training: Sequence[Batch], replay: Replay | None, backbone: Backbone) -> list[tuple[Batch, float]]:
+    """Batches with their share of the loss; all shares sum to 1."""
+    kinds: list[tuple[Sequence[Batch], float]] = [(training, 1.0)]
+    if replay is not None:
+        kinds.append((replay.graphs, replay.ratio * float(replay.graphs[0].weight[0])))
+    whole = sum(share for _, share in kinds)
+    return [
+        (batch, share / whole * batch.n_graphs / len(graphs))
+        for graphs, share in kinds
+        for batch in _large(graphs, backbone)
+    ]
 
 
 def _large(graphs: Sequence[Batch], backbone: Backbone) -> BatchLoader:

@@ -24,6 +24,7 @@ from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning
+from forcetune.training.replay import Replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def train(
     save_state: Callable[[dict[str, Any]], None] | None = None,
     observe: Callable[[int, Errors], None] | None = None,
     console: Console | None = None,
+    replay: Replay | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
 
@@ -76,13 +78,14 @@ def train(
         save_state: called after every epoch that was validated.
         observe: called with epoch and errors of every validation; what it raises ends the training.
         console: where progress is told; standard error by default.
+        replay: graphs that every epoch has some of between those of ``training``.
 
     Raises:
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
         ForcetuneError: the loss is no longer finite.
     """
     check_labels(config, training)
-    loader, valid_loader = _loaders(backbone, config, training, validation)
+    loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe)
     if state is not None:
         module.load_training_state(state)
@@ -108,7 +111,11 @@ def train(
 
 
 def _loaders(
-    backbone: Backbone, config: TrainingConfig, training: Sequence[Batch], validation: Sequence[Batch]
+    backbone: Backbone,
+    config: TrainingConfig,
+    training: Sequence[Batch],
+    validation: Sequence[Batch],
+    replay: Replay | None,
 ) -> tuple[BatchLoader, BatchLoader]:
     loader = BatchLoader(
         training,
@@ -118,6 +125,8 @@ def _loaders(
         shuffle=True,
         seed=config.seed,
         device=backbone.device,
+        replay=() if replay is None else replay.graphs,
+        replay_ratio=0.0 if replay is None else replay.ratio,
     )
     largest = max(graph.n_atoms for graph in validation)
     budget = max(EVALUATION_ATOMS, largest)

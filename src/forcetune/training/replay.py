@@ -1,0 +1,163 @@
+"""Replay: frames of another kind mixed into the training, so that the model keeps what it knew.
+
+Energies of different origin have different zeros. A replay frame's energy is brought to that of the run by
+E + C (E0_run − E0_replay), with C its composition. For labels of the foundation model itself E0_replay are its own
+reference energies, so that the model is asked for the interaction energy that it had; for labels in the files they
+are estimated from the replay frames alone, so that another level of theory costs no more than its own E0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import DataConfig, ReplayConfig, TrainingConfig
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import Predictions, check_finite, graphs_of, predict
+from forcetune.frames.frame import Frame
+from forcetune.frames.labels import AUTO, NONE, Label
+from forcetune.frames.read import read_frames
+from forcetune.frames.references import composition_matrix, estimate
+from forcetune.frames.splits import separate_isolated
+from forcetune.graphs.graph import Batch
+
+MOST_HELD = 50
+"""Replay frames that are kept out of the training to tell what was forgotten; at most a fifth of all."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayFrames:
+    """Replay frames as they were read.
+
+    Attributes:
+        frames: those to train on.
+        held: those kept out of the training.
+        files, sha256: where they came from.
+    """
+
+    frames: tuple[Frame, ...]
+    held: tuple[Frame, ...]
+    files: tuple[str, ...]
+    sha256: str
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers that occur, ascending."""
+        return tuple(sorted({int(z) for frame in (*self.frames, *self.held) for z in frame.numbers}))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Replay frames ready for the training.
+
+    Attributes:
+        graphs: with the labels to train on, their energies at the run's zero, and their weight in the loss.
+        held: frames kept out of the training, labelled alike.
+        ratio: replay frames per training frame.
+        references: E0 of the labels as they were, eV.
+    """
+
+    graphs: tuple[Batch, ...]
+    held: tuple[Frame, ...]
+    ratio: float
+    references: dict[int, float]
+
+
+def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
+    """Read the replay frames of a run and hold some of them out; None if it has none.
+
+    Raises:
+        InputError: as :func:`forcetune.frames.read.read_frames`; or there are too few frames.
+    """
+    if not config.data:
+        return None
+    own = config.labels == "file"
+    needed: tuple[Label, ...] = ("energy",) if data.forces_key == NONE else ("energy", "forces")
+    found = read_frames(
+        config.data,
+        energy_key=AUTO if own else NONE,
+        forces_key=(NONE if data.forces_key == NONE else AUTO) if own else NONE,
+        stress_key=(NONE if data.stress_key == NONE else AUTO) if own else NONE,
+        require=needed if own else (),
+        name="replay data",
+    )
+    frames, _ = separate_isolated(found.frames)
+    frames = tuple(frame for frame in frames if len(frame) > 1)
+    if len(frames) < 2:
+        raise InputError(f"{found.files[0]}: replay needs at least 2 frames of several atoms; name more.")
+    order = np.random.default_rng(0).permutation(len(frames))
+    count = max(1, min(MOST_HELD, len(frames) // 5))
+    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    return ReplayFrames(tuple(frames[i] for i in kept), tuple(frames[i] for i in held), found.files, found.sha256)
+
+
+def prepare_replay(
+    found: ReplayFrames,
+    config: ReplayConfig,
+    training: TrainingConfig,
+    backbone: Backbone,
+    references: Mapping[int, float],
+) -> Replay:
+    """Label replay frames and bring their energies to the run's zero.
+
+    Args:
+        found: the frames.
+        config: which labels, and how they count.
+        training: its loss says whether stresses are needed.
+        backbone: the foundation model without an adapter, with its own reference energies.
+        references: the run's E0 of each element of the model, eV.
+
+    Raises:
+        InputError: an element that the model does not know, or a frame that it gives no finite numbers for.
+    """
+    frames = (*found.frames, *found.held)
+    graphs = graphs_of(backbone, frames)
+    stress = max(training.loss.stress, training.second_stage.loss.stress) > 0 and config.labels == "base"
+    predicted = predict(backbone, graphs, stress=stress)
+    check_finite(predicted, frames)
+    own = backbone.reference_energies
+    if config.labels == "base":
+        labelled, zero = _labelled_by(predicted, frames), own
+    else:
+        labelled, zero = list(frames), estimate(frames, predicted.energy, own)
+    labelled = shifted_frames(labelled, {z: references[z] - zero[z] for z in zero})
+    count = len(found.frames)
+    return Replay(
+        tuple(graph.weighted(config.weight) for graph in graphs_of(backbone, labelled[:count])),
+        tuple(labelled[count:]),
+        config.ratio,
+        dict(zero),
+    )
+
+
+def _labelled_by(predicted: Predictions, frames: Sequence[Frame]) -> list[Frame]:
+    """Frames with a model's predictions as labels; stress where it was computed and the frame is periodic."""
+    ends = np.cumsum(predicted.atoms)
+    return [
+        replace(
+            frame,
+            energy=float(predicted.energy[index]),
+            forces=predicted.forces[ends[index] - len(frame) : ends[index]],
+            stress=None if predicted.stress is None or not frame.pbc.all() else predicted.stress[index],
+        )
+        for index, frame in enumerate(frames)
+    ]
+
+
+def shifted_frames(frames: Sequence[Frame], shift: Mapping[int, float]) -> list[Frame]:
+    """With energies moved by the shift of each element's reference energy, eV."""
+    elements = tuple(sorted(shift))
+    moved = composition_matrix(frames, elements) @ [shift[z] for z in elements]
+    return [
+        frame if frame.energy is None else replace(frame, energy=frame.energy + float(change))
+        for frame, change in zip(frames, moved, strict=True)
+    ]
+
+
+def data_hash(training: str, found: ReplayFrames | None) -> str:
+    """What a resumed run compares: the hash of the training frames, and of the replay frames where there are some."""
+    return training if found is None else hashlib.sha256(f"{training} {found.sha256}".encode()).hexdigest()
