@@ -12,7 +12,19 @@ FOUNDATION = ("_version", "errors", "files", "parsing", "irreps", "config")
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "adapters"),
     *("evaluation", "training", "reports", "deployment"),
-    *("records", "run_folder", "surroundings", "checkup", "run", "search", "comparison", "api", "demo", "cli"),
+    *(
+        "records",
+        "run_folder",
+        "surroundings",
+        "checkup",
+        "fitting",
+        "run",
+        "search",
+        "comparison",
+        "api",
+        "demo",
+        "cli",
+    ),
 )
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune import run, run_folder
+from forcetune import fitting, run, run_folder
 from forcetune.errors import ForcetuneError, InputError
 from systems import write_labelled, write_model
 from terminal import Command
@@ -109,7 +109,7 @@ def test_interrupted_runs_end_as_the_others(tmp_path: Path, monkeypatch: pytest.
                 raise PowerLossError
 
         with monkeypatch.context() as patch:
-            patch.setattr(run, "write_checkpoint", dying)
+            patch.setattr(fitting, "write_checkpoint", dying)
             with pytest.raises(PowerLossError):
                 fit(folder, **options)
         assert not (folder / "results.json").exists()

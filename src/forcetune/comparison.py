@@ -13,14 +13,14 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forcetune.adapters.methods import METHODS, options_of
+from forcetune.adapters.methods import METHODS, method_of, options_of
 from forcetune.checkup import check_frames
 from forcetune.config import RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
-from forcetune.run import method_of, resume, run_fit
+from forcetune.run import resume, run_fit
 from forcetune.run_folder import CONFIG_NAME, FINISHED, status_of
 from forcetune.search import Searched, check_installed, with_settings
 from forcetune.search import search as find_options
@@ -83,7 +83,7 @@ def compare(
     folder = Path(config.output.run)
     first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
     for one in first.values():
-        method_of(one)
+        method_of(one.method)
     dataset = read_dataset(config.data)  # bad data are met before the first run
     if config.data.doctor == "on":
         check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
@@ -149,7 +149,7 @@ def _config_of(
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
     """What :func:`run_fit` writes for this configuration."""
-    chosen = method_of(config)
+    chosen = method_of(config.method)
     return config.with_defaults_of(chosen.learning_rate, chosen.optimizer).model_dump(mode="json")
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from forcetune.adapters.methods import METHODS, options_of
+from forcetune.adapters.methods import METHODS, method_of, options_of
 from forcetune.config import LossConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors
-from forcetune.run import method_of, run_fit
+from forcetune.run import run_fit
 
 RANKS = (4, 8, 16, 32, 64)
 RATES = (0.1, 10.0)
@@ -152,7 +152,7 @@ def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]
     training, loss = config.training, config.training.loss
     found: dict[str, Any] = {}
     if training.learning_rate is None:
-        rate = method_of(config).learning_rate
+        rate = method_of(config.method).learning_rate
         found["training.learning_rate"] = (RATES[0] * rate, RATES[1] * rate)
     known = options_of(METHODS[config.method.name])
     if "rank" in known and config.method.rank is None:
@@ -169,7 +169,7 @@ def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """The first trial: what a run without a search has."""
     defaults = {
-        "training.learning_rate": method_of(config).learning_rate,
+        "training.learning_rate": method_of(config.method).learning_rate,
         "method.rank": 16,
         "training.loss.forces": config.training.loss.forces,
     }

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune import run
+from forcetune import fitting, run
 from forcetune.adapters.attach import attach, attached
 from forcetune.adapters.methods import method
 from forcetune.config import TrainingConfig
@@ -72,13 +72,13 @@ def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(
     peace = fit("peace")
     told = peace.results["training"]["refinement"]
     assert told["valid_loss_after"] <= told["valid_loss_before"]
-    real = run.refine
+    real = fitting.refine
 
     def dies(*arguments: Any, **options: Any) -> Any:
         real(*arguments, **options)
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(run, "refine", dies)
+    monkeypatch.setattr(fitting, "refine", dies)
     with pytest.raises(RuntimeError, match="killed"):
         fit("killed")
     monkeypatch.undo()

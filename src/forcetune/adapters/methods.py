@@ -22,7 +22,7 @@ from forcetune.adapters.updates import (
     Update,
 )
 from forcetune.backbones.protocol import Site
-from forcetune.config import LARGEST_RANK
+from forcetune.config import LARGEST_RANK, MethodConfig
 from forcetune.errors import InputError
 from forcetune.parsing import short
 
@@ -89,6 +89,12 @@ class Method:
         """Whether its start depends on the gradient of the first batches."""
         low_rank = (update for updates in self.table.values() for update in updates if isinstance(update, LowRank))
         return self.budget is not None or any(update.init == "gradient" for update in low_rank)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank it is known by: of its first update that has one; None with a budget."""
+        updates = [u for entries in self.table.values() for u in entries if isinstance(u, Gate | LowRank)]
+        return updates[0].rank if updates and self.budget is None else None
 
     @property
     def equivariant(self) -> bool:
@@ -397,6 +403,20 @@ def custom_method(
         target=target if target is None or isinstance(target, str) else tuple(target),
         optimizer="schedulefree" if sparse else "adam",
     )
+
+
+def method_of(config: MethodConfig) -> Method:
+    """The method a configuration asks for.
+
+    Raises:
+        InputError: unknown method, or an option it has no use for.
+    """
+    if config.table is None:
+        return method(config.name, target=config.target, **config.options())
+    if config.options():
+        raise InputError(f"method.{next(iter(config.options()))}: has no meaning beside method.table; put it in there.")
+    name = config.name if "name" in config.model_fields_set else "custom"
+    return custom_method(name, config.table, target=config.target)
 
 
 def options_of(make: Callable[..., Method]) -> list[str]:

@@ -1,0 +1,394 @@
+"""One run, step by step: frames and a foundation model become a trained adapter, its errors and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from forcetune._version import __version__
+from forcetune.adapters.attach import Adapter, attached, detach
+from forcetune.adapters.changes import weight_changes
+from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
+from forcetune.adapters.methods import method_of
+from forcetune.backbones.loading import load
+from forcetune.backbones.protocol import Backbone
+from forcetune.checkup import check_frames, check_predictions
+from forcetune.config import RunConfig
+from forcetune.deployment.forgetting import measure_forgetting
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
+from forcetune.evaluation.symmetry import rotation_error
+from forcetune.frames.dataset import Dataset, read_dataset
+from forcetune.frames.references import ReferenceEnergies, reference_energies
+from forcetune.graphs.graph import Batch
+from forcetune.kernels.install import accelerate
+from forcetune.records import (
+    ENVIRONMENT_NAME,
+    PREDICTIONS_NAME,
+    RESULTS_NAME,
+    describe_data,
+    describe_method,
+    describe_model,
+    describe_parameters,
+    describe_references,
+    describe_replay,
+    environment,
+    save_predictions,
+    write_json,
+)
+from forcetune.reports.html import write_report
+from forcetune.run_folder import (
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    UNREFINED,
+    check_folder,
+    prepare_folder,
+    read_checkpoint,
+    recover_adapter,
+    write_checkpoint,
+)
+from forcetune.training.refine import Refinement, refine
+from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
+from forcetune.training.start import attach_for_training
+from forcetune.training.train import TrainingOutcome, check_labels, train
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; the adapter stands in ``folder / "adapter"``.
+        before, after: errors of every split: the foundation model with the run's reference energies, and tuned.
+        results: everything in ``results.json``.
+        backbone: the model with the trained adapter attached.
+    """
+
+    folder: Path
+    before: dict[str, Errors]
+    after: dict[str, Errors]
+    results: dict[str, Any]
+    backbone: Backbone
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter folder."""
+        return self.folder / ADAPTER_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run has before its training begins.
+
+    Attributes:
+        dataset, graphs: frames, and the graph of each, by split.
+        backbone: with the adapter attached and the run's reference energies.
+        references, own_references: of the run, and of the foundation model.
+        before: predictions of the foundation model with the run's reference energies.
+        parameters: description of what is trained.
+        replay_frames, replay: as they were read, and ready for the training; None without replay.
+        data: hash of the frames trained on.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    graphs: dict[str, list[Batch]]
+    references: ReferenceEnergies
+    own_references: dict[int, float]
+    before: dict[str, Predictions]
+    parameters: dict[str, Any]
+    replay_frames: ReplayFrames | None
+    replay: Replay | None
+    data: str
+
+
+class Fitting:
+    """One run, step by step; every check comes before the first thing written."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        told: list[str],
+        observe: Callable[[int, Errors], None] | None = None,
+    ) -> None:
+        self.method = method_of(config.method)
+        self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
+        self.console = console
+        self.told = told
+        self.observe = observe
+        self.folder = Path(config.output.run)
+        assert self.config.training.learning_rate is not None
+        self.rate = self.config.training.learning_rate
+
+    def carry_out(self, backbone: Backbone | None) -> Run:
+        check_folder(self.folder, self.config.output.overwrite)
+        start = self._start(backbone)
+        prepare_folder(self.folder, self.config.output.overwrite)
+        self.config.save(self.folder / CONFIG_NAME)
+        write_json(self.folder / ENVIRONMENT_NAME, environment(start.backbone.device))
+        return self._finish(start, None)
+
+    def go_on(self) -> Run:
+        """The rest of a run that was interrupted; the configuration is that of its folder."""
+        checkpoint = read_checkpoint(self.folder)
+        start = self._start(None, checkpoint)
+        for name, found, stored in (
+            ("the training frames", start.data, checkpoint["data"]),
+            ("the model", start.backbone.base.fingerprint, checkpoint["base"]),
+        ):
+            if found != stored:
+                raise InputError(f"{self.folder}: {name} changed since the run began; start a new run with `fit`.")
+        recover_adapter(self.folder / ADAPTER_NAME)
+        epochs = checkpoint["training"]["epochs_done"]
+        self.console.print(f"going on after epoch {epochs} of {self.config.training.epochs}", highlight=False)
+        return self._finish(start, checkpoint["training"])
+
+    def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
+        """Everything before the training; nothing is written."""
+        dataset = read_dataset(self.config.data)
+        replay = read_replay(self.config.replay, self.config.data)
+        self._say_data(dataset, replay)
+        backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
+        examined = self.config.data.doctor == "on"
+        if examined:
+            self._examine(dataset, backbone)
+        graphs = {name: graphs_of(backbone, part.frames) for name, part in dataset.splits.items()}
+        check_labels(self.config.training, graphs["train"])
+        raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
+        for name, part in dataset.splits.items():
+            check_finite(raw[name], part.frames)
+        if examined:
+            check_predictions(dataset.train.frames, raw["train"])
+        own_references = backbone.reference_energies
+        table = self.config.references.table
+        references = reference_energies(
+            self.config.references.mode,
+            dataset.train.frames,
+            dataset.isolated,
+            raw["train"].energy,
+            own_references,
+            None if table is None else {**table},
+        )
+        if checkpoint is not None:
+            references = replace(references, energies=checkpoint["reference_energies"])
+        self.console.print(
+            f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
+            f"{references.offset_after_mev_per_atom:.1f} meV/atom",
+            highlight=False,
+        )
+        shift = {z: references.energies[z] - own_references[z] for z in own_references}
+        before = {name: found.shifted(shift) for name, found in raw.items()}
+        prepared = None
+        if replay is not None:
+            prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
+        adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
+        backbone.set_reference_energies(references.energies)
+        self._say_adapter(backbone, adapter)
+        parameters = describe_parameters(adapter)
+        data = data_hash(dataset.train.sha256, replay)
+        return Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
+
+    def _finish(self, start: Start, state: dict[str, Any] | None) -> Run:
+        """Training and everything after it."""
+        outcome = self._train(start, state)
+        asked = self.config.training.refine is not None and outcome.status != "interrupted"
+        refinement = self._refine(start) if asked else None
+        after = self._best(start)
+        save_predictions(self.folder / PREDICTIONS_NAME, start.before, after)
+        results = self._results(start, outcome)
+        if refinement is not None:
+            results["training"]["refinement"] = asdict(refinement)
+        errors = {name: (start.before[name].errors(), after[name].errors()) for name in after}
+        results["errors"] = {
+            name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
+        }
+        write_json(self.folder / RESULTS_NAME, results)
+        write_report(self.folder)
+        return Run(
+            self.folder,
+            {name: one for name, (one, _) in errors.items()},
+            {name: two for name, (_, two) in errors.items()},
+            results,
+            start.backbone,
+        )
+
+    def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
+        if backbone is not None:
+            return backbone
+        model = self.config.model
+        if "model" not in model.model_fields_set:
+            self.console.print(
+                "no model named: starting from mini, the small one in this package (H, C, N, O, F, S, Cl at GFN2-xTB); "
+                "`forcetune models` lists larger ones for --model",
+                highlight=False,
+            )
+        loaded = load(
+            model.model,
+            head=model.head,
+            elements=sorted(set(elements)) if model.elements == "data" else None,
+            dtype=model.dtype,
+            device=model.device,
+            trust=model.trust,
+        )
+        if model.kernels == "auto":
+            accelerate(loaded)
+        return loaded
+
+    def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
+        """What can be seen in the frames alone."""
+        check_elements(backbone, [frame for part in dataset.splits.values() for frame in part.frames])
+        sets = {name: part.frames for name, part in dataset.splits.items()}
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("frames", total=sum(map(len, sets.values())))
+            check_frames(sets, backbone.cutoff, progress=lambda: bar.advance(task))
+
+    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(label, total=len(graphs))
+            return predict(backbone, graphs, progress=lambda done: bar.advance(task, done))
+
+    def _train(self, start: Start, state: dict[str, Any] | None) -> TrainingOutcome:
+        def save_best(errors: Errors) -> None:
+            self._save(start, {"valid": errors})
+
+        def save_state(training: dict[str, Any]) -> None:
+            write_checkpoint(
+                self.folder,
+                {
+                    "training": training,
+                    "reference_energies": start.backbone.reference_energies,
+                    "data": start.data,
+                    "base": start.backbone.base.fingerprint,
+                },
+            )
+
+        return train(
+            start.backbone,
+            self.config.training,
+            self.rate,
+            start.graphs["train"],
+            start.graphs["valid"],
+            self.folder,
+            save_best,
+            tensorboard=self.config.output.tensorboard,
+            state=state,
+            save_state=save_state,
+            observe=self.observe,
+            console=self.console,
+            replay=start.replay,
+        )
+
+    def _refine(self, start: Start) -> Refinement:
+        """Refine the best adapter; a run that died meanwhile begins this again from the same weights."""
+        detach(start.backbone)
+        unrefined = self.folder / UNREFINED
+        if not unrefined.exists():
+            load_adapter(start.backbone, self.folder / ADAPTER_NAME)
+            save_adapter(start.backbone, unrefined)
+            detach(start.backbone)
+        load_adapter(start.backbone, unrefined)
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("refining", total=self.config.training.refine)
+            found = refine(
+                start.backbone,
+                self.config.training,
+                start.graphs["train"],
+                start.graphs["valid"],
+                replay=start.replay,
+                progress=lambda done: bar.update(task, completed=done),
+            )
+        self.console.print(
+            f"refined by {found.iterations} iterations of L-BFGS: validation loss {found.valid_loss_before:.4g} → "
+            f"{found.valid_loss_after:.4g}, training loss {found.train_loss_before:.4g} → {found.train_loss_after:.4g}",
+            highlight=False,
+        )
+        self._save(start, {})
+        return found
+
+    def _save(self, start: Start, errors: Mapping[str, Errors]) -> None:
+        save_adapter(
+            start.backbone,
+            self.folder / ADAPTER_NAME,
+            stored_dtype=torch.float32 if self.config.output.adapter_dtype == "float32" else torch.float64,
+            training_data_sha256=start.data,
+            metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
+        )
+
+    def _best(self, start: Start) -> dict[str, Predictions]:
+        """Predictions of the best adapter as its file gives it; its errors go into the file."""
+        detach(start.backbone)
+        load_adapter(start.backbone, self.folder / ADAPTER_NAME)
+        after = {name: self._predict(start.backbone, start.graphs[name], f"{name}, after") for name in start.graphs}
+        self._save(start, {name: found.errors() for name, found in after.items()})
+        return after
+
+    def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
+        training, backbone = self.config.training, start.backbone
+        results: dict[str, Any] = {
+            "forcetune": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": outcome.status,
+            "model": describe_model(backbone),
+            "method": describe_method(self.method),
+            "parameters": start.parameters,
+            "reference_energies": describe_references(start.references, start.own_references),
+            "data": describe_data(start.dataset),
+            "training": {
+                **asdict(outcome),
+                "epochs": training.epochs,
+                "optimizer": training.optimizer,
+                "learning_rate": self.rate,
+                "batch_size": training.batch_size,
+                "seed": training.seed,
+            },
+            "environment": environment(backbone.device),
+            "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
+            "rotation_error": asdict(rotation_error(backbone, start.dataset.valid.frames)),
+            "changes": [asdict(change) for change in weight_changes(backbone)],
+        }
+        sparsity = attached(backbone).sparsity()
+        if sparsity is not None:
+            shares = {"zeros_of_wrapped": sparsity.zeros_of_wrapped, "zeros_of_all": sparsity.zeros_of_all}
+            results["sparsity"] = asdict(sparsity) | shares
+        if start.replay_frames is not None:
+            results["replay"] = describe_replay(start.replay_frames, self.config.replay)
+        if self.config.output.forgetting:
+            results["forgetting"] = self._forgetting(start)
+        results["warnings"] = list(self.told)
+        return results
+
+    def _forgetting(self, start: Start) -> dict[str, Any]:
+        """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""
+        with self.console.status("what was forgotten"):
+            found = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
+        for text in found.warnings:
+            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+            self.told.append(text)
+        return found.to_json()
+
+    def _say_data(self, dataset: Dataset, replay: ReplayFrames | None) -> None:
+        for name, part in dataset.splits.items():
+            keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
+            self.console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
+        if replay is not None:
+            labels = "its own predictions" if self.config.replay.labels == "base" else "the labels in the files"
+            counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"
+            self.console.print(f"replay: {counts}, {labels} ({', '.join(replay.files)})", highlight=False)
+        if dataset.isolated:
+            self.console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
+
+    def _say_adapter(self, backbone: Backbone, adapter: Adapter) -> None:
+        total = sum(site.numel for site in adapter.sites)
+        self.console.print(
+            f"{self.method.name} on {backbone.base.name}: {adapter.trainable:,} trained parameters "
+            f"({100 * adapter.trainable / total:.1f} % of {total:,}), licence of the base: {backbone.base.licence}",
+            highlight=False,
+        )
