@@ -44,6 +44,8 @@ SAMPLE_OF_RUN = 500
 PREDICTABLE_EDGES = 500_000
 """Frames with more edges are not predicted only to be examined."""
 
+NAMES = {TRAIN: "training data", "valid": "validation data", "test": "test data"}
+
 Sources = str | Path | Sequence[str | Path] | Sequence[Atoms]
 
 
@@ -119,15 +121,8 @@ def doctor(
         InputError: the model cannot be loaded. Whatever is wrong with the data is a finding.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    asked = LabelKeys(energy_key, forces_key, stress_key)
-    sets: dict[str, tuple[Frame, ...]] = {}
-    keys: dict[str, LabelKeys] = {}
-    findings: list[Finding] = []
-    for name, sources in ((TRAIN, data), ("valid", valid), ("test", test)):
-        if sources is not None:
-            needed: tuple[Label, ...] = ("energy",) if name == "test" or forces_key == NONE else ("energy", "forces")
-            sets[name], keys[name], found = read_leniently(_listed(sources), asked, needed, f"{name} data")
-            findings += found
+    named = {TRAIN: data, "valid": valid, "test": test}
+    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key))
     backbone = None if model is None else _loaded(model, sets, head, device, trust)
     known, unknown = _known(backbone, sets)
     findings += unknown
@@ -193,6 +188,22 @@ def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Findi
             "doctor` tells more."
         )
     return list(ordered)
+
+
+def _read(
+    named: Mapping[str, Sources | None], asked: LabelKeys
+) -> tuple[dict[str, tuple[Frame, ...]], dict[str, LabelKeys], list[Finding]]:
+    """Frames and label keys of every set that was named, and what was wrong in reading them."""
+    sets: dict[str, tuple[Frame, ...]] = {}
+    keys: dict[str, LabelKeys] = {}
+    findings: list[Finding] = []
+    for name, sources in named.items():
+        if sources is not None:
+            without = name == "test" or asked.forces == NONE
+            needed: tuple[Label, ...] = ("energy",) if without else ("energy", "forces")
+            sets[name], keys[name], found = read_leniently(_listed(sources), asked, needed, NAMES[name])
+            findings += found
+    return sets, keys, findings
 
 
 def _listed(sources: Sources) -> Any:

@@ -115,7 +115,7 @@ def _pairs(
         for side, (members, shapes) in enumerate(((ours, first_shapes), (others.get(composition, []), second_shapes))):
             for index in members:
                 shape = shapes[index]
-                if shape is not None and len((first, second)[side][index]) > 1:
+                if shape is not None and len(shape.descriptor):  # atoms without neighbours have nothing to compare
                     kinds.setdefault(len(shape.descriptor), ([], []))[side].append(index)
         for left, right in kinds.values():
             if left and right:
