@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from forcetune.adapters.file import load_adapter, save_adapter
     from forcetune.adapters.methods import METHODS, Method, method
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
-    from forcetune.api import compare_methods, evaluate
+    from forcetune.api import compare_methods, evaluate, evaluate_ensemble
     from forcetune.backbones.loading import load
     from forcetune.comparison import compare
     from forcetune.config import RunConfig, load_config
@@ -33,7 +33,7 @@ _HOMES = {
     "adapters.file": ("load_adapter", "save_adapter"),
     "adapters.methods": ("METHODS", "Method", "method"),
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
-    "api": ("compare_methods", "evaluate"),
+    "api": ("compare_methods", "evaluate", "evaluate_ensemble"),
     "backbones.loading": ("load",),
     "comparison": ("compare",),
     "config": ("RunConfig", "load_config"),
@@ -69,6 +69,7 @@ __all__ = [
     "detach",
     "disable_adapter",
     "evaluate",
+    "evaluate_ensemble",
     "fit",
     "load",
     "load_adapter",
