@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from forcetune.adapters.file import load_adapter, save_adapter
     from forcetune.adapters.methods import METHODS, Method, method
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
-    from forcetune.api import compare_methods, evaluate
+    from forcetune.api import compare_methods, evaluate, evaluate_ensemble
     from forcetune.backbones.loading import load
     from forcetune.checkup import Checkup, doctor
     from forcetune.comparison import compare
@@ -37,7 +37,7 @@ _HOMES = {
     "adapters.file": ("load_adapter", "save_adapter"),
     "adapters.methods": ("METHODS", "Method", "method"),
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
-    "api": ("compare_methods", "evaluate"),
+    "api": ("compare_methods", "evaluate", "evaluate_ensemble"),
     "backbones.loading": ("load",),
     "checkup": ("Checkup", "doctor"),
     "comparison": ("compare",),
@@ -80,6 +80,7 @@ __all__ = [
     "disable_adapter",
     "doctor",
     "evaluate",
+    "evaluate_ensemble",
     "fit",
     "load",
     "load_adapter",

@@ -16,9 +16,10 @@ from forcetune.adapters.updates import ActivationUpdate
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import load_config
+from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
 from forcetune.deployment.loading import deploy
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, evaluate_frames, graphs_of, predict
+from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of, predict
 from forcetune.frames.read import AUTO, read_frames
 
 
@@ -56,6 +57,42 @@ def evaluate(
         model, adapter = base, model
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     return evaluate_frames(deployed.backbone, frames).errors()
+
+
+def evaluate_ensemble(
+    members: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
+    *,
+    base: str | Path | Backbone | None = None,
+    energy_key: str = AUTO,
+    forces_key: str = AUTO,
+    stress_key: str = AUTO,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Errors of the mean of several adapters on one base, and how well their spread foretells these errors.
+
+    Args:
+        members: run folders, adapter folders or folders of comparisons.
+        data: files or patterns.
+        base: the base, where it has moved.
+        energy_key, forces_key, stress_key, device, dtype, trust: as :func:`evaluate`.
+
+    Returns:
+        As ``forcetune evaluate --ensemble --json`` prints it.
+
+    Raises:
+        InputError: bad data, nothing usable at a path, or members of different bases.
+    """
+    frames = read_frames(
+        data, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key, name="evaluation data"
+    ).frames
+    ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
+    found = ensemble.predict(graphs_of(ensemble.backbone, frames))
+    for one in found:
+        check_finite(one, frames)
+    return describe_ensemble(ensemble, found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,6 +229,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, adapter folder, model name or model file.")],
     data: Annotated[list[str], typer.Argument(help="Files of frames with labels; everything ASE reads.")],
     base: Annotated[str | None, typer.Option("--model", help="The base of an adapter, where it has moved.")] = None,
+    ensemble: Annotated[
+        list[str] | None, typer.Option(help="Further runs on the same base: mean and spread of all, or a comparison.")
+    ] = None,
     as_json: Json = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
@@ -240,24 +243,31 @@ def evaluate(
 ) -> None:
     """Errors of a model, or of base + adapter, on labelled frames."""
     from forcetune.api import evaluate as evaluate_model
-    from forcetune.reports.tables import evaluation_table
+    from forcetune.api import evaluate_ensemble
+    from forcetune.reports.tables import calibration_table, evaluation_table
 
-    errors = evaluate_model(
-        model,
-        data,
-        base=base,
-        energy_key=energy_key or "auto",
-        forces_key=forces_key or "auto",
-        stress_key=stress_key or "auto",
-        head=head,
-        device=device or "auto",
-        dtype=dtype,
-        trust=trust,
-    ).to_json()
+    options: dict[str, Any] = {
+        "base": base,
+        "energy_key": energy_key or "auto",
+        "forces_key": forces_key or "auto",
+        "stress_key": stress_key or "auto",
+        "device": device or "auto",
+        "dtype": dtype,
+        "trust": trust,
+    }
+    errors: dict[str, Any]
+    if ensemble or (Path(model) / "comparison.json").is_file():
+        if head is not None:
+            raise InputError("--head: adapters know their head; leave it out with --ensemble.")
+        errors = evaluate_ensemble([model, *(ensemble or ())], data, **options)
+    else:
+        errors = evaluate_model(model, data, head=head, **options).to_json()
     if as_json:
         print(json.dumps(errors))
-    else:
-        Console().print(evaluation_table(errors))
+        return
+    Console().print(evaluation_table(errors))
+    if "ensemble" in errors:
+        Console().print(calibration_table(errors["ensemble"]))
 
 
 @app.command()

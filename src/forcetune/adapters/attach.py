@@ -324,6 +324,20 @@ def detach(backbone: Backbone) -> Adapter:
     return adapter
 
 
+def reattach(backbone: Backbone, adapter: Adapter) -> None:
+    """Put an adapter back that :func:`detach` took out of this backbone; reference energies stay the base's.
+
+    Raises:
+        InputError: an adapter is attached already.
+    """
+    if adapter_of(backbone) is not None:
+        raise InputError("this model already carries an adapter; detach it first.")
+    for parameter in backbone.model.parameters():
+        parameter.requires_grad_(False)
+    _install(adapter, backbone.model)
+    backbone.model.add_module(ATTRIBUTE, adapter)
+
+
 def _remove(adapter: Adapter, backbone: Backbone) -> None:
     for handle in adapter._handles:
         handle.remove()

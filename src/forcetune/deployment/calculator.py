@@ -10,13 +10,15 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
+from forcetune.adapters.file import AdapterConfig
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
-from forcetune.deployment.loading import deploy
+from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
+from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import Frame, Origin
-from forcetune.graphs.graph import graph_of
+from forcetune.graphs.graph import Batch, graph_of
 
 
 class ForcetuneCalculator(Calculator):
@@ -48,6 +50,9 @@ class ForcetuneCalculator(Calculator):
         check_elements(self.backbone, [frame])
         stress = bool(current.pbc.all())
         batch = graph_of(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
+        self.results = self._results(batch, stress)
+
+    def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
         found = self.backbone.predict(batch, stress=stress).detached()
         energy = float(found.energy)
         results: dict[str, Any] = {"energy": energy, "free_energy": energy}
@@ -55,7 +60,29 @@ class ForcetuneCalculator(Calculator):
         if found.stress is not None:
             tensor = found.stress[0].double().cpu().numpy()
             results["stress"] = tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-        self.results = results
+        return results
+
+
+class EnsembleCalculator(ForcetuneCalculator):
+    """ASE calculator of several adapters on one base: means, and standard deviations beside them.
+
+    ``results`` also has ``energy_std`` (eV) and ``forces_std`` (atoms, 3), eV/Å; see :func:`spread`.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        super().__init__(ensemble.backbone)
+        self.ensemble = ensemble
+
+    def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
+        found = []
+        for index in range(len(self.ensemble.members)):
+            with self.ensemble.member(index):
+                found.append(super()._results(batch, stress))
+        results: dict[str, Any] = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+        results |= {name: float(results[name]) for name in ("energy", "free_energy")}
+        results["energy_std"] = float(spread([np.asarray(one["energy"]) for one in found]))
+        results["forces_std"] = spread([one["forces"] for one in found])
+        return results
 
 
 def frame_of(atoms: Atoms) -> Frame:
@@ -74,7 +101,7 @@ def frame_of(atoms: Atoms) -> Frame:
 
 def calculator(
     model: str | Path | Backbone | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     *,
     head: str | None = None,
     device: str = "auto",
@@ -88,7 +115,8 @@ def calculator(
 
     Args:
         model: name, path, run folder or loaded backbone.
-        adapter: adapter folder or run folder.
+        adapter: adapter folder or run folder; several make an ensemble (:class:`EnsembleCalculator`), to which a run
+            folder given as ``model`` belongs, too.
         head: head of a multi-head model without an adapter.
         device: ``cpu``, ``cuda`` … or ``auto``.
         dtype: ``float64`` or ``float32``; by default that of the training, or float64.
@@ -97,13 +125,41 @@ def calculator(
     Raises:
         InputError: nothing usable at a path, the adapter belongs to another base, or its method is not equivariant.
     """
+    if adapter is not None and not isinstance(adapter, (str, Path)):
+        return _ensemble(model, adapter, device=device, dtype=dtype, trust=trust)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
-    if deployed.adapter is not None and not Method.from_json(deployed.adapter.method).equivariant:
-        raise InputError(
-            f"{adapter or model}: method {deployed.adapter.method['name']} breaks rotational symmetry: turning a "
-            "molecule changes its energy. It is a baseline for comparisons and not for use; train with mmea or elora."
-        )
+    if deployed.adapter is not None:
+        _check_equivariant(deployed.adapter, adapter or model)
     for parameter in deployed.backbone.model.parameters():
         if isinstance(model, (str, Path)) or model is None:
             parameter.requires_grad_(False)
     return ForcetuneCalculator(deployed.backbone)
+
+
+def _ensemble(
+    model: str | Path | Backbone | None,
+    adapters: Sequence[str | Path],
+    *,
+    device: str,
+    dtype: str | None,
+    trust: bool,
+) -> EnsembleCalculator:
+    paths, base = list(adapters), model
+    if isinstance(model, (str, Path)) and adapter_folder(model) is not None:
+        paths, base = [model, *adapters], None
+    ensemble = load_ensemble(paths, base, device=device, dtype=dtype, trust=trust)
+    for folder, config, _, _ in ensemble.members:
+        _check_equivariant(config, folder)
+    return EnsembleCalculator(ensemble)
+
+
+def _check_equivariant(config: AdapterConfig, place: object) -> None:
+    """
+    Raises:
+        InputError: its method breaks rotational symmetry.
+    """
+    if not Method.from_json(config.method).equivariant:
+        raise InputError(
+            f"{place}: method {config.method['name']} breaks rotational symmetry: turning a molecule changes its "
+            "energy. It is a baseline for comparisons and not for use; train with mmea or elora."
+        )
