@@ -47,7 +47,7 @@ class Job:
     epochs: int
     tested: bool
     model: str
-    options: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
     name: str = ""
 
     @property
@@ -75,6 +75,11 @@ def carry_out(job: Job) -> None:
     if job.is_finished:
         return
     job.folder.parent.mkdir(parents=True, exist_ok=True)
+    # schedule-free AdamW averages and needs no schedule
+    free = forcetune.method(job.method).optimizer == "schedulefree"
+    averaged: dict[str, Any] = {"ema": 0.99, "schedule": {"name": "cosine", "warmup_epochs": 2}}
+    if free:
+        averaged = {"schedule": {"warmup_epochs": 2}}
     forcetune.run_fit(
         forcetune.load_config(
             given={
@@ -84,19 +89,19 @@ def carry_out(job: Job) -> None:
                     "test": [str(job.data / job.molecule / "test.xyz")] if job.tested else None,
                 },
                 "model": {"model": job.model},
-                "method": {"name": job.method} | dict(job.options),
+                "method": {"name": job.method},
                 "training": {
                     "epochs": job.epochs,
                     "batch_size": BATCH,
                     "learning_rate": job.learning_rate,
                     "seed": job.seed,
                     "threads": 1,
-                    "ema": 0.99,
-                    "schedule": {"name": "cosine", "warmup_epochs": 2},
                     "valid_every": 2,
+                    **averaged,
                 },
-                "output": {"run": str(job.folder), "overwrite": True},
-            }
+                "output": {"run": str(job.folder), "overwrite": True, "forgetting": False},
+            },
+            overrides=dict(job.settings),
         ),
         console=Console(quiet=True),
     )

@@ -247,12 +247,20 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
         raise InputError(_matches_nothing(method, sites))
     if method.fresh:
         _start_afresh(adapter, backbone.fresh_weights(seed))
-    place(adapter, backbone)
+    reattach(backbone, adapter)
     return adapter
 
 
-def place(adapter: Adapter, backbone: Backbone) -> None:
-    """Freeze ``backbone``, which carries no adapter, and put a ready one into it."""
+def reattach(backbone: Backbone, adapter: Adapter) -> None:
+    """Freeze a backbone and put a ready adapter into it, such as one that :func:`detach` took out.
+
+    Reference energies stay the backbone's own.
+
+    Raises:
+        InputError: an adapter is attached already.
+    """
+    if adapter_of(backbone) is not None:
+        raise InputError("this model already carries an adapter; detach it first.")
     adapter._references = backbone.reference_energies
     for name, parameter in backbone.model.named_parameters():
         adapter._required_grad[name] = parameter.requires_grad
@@ -322,20 +330,6 @@ def detach(backbone: Backbone) -> Adapter:
     _remove(adapter, backbone)
     backbone.set_reference_energies(adapter._references)
     return adapter
-
-
-def reattach(backbone: Backbone, adapter: Adapter) -> None:
-    """Put an adapter back that :func:`detach` took out of this backbone; reference energies stay the base's.
-
-    Raises:
-        InputError: an adapter is attached already.
-    """
-    if adapter_of(backbone) is not None:
-        raise InputError("this model already carries an adapter; detach it first.")
-    for parameter in backbone.model.parameters():
-        parameter.requires_grad_(False)
-    _install(adapter, backbone.model)
-    backbone.model.add_module(ATTRIBUTE, adapter)
 
 
 def _remove(adapter: Adapter, backbone: Backbone) -> None:

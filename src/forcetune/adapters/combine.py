@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from forcetune.adapters.attach import Adapter, adapter_of, detach, part_key, place
+from forcetune.adapters.attach import Adapter, adapter_of, detach, part_key, reattach
 from forcetune.adapters.file import load_adapter
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
@@ -163,7 +163,7 @@ class Combination:
                     combined.parts[part_key(site, kind)] = made = holder(self._scales)
                     made.members.update({name: part for name, part in parts.items() if part is not None})
         combined.requires_grad_(False)
-        place(combined, self.backbone)
+        reattach(self.backbone, combined)
         self._set_references()
 
     def _set_references(self) -> None:
