@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -429,10 +430,14 @@ def _show_warning(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 for bad input, 1 for a failure of ours."""
     from forcetune.errors import ForcetuneWarning
+    from forcetune.parallel import place
 
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ForcetuneWarning)
     warnings.showwarning = _show_warning
+    if not place().leads:  # the first process tells
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+        warnings.simplefilter("ignore")
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="forcetune")
     except ForcetuneError as error:

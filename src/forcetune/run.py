@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from forcetune import parallel
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
@@ -91,7 +95,11 @@ def run_fit(
         InputError, ForcetuneError: as :func:`fit`.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    with collected_warnings() as told, limited_threads(config.training.threads):
+    with (
+        _among_others(config, console) as (config, console),
+        collected_warnings() as told,
+        limited_threads(config.training.threads),
+    ):
         return Fitting(config, console, told, observe).carry_out(backbone)
 
 
@@ -115,9 +123,41 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     if status_of(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
     console = console or Console(stderr=True, soft_wrap=True)
-    with collected_warnings() as told, limited_threads(config.training.threads):
-        if not has_checkpoint(folder):
+    with (
+        _among_others(config, console, going_on=True) as (config, console),
+        collected_warnings() as told,
+        limited_threads(config.training.threads),
+    ):
+        if not has_checkpoint(Path(config.output.run)):
             console.print("interrupted before the first checkpoint: starting from the beginning")
             again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
             return Fitting(again, console, told).carry_out(None)
         return Fitting(config, console, told).go_on()
+
+
+@contextmanager
+def _among_others(
+    config: RunConfig, console: Console, *, going_on: bool = False
+) -> Iterator[tuple[RunConfig, Console]]:
+    """Under ``torchrun``: all processes do the same, and all but the first quietly in a folder that is thrown away.
+
+    A folder of their own makes every process independent of when the others read and write.
+
+    Args:
+        config: of the run.
+        console: of the first process.
+        going_on: the run exists; the others take a copy of it.
+    """
+    with parallel.together() as here:
+        if here.leads:
+            if going_on:
+                parallel.wait()
+            yield config, console
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            mine = Path(folder) / "run"
+            if going_on:
+                shutil.copytree(config.output.run, mine)
+                parallel.wait()
+            output = config.output.model_copy(update={"run": str(mine), "tensorboard": False})
+            yield config.model_copy(update={"output": output}), Console(quiet=True)

@@ -12,6 +12,7 @@ import torch
 from forcetune.backbones.models import resolve
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
+from forcetune.parallel import place
 
 ENTRY_POINTS = "forcetune.backbones"
 
@@ -40,7 +41,7 @@ def choose_device(device: str) -> torch.device:
         InputError: unknown device, or CUDA asked for where there is none.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", place().local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

@@ -27,6 +27,11 @@ class Prediction(NamedTuple):
     forces: Tensor
     stress: Tensor | None
 
+    def to(self, device: torch.device) -> Prediction:
+        """The same on another device."""
+        stress = None if self.stress is None else self.stress.to(device)
+        return Prediction(self.energy.to(device), self.forces.to(device), stress)
+
     def detached(self) -> Prediction:
         """Without the graph that led to it."""
         stress = None if self.stress is None else self.stress.detach()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from forcetune import parallel
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, collate
 
@@ -127,7 +128,9 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self.shuffle:
             for indices in self._batches():
-                yield collate([self.graphs[i] for i in indices])
+                mine = [self.graphs[i] for i in parallel.part_of(indices)]
+                # with fewer graphs than processes, some compute one that counts for nothing
+                yield collate(mine or [self.graphs[indices[0]].weighted(0.0)])
             return
         if self._fixed is None:
             self._fixed = [collate([self.graphs[i] for i in indices]) for indices in self._batches()]

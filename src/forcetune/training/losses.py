@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,7 +13,9 @@ from forcetune.config import LossConfig
 from forcetune.graphs.graph import Batch
 
 
-def loss_of(config: LossConfig, prediction: Prediction, batch: Batch) -> Tensor:
+def loss_of(
+    config: LossConfig, prediction: Prediction, batch: Batch, *, total: Callable[[Tensor], Tensor] = lambda value: value
+) -> Tensor:
     """w_E f(E) + w_F f(F) + w_S f(S), each f a mean over the labels there are, weighted by the weights of graphs.
 
     The published form is 1 · MSE(E) + 1000 · MSE(F), with the energy of a frame in eV and the mean over all force
@@ -21,21 +25,27 @@ def loss_of(config: LossConfig, prediction: Prediction, batch: Batch) -> Tensor:
         config: weights and form.
         prediction: energy (graphs,), forces (atoms, 3), stress (graphs, 3, 3) if its weight is not zero.
         batch: with the labels; NaN where there is none.
+        total: sum over the processes that have a part of the batch each; the loss is then this part's share of that
+            of the whole batch.
 
     Returns:
         A scalar in float64.
     """
     atoms = batch.atoms_per_graph if config.energy_per_atom else 1
-    total = config.energy * _mean(config, prediction.energy / atoms, batch.energy / atoms, batch.weight)
+    result = config.energy * _mean(config, prediction.energy / atoms, batch.energy / atoms, batch.weight, total)
     if config.forces:
-        total = total + config.forces * _mean(config, prediction.forces, batch.forces, batch.weight[batch.graph_index])
+        result = result + config.forces * _mean(
+            config, prediction.forces, batch.forces, batch.weight[batch.graph_index], total
+        )
     if config.stress:
         assert prediction.stress is not None
-        total = total + config.stress * _mean(config, prediction.stress, batch.stress, batch.weight)
-    return total
+        result = result + config.stress * _mean(config, prediction.stress, batch.stress, batch.weight, total)
+    return result
 
 
-def _mean(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+def _mean(
+    config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The mean over entries that have a label, by the weight of their row; zero when none has."""
     missing = torch.isnan(label)
     values = torch.where(missing, 0.0, predicted - label).double()
@@ -46,5 +56,5 @@ def _mean(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) 
     else:
         values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
     weights = weight.view(-1, *[1] * (values.ndim - 1)) * ~missing
-    total = weights.sum()
-    return (weights * values).sum() / torch.where(total > 0, total, 1.0)
+    whole = total(weights.sum())
+    return (weights * values).sum() / torch.where(whole > 0, whole, 1.0)

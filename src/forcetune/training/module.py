@@ -11,6 +11,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from forcetune import parallel
 from forcetune.adapters.attach import Sparsity, attached
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
@@ -38,6 +39,7 @@ class FineTuning(lightning.LightningModule):
         waited: validations since the last improvement.
         epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
         stopped: early stopping ended the run.
+        shares_validation: every process validates on other frames.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class FineTuning(lightning.LightningModule):
         self.epochs_done = 0
         self.steps_done = 0
         self.stopped = False
+        self.shares_validation = False
         self._epochs_before = 0
         self._optimizer_state: dict[str, Any] | None = None
         self._n_batches = 0
@@ -177,9 +180,12 @@ class FineTuning(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
-        loss = loss_of(self.loss_config, prediction, batch)
+        loss = loss_of(self.loss_config, prediction, batch, total=parallel.total)
         self._losses.append(loss.detach())
         return loss
+
+    def on_after_backward(self) -> None:
+        parallel.sum_gradients(list(self.adapter.parameters()))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.steps_done += 1
@@ -187,7 +193,7 @@ class FineTuning(lightning.LightningModule):
             self.average.update()
         if batch_idx + 1 == self._n_batches:
             # here and not at the end of the epoch: Lightning validates before that
-            self.train_loss = float(torch.stack(self._losses).mean())
+            self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
             if not math.isfinite(self.train_loss):
                 raise ForcetuneError(
                     f"the training loss became {self.train_loss} in epoch {self.epoch}; lower training.learning_rate "
@@ -203,10 +209,10 @@ class FineTuning(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         found = self.backbone.predict(batch, stress=self.loss_config.stress > 0)
-        self._validated.append((batch, found.detached()))
+        self._validated.append((batch.to(device="cpu"), found.detached().to(torch.device("cpu"))))
 
     def on_validation_epoch_end(self) -> None:
-        batch, found = gather(self._validated)
+        batch, found = gather(parallel.collected(self._validated) if self.shares_validation else self._validated)
         self.valid_loss = float(loss_of(self.loss_config, found, batch))
         self.valid_errors = Predictions.of(batch, found).errors()
         self.sparsity = self.adapter.sparsity()

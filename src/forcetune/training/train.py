@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from forcetune import parallel
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
 from forcetune.errors import InputError
@@ -87,6 +88,7 @@ def train(
     check_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe)
+    module.shares_validation = _shares_validation(validation)
     if state is not None:
         module.load_training_state(state)
     callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
@@ -130,7 +132,13 @@ def _loaders(
     )
     largest = max(graph.n_atoms for graph in validation)
     budget = max(EVALUATION_ATOMS, largest)
-    return loader, BatchLoader(validation, len(validation), batch_atoms=budget, device=backbone.device)
+    mine = parallel.part_of(validation) if _shares_validation(validation) else validation
+    return loader, BatchLoader(mine, len(mine), batch_atoms=budget, device=backbone.device)
+
+
+def _shares_validation(validation: Sequence[Batch]) -> bool:
+    """With fewer frames than processes each validates on all."""
+    return len(validation) >= parallel.place().count
 
 
 def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: BatchLoader) -> str:
