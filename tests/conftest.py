@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# Tests run in as many processes as there are cores: more threads would only wait for each other. Before PyTorch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from forcetune.cli import main
