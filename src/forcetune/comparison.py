@@ -22,7 +22,7 @@ from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
 from forcetune.run import resume, run_fit
 from forcetune.run_folder import CONFIG_NAME, FINISHED, status_of
-from forcetune.search import Searched, check_installed, with_settings
+from forcetune.search import Searched, check_search, with_settings
 from forcetune.search import search as find_options
 
 COMPARISON_NAME = "comparison.json"
@@ -80,10 +80,14 @@ def compare(
     if not methods or len(set(methods)) != len(methods):
         raise InputError(f"--methods {','.join(methods)}: name every method once.")
     _check_options(config, methods)
+    if config.method.table is not None:
+        raise InputError("method.table: a comparison is of named methods; leave the table out, or fit it by itself.")
     folder = Path(config.output.run)
     first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
     for one in first.values():
         method_of(one.method)
+        if search is not None:
+            check_search(one)
     dataset = read_dataset(config.data)  # bad data are met before the first run
     if config.data.doctor == "on":
         check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
@@ -91,9 +95,11 @@ def compare(
     config.save(folder / MARK_NAME)
     searched: dict[str, Searched] = {}
     if search is not None:
-        check_installed()
         jobs = [(one, folder / SEARCH_NAME, search) for one in first.values()]
         searched = {found.method: found for found in _in_processes(_search_one, jobs, processes, console, "searches")}
+        for name in methods:
+            chosen = ", ".join(f"{key}={value:g}" for key, value in searched[name].settings.items())
+            console.print(f"{name}: {chosen}, the best of {len(searched[name].trials)} trials", highlight=False)
     plan = {
         name: {
             seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {})

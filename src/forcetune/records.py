@@ -18,7 +18,6 @@ from ase.data import chemical_symbols
 from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter
 from forcetune.adapters.methods import Method
-from forcetune.adapters.updates import Gate, LowRank
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import ReplayConfig
 from forcetune.evaluation.metrics import Predictions
@@ -102,10 +101,12 @@ def describe_model(backbone: Backbone) -> dict[str, Any]:
 
 
 def describe_method(method: Method) -> dict[str, Any]:
-    # the rank a method is known by: of its first update that has one
-    updates = (update for entries in method.table.values() for update in entries)
-    rank = next((update.rank for update in updates if isinstance(update, Gate | LowRank)), None)
-    return {"name": method.name, "description": method.description, "rank": rank, "mergeable": method.mergeable}
+    return {
+        "name": method.name,
+        "description": method.description,
+        "rank": method.rank,
+        "mergeable": method.mergeable,
+    }
 
 
 def describe_replay(found: ReplayFrames, config: ReplayConfig) -> dict[str, Any]:

@@ -57,13 +57,14 @@ def score(errors: Errors, loss: LossConfig) -> float:
     return total
 
 
-def check_installed() -> None:
+def check_search(config: RunConfig) -> None:
     """
     Raises:
-        InputError: Optuna is missing.
+        InputError: Optuna is missing, or nothing is left to search.
     """
     if find_spec("optuna") is None:
         raise InputError("--search needs Optuna: pip install 'forcetune[tune]'.")
+    _space(config)
 
 
 def search(config: RunConfig, folder: Path, trials: int) -> Searched:
@@ -81,8 +82,7 @@ def search(config: RunConfig, folder: Path, trials: int) -> Searched:
         InputError: as :func:`forcetune.run.run_fit`, or Optuna is missing.
         ForcetuneError: every training failed.
     """
-    check_installed()
-    _space(config)
+    check_search(config)
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
@@ -195,7 +195,7 @@ def _with(config: RunConfig, settings: Mapping[str, Any], run: Path) -> RunConfi
     """The configuration with these options, for a run in ``run`` without test frames."""
     given = with_settings(config.model_dump(exclude_unset=True), settings)
     given["data"] = {key: value for key, value in given["data"].items() if key != "test"}
-    given["output"] = given.get("output", {}) | {"run": str(run), "overwrite": True}
+    given["output"] = given.get("output", {}) | {"run": str(run), "overwrite": True, "forgetting": False}
     return RunConfig.model_validate(given)
 
 

@@ -67,8 +67,9 @@ def refine(
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     shares = _shares(training, replay, backbone)
 
-    def full_loss() -> Tensor:
-        """The mean over all frames, batch by batch; its gradient is added to the parameters'."""
+    def closure() -> Tensor:
+        """The mean loss over all frames, batch by batch, with its gradient."""
+        optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=backbone.device)
         for batch, share in shares:
             found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
@@ -76,10 +77,6 @@ def refine(
             part.backward()
             total += part.detach()
         return total
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        return full_loss()
 
     def valid_loss() -> float:
         pairs = [(b, backbone.predict(b, stress=loss.stress > 0).detached()) for b in _large(validation, backbone)]
@@ -91,14 +88,13 @@ def refine(
 
     optimizer = torch.optim.LBFGS(parameters, max_iter=1, history_size=HISTORY, line_search_fn="strong_wolfe")
     before = valid_loss()
-    losses = [float(closure())]
+    losses: list[float] = []
     best, best_loss, best_iteration, iteration = kept(), before, 0, 0
     while iteration < (config.refine or 0) and iteration - best_iteration < PATIENCE:
-        optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+        losses.append(float(optimizer.step(closure)))  # pyright: ignore[reportArgumentType]
         iteration += 1
-        losses.append(float(closure()))
         found = valid_loss()
-        if not (math.isfinite(losses[-1]) and math.isfinite(found)):
+        if not math.isfinite(found):
             break
         if found < best_loss:
             best, best_loss, best_iteration = kept(), found, iteration
@@ -107,8 +103,10 @@ def refine(
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
-            parameter.grad = None
-    return Refinement(iteration, best_iteration, losses[0], losses[best_iteration], before, best_loss)
+    # a step tells the loss that it began with
+    after = losses[best_iteration] if best_iteration < len(losses) else float(closure())
+    optimizer.zero_grad()
+    return Refinement(iteration, best_iteration, losses[0], after, before, best_loss)
 
 
 def _shares(training: Sequence[Batch], replay: Replay | None, backbone: Backbone) -> list[tuple[Batch, float]]:
