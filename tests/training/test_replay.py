@@ -157,6 +157,7 @@ def test_replay_keeps_the_model_near_to_its_base(tmp_path: Path) -> None:
         assert (found["source"], found["n_frames"]) == ("replay frames", 4)
         moved[name] = found["forces_mev_per_ang"]
         assert run.results["replay"]["labels"] == "base"
+        assert "<h3>Replay</h3>" in (run.folder / "report.html").read_text(encoding="utf-8")
     assert moved["heavy"] < 0.7 * moved["light"]
     errors = json.loads((tmp_path / "light" / "results.json").read_text(encoding="utf-8"))["errors"]
     assert set(errors) == {"train", "valid"}

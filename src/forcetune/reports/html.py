@@ -356,6 +356,16 @@ def _data(results: Results) -> Html:
         )
         name = {"train": "Training", "valid": "Validation", "test": "Test"}[split]
         parts.append(f"<div><h3>{name}</h3>{html_pairs(pairs)}</div>")
+    replay = results.replay
+    if replay is not None:
+        pairs = (
+            ("Files", ", ".join(replay.files)),
+            ("Frames", f"{count_text(replay.n_frames)}, and {count_text(replay.n_held)} held out"),
+            ("Labels", "the foundation model's own" if replay.labels == "base" else "of the files"),
+            ("For each training frame", f"{replay.ratio:g}"),
+            ("Weight in the loss", f"{replay.weight:g}"),
+        )
+        parts.append(f"<div><h3>Replay</h3>{html_pairs(pairs)}</div>")
     return Html(f'<div class="grid three">{"".join(parts)}</div>' if parts else "")
 
 

@@ -147,6 +147,17 @@ class DynamicsPart(Part):
     potential_mev_per_atom: list[float]
 
 
+class ReplayPart(Part):
+    """Frames that were mixed into the training."""
+
+    files: list[str] = []
+    n_frames: int
+    n_held: int
+    labels: str
+    ratio: float
+    weight: float
+
+
 class DistancePart(Part):
     """How far the tuned model is from its base on other structures."""
 
@@ -205,6 +216,7 @@ class Results(Part):
     changes: list[ChangePart] = []
     rotation_error: RotationPart | None = None
     forgetting: ForgettingPart | None = None
+    replay: ReplayPart | None = None
 
 
 def read_results(run: Path, config: RunConfig) -> Results:
