@@ -10,7 +10,7 @@ import forcetune
 PACKAGE = Path(forcetune.__file__).parent
 FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "config")
 ORDER = (
-    *("frames", "graphs", "backbones", "kernels", "adapters"),
+    *("frames", "graphs", "backbones", "kernels", "magnetism", "adapters"),
     *("evaluation", "training", "reports", "deployment"),
     *("records", "run_folder", "surroundings", "checkup", "fitting"),
     *("run", "search", "comparison", "api", "demo", "cli"),

@@ -9,18 +9,22 @@ from typing import Any
 
 from ase.data import atomic_numbers
 
-from forcetune.adapters.attach import attach, attached, detach
+from forcetune.adapters.attach import adapter_of, attach, attached, detach
 from forcetune.adapters.changes import Changes, GateChange, Likeness, likeness, recorded_gates, weight_changes
-from forcetune.adapters.methods import METHODS, method, options_of
+from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.methods import METHODS, Method, method, options_of
 from forcetune.adapters.updates import ActivationUpdate
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import load_config
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
-from forcetune.deployment.loading import deploy
+from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of, predict
-from forcetune.frames.read import AUTO, read_frames
+from forcetune.frames.labels import AUTO, NONE
+from forcetune.frames.read import read_frames
+from forcetune.frames.spins import with_spins
+from forcetune.magnetism.options import Magnetism
 
 
 def evaluate(
@@ -50,13 +54,32 @@ def evaluate(
     Raises:
         InputError: bad data, or nothing usable at a path.
     """
-    frames = read_frames(
-        data, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key, name="evaluation data"
-    ).frames
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
+    magnetism = _magnetism_of(model if adapter is None else adapter)
+    magnetic = AUTO if magnetism is not None else NONE
+    frames = read_frames(
+        data,
+        energy_key=energy_key,
+        forces_key=forces_key,
+        stress_key=stress_key,
+        moments_key=magnetic,
+        spins_key=magnetic,
+        name="evaluation data",
+    ).frames
+    if magnetism is not None and magnetism.layer == "spin":
+        frames = with_spins(frames, magnetism.inputs)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     return evaluate_frames(deployed.backbone, frames).errors()
+
+
+def _magnetism_of(place: str | Path | Backbone) -> Magnetism | None:
+    """The magnetic layer of what is to be evaluated, before anything heavy is loaded."""
+    if isinstance(place, Backbone):
+        carried = adapter_of(place)
+        return None if carried is None else carried.method.magnetism
+    folder = adapter_folder(place)
+    return None if folder is None else Method.from_json(read_adapter_config(folder).method).magnetism
 
 
 def evaluate_ensemble(

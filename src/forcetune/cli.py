@@ -115,6 +115,9 @@ def fit(
     ] = None,
     seed: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "seed"))] = None,
     references: Annotated[str | None, typer.Option(help=_about(configuration.ReferenceConfig, "mode"))] = None,
+    magnetic: Annotated[
+        bool | None, typer.Option("--magnetic", help="With a spin layer: moments and exchange (magnetism.layer=spin).")
+    ] = None,
     out: Annotated[str | None, typer.Option(help=_about(configuration.OutputConfig, "run"))] = None,
     overwrite: Annotated[
         bool | None, typer.Option("--overwrite", help=_about(configuration.OutputConfig, "overwrite"))
@@ -144,6 +147,7 @@ def fit(
         "model": {"model": model, "head": head, "device": device, "dtype": dtype, "trust": trust},
         "references": {"mode": references},
         "method": {"name": method, "rank": rank},
+        "magnetism": {"layer": "spin" if magnetic else None},
         "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed},
         "output": {"run": out, "overwrite": overwrite},
     }

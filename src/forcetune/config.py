@@ -18,6 +18,9 @@ from forcetune.parsing import parse_yaml, short
 
 LARGEST_SEED = 2**63 - 1
 LARGEST_RANK = 1024
+LARGEST_CHANNELS = 4096
+
+SpinInputs = Literal["auto", "initial", "directions", "moments"]
 
 
 def _as_word(value: Any) -> Any:
@@ -25,6 +28,7 @@ def _as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(_as_word)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(_as_word)]
 AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(_as_word)]
 
@@ -49,6 +53,12 @@ class DataConfig(Section):
     )
     forces_key: str = Field(default="auto", description="Key of the forces; `none` trains on energies alone.")
     stress_key: str = Field(default="auto", description="Key of the stress or virial; `none` ignores it.")
+    moments_key: str = Field(
+        default="auto", description="Key of magnetic moments; looked for only with a magnetic layer."
+    )
+    spins_key: str = Field(
+        default="auto", description="Key of the magnetic state that the spin layer is given; `none` ignores it."
+    )
     split_seed: int = Field(
         default=123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split."
     )
@@ -176,12 +186,33 @@ class MethodConfig(Section):
         return self.model_dump(exclude={"name", "target", "table"}, exclude_none=True)
 
 
+class MagnetismConfig(Section):
+    """A magnetic layer beside the updates of any method.
+
+    With it the loss is Huber by default, energies per atom, and energy, forces and moments weigh 1 each.
+    """
+
+    layer: Layer = Field(
+        default="off",
+        description="`spin`: moments as vectors and their energy of exchange; `magnitude`: |μ| only, without energy.",
+    )
+    inputs: SpinInputs = Field(
+        default="auto",
+        description="The magnetic state given to the spin layer: `initial` spins of the file, `directions` of the "
+        "moments, the `moments` themselves; `auto`: the file's spins where it has them, otherwise directions.",
+    )
+    spin_orbit: bool = Field(default=False, description="Terms that couple the spins to directions in space.")
+    channels: int = Field(default=64, ge=1, le=LARGEST_CHANNELS, description="Width of the layer's perceptrons.")
+    radial: int = Field(default=8, ge=1, le=64, description="Radial functions of the layer.")
+
+
 class LossConfig(Section):
     """Weights and form of the loss."""
 
     energy: float = Field(default=1.0, ge=0, description="Weight of the energy term.")
     forces: float = Field(default=1000.0, ge=0, description="Weight of the force term.")
     stress: float = Field(default=0.0, ge=0, description="Weight of the stress term; needs stress labels.")
+    moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
     form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
     huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
     energy_per_atom: bool = Field(
@@ -290,6 +321,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(default=ModelConfig())
     references: ReferenceConfig = Field(default=ReferenceConfig())
     method: MethodConfig = Field(default=MethodConfig())
+    magnetism: MagnetismConfig = Field(default=MagnetismConfig())
     training: TrainingConfig = Field(default=TrainingConfig())
     replay: ReplayConfig = Field(default=ReplayConfig())
     output: OutputConfig = Field(default=OutputConfig())
@@ -310,6 +342,8 @@ class RunConfig(Section):
             raise ValueError("training.second_stage.start lies after the last epoch")
         if self.data.stress_key == "none" and training.loss.stress > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
+        if training.loss.moments > 0 and self.magnetism.layer == "off":
+            raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
         return self
 
     def with_defaults_of(self, learning_rate: float, optimizer: str) -> RunConfig:
@@ -325,6 +359,10 @@ class RunConfig(Section):
                 training[name] = value
         if training["optimizer"] == "schedulefree":
             training.setdefault("ema", None)
+        if self.magnetism.layer != "off":
+            # Huber, all terms alike, energies per atom: as published for the spin-aware layer
+            usual = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
+            training["loss"] = usual | training.get("loss", {})
         try:
             return RunConfig.model_validate(given)
         except ValidationError as error:

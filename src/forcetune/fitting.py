@@ -16,6 +16,7 @@ from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter, attached, detach
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
+from forcetune.adapters.magnetic import with_magnetism
 from forcetune.adapters.methods import method_of
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
@@ -153,7 +154,8 @@ class Fitting:
 
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
         """Everything before the training; nothing is written."""
-        dataset = read_dataset(self.config.data)
+        dataset = read_dataset(self.config.data, self.config.magnetism)
+        self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys)
         replay = read_replay(self.config.replay, self.config.data)
         self._say_data(dataset, replay)
         backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)

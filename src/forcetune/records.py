@@ -175,5 +175,8 @@ def save_predictions(path: Path, before: Mapping[str, Predictions], after: Mappi
             if predictions.stress is not None and predictions.stress_label is not None:
                 arrays[f"{name}/{when}/stress"] = predictions.stress
                 arrays[f"{name}/reference/stress"] = predictions.stress_label
+            if predictions.moments is not None and predictions.moments_label is not None:
+                arrays[f"{name}/{when}/moments"] = predictions.moments
+                arrays[f"{name}/reference/moments"] = predictions.moments_label
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forcetune.adapters.magnetic import MagneticPart
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
@@ -78,12 +79,14 @@ class Adapter(nn.Module):
     Attributes:
         method: the table it was built from.
         enabled: when False the backbone behaves as if nothing were attached.
+        magnetic: its magnetic layer, if it has one.
     """
 
-    def __init__(self, method: Method, sites: tuple[Site, ...], model: nn.Module) -> None:
+    def __init__(self, method: Method, backbone: Backbone) -> None:
         super().__init__()
         self.method = method
-        self.sites = sites
+        self.sites = sites = backbone.sites()
+        model = backbone.model
         self.enabled = True
         self.parts = nn.ModuleDict()
         for site in sites:
@@ -92,6 +95,9 @@ class Adapter(nn.Module):
                 part = update.build(site, weight)
                 if part is not None:
                     self.parts[part_key(site, type(part))] = part
+        # after the updates, which start at the same random values with and without it
+        options = method.magnetism
+        self.magnetic = None if options is None else MagneticPart(options, method.learning_rate, backbone)
         self._handles: list[Any] = []
         self._required_grad: dict[str, bool] = {}
         self._references: dict[int, float] = {}
@@ -105,6 +111,8 @@ class Adapter(nn.Module):
         for key, part in self.parts.items():
             assert isinstance(part, TrainablePart)
             yield key, part
+        if self.magnetic is not None:
+            yield "magnetism|layer", self.magnetic
 
     def effective_weight(self, site: Site, weight: Tensor) -> Tensor:
         """W' at ``site`` for the frozen W."""
@@ -140,6 +148,10 @@ class Adapter(nn.Module):
                     ),
                 )
             )
+        if self.magnetic is not None:
+            assert self.method.magnetism is not None
+            added = sum(parameter.numel() for parameter in self.magnetic.parameters())
+            result.append(Coverage("magnetism", self.method.magnetism.describe(), 1, 0, 0, added))
         return result
 
     def parameter_kinds(self) -> Iterator[tuple[str, nn.Parameter, ParameterOptions | None]]:
@@ -150,6 +162,9 @@ class Adapter(nn.Module):
                 if part is not None:
                     own = part.options()
                     yield from ((site.kind, parameter, own.get(name)) for name, parameter in part.named_parameters())
+        if self.magnetic is not None:
+            own = self.magnetic.options()
+            yield from (("magnetism", parameter, own[name]) for name, parameter in self.magnetic.named_parameters())
 
     def sparsity(self) -> Sparsity | None:
         """How many weights a sparse update leaves as they were; None where nothing is sparse."""
@@ -235,16 +250,14 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
     Raises:
         InputError: an adapter is attached already, or the method matches no site.
     """
-    model = backbone.model
     if adapter_of(backbone) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
-    sites = backbone.sites()
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        adapter = Adapter(method, sites, model)
-    if not adapter.parts:
-        raise InputError(_matches_nothing(method, sites))
+        adapter = Adapter(method, backbone)
+    if not adapter.parts and adapter.magnetic is None:
+        raise InputError(_matches_nothing(method, adapter.sites))
     if method.fresh:
         _start_afresh(adapter, backbone.fresh_weights(seed))
     reattach(backbone, adapter)
@@ -265,8 +278,7 @@ def reattach(backbone: Backbone, adapter: Adapter) -> None:
     for name, parameter in backbone.model.named_parameters():
         adapter._required_grad[name] = parameter.requires_grad
         parameter.requires_grad_(False)
-    _install(adapter, backbone.model)
-    backbone.model.add_module(ATTRIBUTE, adapter)
+    _install(adapter, backbone)
 
 
 def _start_afresh(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
@@ -278,7 +290,8 @@ def _start_afresh(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
                 part.value.copy_(weights[site.name])
 
 
-def _install(adapter: Adapter, model: nn.Module) -> None:
+def _install(adapter: Adapter, backbone: Backbone) -> None:
+    model = backbone.model
     readers: dict[str, list[tuple[nn.Module, str, WeightUpdate]]] = {}
     for site in adapter.sites:
         part = adapter.part(site, WeightUpdate)
@@ -292,6 +305,8 @@ def _install(adapter: Adapter, model: nn.Module) -> None:
         module = model.get_submodule(reader)
         adapter._handles.append(module.register_forward_pre_hook(_ShowWeights(adapter, shadows)))
         adapter._handles.append(module.register_forward_hook(_HideWeights(shadows), always_call=True))
+    backbone.extension = adapter.magnetic
+    model.add_module(ATTRIBUTE, adapter)
 
 
 def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
@@ -336,6 +351,7 @@ def _remove(adapter: Adapter, backbone: Backbone) -> None:
     for handle in adapter._handles:
         handle.remove()
     adapter._handles.clear()
+    backbone.extension = None
     del backbone.model._modules[ATTRIBUTE]
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_(adapter._required_grad[name])
@@ -347,11 +363,13 @@ def disable_adapter(backbone: Backbone) -> Iterator[None]:
     adapter = attached(backbone)
     tuned, was_enabled = backbone.reference_energies, adapter.enabled
     adapter.enabled = False
+    backbone.extension = None
     backbone.set_reference_energies(adapter._references)
     try:
         yield
     finally:
         adapter.enabled = was_enabled
+        backbone.extension = adapter.magnetic if was_enabled else None
         backbone.set_reference_energies(tuned)
 
 
@@ -371,12 +389,11 @@ def fold_weights(backbone: Backbone) -> None:
     required = dict(adapter._required_grad)
     references = adapter._references
     _remove(adapter, backbone)
-    if adapter.parts:
+    if adapter.parts or adapter.magnetic is not None:
         for parameter in backbone.model.parameters():
             parameter.requires_grad_(False)
         adapter._required_grad, adapter._references = required, references
-        _install(adapter, backbone.model)
-        backbone.model.add_module(ATTRIBUTE, adapter)
+        _install(adapter, backbone)
 
 
 def check_mergeable(backbone: Backbone) -> None:
@@ -385,6 +402,11 @@ def check_mergeable(backbone: Backbone) -> None:
         InputError: the method has gates or other parts that depend on the input and that no weight can absorb.
     """
     adapter = attached(backbone)
+    if adapter.magnetic is not None:
+        raise InputError(
+            "this adapter has a magnetic layer, which no plain model of the library has. Use base and adapter together "
+            "(forcetune.calculator(model, adapter=...))."
+        )
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
         names = sorted({type(p).__name__ for p in adapter.parts.values() if isinstance(p, ActivationUpdate)})
         raise InputError(

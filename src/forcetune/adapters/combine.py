@@ -96,7 +96,8 @@ class Combination:
             scale: 1 as trained, 0 off.
 
         Raises:
-            InputError: a name twice, or an adapter of another base; the combination stays as it was.
+            InputError: a name twice, an adapter of another base or one with a magnetic layer; the combination stays as
+                it was.
         """
         if name in self._members or not name or "." in name:
             raise InputError(f"adapter name {name!r}: take another one, without dots and not yet in use.")
@@ -104,7 +105,9 @@ class Combination:
         path = Path(folder)
         path = path / "adapter" if (path / "adapter").is_dir() else path
         try:
-            load_adapter(self.backbone, path)
+            if load_adapter(self.backbone, path).magnetic is not None:
+                detach(self.backbone)
+                raise InputError(f"{path}: has a magnetic layer, which cannot be combined with others; use it alone.")
             self._references[name] = self.backbone.reference_energies
             self._members[name] = detach(self.backbone)
             self._scales[name] = float(scale)
@@ -155,7 +158,7 @@ class Combination:
         if not self._members:
             return
         method = Method("combination", {}, f"{' + '.join(self._members)}")
-        combined = Adapter(method, self.backbone.sites(), self.backbone.model)
+        combined = Adapter(method, self.backbone)
         for kind, holder in ((WeightUpdate, CombinedWeight), (ActivationUpdate, CombinedActivation)):
             for site in combined.sites:
                 parts = {name: member.part(site, kind) for name, member in self._members.items()}

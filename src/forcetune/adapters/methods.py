@@ -24,6 +24,7 @@ from forcetune.adapters.updates import (
 from forcetune.backbones.protocol import Site
 from forcetune.config import LARGEST_RANK, MethodConfig
 from forcetune.errors import InputError
+from forcetune.magnetism.options import Magnetism
 from forcetune.parsing import short
 
 KINDS = (
@@ -55,6 +56,7 @@ class Method:
             the start only and is no part of the table that an adapter stores.
         budget: trained parameters that low-rank updates may use, shared among the paths by the gradient at the
             start (:func:`forcetune.adapters.gradients.within_budget`), which puts the ranks into the table.
+        magnetism: a magnetic layer beside the updates, or None.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Method:
     optimizer: str = "adam"
     last_layers: int | None = None
     budget: int | None = None
+    magnetism: Magnetism | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
@@ -82,7 +85,8 @@ class Method:
     @property
     def mergeable(self) -> bool:
         """Whether every update can be absorbed by the weights."""
-        return all(update.mergeable for updates in self.table.values() for update in updates)
+        updates = all(update.mergeable for updates in self.table.values() for update in updates)
+        return updates and self.magnetism is None
 
     @property
     def needs_gradients(self) -> bool:
@@ -128,7 +132,7 @@ class Method:
             "target": list(self.target) if isinstance(self.target, tuple) else self.target,
             "last_layers": self.last_layers,
             "table": {kind: [update.to_json() for update in updates] for kind, updates in self.table.items()},
-        }
+        } | ({} if self.magnetism is None else {"magnetism": self.magnetism.to_json()})
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Method:
@@ -155,6 +159,7 @@ class Method:
                 target=tuple(target) if isinstance(target, list) else target,
                 optimizer=str(data.get("optimizer", "adam")),
                 last_layers=data.get("last_layers"),
+                magnetism=Magnetism.from_json(data["magnetism"]) if data.get("magnetism") is not None else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -21,21 +21,53 @@ class Prediction(NamedTuple):
         energy: (graphs,), eV, reference energies included.
         forces: (atoms, 3), eV/Å.
         stress: (graphs, 3, 3), eV/Å³, ASE's sign, or None when not asked for.
+        moments: (atoms, 3) magnetic moments, or (atoms, 1) magnitudes, μB; None of a model that knows none.
+        fields: (atoms, 3) effective fields −∂E/∂s, eV per unit of the spins given; None unless the spins of the batch
+            require gradients.
     """
 
     energy: Tensor
     forces: Tensor
     stress: Tensor | None
+    moments: Tensor | None = None
+    fields: Tensor | None = None
 
     def to(self, device: torch.device) -> Prediction:
         """The same on another device."""
-        stress = None if self.stress is None else self.stress.to(device)
-        return Prediction(self.energy.to(device), self.forces.to(device), stress)
+        return self._each(lambda value: value.to(device))
 
     def detached(self) -> Prediction:
         """Without the graph that led to it."""
-        stress = None if self.stress is None else self.stress.detach()
-        return Prediction(self.energy.detach(), self.forces.detach(), stress)
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Prediction:
+        further = (None if value is None else change(value) for value in self[2:])
+        return Prediction(change(self.energy), change(self.forces), *further)
+
+
+class Extra(NamedTuple):
+    """What an extension adds to a backbone's prediction.
+
+    Attributes:
+        energy: (graphs,), eV, or None.
+        moments: as in :class:`Prediction`.
+    """
+
+    energy: Tensor | None
+    moments: Tensor
+
+
+class Extension(Protocol):
+    """A further term of the energy, computed from the backbone's last node features."""
+
+    def __call__(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> Extra:
+        """
+        Args:
+            scalars: (atoms, n_scalars) invariant node features.
+            vectors: (edges, 3) from sender to receiver, Å; positions, strain and cell lead to them.
+            batch: the graphs.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +148,13 @@ class Backbone(Protocol):
     elements: tuple[int, ...]
     cutoff: float
     head: str
+    extension: Extension | None
+    """Set while an adapter with one is attached."""
+
+    @property
+    def n_scalars(self) -> int:
+        """Invariant node features that an extension is given."""
+        ...
 
     @property
     def dtype(self) -> torch.dtype: ...

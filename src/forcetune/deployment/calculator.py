@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
+from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.file import AdapterConfig
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
@@ -17,14 +19,21 @@ from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import check_elements
-from forcetune.frames.frame import Frame, Origin
+from forcetune.frames.frame import FloatArray, Frame, Origin
+from forcetune.frames.spins import directions
 from forcetune.graphs.graph import Batch, graph_of
+from forcetune.magnetism.options import Magnetism
 
 
 class ForcetuneCalculator(Calculator):
     """ASE calculator of a backbone with or without an adapter.
 
     Energy in eV, forces in eV/Å, stress in eV/Å³ (ASE's sign and Voigt order; periodic systems only).
+
+    With a spin layer the magnetic state is that of ``atoms.get_initial_magnetic_moments()``, μB, (atoms, 3) or (atoms,)
+    along z; of an adapter that was trained on directions their length does not matter. ``magmoms`` are the predicted
+    moments, (atoms, 3) or (atoms,) magnitudes, μB, and ``results["effective_field"]`` is −∂E/∂s, (atoms, 3), eV per
+    unit of the state that the layer is given (see ``magnetism.inputs``).
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012 (as ASE declares it)
@@ -32,6 +41,10 @@ class ForcetuneCalculator(Calculator):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
+        adapter = adapter_of(backbone)
+        self.magnetism = None if adapter is None else adapter.method.magnetism
+        if self.magnetism is not None:
+            self.implemented_properties = [*self.implemented_properties, "magmoms"]
 
     def calculate(
         self,
@@ -47,12 +60,16 @@ class ForcetuneCalculator(Calculator):
         current = self.atoms
         assert current is not None
         frame = frame_of(current)
+        if self.magnetism is not None:
+            frame = replace(frame, spins=spins_of(current, self.magnetism))
         check_elements(self.backbone, [frame])
         stress = bool(current.pbc.all())
         batch = graph_of(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
         self.results = self._results(batch, stress)
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
+        if self.magnetism is not None and self.magnetism.layer == "spin":
+            batch.spins.requires_grad_()
         found = self.backbone.predict(batch, stress=stress).detached()
         energy = float(found.energy)
         results: dict[str, Any] = {"energy": energy, "free_energy": energy}
@@ -60,6 +77,11 @@ class ForcetuneCalculator(Calculator):
         if found.stress is not None:
             tensor = found.stress[0].double().cpu().numpy()
             results["stress"] = tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        if found.moments is not None:
+            moments = found.moments.double().cpu().numpy()
+            results["magmoms"] = moments[:, 0] if moments.shape[1] == 1 else moments
+        if found.fields is not None:
+            results["effective_field"] = found.fields.double().cpu().numpy()
         return results
 
 
@@ -83,6 +105,14 @@ class EnsembleCalculator(ForcetuneCalculator):
         results["energy_std"] = float(spread([np.asarray(one["energy"]) for one in found]))
         results["forces_std"] = spread([one["forces"] for one in found])
         return results
+
+
+def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
+    """(atoms, 3) the state that a magnetic layer is given for the initial magnetic moments of ``atoms``."""
+    given = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
+    if given.ndim == 1:
+        given = given[:, None] * np.array([0.0, 0.0, 1.0])
+    return directions(given) if magnetism.inputs == "directions" else given
 
 
 def frame_of(atoms: Atoms) -> Frame:

@@ -12,7 +12,7 @@ from ase.data import chemical_symbols
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame
-from forcetune.graphs.graph import Batch, collate, graph_of
+from forcetune.graphs.graph import Batch, collate, graph_of, moment_labels
 from forcetune.graphs.loader import BatchLoader
 
 EVALUATION_ATOMS = 512
@@ -22,7 +22,8 @@ EVALUATION_ATOMS = 512
 class Errors:
     """Errors over a set of frames; None where the frames have no such label.
 
-    Energies in meV and meV/atom, forces in meV/Å over all components, stress in meV/Å³ over all components.
+    Energies in meV and meV/atom, forces in meV/Å over all components, stress in meV/Å³ over all components, moments in
+    μB over all components (over magnitudes, where only these are predicted).
     """
 
     n_frames: int
@@ -34,10 +35,12 @@ class Errors:
     forces_rmse_mev_per_ang: float | None = None
     stress_mae_mev_per_ang3: float | None = None
     stress_rmse_mev_per_ang3: float | None = None
+    moment_mae_mub: float | None = None
+    moment_rmse_mub: float | None = None
 
     def to_json(self) -> dict[str, float | int | None]:
-        """As printed by ``forcetune evaluate --json``; stress keys only where there are labels."""
-        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith("stress")}
+        """As printed by ``forcetune evaluate --json``; keys of stress and moments only where there are labels."""
+        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith(("stress", "moment"))}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +53,7 @@ class Predictions:
         energy, energy_label: (frames,), eV.
         forces, forces_label: (atoms, 3), eV/Å.
         stress, stress_label: (frames, 3, 3), eV/Å³; None when not computed.
+        moments, moments_label: (atoms, 3), or (atoms, 1) for magnitudes, μB; None when not computed.
     """
 
     numbers: np.ndarray
@@ -60,11 +64,14 @@ class Predictions:
     forces_label: FloatArray
     stress: FloatArray | None
     stress_label: FloatArray | None
+    moments: FloatArray | None = None
+    moments_label: FloatArray | None = None
 
     @staticmethod
     def of(batch: Batch, found: Prediction) -> Predictions:
         """Of one batch on the CPU."""
-        stress = found.stress
+        stress, moments = found.stress, found.moments
+        labels = None if moments is None else moment_labels(moments, batch.moments)
         return Predictions(
             numbers=batch.numbers.numpy(),
             atoms=batch.atoms_per_graph.numpy(),
@@ -74,6 +81,8 @@ class Predictions:
             forces_label=batch.forces.double().numpy(),
             stress=None if stress is None else stress.double().numpy(),
             stress_label=None if stress is None else batch.stress.double().numpy(),
+            moments=None if moments is None else moments.double().numpy(),
+            moments_label=None if labels is None else labels.double().numpy(),
         )
 
     def shifted(self, shift: Mapping[int, float]) -> Predictions:
@@ -91,7 +100,12 @@ class Predictions:
         mae_s = rmse_s = None
         if self.stress is not None and self.stress_label is not None:
             mae_s, rmse_s = _mean_errors(self.stress, self.stress_label)
-        return Errors(len(self.atoms), mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s)
+        mae_m = rmse_m = None
+        if self.moments is not None and self.moments_label is not None:
+            mae_m, rmse_m = (
+                None if value is None else value / 1000 for value in _mean_errors(self.moments, self.moments_label)
+            )
+        return Errors(len(self.atoms), mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s, mae_m, rmse_m)
 
 
 def _mean_errors(predicted: FloatArray, label: FloatArray) -> tuple[float | None, float | None]:
@@ -164,10 +178,12 @@ def predict(
 def gather(pairs: Sequence[tuple[Batch, Prediction]]) -> tuple[Batch, Prediction]:
     """Batches and their predictions, laid one after another on the CPU."""
     stresses = [found.stress.cpu() for _, found in pairs if found.stress is not None]
+    moments = [found.moments.cpu() for _, found in pairs if found.moments is not None]
     found = Prediction(
         torch.cat([found.energy.cpu() for _, found in pairs]),
         torch.cat([found.forces.cpu() for _, found in pairs]),
         torch.cat(stresses) if stresses else None,
+        torch.cat(moments) if moments else None,
     )
     return collate([batch.to(device="cpu") for batch, _ in pairs]), found
 

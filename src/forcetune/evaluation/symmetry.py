@@ -9,7 +9,7 @@ import numpy as np
 
 from forcetune.backbones.protocol import Backbone
 from forcetune.evaluation.metrics import graphs_of, predict
-from forcetune.frames.frame import Frame
+from forcetune.frames.frame import FloatArray, Frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,7 @@ def rotation_error(backbone: Backbone, frames: Sequence[Frame], *, most: int = 5
     generator = np.random.default_rng(seed)
     chosen = [frames[int(i)] for i in np.linspace(0, len(frames) - 1, min(most, len(frames)))]
     rotations = [np.linalg.qr(generator.standard_normal((3, 3)))[0] for _ in chosen]
-    turned = [
-        replace(frame, positions=frame.positions @ rotation.T, cell=frame.cell @ rotation.T, stress=None)
-        for frame, rotation in zip(chosen, rotations, strict=True)
-    ]
+    turned = [_turned(frame, rotation) for frame, rotation in zip(chosen, rotations, strict=True)]
     one = predict(backbone, graphs_of(backbone, [replace(frame, stress=None) for frame in chosen]))
     other = predict(backbone, graphs_of(backbone, turned))
     ends = np.cumsum(one.atoms)
@@ -50,3 +47,11 @@ def rotation_error(backbone: Backbone, frames: Sequence[Frame], *, most: int = 5
     ]
     energies = np.abs(other.energy - one.energy) / one.atoms
     return RotationError(1000 * float(energies.max()), 1000 * float(max(forces)))
+
+
+def _turned(frame: Frame, rotation: FloatArray) -> Frame:
+    """Rotated or reflected; spins are axial: a reflection leaves out their sign."""
+    spins = None if frame.spins is None else np.linalg.det(rotation) * frame.spins @ rotation.T
+    return replace(
+        frame, positions=frame.positions @ rotation.T, cell=frame.cell @ rotation.T, stress=None, spins=spins
+    )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from forcetune.config import DataConfig
+from forcetune.config import DataConfig, MagnetismConfig
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
+from forcetune.frames.spins import resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
 
 
@@ -55,22 +56,23 @@ class Dataset:
         return tuple(sorted({z for part in self.splits.values() for z in part.elements}))
 
 
-def read_dataset(config: DataConfig) -> Dataset:
+def read_dataset(config: DataConfig, magnetism: MagnetismConfig | None = None) -> Dataset:
     """Read, check and split the frames of a run.
 
     Every training and validation frame needs an energy and, unless ``forces_key`` is ``none``, forces; test frames
-    need an energy.
+    need an energy. With a magnetic layer moments are read, too, and every frame needs the state that it is given.
 
     Raises:
         InputError: as :func:`forcetune.frames.read.read_frames`, or a split leaves nothing.
     """
     needed: tuple[Label, ...] = ("energy",) if config.forces_key == NONE else ("energy", "forces")
-    found = _read(config, config.train, needed, "training data")
+    magnetic = magnetism is not None and magnetism.layer != "off"
+    found = _read(config, config.train, needed, "training data", magnetic)
     frames, isolated = separate_isolated(found.frames)
     if not frames:
         raise InputError(f"{found.files[0]}: holds isolated atoms only; give frames to train on.")
     if isinstance(config.valid, list):
-        given = _read(config, config.valid, needed, "validation data", found.keys)
+        given = _read(config, config.valid, needed, "validation data", magnetic, found.keys)
         valid_frames, _ = separate_isolated(given.frames)
         if not valid_frames:
             raise InputError(f"{given.files[0]}: holds isolated atoms only; give frames to validate on.")
@@ -82,8 +84,12 @@ def read_dataset(config: DataConfig) -> Dataset:
     train = Split(train_frames, found.files, found.sha256, found.keys)
     tests = {}
     for source, name in zip(config.test, _test_names(config.test), strict=True):
-        given = _read(config, [source], ("energy",), f"{name} data", found.keys)
+        given = _read(config, [source], ("energy",), f"{name} data", magnetic, found.keys)
         tests[name] = Split(given.frames, given.files, given.sha256, given.keys)
+    if magnetism is not None and magnetism.layer == "spin":
+        inputs = resolved_inputs(magnetism.inputs, found.keys)
+        train, valid = (part._replace(frames=with_spins(part.frames, inputs)) for part in (train, valid))
+        tests = {name: part._replace(frames=with_spins(part.frames, inputs)) for name, part in tests.items()}
     return Dataset(train, valid, tests, isolated)
 
 
@@ -92,6 +98,7 @@ def _read(
     sources: Sequence[str],
     require: Sequence[Label],
     name: str,
+    magnetic: bool,
     expected: LabelKeys | None = None,
 ) -> FrameSet:
     found = read_frames(
@@ -99,6 +106,8 @@ def _read(
         energy_key=config.energy_key,
         forces_key=config.forces_key,
         stress_key=config.stress_key,
+        moments_key=config.moments_key if magnetic else NONE,
+        spins_key=config.spins_key if magnetic else NONE,
         require=require,
         name=name,
     )

@@ -36,6 +36,8 @@ class Frame:
         forces: (atoms, 3), eV/Å, or None.
         stress: (3, 3), eV/Å³, ASE's sign (positive under tension), or None.
         origin: file and position, for error messages.
+        moments: (atoms, 3), magnetic moments, μB (a number per atom in the file stands for its z component), or None.
+        spins: (atoms, 3), the magnetic state that the labels belong to, as a spin-aware layer takes it, or None.
     """
 
     numbers: IntArray
@@ -46,13 +48,15 @@ class Frame:
     forces: FloatArray | None
     stress: FloatArray | None
     origin: Origin
+    moments: FloatArray | None = None
+    spins: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
 
 
 class LabelKeys(NamedTuple):
-    """The keys under which energy, forces and stress were found; None where there is no such label.
+    """The keys under which labels were found; None where there is no such label, or where nobody asked for it.
 
     A key of ``calculator`` means the results of an attached ASE calculator.
     """
@@ -60,6 +64,8 @@ class LabelKeys(NamedTuple):
     energy: str | None
     forces: str | None
     stress: str | None
+    moments: str | None = None
+    spins: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

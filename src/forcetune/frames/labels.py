@@ -8,10 +8,13 @@ Labels are looked for under these names, in this order, and one choice holds for
 - stress: ``REF_stress, dft_stress, DFT_stress, ref_stress, stress, Stress``, then virials
   ``REF_virials, REF_virial, dft_virials, dft_virial, DFT_virial, virials, virial``, from which
   stress = −virial / volume
+- moments: ``REF_magmoms, REF_magmom, dft_magmoms, dft_magmom, magmoms, magmom, moments``; one number per atom
+  stands for the z component
+- spins (the magnetic state that a spin-aware layer is given): ``REF_spins, spins, initial_magmoms``
 
-and last in the results of an attached ASE calculator (``calculator``). ASE's extended-XYZ reader moves
-``energy``, ``forces``, ``stress``, … into such a calculator; they are found under the name they have in the
-file.
+Moments and spins are looked for only where a run asks for them. Last come the results of an attached ASE calculator
+(``calculator``). ASE's extended-XYZ reader moves ``energy``, ``forces``, ``stress``, … into such a calculator; they are
+found under the name they have in the file.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from ase import Atoms
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import LabelKeys, Origin
 
-Label = Literal["energy", "forces", "stress"]
+Label = Literal["energy", "forces", "stress", "moments", "spins"]
 LABELS: tuple[Label, ...] = get_args(Label)
 
 AUTO = "auto"
@@ -47,7 +50,15 @@ CANDIDATES: dict[Label, tuple[str, ...]] = {
         *("REF_virials", "REF_virial", "dft_virials", "dft_virial", "DFT_virial"),
         *("virials", "virial", CALCULATOR),
     ),
+    "moments": (
+        *("REF_magmoms", "REF_magmom", "dft_magmoms", "dft_magmom"),
+        *("magmoms", "magmom", "moments", CALCULATOR),
+    ),
+    "spins": ("REF_spins", "spins", "initial_magmoms"),
 }
+
+_NAMES_IN_RESULTS: dict[Label, str] = {"moments": "magmoms"}
+"""Where a calculator's results have another name."""
 
 _STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
 
@@ -118,7 +129,7 @@ def choose_keys(raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[La
 def label_under(raw: RawFrame, label: Label, key: str) -> Any:
     """What a frame holds under this key, or under this name in its calculator's results, or None."""
     if key == CALCULATOR:
-        return raw.results.get(label)
+        return raw.results.get(_NAMES_IN_RESULTS.get(label, label))
     value = raw.named.get(key)
     return raw.results.get(key) if value is None else value
 
@@ -126,7 +137,7 @@ def label_under(raw: RawFrame, label: Label, key: str) -> Any:
 def _own(raw: RawFrame, label: Label, key: str) -> Any:
     """What a frame holds under exactly this key, or None."""
     if key == CALCULATOR:
-        return None if raw.moved else raw.results.get(label)
+        return None if raw.moved else raw.results.get(_NAMES_IN_RESULTS.get(label, label))
     return raw.named.get(key)
 
 

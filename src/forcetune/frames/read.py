@@ -17,6 +17,7 @@ from forcetune.frames.labels import (
     AUTO,
     CALCULATOR,
     LABELS,
+    NONE,
     Label,
     RawFrame,
     choose_keys,
@@ -25,6 +26,7 @@ from forcetune.frames.labels import (
 )
 from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, iterate
 
+_USUAL: tuple[Label, ...] = ("energy", "forces", "stress")
 _VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
 
 
@@ -34,6 +36,8 @@ def read_frames(
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
+    moments_key: str = NONE,
+    spins_key: str = NONE,
     require: Sequence[Label] = ("energy",),
     name: str = "training data",
 ) -> FrameSet:
@@ -48,6 +52,8 @@ def read_frames(
         forces_key: as above for forces, (atoms, 3), eV/Å.
         stress_key: as above for stress, 6 (Voigt), 9 or (3, 3), eV/Å³; a key with ``virial`` in its name is a
             virial in eV and becomes stress = −virial / volume.
+        moments_key: as above for magnetic moments, (atoms, 3) or (atoms,), μB; not looked for by default.
+        spins_key: as above for the magnetic state that a spin-aware layer is given, of the same shapes.
         require: labels that every frame must have. Isolated atoms may lack forces, and frames that are not
             periodic may lack stress.
         name: what the data are, for messages about all of them.
@@ -64,7 +70,8 @@ def read_frames(
         moved = format_name in XYZ_FORMATS
         for index, atoms in enumerate(iterate(file, format_name)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
-    frames, keys = _label(raws, LabelKeys(energy_key, forces_key, stress_key), require, name)
+    asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames, keys = _label(raws, asked, require, name)
     digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
     return FrameSet(frames, keys, tuple(str(file) for file in files), digest)
 
@@ -75,6 +82,8 @@ def frames_from_atoms(
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
+    moments_key: str = NONE,
+    spins_key: str = NONE,
     require: Sequence[Label] = ("energy",),
     name: str = "training data",
 ) -> FrameSet:
@@ -89,7 +98,8 @@ def frames_from_atoms(
     raws = [raw_frame(atoms, Origin("<atoms>", i), in_memory=True) for i, atoms in enumerate(atoms_list)]
     if not raws:
         raise InputError(f"{name}: the list of structures is empty; give at least one.")
-    frames, keys = _label(raws, LabelKeys(energy_key, forces_key, stress_key), require, name)
+    asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames, keys = _label(raws, asked, require, name)
     return FrameSet(frames, keys, ("<atoms>",), _content_hash(frames))
 
 
@@ -101,7 +111,8 @@ def describe_keys(frameset: FrameSet) -> str:
             return f"no {label}"
         return f"{label} from the calculator" if key == CALCULATOR else f"{label} from '{key}'"
 
-    return ", ".join(told(label, key) for label, key in zip(LABELS, frameset.keys, strict=True))
+    pairs = zip(LABELS, frameset.keys, strict=True)
+    return ", ".join(told(label, key) for label, key in pairs if key is not None or label in _USUAL)
 
 
 def _label(
@@ -146,6 +157,8 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
     energy = _numbers(raw, "energy", keys.energy)
     forces = _numbers(raw, "forces", keys.forces)
     stress = _numbers(raw, "stress", keys.stress)
+    moments = _numbers(raw, "moments", keys.moments)
+    spins = _numbers(raw, "spins", keys.spins)
     return Frame(
         numbers=np.array(atoms.numbers, dtype=np.int64),
         positions=np.array(atoms.positions, dtype=np.float64),
@@ -155,6 +168,8 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
         forces=None if forces is None else _forces(raw, keys.forces, forces),
         stress=None if stress is None else _stress(raw, keys.stress, stress),
         origin=raw.origin,
+        moments=None if moments is None else _vectors(raw, "moments", keys.moments, moments),
+        spins=None if spins is None else _vectors(raw, "spins", keys.spins, spins),
     )
 
 
@@ -220,11 +235,25 @@ def _stress(raw: RawFrame, key: str | None, values: FloatArray) -> FloatArray:
     return -matrix / volume
 
 
+def _vectors(raw: RawFrame, label: Label, key: str | None, values: FloatArray) -> FloatArray:
+    """(atoms, 3) from vectors, or from numbers along z as collinear calculations give them."""
+    atoms = len(raw.atoms)
+    if values.shape == (atoms,):
+        return np.stack((np.zeros(atoms), np.zeros(atoms), values), axis=1)
+    if values.shape != (atoms, 3):
+        raise InputError(
+            f"{raw.origin}: the {label} under '{key}' should have shape ({atoms}, 3) or ({atoms},) but have "
+            f"{values.shape}; choose the key of the {label} or mend the frame."
+        )
+    return values
+
+
 def _content_hash(frames: Sequence[Frame]) -> str:
     digest = hashlib.sha256()
     for frame in frames:
         labels = (np.asarray(value, dtype=np.float64) for value in (frame.energy, frame.forces, frame.stress))
-        for array in (frame.numbers, frame.positions, frame.cell, frame.pbc, *labels):
+        more = (value for value in (frame.moments, frame.spins) if value is not None)
+        for array in (frame.numbers, frame.positions, frame.cell, frame.pbc, *labels, *more):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

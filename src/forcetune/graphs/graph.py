@@ -35,6 +35,8 @@ class Batch:
             there is no label.
         forces: (atoms, 3), eV/Å; NaN where there is no label.
         stress: (graphs, 3, 3), eV/Å³; NaN where there is no label.
+        moments: (atoms, 3), μB; NaN where there is no label.
+        spins: (atoms, 3), the magnetic state; NaN where none was given.
         weight: (graphs,), how much each graph counts in the loss; float64.
     """
 
@@ -48,6 +50,8 @@ class Batch:
     energy: Tensor
     forces: Tensor
     stress: Tensor
+    moments: Tensor
+    spins: Tensor
     weight: Tensor
 
     @property
@@ -144,6 +148,8 @@ def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) ->
         energy=label(frame.energy, (1,), torch.float64),
         forces=label(frame.forces, (atoms, 3)),
         stress=label(frame.stress, (1, 3, 3)),
+        moments=label(frame.moments, (atoms, 3)),
+        spins=label(frame.spins, (atoms, 3)),
         weight=torch.ones(1, dtype=torch.float64),
     )
 
@@ -169,5 +175,12 @@ def collate(graphs: Sequence[Batch]) -> Batch:
         energy=joined("energy"),
         forces=joined("forces"),
         stress=joined("stress"),
+        moments=joined("moments"),
+        spins=joined("spins"),
         weight=joined("weight"),
     )
+
+
+def moment_labels(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Labels of what is predicted: vectors (atoms, 3), or magnitudes (atoms, 1)."""
+    return labels if predicted.shape[1] == 3 else torch.linalg.vector_norm(labels, dim=1, keepdim=True)

@@ -22,6 +22,7 @@ QUANTITIES = (
     ("Energy", "meV", "energy_{}_mev"),
     ("Forces", "meV/Å", "forces_{}_mev_per_ang"),
     ("Stress", "meV/Å³", "stress_{}_mev_per_ang3"),
+    ("Moments", "μB", "moment_{}_mub"),
 )
 """Name, unit, and key of an error with ``mae`` or ``rmse`` to be filled in."""
 

@@ -1,4 +1,4 @@
-"""The loss of energies, forces and stresses."""
+"""The loss of energies, forces, stresses and magnetic moments."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch.nn import functional
 
 from forcetune.backbones.protocol import Prediction
 from forcetune.config import LossConfig
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, moment_labels
 
 
 def loss_of(
     config: LossConfig, prediction: Prediction, batch: Batch, *, total: Callable[[Tensor], Tensor] = lambda value: value
 ) -> Tensor:
-    """w_E f(E) + w_F f(F) + w_S f(S), each f a mean over the labels there are, weighted by the weights of graphs.
+    """w_E f(E) + w_F f(F) + w_S f(S) + w_M f(μ), each f a mean over the labels there are.
+
+    Graphs count by their weights.
 
     The published form is 1 · MSE(E) + 1000 · MSE(F), with the energy of a frame in eV and the mean over all force
     components; ``energy_per_atom`` divides the energy's error by the number of atoms first.
@@ -40,6 +42,12 @@ def loss_of(
     if config.stress:
         assert prediction.stress is not None
         result = result + config.stress * _mean(config, prediction.stress, batch.stress, batch.weight, total)
+    if config.moments:
+        assert prediction.moments is not None
+        labels = moment_labels(prediction.moments, batch.moments)
+        result = result + config.moments * _mean(
+            config, prediction.moments, labels, batch.weight[batch.graph_index], total
+        )
     return result
 
 

@@ -9,8 +9,9 @@ from forcetune.adapters.gradients import start_from_gradients, weight_gradients,
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
+from forcetune.magnetism.layer import SpinLayer
 from forcetune.training.losses import loss_of
 
 FIRST_FRAMES = 100
@@ -37,7 +38,7 @@ def attach_for_training(
             :func:`forcetune.adapters.gradients.within_budget`.
     """
     if not method.needs_gradients:
-        return attach(backbone, method, seed=config.seed)
+        return _calibrated(attach(backbone, method, seed=config.seed), graphs)
     own = backbone.reference_energies
     backbone.set_reference_energies(reference_energies)
     loader = BatchLoader(
@@ -56,4 +57,13 @@ def attach_for_training(
         method = within_budget(method, backbone.sites(), gradients)
     adapter = attach(backbone, method, seed=config.seed)
     start_from_gradients(adapter, gradients)
+    return _calibrated(adapter, graphs)
+
+
+def _calibrated(adapter: Adapter, graphs: Sequence[Batch]) -> Adapter:
+    """The same; a spin layer starts with moments of the right size."""
+    layer = None if adapter.magnetic is None else adapter.magnetic.layer
+    if isinstance(layer, SpinLayer):
+        first = collate(graphs[:FIRST_FRAMES])
+        layer.calibrate(first.spins, first.moments)
     return adapter

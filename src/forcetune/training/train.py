@@ -188,12 +188,12 @@ def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
         InputError: a term of the loss has a weight but no frame has its label.
     """
     stages = [config.loss] + ([config.second_stage.loss] if config.second_stage.start is not None else [])
-    for name in ("energy", "forces", "stress"):
+    for name in ("energy", "forces", "stress", "moments"):
         weight = max(getattr(stage, name) for stage in stages)
         if weight > 0 and all(bool(torch.isnan(getattr(graph, name)).all()) for graph in graphs):
             raise InputError(
                 f"the loss weighs {name} by {weight:g}, but no training frame has {name} labels; "
                 f"set data.{name}_key, or training.loss.{name}=0."
             )
-    if all(stage.energy == stage.forces == stage.stress == 0 for stage in stages):
+    if all(stage.energy == stage.forces == stage.stress == stage.moments == 0 for stage in stages):
         raise InputError("every weight of the loss is zero; set training.loss.energy or training.loss.forces.")

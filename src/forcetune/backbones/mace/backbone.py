@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from forcetune.backbones.mace.construction import build
 from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
 from forcetune.backbones.mace.sites import mace_sites
 from forcetune.backbones.mace.surgery import cut_elements, select_head
-from forcetune.backbones.protocol import Base, Prediction, Site
+from forcetune.backbones.protocol import Base, Extension, Prediction, Site
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
+from forcetune.irreps import parse_irreps
 
 
 class MaceBackbone:
@@ -36,6 +38,7 @@ class MaceBackbone:
     def __init__(self, model: nn.Module, base: Base) -> None:
         self.model: Any = model
         self.base = base
+        self.extension: Extension | None = None
         self.elements = _atomic_numbers(model)
         self.cutoff = float(self.model.r_max)
         self.head = str(getattr(self.model, "heads", ["Default"])[0])
@@ -140,15 +143,69 @@ class MaceBackbone:
         runs in float32; the returned energy is float64.
         """
         species = self._species[batch.numbers]
-        data = self._inputs(batch, species)
-        with torch.enable_grad():
-            out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
-        interaction = self._interaction_energy(out)
+        if self.extension is not None:
+            found = self._extended(self.extension, batch, species, stress, create_graph)
+        else:
+            # the library marks positions as requiring gradients in place: give it its own tensor
+            data = self._inputs(batch, species, batch.positions.detach().clone(), batch.cell)
+            with torch.enable_grad():
+                out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
+            found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        energy = total + interaction.double()
-        return Prediction(energy, out["forces"], out["stress"] if stress else None)
+        return found._replace(energy=total + found.energy.double())
+
+    @torch.enable_grad()
+    def _extended(
+        self, extension: Extension, batch: Batch, species: Tensor, stress: bool, create_graph: bool
+    ) -> Prediction:
+        """Interaction energy of the model and its extension, differentiated together."""
+        positions = batch.positions.detach().clone().requires_grad_()
+        leaves, moved, cell = [positions], positions, batch.cell
+        strain = torch.zeros_like(batch.cell)
+        if stress:
+            leaves.append(strain.requires_grad_())
+            symmetric = (strain + strain.transpose(1, 2)) / 2
+            moved = positions + torch.einsum("ai,aij->aj", positions, symmetric[batch.graph_index])
+            cell = batch.cell + batch.cell @ symmetric
+        if batch.spins.requires_grad:
+            leaves.append(batch.spins)
+        data = self._inputs(batch, species, moved, cell)
+        out = self.model(data, training=create_graph, compute_force=False)
+        sender, receiver = batch.edge_index
+        vectors = moved[receiver] - moved[sender] + data["shifts"]
+        extra = extension(out["node_feats"][:, self._scalar_columns], vectors, batch)
+        energy = self._interaction_energy(out)
+        if extra.energy is not None:
+            energy = energy + extra.energy
+        slopes = torch.autograd.grad(
+            energy.sum(), leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        stresses = None
+        if stress:
+            volume = torch.linalg.det(batch.cell).abs().view(-1, 1, 1)
+            # graphs without a cell have no stress; a quotient by 0 would spoil the gradients of all others
+            stresses = slopes[1] / torch.where(volume > 0, volume, torch.inf)
+        fields = -slopes[-1] if batch.spins.requires_grad else None
+        return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
+
+    @cached_property
+    def _scalar_columns(self) -> Tensor:
+        """Columns of the node features of all layers, as the model puts them out, that hold even scalars."""
+        columns: list[int] = []
+        start = 0
+        for product in self.model.products:
+            blocks = parse_irreps(str(product.linear.irreps_out))
+            for block in blocks:
+                if block.is_even_scalar:
+                    columns += range(start + block.start, start + block.stop)
+            start += blocks[-1].stop
+        return torch.tensor(columns, device=self.device)
+
+    @property
+    def n_scalars(self) -> int:
+        return len(self._scalar_columns)
 
     @staticmethod
     def _interaction_energy(out: dict[str, Tensor]) -> Tensor:
@@ -156,16 +213,15 @@ class MaceBackbone:
             return out["interaction_energy"]
         return out["contributions"][:, 1:].sum(dim=-1)
 
-    def _inputs(self, batch: Batch, species: Tensor) -> dict[str, Tensor]:
-        cell_of_edge = batch.cell[batch.graph_index[batch.edge_index[0]]]
+    def _inputs(self, batch: Batch, species: Tensor, positions: Tensor, cell: Tensor) -> dict[str, Tensor]:
+        cell_of_edge = cell[batch.graph_index[batch.edge_index[0]]]
         return {
-            # the library marks positions as requiring gradients in place: give it its own tensor
-            "positions": batch.positions.detach().clone(),
+            "positions": positions,
             "node_attrs": torch.nn.functional.one_hot(species, len(self.elements)).to(batch.positions.dtype),
             "edge_index": batch.edge_index,
             "shifts": torch.einsum("ei,eij->ej", batch.unit_shifts, cell_of_edge),
             "unit_shifts": batch.unit_shifts,
-            "cell": batch.cell.reshape(-1, 3),
+            "cell": cell.reshape(-1, 3),
             "batch": batch.graph_index,
             "ptr": batch.ptr,
             "head": torch.zeros(batch.n_graphs, dtype=torch.int64, device=batch.ptr.device),

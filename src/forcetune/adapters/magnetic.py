@@ -1,0 +1,52 @@
+"""A magnetic layer as a part of an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from forcetune.adapters.methods import Method
+from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
+from forcetune.backbones.protocol import Backbone, Extra
+from forcetune.config import MagnetismConfig
+from forcetune.frames.frame import LabelKeys
+from forcetune.frames.spins import resolved_inputs
+from forcetune.graphs.graph import Batch
+from forcetune.magnetism.options import Magnetism
+
+
+class MagneticPart(TrainablePart):
+    """The layer that an adapter adds to its backbone.
+
+    Attributes:
+        layer: :class:`forcetune.magnetism.layer.SpinLayer` or ``MagnitudeLayer``.
+    """
+
+    def __init__(self, options: Magnetism, method_rate: float, backbone: Backbone) -> None:
+        super().__init__()
+        self.layer = options.build(backbone.n_scalars, backbone.cutoff, dtype=backbone.dtype, device=backbone.device)
+        self._rate = options.learning_rate / method_rate
+
+    def forward(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> Extra:
+        return self.layer(scalars, vectors, batch)
+
+    def options(self) -> dict[str, ParameterOptions]:
+        """It starts from nothing and learns at its own rate, whatever the method's is."""
+        return {name: ParameterOptions(rate=self._rate) for name, _ in self.named_parameters()}
+
+
+def with_magnetism(method: Method, config: MagnetismConfig, keys: LabelKeys) -> Method:
+    """The method with the magnetic layer that a configuration asks for, if it does.
+
+    Args:
+        method: the table of updates.
+        config: the layer.
+        keys: what the training frames have.
+    """
+    if config.layer == "off":
+        return method
+    options = Magnetism(
+        config.layer, resolved_inputs(config.inputs, keys), config.spin_orbit, config.channels, config.radial
+    )
+    return replace(method, magnetism=options)

@@ -1,0 +1,1 @@
+"""The spin-aware layer."""

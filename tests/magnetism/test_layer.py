@@ -1,0 +1,316 @@
+"""Symmetries, derivatives and start of the magnetic layers, on any model and beside any method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from scipy.spatial.transform import Rotation
+
+import forcetune
+from forcetune.adapters.attach import adapter_of, attach, attached, detach, disable_adapter, merge_weights
+from forcetune.adapters.file import load_adapter, save_adapter
+from forcetune.adapters.methods import METHODS, Method, method
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.protocol import Prediction
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import graphs_of
+from forcetune.frames.frame import FloatArray, Frame
+from forcetune.graphs.graph import Batch, collate
+from forcetune.kernels.install import accelerate
+from forcetune.magnetism.layer import SpinLayer, half_of
+from forcetune.magnetism.options import Magnetism
+from systems import backbone, cluster, crystal, frames_of, perturb
+
+EXACT = 1e-10
+LAYERS = {
+    "exchange": Magnetism("spin"),
+    "spin–orbit": Magnetism("spin", spin_orbit=True),
+    "magnitude": Magnetism("magnitude"),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "scale-shift": {},
+    "plain, odd scalars": {"kind": "MACE", "hidden_irreps": "5x0e+5x0o+5x1o+5x1e"},
+    "three layers": {"num_interactions": 3},
+}
+
+
+def magnetic(
+    model: str = "scale-shift", layer: str = "exchange", name: str = "readout", scale: float = 0.05
+) -> MaceBackbone:
+    """A model with an adapter and a layer, all of them at random."""
+    found = backbone(**MODELS[model])
+    accelerate(found)
+    perturb(attach(found, replace(method(name), magnetism=LAYERS[layer])), scale)
+    return found
+
+
+def spins_of(atoms: Atoms, seed: int = 7) -> FloatArray:
+    return np.random.default_rng(seed).standard_normal((len(atoms), 3))
+
+
+def frame_with(atoms: Atoms, spins: FloatArray) -> Frame:
+    return replace(frames_of(atoms)[0], spins=spins)
+
+
+def predict(model: MaceBackbone, *frames: Frame) -> Prediction:
+    batch = collate(graphs_of(model, frames))
+    batch.spins.requires_grad_()
+    return model.predict(batch, stress=True).detached()
+
+
+def same(one: torch.Tensor | None, other: Any) -> None:
+    assert one is not None
+    other = torch.as_tensor(other)
+    assert one.shape == other.shape
+    assert float((one - other).abs().max()) <= EXACT * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
+def test_space_and_spins_rotate_together(model: str, layer: str) -> None:
+    found = magnetic(model, layer)
+    for atoms in (cluster(), crystal()):
+        spins = spins_of(atoms)
+        before = predict(found, frame_with(atoms, spins))
+        assert before.moments is not None
+        assert before.fields is not None
+        assert before.stress is not None
+        for inverts in (1, -1):
+            rotation = Rotation.random(random_state=5).as_matrix()
+            turned = atoms.copy()
+            turned.set_cell(atoms.cell.array @ (inverts * rotation).T)
+            turned.positions = atoms.positions @ (inverts * rotation).T + [0.3, -0.2, 0.7]
+            # spins are axial: the inversion leaves them
+            after = predict(found, frame_with(turned, spins @ rotation.T))
+            same(after.energy, before.energy)
+            same(after.forces, before.forces @ (inverts * rotation).T)
+            same(after.moments, before.moments @ rotation.T)
+            same(after.fields, before.fields @ rotation.T)
+            same(after.stress, rotation @ before.stress.numpy() @ rotation.T)
+
+
+@pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
+def test_time_reversal(layer: str) -> None:
+    found = magnetic(layer=layer)
+    spins = spins_of(crystal())
+    before, after = (predict(found, frame_with(crystal(), sign * spins)) for sign in (1, -1))
+    assert before.moments is not None
+    assert before.fields is not None
+    same(after.energy, before.energy)
+    same(after.forces, before.forces)
+    same(after.moments, -before.moments)
+    same(after.fields, -before.fields)
+
+
+def test_spins_alone_rotate_only_without_spin_orbit_terms() -> None:
+    spins = spins_of(crystal())
+    rotation = Rotation.random(random_state=9).as_matrix()
+    energies = {}
+    for layer in ("exchange", "spin–orbit"):
+        found = magnetic(layer=layer)
+        before, after = (predict(found, frame_with(crystal(), s)) for s in (spins, spins @ rotation.T))
+        energies[layer] = float((after.energy - before.energy).abs())
+        if layer == "exchange":
+            assert before.moments is not None
+            same(after.energy, before.energy)
+            same(after.forces, before.forces)
+            same(after.moments, before.moments @ rotation.T)
+    assert energies["spin–orbit"] > 1e-4
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_order_of_atoms_and_company_in_a_batch_do_not_matter(layer: str) -> None:
+    found = magnetic(layer=layer)
+    atoms, order = crystal(), np.random.default_rng(1).permutation(8)
+    spins = spins_of(atoms)
+    before = predict(found, frame_with(atoms, spins))
+    other = predict(found, frame_with(cluster(), spins_of(cluster())), frame_with(atoms[order], spins[order]))
+    assert other.moments is not None
+    assert before.moments is not None
+    same(other.energy[1:], before.energy)
+    same(other.forces[9:], before.forces[torch.as_tensor(order)])
+    same(other.moments[9:], before.moments[torch.as_tensor(order)])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
+def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> None:
+    found = magnetic(model, layer)
+    atoms = crystal()
+    spins = spins_of(atoms)
+    told = predict(found, frame_with(atoms, spins))
+    assert told.fields is not None
+    assert told.stress is not None
+    step = 2e-4
+
+    def energy(
+        moved: FloatArray | float = 0.0, turned: FloatArray | float = 0.0, strain: FloatArray | float = 0.0
+    ) -> float:
+        there = atoms.copy()
+        there.positions += moved
+        there.set_cell(there.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        return float(predict(found, frame_with(there, spins + turned)).energy)
+
+    def slope(name: str, direction: FloatArray) -> float:
+        """Fourth order in the step."""
+        one, two = ([energy(**{name: s * k * step * direction}) for s in (1, -1)] for k in (1, 2))
+        return (8 * (one[0] - one[1]) - (two[0] - two[1])) / (12 * step)
+
+    for atom, axis in ((0, 0), (3, 1), (7, 2)):
+        change = np.zeros((8, 3))
+        change[atom, axis] = 1.0
+        assert float(told.forces[atom, axis]) == pytest.approx(-slope("moved", change), rel=1e-7, abs=1e-9)
+        assert float(told.fields[atom, axis]) == pytest.approx(-slope("turned", change), rel=1e-7, abs=1e-9)
+    for row, column in ((0, 0), (1, 2)):
+        strain = np.zeros((3, 3))
+        strain[row, column] += 0.5
+        strain[column, row] += 0.5
+        stress = slope("strain", strain) / atoms.get_volume()
+        assert float(told.stress[0, row, column]) == pytest.approx(stress, rel=1e-7, abs=1e-10)
+
+
+def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> None:
+    found = magnetic(layer="spin–orbit")
+    part = attached(found).magnetic
+    assert part is not None
+    layer = part.layer
+    assert isinstance(layer, SpinLayer)
+    with torch.no_grad():  # nothing but this term, and moments as given
+        last = layer.pair[-1]
+        assert isinstance(last, torch.nn.Linear)
+        for index, name in enumerate(layer.names):
+            if name not in ("d", "w"):
+                last.weight[index] = 0
+                last.bias[index] = 0
+        for parameter in layer.site.parameters():
+            parameter.zero_()
+    spins = np.array([[1.0, 0, 0], [0, 0, 1.0], [0, 0, 0]])
+    pair = Atoms("O2H", [[0, 0, 0], [1.9, 0, 0], [0.95, 0, 2.0]])
+    straight = Atoms("O2H", [[0, 0, 0], [1.9, 0, 0], [30.0, 0, 0]])
+    for atoms, allowed in ((pair, True), (straight, False)):
+        one = predict(found, frame_with(atoms, spins))
+        other = predict(found, frame_with(atoms, spins[[1, 0, 2]]))
+        difference = float((one.energy - other.energy).abs())
+        # exchanging the two spins changes the sign of their cross product
+        assert (difference > 1e-6) is allowed
+        if not allowed:
+            assert difference < 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: str) -> None:
+    found = backbone()
+    frame = frame_with(crystal(), spins_of(crystal()))
+    plain = predict(found, frame)
+    without = None
+    for layer in (None, LAYERS["spin–orbit"]):
+        attach(found, replace(method(name), magnetism=layer), seed=3)
+        told = predict(found, frame)
+        if layer is None:
+            without = told
+        detach(found)
+    assert without is not None
+    same(told.energy, without.energy)
+    same(told.forces, without.forces)
+    same(told.moments, frame.spins)
+    after = predict(found, frame)
+    assert torch.equal(after.energy, plain.energy)
+    assert after.moments is None
+    assert found.extension is None
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", ["mmea", "sparse", "full"])
+def test_adapters_with_a_layer_are_saved_and_loaded(tmp_path: Path, layer: str, name: str) -> None:
+    found = magnetic(layer=layer, name=name)
+    frame = frame_with(crystal(), spins_of(crystal()))
+    told = predict(found, frame)
+    save_adapter(found, tmp_path / "adapter")
+    with disable_adapter(found):
+        assert predict(found, frame).moments is None
+    detach(found)
+    load_adapter(found, tmp_path / "adapter")
+    again = predict(found, frame)
+    assert torch.equal(again.energy, told.energy)
+    assert torch.equal(again.forces, told.forces)
+    assert again.moments is not None
+    assert torch.equal(again.moments, torch.as_tensor(told.moments))
+    with pytest.raises(InputError, match="magnetic layer"):
+        merge_weights(found)
+    detach(found)
+    with pytest.raises(InputError, match="magnetic layer"):
+        forcetune.combine(found, {"one": tmp_path / "adapter"})
+    assert adapter_of(found) is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kernels_change_nothing_and_every_gradient_is_theirs(model: str) -> None:
+    results = []
+    for fast in (False, True):
+        found = backbone(**MODELS[model])
+        if fast:
+            accelerate(found)
+        perturb(attach(found, replace(method("mmea"), magnetism=LAYERS["spin–orbit"])), 0.1)
+        batch = collate(graphs_of(found, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
+        told = found.predict(batch, stress=True, create_graph=True)
+        assert told.stress is not None
+        assert told.moments is not None
+        loss = told.energy.square().sum() + told.forces.square().sum() + told.stress.square().sum()
+        (loss + told.moments.pow(3).sum()).backward()
+        results.append((told.detached(), [p.grad for p in attached(found).parameters()]))
+    (slow, slow_grads), (fast_found, fast_grads) = results
+    for one, other in zip(fast_found[:4], slow[:4], strict=True):
+        same(one, other)
+    for one, other in zip(fast_grads, slow_grads, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            same(one, other)
+
+
+def test_every_pair_is_counted_once() -> None:
+    found = backbone()
+    (graph,) = graphs_of(found, frames_of(crystal()))
+    half = half_of(graph)
+    assert 2 * len(half) == graph.n_edges
+    kept = _keys(graph)[half.numpy()]
+    reverse = np.concatenate((kept[:, [1, 0]], -kept[:, 2:]), axis=1)
+    assert len({*map(tuple, kept), *map(tuple, reverse)}) == graph.n_edges
+
+
+def _keys(graph: Batch) -> np.ndarray:
+    return np.concatenate((graph.edge_index.T.numpy(), graph.unit_shifts.numpy()), axis=1).astype(int)
+
+
+def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
+    found = magnetic(layer="spin–orbit", name="readout")
+    (frame,) = frames_of(crystal())
+    told = predict(found, frame)
+    same(told.moments, np.zeros((8, 3)))
+    part = attached(found)
+    found.extension = None
+    same(predict(found, frame).energy, told.energy)
+    found.extension = part.magnetic
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"layer": "moment"}, "layer"),
+        ({"channels": 10**9}, "channels"),
+        ({"spin_orbit": "yes"}, "type"),
+        ({"inputs": 3}, "inputs"),
+        ({"other": 1}, "option"),
+    ],
+)
+def test_layers_of_files_are_checked(change: dict[str, Any], word: str) -> None:
+    table = replace(method("readout"), magnetism=Magnetism()).to_json()
+    assert Method.from_json(table).magnetism == Magnetism()
+    table["magnetism"] |= change
+    with pytest.raises(InputError, match=word):
+        Method.from_json(table)
