@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from forcetune.demo import Demo, demo_file
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.merge import merge
+    from forcetune.deployment.spins import relax_spins
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
     from forcetune.frames.doctor.finding import Finding
     from forcetune.frames.read import read_frames
@@ -45,6 +46,7 @@ _HOMES = {
     "demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
     "deployment.merge": ("merge",),
+    "deployment.spins": ("relax_spins",),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
     "run": ("Run", "fit", "resume", "run_fit"),
     "frames.doctor.finding": ("Finding",),
@@ -88,6 +90,7 @@ __all__ = [
     "merge",
     "method",
     "read_frames",
+    "relax_spins",
     "resume",
     "run_fit",
     "save_adapter",

@@ -139,6 +139,7 @@ def _errors(results: Results) -> Html:
             ("Energy MAE", "meV/atom", "energy_mae_mev_per_atom"),
             ("Forces MAE", "meV/Å", "forces_mae_mev_per_ang"),
             ("Stress MAE", "meV/Å³", "stress_mae_mev_per_ang3"),
+            ("Moments MAE", "μB", "moment_mae_mub"),
         )
     )
     title = _split_title(results, first, errors[first])
@@ -195,7 +196,7 @@ def _parity(results: Results, predictions: Mapping[str, NDArray] | None) -> Html
     if predictions is None or not splits:
         return _note("No predictions yet: they are made when training ends.")
     split = next((s for kind in ("test", "valid") for s in splits if s.startswith(kind)), splits[0])
-    found = [parity(predictions, split, quantity) for quantity in ("energy_per_atom", "forces", "stress")]
+    found = [parity(predictions, split, quantity) for quantity in ("energy_per_atom", "forces", "stress", "moments")]
     figures = "".join(
         f"<figure>{item[0]}{f'<figcaption>{html(item[1])}</figcaption>' if item[1] else ''}</figure>"
         for item in found

@@ -118,6 +118,7 @@ def _error_curves_figure(
         for title, key in (
             ("energy MAE\n(meV/atom)", "energy_mae_mev_per_atom"),
             ("forces MAE\n(meV/Å)", "forces_mae_mev_per_ang"),
+            ("moments MAE\n(μB)", "moment_mae_mub"),
         )
         if _positive(metrics[f"valid_{key}"]).size
     ]
@@ -228,7 +229,7 @@ def parity(arrays: Mapping[str, NDArray], split: str, quantity: str) -> tuple[Ht
     Args:
         arrays: as from :func:`read_predictions`.
         split: name of the set of frames.
-        quantity: ``energy_per_atom``, ``forces`` or ``stress``.
+        quantity: ``energy_per_atom``, ``forces``, ``stress`` or ``moments``.
 
     Returns:
         The figure and a note on what is not seen in it; None where there are no labels or no predictions.
@@ -253,15 +254,16 @@ def parity(arrays: Mapping[str, NDArray], split: str, quantity: str) -> tuple[Ht
 class _ParityPanel:
     """Draws one parity plot: the upper square prediction against label, the lower strip their difference."""
 
-    NAMES: Mapping[str, tuple[str, str]] = {
-        "energy_per_atom": ("energy", "/atom"),
-        "forces": ("force component", "/Å"),
-        "stress": ("stress component", "/Å³"),
+    NAMES: Mapping[str, tuple[str, str, str, float]] = {
+        "energy_per_atom": ("energy", "eV/atom", "meV/atom", 1e3),
+        "forces": ("force component", "eV/Å", "meV/Å", 1e3),
+        "stress": ("stress component", "eV/Å³", "meV/Å³", 1e3),
+        "moments": ("moment", "μB", "μB", 1.0),
     }
+    """What it is, its unit, the unit of its errors, and how many of the latter are one of the former."""
 
     def __init__(self, quantity: str, labels: FloatArray, predictions: Mapping[str, FloatArray]) -> None:
-        self.name, per = self.NAMES[quantity]
-        self.unit = f"meV{per}"
+        self.name, unit, self.unit, fine = self.NAMES[quantity]
         self.notes: list[str] = []
         centre = 0.0
         if quantity == "energy_per_atom":
@@ -269,11 +271,11 @@ class _ParityPanel:
             centre = float(labels.mean())
             self.notes.append(f"Energies relative to the mean label, {centre:,.4f} eV/atom.".replace("-", "−"))
         small = np.ptp(labels) < 1.0
-        self.scale, self.axis_unit = (1e3, f"meV{per}") if small else (1.0, f"eV{per}")
+        self.scale, self.axis_unit = (fine, self.unit) if small else (1.0, unit)
         self.relative = "relative " if quantity == "energy_per_atom" else ""
         self.labels = (labels - centre) * self.scale
         self.predictions = {name: (values - centre) * self.scale for name, values in predictions.items()}
-        self.errors = {name: 1e3 * (values - labels) for name, values in predictions.items()}
+        self.errors = {name: fine * (values - labels) for name, values in predictions.items()}
         self.shown = self._thinned()
         self.figure = Figure(figsize=(4.7, 5.9))
         self._draw_parity(self.figure.add_axes((0.165, 0.345, 0.81, 0.81 * 4.7 / 5.9)))

@@ -24,6 +24,8 @@ VALID_KEYS = (
     "energy_rmse_mev_per_atom",
     "forces_mae_mev_per_ang",
     "forces_rmse_mev_per_ang",
+    "moment_mae_mub",
+    "moment_rmse_mub",
 )
 COLUMNS = (
     *("epoch", "step", "learning_rate", "stage", "train_loss", "valid_loss"),
@@ -163,6 +165,8 @@ def _told(module: FineTuning) -> str:
         parts.append(f"valid E {errors.energy_mae_mev_per_atom:.2f} meV/atom")
     if errors is not None and errors.forces_mae_mev_per_ang is not None:
         parts.append(f"F {errors.forces_mae_mev_per_ang:.1f} meV/Å")
+    if errors is not None and errors.moment_mae_mub is not None:
+        parts.append(f"μ {errors.moment_mae_mub:.4f} μB")
     if module.sparsity is not None:
         parts.append(f"{100 * module.sparsity.zeros_of_wrapped:.1f} % zeros")
     return " · ".join(parts)

@@ -1,0 +1,277 @@
+"""A magnetic fit from a file to ASE: data, training, resumption, evaluation, relaxation of spins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+
+import forcetune
+from forcetune import run_folder
+from forcetune.errors import InputError
+from forcetune.frames.read import frames_from_atoms, read_frames
+from forcetune.frames.spins import with_spins
+from recipes.spin_lattice.data import cell, directions, labelled, make, shaken, spiral
+from recipes.spin_lattice.hamiltonian import MOMENT, exchange, solve
+from systems import write_model
+from terminal import Command
+
+COUNTS = {"train": 12, "valid": 6, "test": 3}
+# a model with random weights says nothing about units
+SETTINGS = {"training.batch_size": 4, "training.threads": 1, "data.doctor": "off"}
+
+
+@pytest.fixture(scope="module")
+def iron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with frames of the spin–lattice model and a small MACE of iron."""
+    folder = tmp_path_factory.mktemp("iron")
+    make(folder, COUNTS)
+    write_model(folder / "iron.model", elements=(26,), hidden_irreps="4x0e+4x1o", r_max=3.9)
+    return folder
+
+
+def fit(iron: Path, out: Path, epochs: int = 4, method: str = "readout", **settings: Any) -> forcetune.Run:
+    return forcetune.fit(
+        iron / "train.xyz",
+        model=iron / "iron.model",
+        method=method,
+        valid=iron / "valid.xyz",
+        test=iron / "test.xyz",
+        epochs=epochs,
+        out=out,
+        settings={"magnetism.layer": "spin"} | SETTINGS | settings,
+    )
+
+
+def test_the_spin_lattice_model_has_known_answers() -> None:
+    ferromagnet = cell((2, 2, 2))
+    up = np.tile([0.0, 0.0, 1.0], (len(ferromagnet), 1))
+    lattice, state = solve(ferromagnet, None), solve(ferromagnet, up)
+    # published: cohesive energy 4.28 eV, no stress at the lattice constant
+    assert lattice.energy / 16 == pytest.approx(-4.28, abs=1e-5)
+    assert np.abs(lattice.stress).max() < 1e-5
+    np.testing.assert_allclose(state.moments, MOMENT * up, atol=1e-10)
+    atoms = shaken(np.random.default_rng(3))
+    spins = directions(atoms, "random", np.random.default_rng(4))
+    told, step = solve(atoms, spins), 1e-4
+    moved = []
+    for sign in (1, -1):
+        there = atoms.copy()
+        there.positions[5, 1] += sign * step
+        moved.append(solve(there, spins).energy)
+    assert told.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
+
+
+def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
+    atoms = Atoms("Fe2", [[0, 0, 0], [0, 0, 2.4]], cell=[4, 4, 5], pbc=True)
+    vectors = np.array([[0.0, 1.0, 2.0], [0.5, 0.0, 0.01]])
+    one, two, three = atoms.copy(), atoms.copy(), atoms.copy()
+    for each in (one, two, three):
+        each.info["REF_energy"] = -1.0
+    one.arrays["REF_magmoms"] = vectors
+    one.arrays["spins"] = vectors[::-1].copy()
+    two.arrays["magmoms"] = vectors[:, 2].copy()
+    two.set_initial_magnetic_moments([2.0, -2.0])
+    three.calc = SinglePointCalculator(three, energy=-1.0, magmoms=vectors[:, 2])
+    for index, each in enumerate((one, two)):
+        ase.io.write(tmp_path / f"{index}.xyz", each, format="extxyz")
+    asked = {"moments_key": "auto", "spins_key": "auto"}
+    (first,) = read_frames(tmp_path / "0.xyz", **asked).frames
+    np.testing.assert_allclose(first.moments, vectors)
+    np.testing.assert_allclose(first.spins, vectors[::-1])
+    found = read_frames(tmp_path / "1.xyz", **asked)
+    np.testing.assert_allclose(found.frames[0].moments, vectors * [0, 0, 1])
+    np.testing.assert_allclose(found.frames[0].spins, [[0, 0, 2.0], [0, 0, -2.0]])
+    assert (found.keys.moments, found.keys.spins) == ("magmoms", "initial_magmoms")
+    in_memory = frames_from_atoms([three], **asked)
+    assert in_memory.keys.moments == "calculator"
+    np.testing.assert_allclose(in_memory.frames[0].moments, vectors * [0, 0, 1])
+    assert read_frames(tmp_path / "0.xyz").frames[0].moments is None
+
+    (turned,) = with_spins(found.frames, "directions")
+    np.testing.assert_allclose(turned.spins, [[0, 0, 1.0], [0, 0, 0]])  # a moment of 0.01 has no direction
+    (kept,) = with_spins(found.frames, "moments")
+    assert kept.spins is not None
+    np.testing.assert_allclose(kept.spins, found.frames[0].moments)
+
+
+def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "run"
+    settings = [f"--set={name}={value}" for name, value in SETTINGS.items()]
+    code, told, _ = command(
+        *("fit", iron / "train.xyz", "--model", iron / "iron.model", "--method", "sparse", "--magnetic"),
+        *("--valid", iron / "valid.xyz", "--test", iron / "test.xyz", "--epochs", 4, "--out", out, *settings),
+    )
+    assert code == 0
+    assert "Moments MAE" in told
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["rotation_error"]["energy_mev_per_atom"] < 1e-6
+    assert results["parameters"]["coverage"][-1]["kind"] == "magnetism"
+    assert "moment_mae_mub" not in results["errors"]["test"]["before"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Parity plot of moments" in page
+    code, told, _ = command("evaluate", out, iron / "test.xyz", "--json")
+    assert code == 0
+    assert json.loads(told) == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
+    plain = json.loads(command("evaluate", iron / "iron.model", iron / "test.xyz", "--json")[1])
+    assert "moment_mae_mub" not in plain
+
+    frame = read_frames(iron / "test.xyz", moments_key="auto", spins_key="auto").frames[0]
+    atoms: Any = ase.io.read(iron / "test.xyz", 0)
+    assert frame.spins is not None
+    predictions = np.load(out / "predictions.npz")
+    atoms.calc = forcetune.calculator(out)
+    atoms.set_initial_magnetic_moments(frame.spins)
+    assert atoms.get_potential_energy() / 16 == pytest.approx(predictions["test/after/energy_per_atom"][0])
+    np.testing.assert_allclose(atoms.get_forces(), predictions["test/after/forces"][:16], atol=1e-10)
+    np.testing.assert_allclose(atoms.get_magnetic_moments(), predictions["test/after/moments"][:16], atol=1e-10)
+    field, step, energies = atoms.calc.results["effective_field"], 1e-4, []
+    for sign in (1, -1):
+        spins = frame.spins.copy()
+        spins[3, 1] += sign * step
+        atoms.set_initial_magnetic_moments(spins)
+        energies.append(atoms.get_potential_energy())
+    assert field[3, 1] == pytest.approx(-(energies[0] - energies[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit(iron, tmp_path / "whole", 6, "mmea")
+
+    class Dies:
+        count = 0
+
+    write = run_folder.write_checkpoint
+
+    def dying(folder: Path, state: dict[str, Any]) -> None:
+        write(folder, state)
+        Dies.count += 1
+        if Dies.count == 3:
+            raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr("forcetune.fitting.write_checkpoint", dying)
+    with pytest.raises(RuntimeError, match="power"):
+        fit(iron, tmp_path / "cut", 6, "mmea")
+    monkeypatch.undo()
+    again = forcetune.resume(tmp_path / "cut")
+    assert again.after == whole.after
+    one, two = ((found.adapter / "adapter_model.safetensors").read_bytes() for found in (whole, again))
+    assert one == two
+
+
+def test_magnitudes_alone(iron: Path, tmp_path: Path) -> None:
+    run = fit(iron, tmp_path / "run", **{"magnetism.layer": "magnitude", "training.learning_rate": 0.01})
+    assert run.after["test"].moment_mae_mub is not None
+    atoms: Any = ase.io.read(iron / "test.xyz", 0)
+    atoms.calc = forcetune.calculator(run.folder)
+    assert atoms.get_magnetic_moments().shape == (16,)
+    assert "effective_field" not in atoms.calc.results
+
+
+def test_collinear_data_without_directions_of_their_own(iron: Path, tmp_path: Path) -> None:
+    """Scalars along z are the state and the label; lengths of the given moments do not matter afterwards."""
+    frames: Any = ase.io.read(iron / "train.xyz", ":")
+    for atoms in frames:
+        atoms.arrays["magmoms"] = np.where(np.arange(16) % 2 == 0, 2.0, -1.8)
+        del atoms.arrays["REF_magmoms"], atoms.arrays["REF_spins"]
+    ase.io.write(tmp_path / "train.xyz", frames, format="extxyz")
+    run = forcetune.fit(
+        tmp_path / "train.xyz",
+        model=iron / "iron.model",
+        method="readout",
+        valid=4,
+        epochs=2,
+        out=tmp_path / "run",
+        settings={"magnetism.layer": "spin"} | SETTINGS,
+    )
+    config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["method"]["magnetism"]["inputs"] == "directions"
+    found = []
+    for length in (1.0, 2.5):
+        atoms = frames[0].copy()
+        atoms.calc = forcetune.calculator(run.folder)
+        atoms.set_initial_magnetic_moments(length * frames[0].arrays["magmoms"])
+        found.append(atoms.get_potential_energy())
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+
+
+Damage = Callable[[list[Any]], None]
+
+
+def _no_moments(frames: list[Any]) -> None:
+    for atoms in frames:
+        del atoms.arrays["REF_magmoms"], atoms.arrays["REF_spins"]
+
+
+def _one_without_spins(frames: list[Any]) -> None:
+    del frames[2].arrays["REF_spins"]
+
+
+def _wrong_shape(frames: list[Any]) -> None:
+    for atoms in frames:
+        atoms.arrays["REF_magmoms"] = np.ones((16, 2))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_no_moments, (", frame ", "magnetic moments", "moments_key")),
+        (_one_without_spins, ("frame 2", "spins")),
+        (_wrong_shape, ("frame 0", "REF_magmoms", "(16, 3)")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::forcetune.errors.ForcetuneWarning")
+def test_bad_magnetic_data_stop_at_the_door(
+    iron: Path, tmp_path: Path, command: Command, damage: Damage, words: tuple[str, ...]
+) -> None:
+    frames: Any = ase.io.read(iron / "train.xyz", ":")
+    damage(frames)
+    ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
+    out = tmp_path / "run"
+    arguments = ("--model", iron / "iron.model", "--magnetic", "--epochs", 2, "--out", out, "--set", "data.doctor=off")
+    code, _, told = command("fit", tmp_path / "bad.xyz", *arguments)
+    assert code == 2
+    for word in ("bad.xyz", *words):
+        assert word in told
+    assert not out.exists()
+
+
+def test_moments_in_the_loss_need_a_layer(iron: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"magnetism\.layer"):
+        fit(iron, tmp_path / "run", **{"magnetism.layer": "off", "training.loss.moments": 1.0})
+
+
+def test_spins_relax_to_lower_energy_with_positions_kept(iron: Path, tmp_path: Path) -> None:
+    run = fit(iron, tmp_path / "run", 3)
+    atoms, spins = spiral(2)
+    atoms.positions += 0.05 * np.random.default_rng(1).standard_normal(atoms.positions.shape)
+    atoms.set_initial_magnetic_moments(2.2 * spins)
+    atoms.calc = forcetune.calculator(run.folder)
+    before = atoms.positions.copy()
+    found = forcetune.relax_spins(atoms, torque=1e-5)
+    assert found.converged
+    assert found.energy_after < found.energy_before - 1e-4
+    np.testing.assert_array_equal(atoms.positions, before)
+    np.testing.assert_allclose(np.linalg.norm(atoms.get_initial_magnetic_moments(), axis=1), 2.2)
+    field, final = atoms.calc.results["effective_field"], atoms.get_initial_magnetic_moments() / 2.2
+    across = field - (field * final).sum(1, keepdims=True) * final
+    assert np.abs(across).max() <= 1.0001e-5
+    atoms.calc = forcetune.calculator(iron / "iron.model")
+    with pytest.raises(InputError, match="spin layer"):
+        forcetune.relax_spins(atoms)
+
+
+def test_exchange_is_smooth_and_ends() -> None:
+    import torch
+
+    distance = torch.linspace(2.0, 4.2, 500, dtype=torch.float64)
+    values = exchange(distance)
+    assert float(values[distance > 3.9].abs().max()) == 0
+    assert float(values.diff().abs().max()) < 2e-4
+    np.testing.assert_allclose(labelled(cell((1, 1, 1)), None).arrays["REF_forces"], 0, atol=1e-12)
