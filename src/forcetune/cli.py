@@ -401,8 +401,8 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the published foundation models, or download one."""
-    from forcetune.backbones.download import progress_bar
     from forcetune.backbones.models import download_model, list_models
+    from forcetune.download import progress_bar
 
     if action is None:
         if as_json:
@@ -418,6 +418,30 @@ def models(
     with progress_bar(name) as progress:
         path = download_model(name, progress=progress)
     print(path)
+
+
+@app.command()
+def datasets(
+    action: Annotated[str | None, typer.Argument(help="`download`, or nothing for the list.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Data set to download.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where to.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """List published data sets, or download one."""
+    from forcetune.frames.published import download_dataset, list_datasets
+
+    if action is None:
+        if as_json:
+            print(json.dumps([asdict(found) for found in list_datasets()]))
+            return
+        table = Table("name", "licence", "size", "what", "page", box=None)
+        for found in list_datasets():
+            table.add_row(found.name, found.licence, f"{found.size / 1e9:.1f} GB", found.description, found.page)
+        Console().print(table)
+        return
+    if action != "download" or name is None:
+        raise InputError("write `forcetune datasets` or `forcetune datasets download NAME`.")
+    print(download_dataset(name, folder))
 
 
 def _show_warning(

@@ -96,7 +96,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
+    return checksum_of(path, "sha256")
+
+
+def checksum_of(path: str | os.PathLike[str], name: str) -> str:
+    """A checksum of a file's bytes, hexadecimal, by the name that hashlib gives it."""
+    digest = hashlib.new(name, usedforsecurity=False)
     with Path(path).open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)

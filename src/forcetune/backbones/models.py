@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcetune.backbones.download import ProgressCallback, download, progress_bar
+from forcetune.download import ProgressCallback, download, progress_bar
 from forcetune.errors import InputError
 from forcetune.files import path_of, sha256_of, write_text
 

@@ -16,7 +16,9 @@ from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
 
 from forcetune.errors import InputError, warn
 from forcetune.files import path_of
+from forcetune.frames import mptrj
 from forcetune.frames.frame import Origin
+from forcetune.frames.mptrj import is_mptrj
 from forcetune.parsing import check_unpacked
 
 XYZ_FORMATS = frozenset({"extxyz", "xyz"})
@@ -84,6 +86,8 @@ def file_format(path: Path) -> str:
     Raises:
         InputError: ASE does not know it.
     """
+    if is_mptrj(path):
+        return mptrj.FORMAT
     try:
         return filetype(str(path))
     except UnknownFileTypeError as error:
@@ -99,6 +103,9 @@ def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
     Raises:
         InputError: the file is damaged, cut short or holds no frames; the message has the frame reached.
     """
+    if format_name == mptrj.FORMAT:
+        yield from mptrj.iterate_mptrj(path)
+        return
     if format_name in XYZ_FORMATS:
         _check_xyz(path)
     structures = _structures(path, format_name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from forcetune.backbones import download as module
-from forcetune.backbones.download import download, progress_bar
+import forcetune.download as module
+from forcetune.download import download, progress_bar
 from forcetune.errors import ForcetuneError, InputError
 from loopback import Content, Loopback
 

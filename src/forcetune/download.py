@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.files import sha256_of, write_text
+from forcetune.files import checksum_of, sha256_of, write_text
 
 try:
     import fcntl
@@ -72,6 +72,7 @@ def download(
     target: str | os.PathLike[str],
     *,
     sha256: str | None = None,
+    md5: str | None = None,
     progress: ProgressCallback | None = None,
     timeout: float = 30.0,
 ) -> str:
@@ -84,7 +85,7 @@ def download(
     Args:
         url: http or https address.
         target: the file to write; its folder is created.
-        sha256: expected checksum; without one any complete file is accepted.
+        sha256, md5: expected checksums; without any every complete file is accepted.
         progress: called with (bytes so far, bytes in all or None).
         timeout: longest silence of the server, s.
 
@@ -105,7 +106,7 @@ def download(
                     return digest
             part = _Part(url, target)
             part.fetch(progress, timeout)
-            return part.finish(sha256)
+            return part.finish(sha256, md5)
     except OSError as error:
         raise _disk_problem(error, target) from error
 
@@ -250,17 +251,21 @@ class _Part:
             self.discard()
             raise _InterruptedTransfer(f"{done} bytes arrived where {total} were announced")
 
-    def finish(self, sha256: str | None) -> str:
+    def finish(self, sha256: str | None, md5: str | None) -> str:
         """Check the complete part and move it onto the target."""
         digest = sha256_of(self.path)
-        if sha256 is not None and digest != sha256.lower():
-            self.discard()
-            raise InputError(
-                f"{self.url}: the downloaded file is not the expected one (SHA-256 expected "
-                f"{sha256.lower()}, got {digest}); it was removed. Run again; if it happens again, the file "
-                "was changed by its publisher or on the way: ask the publisher, or download it by hand, "
-                "check it, and pass its path."
-            )
+        for name, expected, found in (
+            ("SHA-256", sha256, digest),
+            ("MD5", md5, md5 and checksum_of(self.path, "md5")),
+        ):
+            if expected is not None and found != expected.lower():
+                self.discard()
+                raise InputError(
+                    f"{self.url}: the downloaded file is not the expected one ({name} expected "
+                    f"{expected.lower()}, got {found}); it was removed. Run again; if it happens again, the file "
+                    "was changed by its publisher or on the way: ask the publisher, or download it by hand, "
+                    "check it, and pass its path."
+                )
         self.path.replace(self.target)
         self.record.unlink(missing_ok=True)
         return digest
