@@ -275,3 +275,16 @@ def test_exchange_is_smooth_and_ends() -> None:
     assert float(values[distance > 3.9].abs().max()) == 0
     assert float(values.diff().abs().max()) < 2e-4
     np.testing.assert_allclose(labelled(cell((1, 1, 1)), None).arrays["REF_forces"], 0, atol=1e-12)
+
+
+def test_states_of_one_structure_are_no_copies() -> None:
+    from forcetune.frames.doctor.duplicates import check_duplicates
+    from forcetune.frames.doctor.shape import shape_of
+
+    frames = []
+    for kind in ("ferro", "random", "random"):
+        atoms = labelled(cell((2, 2, 2)), directions(cell((2, 2, 2)), kind, np.random.default_rng(len(frames))))
+        frames += frames_from_atoms([atoms], moments_key="auto", spins_key="auto").frames
+    frames.append(frames[1])
+    (found,) = check_duplicates(frames, [shape_of(frame) for frame in frames], trained_on=True)
+    assert (found.code, len(found.frames)) == ("duplicate-frames", 1)

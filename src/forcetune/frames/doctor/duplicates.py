@@ -27,6 +27,9 @@ FEW = 0.02
 DIFFERENT_ENERGY = 0.01
 """eV; two calculations of one structure that differ by more are a contradiction."""
 
+SAME_SPINS = 0.02
+"""Products of spins, in their own unit, that agree to this belong to one magnetic state."""
+
 Pair = tuple[int, int, float]
 
 
@@ -143,7 +146,7 @@ def _near(
             if np.isinf(distance) or (within and left[place] >= k):
                 continue
             apart = _difference(first[left[place]], second[k])
-            if apart < NEAR:
+            if apart < NEAR and _same_spins(first[left[place]], second[k]):
                 yield left[place], k, apart
 
 
@@ -160,6 +163,14 @@ def _difference(one: Frame, other: Frame) -> float:
         if shared:
             largest = max(largest, float(np.abs(a[:shared] - b[:shared]).max()))
     return largest
+
+
+def _same_spins(one: Frame, other: Frame) -> bool:
+    """Whether the magnetic states agree, as far as their products tell; states of one structure are no copies."""
+    if one.spins is None or other.spins is None:
+        return True
+    products = [np.sort((frame.spins @ frame.spins.T).ravel()) for frame in (one, other) if frame.spins is not None]
+    return float(np.abs(products[0] - products[1]).max()) < SAME_SPINS
 
 
 def _differ(one: Frame, other: Frame) -> bool:
