@@ -1,6 +1,6 @@
 """The magnetic task on the spin–lattice model of iron: five ways of training, and what was recovered.
 
-    python benchmarks/magnetism.py --out OUT [--epochs 150] [--processes 2]
+    python benchmarks/magnetism.py --out OUT [--epochs 50] [--processes 2]
 
 A small MACE learns the lattice without spins (recipes/spin_lattice/foundation.py). Then every method adapts it to
 frames with spins together with a spin layer that starts from nothing: energies, forces, stress and moments weigh alike
@@ -256,7 +256,7 @@ def markdown(rows: Sequence[dict[str, Any]], found: dict[str, dict[str, Any]]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     given = parser.parse_args()

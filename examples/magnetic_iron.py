@@ -62,7 +62,7 @@ print(
 )
 
 # spins find their order at fixed positions
-random = np.random.default_rng(0).standard_normal((16, 3)) + [0, 0, 1]
+random = np.random.default_rng(0).standard_normal((16, 3)) + np.array([0.0, 0.0, 1.0])
 atoms.set_initial_magnetic_moments(2.2 * random / np.linalg.norm(random, axis=1, keepdims=True))
 found = forcetune.relax_spins(atoms, evaluations=20 if quick else 500)
 order = np.linalg.norm(atoms.get_initial_magnetic_moments().mean(axis=0)) / 2.2

@@ -74,3 +74,10 @@ def test_examples(tmp_path: Path) -> None:
 def test_example_that_compares_methods(tmp_path: Path) -> None:
     text = run_example("compare_methods.py", tmp_path / "compared")
     assert all(name in text for name in ("readout", "elora", "mmea"))
+
+
+def test_example_of_magnetism(tmp_path: Path) -> None:
+    text = run_example("magnetic_iron.py", tmp_path, "--quick")
+    assert "antiferromagnet above ferromagnet" in text
+    assert "spins relaxed" in text
+    assert "Parity plot of moments" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
