@@ -156,7 +156,7 @@ def _describe_split(part: Split) -> dict[str, Any]:
         "files": list(part.files),
         "n_frames": len(part.frames),
         "sha256": part.sha256,
-        "keys": part.keys._asdict(),
+        "keys": {name: key for name, key in part.keys._asdict().items() if key or name not in ("moments", "spins")},
         "elements": [chemical_symbols[z] for z in part.elements],
         "n_atoms": [min(sizes), max(sizes)],
     }
