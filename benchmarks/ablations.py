@@ -52,6 +52,7 @@ ROWS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "full": ("full", 0.003, {}),
     "full, L-BFGS at the end": ("full", 0.003, {"training.refine": 30}),
     "gain": ("gain", 0.015, {}),
+    "gain, L-BFGS at the end": ("gain", 0.015, {"training.refine": 30}),
     "bias": ("bias", 0.015, {}),
     "freeze, last layer": ("freeze", 0.003, {}),
     "sparse, linears": ("sparse", 0.01, {"method.wrap": "linears"}),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from forcetune.demo import Demo, demo_file
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.merge import merge
-    from forcetune.deployment.spins import relax_spins
+    from forcetune.deployment.spins import exchange_parameters, relax_spins
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
     from forcetune.frames.doctor.finding import Finding
     from forcetune.frames.read import read_frames
@@ -46,7 +46,7 @@ _HOMES = {
     "demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
     "deployment.merge": ("merge",),
-    "deployment.spins": ("relax_spins",),
+    "deployment.spins": ("exchange_parameters", "relax_spins"),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
     "run": ("Run", "fit", "resume", "run_fit"),
     "frames.doctor.finding": ("Finding",),
@@ -83,6 +83,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "evaluate_ensemble",
+    "exchange_parameters",
     "fit",
     "load",
     "load_adapter",

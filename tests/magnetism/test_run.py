@@ -288,3 +288,37 @@ def test_states_of_one_structure_are_no_copies() -> None:
     frames.append(frames[1])
     (found,) = check_duplicates(frames, [shape_of(frame) for frame in frames], trained_on=True)
     assert (found.code, len(found.frames)) == ("duplicate-frames", 1)
+
+
+def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path: Path) -> None:
+    run = fit(iron, tmp_path / "run", 3)
+    atoms = cell((2, 2, 2))
+    atoms.positions += 0.05 * np.random.default_rng(2).standard_normal(atoms.positions.shape)
+    atoms.calc = forcetune.calculator(run.folder)
+    axis = np.array([0.6, 0.0, 0.8])
+    signs = np.where(np.arange(16) % 3 == 0, -1.0, 1.0)
+    state = 2.2 * signs[:, None] * axis
+    atoms.set_initial_magnetic_moments(state)
+    found = forcetune.exchange_parameters(atoms, sites=[0, 5])
+    assert len(found.first) == 30
+    sides = (np.array([0.0, 1.0, 0.0]), np.array([0.8, 0.0, -0.6]))
+    step = 1e-3
+
+    def energy(turns: dict[int, np.ndarray]) -> float:
+        there = state / 2.2
+        for site, turn in turns.items():
+            there[site] = (there[site] + turn) / np.linalg.norm(there[site] + turn)
+        atoms.set_initial_magnetic_moments(2.2 * there)
+        return atoms.get_potential_energy()
+
+    for place in (0, 7, 20):
+        i, j = int(found.first[place]), int(found.second[place])
+        mixed = 0.0
+        for side in sides:
+            corners = [a * b * energy({i: a * step * side, j: b * step * side}) for a in (1, -1) for b in (1, -1)]
+            mixed += sum(corners) / (4 * step**2)
+        assert found.coupling[place] == pytest.approx(-0.5 * mixed, rel=1e-3, abs=1e-7)
+        assert found.distance[place] == pytest.approx(atoms.get_distance(i, j, mic=True))
+    atoms.set_initial_magnetic_moments(np.random.default_rng(0).standard_normal((16, 3)))
+    with pytest.raises(InputError, match="collinear"):
+        forcetune.exchange_parameters(atoms)

@@ -1,16 +1,20 @@
-"""Relaxation of spins at fixed positions."""
+"""Relaxation of spins at fixed positions, and the exchange between them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from ase import Atoms
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from forcetune.deployment.calculator import ForcetuneCalculator, spins_of
+from forcetune.deployment.calculator import ForcetuneCalculator, frame_of, spins_of
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray
+from forcetune.graphs.graph import graph_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,83 @@ class SpinRelaxation:
     converged: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """Exchange parameters of pairs of atoms in a collinear state.
+
+    Attributes:
+        first, second: (pairs,) indices of the atoms.
+        distance: (pairs,) between nearest images, Å.
+        coupling: (pairs,) J_ij, eV, summed over the images of the second atom.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    distance: FloatArray
+    coupling: FloatArray
+
+
+def exchange_parameters(atoms: Atoms, sites: Sequence[int] | None = None) -> Exchange:
+    """J_ij of E = −Σ J_ij eᵢ·eⱼ, each pair once, e unit vectors, from small rotations out of a collinear state.
+
+    J_ij = −½ Σ ∂²E/∂eᵢ∂eⱼ over the two directions across the moments, with everything else that the energy depends on
+    following. It is what a spiral of small angle and a calculation by the magnetic force theorem (Liechtenstein et
+    al., J. Magn. Magn. Mater. 67, 65 (1987)) see. The coefficients within the layer are another thing: where lengths
+    of moments follow the directions, exchange can sit in them as well as in the energy of the lengths.
+
+    Args:
+        atoms: with collinear initial magnetic moments and a calculator with a spin layer.
+        sites: first atoms of the pairs; all by default. The second is every other atom.
+
+    Raises:
+        InputError: the calculator has no spin layer, no atom has a spin, or the state is not collinear.
+    """
+    calc, start = _magnetic_state(atoms)
+    assert calc.magnetism is not None
+    lengths = np.linalg.norm(start, axis=1)
+    axis = start[int(np.argmax(lengths))] / lengths.max()
+    if np.linalg.norm(np.cross(start, axis), axis=1).max() > 1e-6 * lengths.max():
+        raise InputError("the moments are not collinear; exchange parameters belong to a collinear state.")
+    across = np.linalg.svd(axis[None])[2][1:]
+    spins = spins_of(atoms, calc.magnetism)
+    frame = replace(frame_of(atoms), spins=spins)
+    backbone = calc.backbone
+    batch = graph_of(frame, backbone.cutoff, backbone.dtype).to(device=backbone.device)
+    batch.spins.requires_grad_()
+    fields = backbone.predict(batch, create_graph=True).fields
+    assert fields is not None
+    unit = torch.as_tensor(np.linalg.norm(spins, axis=1)).to(fields)
+    chosen = np.flatnonzero(lengths) if sites is None else np.asarray(sites, dtype=np.int64)
+    rows = []
+    for site in chosen:
+        found = torch.zeros(len(atoms), dtype=fields.dtype, device=fields.device)
+        for direction in torch.as_tensor(across).to(fields):
+            (slope,) = torch.autograd.grad(fields[site] @ direction, batch.spins, retain_graph=True)
+            found += 0.5 * unit[site] * unit * (slope @ direction)
+        rows.append(found.detach().double().cpu().numpy())
+    first = np.repeat(chosen, len(atoms))
+    second = np.tile(np.arange(len(atoms)), len(chosen))
+    kept = first != second
+    distance = np.concatenate([atoms.get_distances(int(site), range(len(atoms)), mic=True) for site in chosen])
+    return Exchange(first[kept], second[kept], distance[kept], np.concatenate(rows)[kept])
+
+
+def _magnetic_state(atoms: Atoms) -> tuple[ForcetuneCalculator, FloatArray]:
+    """The calculator and the (atoms, 3) initial magnetic moments.
+
+    Raises:
+        InputError: the calculator has no spin layer, or no atom has a spin.
+    """
+    calc = atoms.calc
+    if not isinstance(calc, ForcetuneCalculator) or calc.magnetism is None or calc.magnetism.layer != "spin":
+        raise InputError("the atoms need a calculator with a spin layer: forcetune.calculator(RUN) of a magnetic run.")
+    given = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
+    moments = given if given.ndim == 2 else given[:, None] * np.array([0.0, 0.0, 1.0])
+    if not moments.any():
+        raise InputError("no atom has a spin; set_initial_magnetic_moments first.")
+    return calc, moments
+
+
 def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -> SpinRelaxation:
     """Turn the spins of ``atoms``, their lengths kept, until the energy is lowest; positions stay.
 
@@ -44,15 +125,10 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
     Raises:
         InputError: the calculator has no spin layer, or no atom has a spin.
     """
-    calc = atoms.calc
-    if not isinstance(calc, ForcetuneCalculator) or calc.magnetism is None or calc.magnetism.layer != "spin":
-        raise InputError("the atoms need a calculator with a spin layer: forcetune.calculator(RUN) of a magnetic run.")
-    given = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
-    start = given if given.ndim == 2 else given[:, None] * np.array([0.0, 0.0, 1.0])
+    calc, start = _magnetic_state(atoms)
+    assert calc.magnetism is not None
     lengths = np.linalg.norm(start, axis=1)
     spinning = lengths > 0
-    if not spinning.any():
-        raise InputError("no atom has a spin; set_initial_magnetic_moments first.")
     # the layer may take directions only: the gradient by the initial moments then has their length in it
     unit = np.linalg.norm(spins_of(atoms, calc.magnetism), axis=1)
 
