@@ -30,6 +30,7 @@ from forcetune.kernels.plan import Plan, make_plan
 from forcetune.kernels.swap import UnknownLayerError, is_swapped, original_class, restore_forward, swap_forward
 
 PLAN = "forcetune_plan"
+PHASE = "forcetune_phase"
 _MODELS = ("MACE", "ScaleShiftMACE")
 # what only the library's own forward computes
 _LIBRARY_ONLY = (
@@ -217,7 +218,7 @@ def model_forward(model: Any) -> Callable[..., Any]:
         compute_virials: bool = False,
         compute_stress: bool = False,
         **options: Any,
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Any]:
         known = isinstance(data.get(PLAN), Plan) or "unit_shifts" in data
         if not known or any(options.get(name) for name in _LIBRARY_ONLY) or len(data["positions"]) == 0:
             flags = {"compute_virials": compute_virials, "compute_stress": compute_stress}
@@ -229,7 +230,9 @@ def model_forward(model: Any) -> Callable[..., Any]:
             forces, virials = _derivatives(graph, energies["interaction_energy"], training, wants_virials)
         else:
             forces = virials = None
-        return _outputs(self, graph, energies, forces, virials, compute_stress)
+        found: dict[str, Any] = _outputs(self, graph, energies, forces, virials, compute_stress)
+        # for whoever differentiates the energy himself
+        return found | {PHASE: graph.phase}
 
     return forward
 

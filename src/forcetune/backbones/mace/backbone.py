@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,14 @@ class MaceBackbone:
         energy = self._interaction_energy(out)
         if extra.energy is not None:
             energy = energy + extra.energy
-        slopes = torch.autograd.grad(
-            energy.sum(), leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
+        # the kernels leave out what nobody waits for: weights now, the geometry afterwards
+        phase: Any = out.get("forcetune_phase")
+        with nullcontext() if phase is None else phase.forces():
+            slopes = torch.autograd.grad(
+                energy.sum(), leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        if phase is not None:
+            phase.forces_are_done()
         stresses = None
         if stress:
             volume = torch.linalg.det(batch.cell).abs().view(-1, 1, 1)
