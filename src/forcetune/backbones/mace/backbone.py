@@ -147,8 +147,7 @@ class MaceBackbone:
         if self.extension is not None:
             found = self._extended(self.extension, batch, species, stress, create_graph)
         else:
-            # the library marks positions as requiring gradients in place: give it its own tensor
-            data = self._inputs(batch, species, batch.positions.detach().clone(), batch.cell)
+            data = self._inputs(batch, species)
             with torch.enable_grad():
                 out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
             found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
@@ -219,7 +218,13 @@ class MaceBackbone:
             return out["interaction_energy"]
         return out["contributions"][:, 1:].sum(dim=-1)
 
-    def _inputs(self, batch: Batch, species: Tensor, positions: Tensor, cell: Tensor) -> dict[str, Tensor]:
+    def _inputs(
+        self, batch: Batch, species: Tensor, positions: Tensor | None = None, cell: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What the library's forward takes; positions and cell are those of the batch unless they are given."""
+        cell = batch.cell if cell is None else cell
+        # the library marks positions as requiring gradients in place: give it its own tensor
+        positions = batch.positions.detach().clone() if positions is None else positions
         cell_of_edge = cell[batch.graph_index[batch.edge_index[0]]]
         return {
             "positions": positions,
