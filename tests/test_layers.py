@@ -8,7 +8,7 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "config")
+FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "config", "workers")
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "adapters"),
     *("evaluation", "training", "reports", "deployment"),

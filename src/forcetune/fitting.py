@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +23,24 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames, check_predictions
 from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
+from forcetune.evaluation.streamed import (
+    SHOWN,
+    StreamedPredictions,
+    predict_shown,
+    predict_streamed,
+    shown,
+    shown_frames,
+    shown_of,
+)
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, read_dataset
+from forcetune.frames.frame import Frame
 from forcetune.frames.references import ReferenceEnergies, reference_energies
+from forcetune.frames.stored import StoredFrames
 from forcetune.graphs.graph import Batch
+from forcetune.graphs.stored import StoredGraphs
 from forcetune.kernels.install import accelerate
 from forcetune.records import (
     ENVIRONMENT_NAME,
@@ -58,6 +71,7 @@ from forcetune.training.refine import Refinement, refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
+from forcetune.workers import worker_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +113,10 @@ class Start:
 
     dataset: Dataset
     backbone: Backbone
-    graphs: dict[str, list[Batch]]
+    graphs: dict[str, Sequence[Batch]]
     references: ReferenceEnergies
     own_references: dict[int, float]
-    before: dict[str, Predictions]
+    before: dict[str, Predictions | StreamedPredictions]
     parameters: dict[str, Any]
     replay_frames: ReplayFrames | None
     replay: Replay | None
@@ -153,20 +167,21 @@ class Fitting:
 
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
         """Everything before the training; nothing is written."""
-        dataset = read_dataset(self.config.data)
+        dataset = self._read()
         replay = read_replay(self.config.replay, self.config.data)
         self._say_data(dataset, replay)
         backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
         examined = self.config.data.doctor == "on"
         if examined:
             self._examine(dataset, backbone)
-        graphs = {name: graphs_of(backbone, part.frames) for name, part in dataset.splits.items()}
+        graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
         check_labels(self.config.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
         for name, part in dataset.splits.items():
-            check_finite(raw[name], part.frames)
+            if isinstance(found := raw[name], Predictions):
+                check_finite(found, part.frames)
         if examined:
-            check_predictions(dataset.train.frames, raw["train"])
+            check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
         own_references = backbone.reference_energies
         table = self.config.references.table
         references = reference_energies(
@@ -186,6 +201,8 @@ class Fitting:
         )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
         before = {name: found.shifted(shift) for name, found in raw.items()}
+        if isinstance(whole := before["train"], StreamedPredictions):
+            before["train"] = whole.shown  # as those after the training
         prepared = None
         if replay is not None:
             prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
@@ -202,7 +219,8 @@ class Fitting:
         asked = self.config.training.refine is not None and outcome.status != "interrupted"
         refinement = self._refine(start) if asked else None
         after = self._best(start)
-        save_predictions(self.folder / PREDICTIONS_NAME, start.before, after)
+        arrays = [{name: shown(own) for name, own in found.items()} for found in (start.before, after)]
+        save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
         results = self._results(start, outcome)
         if refinement is not None:
             results["training"]["refinement"] = asdict(refinement)
@@ -244,16 +262,32 @@ class Fitting:
 
     def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
         """What can be seen in the frames alone."""
-        check_elements(backbone, [frame for part in dataset.splits.values() for frame in part.frames])
+        for part in dataset.splits.values():
+            check_elements(backbone, part.frames)
         sets = {name: part.frames for name, part in dataset.splits.items()}
-        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("frames", total=sum(map(len, sets.values())))
-            check_frames(sets, backbone.cutoff, progress=lambda: bar.advance(task))
+        with self._counting("frames", sum(map(len, sets.values()))) as advance:
+            check_frames(sets, backbone.cutoff, progress=lambda: advance(1))
 
-    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
+    def _read(self) -> Dataset:
+        with self._counting("frames read") as advance:
+            return read_dataset(self.config.data, advance)
+
+    def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
+        with self._counting(f"{name}, neighbours", len(frames)) as advance:
+            return graphs_of(backbone, frames, advance, worker_count(self.config.data.workers))
+
+    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions | StreamedPredictions:
+        with self._counting(label, len(graphs)) as advance:
+            if isinstance(graphs, StoredGraphs):
+                return predict_streamed(backbone, graphs, advance)
+            return predict(backbone, graphs, progress=advance)
+
+    @contextmanager
+    def _counting(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A bar while something is done to frames, and what moves it on."""
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(label, total=len(graphs))
-            return predict(backbone, graphs, progress=lambda done: bar.advance(task, done))
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
 
     def _train(self, start: Start, state: dict[str, Any] | None) -> TrainingOutcome:
         def save_best(errors: Errors) -> None:
@@ -322,13 +356,21 @@ class Fitting:
             metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
         )
 
-    def _best(self, start: Start) -> dict[str, Predictions]:
+    def _best(self, start: Start) -> dict[str, Predictions | StreamedPredictions]:
         """Predictions of the best adapter as its file gives it; its errors go into the file."""
         detach(start.backbone)
         load_adapter(start.backbone, self.folder / ADAPTER_NAME)
-        after = {name: self._predict(start.backbone, start.graphs[name], f"{name}, after") for name in start.graphs}
+        after = {name: self._again(start, name) for name in start.graphs}
         self._save(start, {name: found.errors() for name, found in after.items()})
         return after
+
+    def _again(self, start: Start, name: str) -> Predictions | StreamedPredictions:
+        """Predictions after the training; of streamed training frames those shown."""
+        graphs, label = start.graphs[name], f"{name}, after"
+        if name == "train" and isinstance(graphs, StoredGraphs):
+            with self._counting(label, len(shown_of(len(graphs)))) as advance:
+                return predict_shown(start.backbone, graphs, advance)
+        return self._predict(start.backbone, graphs, label)
 
     def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
         training, backbone = self.config.training, start.backbone
@@ -378,6 +420,14 @@ class Fitting:
         for name, part in dataset.splits.items():
             keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
             self.console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
+        if isinstance(frames := dataset.train.frames, StoredFrames):
+            place = frames.rows.folder.parent
+            self.console.print(f"streamed: frames and graphs stay on disk in {place}, for later runs", highlight=False)
+            if len(frames) > SHOWN:
+                warn(
+                    f"Streamed data: errors of the training frames are those of {SHOWN:,} of {len(frames):,}, evenly "
+                    "spread; those of all other sets are of all frames, and plots show as many."
+                )
         if replay is not None:
             labels = "its own predictions" if self.config.replay.labels == "base" else "the labels in the files"
             counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"

@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 
 from forcetune.errors import InputError
 from forcetune.files import sha256_of
+from forcetune.frames.chunks import structures_of
 from forcetune.frames.frame import FloatArray, Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import (
     AUTO,
@@ -23,7 +24,7 @@ from forcetune.frames.labels import (
     label_under,
     raw_frame,
 )
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, iterate
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
 
 _VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
 
@@ -62,7 +63,7 @@ def read_frames(
     for file in files:
         format_name = file_format(file)
         moved = format_name in XYZ_FORMATS
-        for index, atoms in enumerate(iterate(file, format_name)):
+        for index, atoms in enumerate(structures_of(file, format_name)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
     frames, keys = _label(raws, LabelKeys(energy_key, forces_key, stress_key), require, name)
     digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forcetune.errors import InputError
-from forcetune.frames.frame import FloatArray, Frame
+from forcetune.frames.frame import FloatArray, Frame, IntArray
 from forcetune.frames.neighbours import neighbours
 
 _LARGEST_EXTENT = 1000.0
@@ -111,8 +111,8 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
             )
 
 
-def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
-    """The graph of one frame as a batch of one.
+def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
+    """Neighbours in one frame as :func:`forcetune.frames.neighbours.neighbours` gives them.
 
     Raises:
         InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others, or
@@ -125,7 +125,20 @@ def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) ->
             "give the frame a cell or set pbc to F F F."
         )
     _check_extent(frame, cutoff)
-    edge_index, unit_shifts = neighbours(frame.positions, frame.cell, pbc, cutoff)
+    return neighbours(frame.positions, frame.cell, pbc, cutoff)
+
+
+def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
+    """The graph of one frame as a batch of one.
+
+    Raises:
+        InputError: as :func:`edges_of`.
+    """
+    return graph_with(frame, *edges_of(frame, cutoff), dtype)
+
+
+def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtype: torch.dtype) -> Batch:
+    """The graph of one frame whose neighbours are known."""
     atoms = len(frame)
 
     def label(value: FloatArray | float | None, shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:
