@@ -12,7 +12,7 @@ FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "c
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "adapters"),
     *("evaluation", "training", "reports", "deployment"),
-    *("records", "run_folder", "surroundings", "checkup", "fitting"),
+    *("records", "run_folder", "surroundings", "checkup", "telling", "fitting"),
     *("run", "search", "comparison", "api", "demo", "cli"),
 )
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attached, detach
+from forcetune.adapters.attach import attached, detach
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import method_of
@@ -23,10 +23,9 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames, check_predictions
 from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
-from forcetune.errors import InputError, warn
+from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
 from forcetune.evaluation.streamed import (
-    SHOWN,
     StreamedPredictions,
     predict_shown,
     predict_streamed,
@@ -38,7 +37,6 @@ from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, read_dataset
 from forcetune.frames.frame import Frame
 from forcetune.frames.references import ReferenceEnergies, reference_energies
-from forcetune.frames.stored import StoredFrames
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored import StoredGraphs
 from forcetune.kernels.install import accelerate
@@ -67,6 +65,7 @@ from forcetune.run_folder import (
     recover_adapter,
     write_checkpoint,
 )
+from forcetune.telling import say_adapter, say_data
 from forcetune.training.refine import Refinement, refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.start import attach_for_training
@@ -169,7 +168,7 @@ class Fitting:
         """Everything before the training; nothing is written."""
         dataset = self._read()
         replay = read_replay(self.config.replay, self.config.data)
-        self._say_data(dataset, replay)
+        say_data(self.console, dataset, replay, self.config.replay)
         backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
         examined = self.config.data.doctor == "on"
         if examined:
@@ -208,7 +207,7 @@ class Fitting:
             prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
         adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
         backbone.set_reference_energies(references.energies)
-        self._say_adapter(backbone, adapter)
+        say_adapter(self.console, self.method, backbone, adapter)
         parameters = describe_parameters(adapter)
         data = data_hash(dataset.train.sha256, replay)
         return Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
@@ -415,30 +414,3 @@ class Fitting:
             self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
             self.told.append(text)
         return found.to_json()
-
-    def _say_data(self, dataset: Dataset, replay: ReplayFrames | None) -> None:
-        for name, part in dataset.splits.items():
-            keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
-            self.console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
-        if isinstance(frames := dataset.train.frames, StoredFrames):
-            place = frames.rows.folder.parent
-            self.console.print(f"streamed: frames and graphs stay on disk in {place}, for later runs", highlight=False)
-            if len(frames) > SHOWN:
-                warn(
-                    f"Streamed data: errors of the training frames are those of {SHOWN:,} of {len(frames):,}, evenly "
-                    "spread; those of all other sets are of all frames, and plots show as many."
-                )
-        if replay is not None:
-            labels = "its own predictions" if self.config.replay.labels == "base" else "the labels in the files"
-            counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"
-            self.console.print(f"replay: {counts}, {labels} ({', '.join(replay.files)})", highlight=False)
-        if dataset.isolated:
-            self.console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
-
-    def _say_adapter(self, backbone: Backbone, adapter: Adapter) -> None:
-        total = sum(site.numel for site in adapter.sites)
-        self.console.print(
-            f"{self.method.name} on {backbone.base.name}: {adapter.trainable:,} trained parameters "
-            f"({100 * adapter.trainable / total:.1f} % of {total:,}), licence of the base: {backbone.base.licence}",
-            highlight=False,
-        )

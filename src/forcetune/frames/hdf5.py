@@ -29,7 +29,7 @@ from ase import Atoms
 from forcetune.errors import InputError
 from forcetune.frames.sources import guarded
 
-_LARGEST_VALUE = 2**30
+_LARGEST_VALUE = 2**28
 _MOST_PROPERTIES = 1000
 
 

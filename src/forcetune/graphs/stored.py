@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 
 from forcetune import parallel
-from forcetune.frames.rows import Column, RowReader, RowWriter, packed
+from forcetune.frames.rows import RowReader, RowWriter
 from forcetune.frames.stored import StoredFrames
 from forcetune.frames.streaming import new_store
-from forcetune.graphs.graph import Batch, edges_of, graph_with
+from forcetune.graphs.edges import EDGE_COLUMNS, Search, search
+from forcetune.graphs.graph import Batch, graph_with
 from forcetune.workers import in_order
 
 VERSION = 1
-_COLUMNS = (Column("edges", "int32", (2,)), Column("shifts", "int32", (3,)))
 _CHUNK = 128
 
 
@@ -64,14 +63,6 @@ class StoredGraphs(Sequence[Batch]):
         return np.stack((self.frames.atoms, self._rows.numbers("edges")[self.frames.indices]), axis=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    frames: RowReader
-    first: int
-    end: int
-    cutoff: float
-
-
 def stored_graphs(
     frames: StoredFrames,
     cutoff: float,
@@ -101,28 +92,18 @@ def stored_graphs(
 
 def _make(place: Path, frames: RowReader, cutoff: float, workers: int, progress: Callable[[int], None]) -> None:
     count = len(frames)
-    tasks = (_Task(frames, low, min(low + _CHUNK, count), cutoff) for low in range(0, count, _CHUNK))
+    tasks = (Search(frames, low, min(low + _CHUNK, count), cutoff) for low in range(0, count, _CHUNK))
     sizes = array("i")
     with new_store(place) as temporary:
-        writer = RowWriter(temporary, _COLUMNS)
+        writer = RowWriter(temporary, EDGE_COLUMNS)
         try:
-            for rows, edges in in_order(_search, tasks, workers):
+            for rows, edges in in_order(search, tasks, workers):
                 writer.write(rows)
                 sizes.extend(edges)
                 progress(len(rows))
             writer.close({"cutoff": cutoff}, {"edges": np.array(sizes)})
         finally:
             writer.abandon()
-
-
-def _search(task: _Task) -> tuple[list[bytes], list[int]]:
-    """Rows of neighbours, and how many there are; runs in a worker."""
-    rows, counts = [], []
-    for frame in StoredFrames(task.frames, np.arange(task.first, task.end)):
-        edge_index, shifts = edges_of(frame, task.cutoff)
-        rows.append(packed(_COLUMNS, {"edges": edge_index.T, "shifts": shifts}))
-        counts.append(edge_index.shape[1])
-    return rows, counts
 
 
 def sizes_of(graphs: Sequence[Batch]) -> np.ndarray:
