@@ -83,8 +83,8 @@ def _compound(file: Any, group: Any) -> None:
 
 
 REFUSED = {
-    "leads out of the file": _external,
-    "'cell' is missing or leads out": _soft,
+    "'positions' is a link": _external,
+    "'cell' is a link, which may lead out of the file": _soft,
     "lies in another file": _elsewhere,
     "'positions' lies in another file": _virtual,
     "larger than a frame can be": _huge,

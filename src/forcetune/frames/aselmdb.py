@@ -21,7 +21,7 @@ from ase.io.jsonio import decode
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import Origin
-from forcetune.frames.sources import guarded
+from forcetune.frames.sources import guarded, structure_of
 
 _LARGEST_ROW = 64 * 2**20
 _LEAST_UNPACKED = 2**20
@@ -68,11 +68,7 @@ def _atoms(path: Path, packed: bytes | None, identity: int) -> Atoms:
     for key in all_properties:
         if isinstance(content.get(key), list):
             content[key] = np.array(content[key])
-    row = AtomsRow(content | {"id": identity})
-    atoms = row.toatoms()
-    atoms.info.update(row.data)
-    atoms.info.update(row.key_value_pairs)
-    return atoms
+    return structure_of(AtomsRow(content | {"id": identity}))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ase import Atoms
 
 from forcetune.errors import InputError
 from forcetune.frames import aselmdb, hdf5
-from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, xyz_texts
+from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, structure_of, xyz_texts
 from forcetune.workers import WorkerDiedError, in_order
 
 Item = TypeVar("Item")
@@ -116,8 +116,7 @@ def _contents(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
         for texts in _bounded(xyz_texts(path)):
             yield len(texts), "".join(texts)
     elif format_name == "db":
-        ids = guarded(path, (row.id for row in _connection(path).select(columns=["id"], include_data=False)))
-        for some in _some(ids):
+        for some in _some(guarded(path, _ids(path))):
             yield len(some), (some[0], some[-1] + 1)
     elif format_name == "aselmdb":
         (ranges,) = safely(path, in_order(aselmdb.row_ids, [path], 1))
@@ -158,10 +157,16 @@ def _connection(path: Path) -> Any:
     return ase.db.connect(str(path), type="db", serial=True)
 
 
+def _ids(path: Path) -> Iterator[Any]:
+    """Of all rows of an SQLite database."""
+    # within the context all rows share one connection
+    with _connection(path) as database:
+        for row in database.select(columns=["id"], include_data=False):
+            yield row.id
+
+
 def _rows(path: Path, first: int, end: int) -> Iterator[Atoms]:
-    """Rows of an SQLite database with ids in a range, with their key-value pairs and data."""
-    for row in _connection(path).select([("id", ">=", first), ("id", "<", end)]):
-        atoms = row.toatoms()
-        atoms.info.update(row.data)
-        atoms.info.update(row.key_value_pairs)
-        yield atoms
+    """Rows of an SQLite database with ids in a range."""
+    with _connection(path) as database:
+        for row in database.select([("id", ">=", first), ("id", "<", end)]):
+            yield structure_of(row)

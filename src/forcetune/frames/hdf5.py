@@ -72,12 +72,12 @@ def _atoms(group: Any) -> Atoms:
     )
     if "properties" in group:
         properties = _group(group, "properties")
-        weights = _group(group, "property_weights") if "property_weights" in group else {}
+        weights = _group(group, "property_weights") if "property_weights" in group else None
         if len(properties) > _MOST_PROPERTIES:
             raise ValueError(f"it has {len(properties)} properties")
         for name in properties:
             value = _value(properties, name)
-            weight = _value(weights, name) if name in weights else None
+            weight = None if weights is None else _value(weights, name)
             if value is not None and (weight is None or float(weight) != 0):
                 atoms.info[name] = value
     if "config_type" in group:
@@ -91,10 +91,17 @@ def _numbered(group: Any, prefix: str) -> list[str]:
     return sorted((name for name in group if form.fullmatch(name)), key=lambda name: int(name[len(prefix) :]))
 
 
+def _library() -> Any:
+    """h5py, whose types do not tell of its lower half."""
+    import h5py
+
+    return h5py
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        import h5py
+        h5py = _library()
     except ImportError as error:
         raise InputError(f"{path}: reading HDF5 needs a package that is not here; pip install h5py.") from error
     try:
@@ -105,26 +112,33 @@ def _opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def _inside(group: Any, name: str, kind: type) -> Any:
-    """A member of a group that stands in this very file.
+def _opened_member(group: Any, name: str) -> Any:
+    """The identifier of a member that stands in this very file; None where there is none of this name.
+
+    h5py's own layer would look everything up several times.
 
     Raises:
-        ValueError: it is missing, of another kind, or a link.
+        ValueError: it is a link that leads elsewhere.
     """
-    import h5py
-
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f"'{name[:40]}' is missing or leads out of the file")
-    found = group[name]
-    if not isinstance(found, kind):
-        raise ValueError(f"'{name[:40]}' is no {kind.__name__.lower()}")
-    return found
+    h5py = _library()
+    key = name.encode()
+    if not group.id.links.exists(key):
+        return None
+    if group.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"'{name[:40]}' is a link, which may lead out of the file")
+    return h5py.h5o.open(group.id, key)
 
 
 def _group(group: Any, name: str) -> Any:
-    import h5py
-
-    return _inside(group, name, h5py.Group)
+    """
+    Raises:
+        ValueError: there is no group of this name.
+    """
+    h5py = _library()
+    found = _opened_member(group, name)
+    if not isinstance(found, h5py.h5g.GroupID):
+        raise ValueError(f"'{name[:40]}' is missing or no group")
+    return h5py.Group(found)
 
 
 def _needed(group: Any, name: str) -> np.ndarray:
@@ -140,13 +154,16 @@ def _value(group: Any, name: str) -> Any:
     Raises:
         ValueError: it lies in another file, or is larger than a frame can be.
     """
-    import h5py
-
-    if name not in group:
+    h5py = _library()
+    found = _opened_member(group, name)
+    if found is None:
         return None
-    dataset = _inside(group, name, h5py.Dataset)
-    if dataset.external or dataset.is_virtual:
+    if not isinstance(found, h5py.h5d.DatasetID):
+        raise ValueError(f"'{name[:40]}' is no table of numbers")
+    layout = found.get_create_plist()
+    if layout.get_external_count() or layout.get_layout() == h5py.h5d.VIRTUAL:
         raise ValueError(f"'{name[:40]}' lies in another file")
+    dataset = h5py.Dataset(found)
     if dataset.size is None:
         return None
     text = h5py.check_string_dtype(dataset.dtype) is not None
@@ -154,7 +171,7 @@ def _value(group: Any, name: str) -> Any:
         raise ValueError(f"'{name[:40]}' is neither numbers nor a text")
     if dataset.size * dataset.dtype.itemsize > _LARGEST_VALUE or (text and dataset.shape != ()):
         raise ValueError(f"'{name[:40]}' is larger than a frame can be")
-    found = dataset[()]
-    if isinstance(found, bytes):
-        found = found.decode("utf-8", "replace")
-    return None if isinstance(found, str) and found == "None" else found
+    value = dataset[()]
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return None if isinstance(value, str) and value == "None" else value

@@ -12,6 +12,7 @@ from typing import IO, Any
 import ase.db
 import ase.io
 from ase import Atoms
+from ase.db.row import AtomsRow
 from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
 
 from forcetune.errors import ForcetuneError, InputError, warn
@@ -156,12 +157,15 @@ def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
 
 
 def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
-    """Rows of an ASE database, with their key-value pairs and data, which ``ase.io`` leaves behind."""
-    for row in ase.db.connect(str(path), type=format_name, serial=True).select():
-        atoms = row.toatoms()
-        atoms.info.update(row.data)
-        atoms.info.update(row.key_value_pairs)
-        yield atoms
+    return (structure_of(row) for row in ase.db.connect(str(path), type=format_name, serial=True).select())
+
+
+def structure_of(row: AtomsRow) -> Atoms:
+    """A row of an ASE database with its key-value pairs and data, which ``ase.io`` leaves behind."""
+    atoms = row.toatoms()
+    atoms.info.update(row.data)
+    atoms.info.update(row.key_value_pairs)
+    return atoms
 
 
 def check_xyz(path: Path) -> None:
