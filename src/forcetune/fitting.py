@@ -199,9 +199,9 @@ class Fitting:
             highlight=False,
         )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
+        # errors of streamed training frames are those of a sample, before and after
+        raw["train"] = shown(raw["train"])
         before = {name: found.shifted(shift) for name, found in raw.items()}
-        if isinstance(whole := before["train"], StreamedPredictions):
-            before["train"] = whole.shown  # as those after the training
         prepared = None
         if replay is not None:
             prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
