@@ -40,9 +40,12 @@ from forcetune.config import RunConfig, load_config
 from forcetune.deployment.loading import base_of_run
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import graphs_of
+from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
+from forcetune.frames.streaming import stream_frames
 from forcetune.reports.html import write_report
 from forcetune.run_folder import read_checkpoint, status_of
+from hostile_stores import HDF5S, LMDBS
 from models import make_mace
 from systems import backbone
 
@@ -114,14 +117,40 @@ def _frames(text: str) -> Callable[[Path], None]:
     return read
 
 
-def _compressed_frames(folder: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+def stream_and_build(path: Path) -> None:
+    """As :func:`read_and_build`, with frames that stay on disk."""
+    keys = LabelKeys(*["auto"] * len(LabelKeys._fields))
+    found = stream_frames([str(path)], keys, ("energy",), "data", folder=path.parent / "store", workers=0)
+    graphs_of(small_backbone(), found.frames)
+
+
+def _streamed_frames(text: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        path = folder / "a.xyz"
+        path.write_text(text, encoding="utf-8")
+        stream_and_build(path)
+
+    return read
+
+
+def _stored_frames(name: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        write(folder / name)
+        read_and_build(folder / name)
+
+    return read
+
+
+def _compressed_frames(
+    folder: Path, name: str, pack: Callable[[bytes], bytes], read: Callable[[Path], None] = read_and_build
+) -> None:
     path = folder / name
     block = pack(b" " * 2**24)
     # members of gzip and bzip2 may follow each other: 4 GiB from few bytes
     with path.open("wb") as stream:
         for _ in range(256):
             stream.write(block)
-    read_and_build(path)
+    read(path)
 
 
 def _bomb(leaf: str, of: Callable[[str], str], levels: int = 40) -> str:
@@ -619,6 +648,12 @@ def _name(read: Callable[[str], object]) -> Callable[[Path], None]:
 def cases() -> dict[str, Callable[[Path], None]]:
     """Every hostile input by name: called with an empty folder, it writes its files there and reads them."""
     found = {f"frames: {name}": _frames(text) for name, text in FRAMES.items()}
+    found |= {f"streamed frames: {name}": _streamed_frames(text) for name, text in FRAMES.items()}
+    found |= {f"LMDB: {name}": _stored_frames("a.aselmdb", write) for name, write in LMDBS.items()}
+    found |= {f"HDF5: {name}": _stored_frames("a.h5", write) for name, write in HDF5S.items()}
+    found["streamed frames: gzip of blanks"] = lambda folder: _compressed_frames(
+        folder, "a.xyz.gz", gzip.compress, stream_and_build
+    )
     found["frames: gzip of blanks"] = lambda folder: _compressed_frames(folder, "a.xyz.gz", gzip.compress)
     found["frames: bzip2 of blanks"] = lambda folder: _compressed_frames(folder, "a.xyz.bz2", bz2.compress)
     found |= {f"config: {name}": _config(text) for name, text in CONFIGS.items()}

@@ -11,7 +11,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
-from forcetune.graphs.graph import neighbours
+from forcetune.frames.neighbours import neighbours
 
 
 def make_mace(

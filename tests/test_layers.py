@@ -8,11 +8,11 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "download", "config")
+FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "download", "config", "workers")
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "magnetism", "adapters"),
     *("evaluation", "training", "reports", "deployment"),
-    *("records", "run_folder", "surroundings", "checkup", "fitting"),
+    *("records", "run_folder", "surroundings", "checkup", "telling", "fitting"),
     *("run", "search", "comparison", "api", "demo", "cli"),
 )
 

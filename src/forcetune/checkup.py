@@ -35,12 +35,15 @@ from forcetune.frames.doctor.finding import Finding, in_frames, in_order
 from forcetune.frames.doctor.reading import read_leniently
 from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE, Label
+from forcetune.frames.stored import StoredFrames
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.install import accelerate
 
 SAMPLE = 200
 """So many training frames are predicted; of other sets a quarter of that. A run has its own predictions."""
 SAMPLE_OF_RUN = 500
+SAMPLE_OF_STREAM = 2000
+"""Frames of a set on disk that are examined without predictions."""
 PREDICTABLE_EDGES = 500_000
 """Frames with more edges are not predicted only to be examined."""
 
@@ -149,7 +152,7 @@ def check_frames(
     quiet: bool = False,
     progress: Callable[[], None] | None = None,
 ) -> list[Finding]:
-    """For a run: all examinations of its frames that need no predictions.
+    """For a run: all examinations of its frames that need no predictions; of large sets on disk a sample is examined.
 
     Args:
         sets: name to frames.
@@ -160,7 +163,9 @@ def check_frames(
     Raises:
         InputError: an error was found; the message has all of them.
     """
-    return _reported(examine_frames(sets, cutoff=cutoff, progress=progress).findings, quiet=quiet)
+    sampled, untold = _in_memory(sets, quiet)
+    found = examine_frames(sampled, cutoff=cutoff, progress=progress).findings
+    return _reported([one for one in found if one.code not in untold], quiet=quiet)
 
 
 def check_predictions(frames: Sequence[Frame], found: Predictions) -> list[Finding]:
@@ -173,6 +178,25 @@ def check_predictions(frames: Sequence[Frame], found: Predictions) -> list[Findi
     # a verdict on the whole set gains nothing from thousands of frames, and compares all pairs of them
     chosen = compared.select(sample(range(len(frames)), SAMPLE_OF_RUN))
     return _reported(diagnose(chosen) + find_outliers(compared))
+
+
+def _in_memory(sets: Mapping[str, Sequence[Frame]], quiet: bool) -> tuple[Mapping[str, Sequence[Frame]], set[str]]:
+    """Sets with a sample of those that are on disk, and the codes of what a sample cannot tell."""
+    large = {name: len(frames) for name, frames in sets.items() if _is_large(frames)}
+    if not large:
+        return {name: list(frames) for name, frames in sets.items()}, set()
+    if not quiet:
+        counts = ", ".join(f"{SAMPLE_OF_STREAM:,} of {count:,} ({name})" for name, count in large.items())
+        warn(
+            f"Streamed data: structures and labels of all frames were checked, but distances, cells, net forces, "
+            f"outliers, duplicates and overlaps only on {counts}; `forcetune doctor` examines all frames, in memory."
+        )
+    found = {name: [frames[k] for k in sample(range(len(frames)), SAMPLE_OF_STREAM)] for name, frames in sets.items()}
+    return found, {"composition-rank"} if TRAIN in large else set()
+
+
+def _is_large(frames: Sequence[Frame]) -> bool:
+    return isinstance(frames, StoredFrames) and len(frames) > SAMPLE_OF_STREAM
 
 
 def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Finding]:
@@ -249,7 +273,7 @@ def _known(
 
 def _predicted(
     backbone: Backbone, examined: Examined, console: Console, findings: list[Finding]
-) -> tuple[dict[str, Compared], dict[str, list[Batch]]]:
+) -> tuple[dict[str, Compared], dict[str, Sequence[Batch]]]:
     """Predictions for a sample of every set."""
     chosen: dict[str, list[Frame]] = {}
     for name, frames in examined.frames.items():
@@ -257,7 +281,7 @@ def _predicted(
         sound = [k for k, shape in enumerate(shapes) if shape is not None and shape.n_edges < PREDICTABLE_EDGES]
         chosen[name] = [frames[k] for k in sample(sound, SAMPLE if name == TRAIN else SAMPLE // 4)]
     compared: dict[str, Compared] = {}
-    graphs: dict[str, list[Batch]] = {}
+    graphs: dict[str, Sequence[Batch]] = {}
     with _progress(console, backbone.base.name, sum(map(len, chosen.values()))) as advance:
         for name, frames in chosen.items():
             if not frames:
@@ -339,7 +363,7 @@ def _agreement(found: Compared) -> dict[str, Any]:
 
 
 def _memory(
-    backbone: Backbone, graphs: Mapping[str, list[Batch]], batch_size: int, findings: list[Finding]
+    backbone: Backbone, graphs: Mapping[str, Sequence[Batch]], batch_size: int, findings: list[Finding]
 ) -> dict[str, Any] | None:
     found = step_memory(backbone, graphs.get(TRAIN, []), batch_size)
     if found is None:

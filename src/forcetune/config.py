@@ -30,6 +30,7 @@ def _as_word(value: Any) -> Any:
 
 Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(_as_word)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(_as_word)]
+StreamSwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)]
 AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(_as_word)]
 
 
@@ -67,6 +68,23 @@ class DataConfig(Section):
         default="on",
         description="`on` examines frames and labels before the training as `forcetune doctor` does and stops at "
         "errors; `off` trains on them as they are.",
+    )
+    stream: StreamSwitch = Field(
+        default="auto",
+        description="`on` keeps frames and graphs on disk instead of in memory, with the same result; `auto` does so "
+        "for files of 256 MiB and more together.",
+    )
+    store: str | None = Field(
+        default=None,
+        description="Folder for streamed frames and graphs, which later runs find again; by default in the cache "
+        "(FORCETUNE_HOME). It may be removed between runs.",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        le=256,
+        description="Processes that read streamed files and search neighbours; as many as there are cores, at most 8, "
+        "when not given, and 0 for none.",
     )
 
     @model_validator(mode="after")

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from forcetune.errors import InputError
 
+HOME_VARIABLE = "FORCETUNE_HOME"
+"""Names the folder for all that is kept between runs."""
+
 
 def path_of(name: str | os.PathLike[str]) -> Path:
     """The path that a name given by a user stands for, ``~`` included.
@@ -29,6 +32,20 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     if "\0" in str(path):
         raise InputError(f"{str(name)[:80]!r}: is no name that a file can have.")
     return path
+
+
+def cache_folder(name: str) -> Path:
+    """Where things of one kind are kept between runs.
+
+    ``$FORCETUNE_HOME/NAME``; without that variable the user's cache, ``$XDG_CACHE_HOME/forcetune/NAME`` or
+    ``~/.cache/forcetune/NAME``.
+    """
+    if home := os.environ.get(HOME_VARIABLE):
+        return Path(home).expanduser().absolute() / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # the XDG standard says to ignore relative ones
+        cache = Path.home() / ".cache"
+    return cache / "forcetune" / name
 
 
 @contextmanager

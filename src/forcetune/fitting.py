@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attached, detach
+from forcetune.adapters.attach import attached, detach
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
@@ -25,10 +26,20 @@ from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
+from forcetune.evaluation.streamed import (
+    StreamedPredictions,
+    predict_shown,
+    predict_streamed,
+    shown,
+    shown_frames,
+    shown_of,
+)
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, read_dataset
+from forcetune.frames.frame import Frame
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
+from forcetune.graphs.stored import StoredGraphs
 from forcetune.kernels.install import accelerate
 from forcetune.records import (
     ENVIRONMENT_NAME,
@@ -55,10 +66,12 @@ from forcetune.run_folder import (
     recover_adapter,
     write_checkpoint,
 )
+from forcetune.telling import say_adapter, say_data
 from forcetune.training.refine import Refinement, refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
+from forcetune.workers import worker_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +113,10 @@ class Start:
 
     dataset: Dataset
     backbone: Backbone
-    graphs: dict[str, list[Batch]]
+    graphs: dict[str, Sequence[Batch]]
     references: ReferenceEnergies
     own_references: dict[int, float]
-    before: dict[str, Predictions]
+    before: dict[str, Predictions | StreamedPredictions]
     parameters: dict[str, Any]
     replay_frames: ReplayFrames | None
     replay: Replay | None
@@ -154,21 +167,22 @@ class Fitting:
 
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
         """Everything before the training; nothing is written."""
-        dataset = read_dataset(self.config.data, self.config.magnetism)
+        dataset = self._read()
         self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys)
         replay = read_replay(self.config.replay, self.config.data)
-        self._say_data(dataset, replay)
+        say_data(self.console, dataset, replay, self.config.replay)
         backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
         examined = self.config.data.doctor == "on"
         if examined:
             self._examine(dataset, backbone)
-        graphs = {name: graphs_of(backbone, part.frames) for name, part in dataset.splits.items()}
+        graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
         check_labels(self.config.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
         for name, part in dataset.splits.items():
-            check_finite(raw[name], part.frames)
+            if isinstance(found := raw[name], Predictions):
+                check_finite(found, part.frames)
         if examined:
-            check_predictions(dataset.train.frames, raw["train"])
+            check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
         own_references = backbone.reference_energies
         table = self.config.references.table
         references = reference_energies(
@@ -187,13 +201,15 @@ class Fitting:
             highlight=False,
         )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
+        # errors of streamed training frames are those of a sample, before and after
+        raw["train"] = shown(raw["train"])
         before = {name: found.shifted(shift) for name, found in raw.items()}
         prepared = None
         if replay is not None:
             prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
         adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
         backbone.set_reference_energies(references.energies)
-        self._say_adapter(backbone, adapter)
+        say_adapter(self.console, self.method, backbone, adapter)
         parameters = describe_parameters(adapter)
         data = data_hash(dataset.train.sha256, replay)
         return Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
@@ -204,7 +220,8 @@ class Fitting:
         asked = self.config.training.refine is not None and outcome.status != "interrupted"
         refinement = self._refine(start) if asked else None
         after = self._best(start)
-        save_predictions(self.folder / PREDICTIONS_NAME, start.before, after)
+        arrays = [{name: shown(own) for name, own in found.items()} for found in (start.before, after)]
+        save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
         results = self._results(start, outcome)
         if refinement is not None:
             results["training"]["refinement"] = asdict(refinement)
@@ -246,16 +263,32 @@ class Fitting:
 
     def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
         """What can be seen in the frames alone."""
-        check_elements(backbone, [frame for part in dataset.splits.values() for frame in part.frames])
+        for part in dataset.splits.values():
+            check_elements(backbone, part.frames)
         sets = {name: part.frames for name, part in dataset.splits.items()}
-        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task("frames", total=sum(map(len, sets.values())))
-            check_frames(sets, backbone.cutoff, progress=lambda: bar.advance(task))
+        with self._counting("frames", sum(map(len, sets.values()))) as advance:
+            check_frames(sets, backbone.cutoff, progress=lambda: advance(1))
 
-    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions:
+    def _read(self) -> Dataset:
+        with self._counting("frames read") as advance:
+            return read_dataset(self.config.data, self.config.magnetism, advance)
+
+    def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
+        with self._counting(f"{name}, neighbours", len(frames)) as advance:
+            return graphs_of(backbone, frames, advance, worker_count(self.config.data.workers))
+
+    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions | StreamedPredictions:
+        with self._counting(label, len(graphs)) as advance:
+            if isinstance(graphs, StoredGraphs):
+                return predict_streamed(backbone, graphs, advance)
+            return predict(backbone, graphs, progress=advance)
+
+    @contextmanager
+    def _counting(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A bar while something is done to frames, and what moves it on."""
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(label, total=len(graphs))
-            return predict(backbone, graphs, progress=lambda done: bar.advance(task, done))
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
 
     def _train(self, start: Start, state: dict[str, Any] | None) -> TrainingOutcome:
         def save_best(errors: Errors) -> None:
@@ -324,13 +357,21 @@ class Fitting:
             metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
         )
 
-    def _best(self, start: Start) -> dict[str, Predictions]:
+    def _best(self, start: Start) -> dict[str, Predictions | StreamedPredictions]:
         """Predictions of the best adapter as its file gives it; its errors go into the file."""
         detach(start.backbone)
         load_adapter(start.backbone, self.folder / ADAPTER_NAME)
-        after = {name: self._predict(start.backbone, start.graphs[name], f"{name}, after") for name in start.graphs}
+        after = {name: self._again(start, name) for name in start.graphs}
         self._save(start, {name: found.errors() for name, found in after.items()})
         return after
+
+    def _again(self, start: Start, name: str) -> Predictions | StreamedPredictions:
+        """Predictions after the training; of streamed training frames those shown."""
+        graphs, label = start.graphs[name], f"{name}, after"
+        if name == "train" and isinstance(graphs, StoredGraphs):
+            with self._counting(label, len(shown_of(len(graphs)))) as advance:
+                return predict_shown(start.backbone, graphs, advance)
+        return self._predict(start.backbone, graphs, label)
 
     def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
         training, backbone = self.config.training, start.backbone
@@ -375,22 +416,3 @@ class Fitting:
             self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
             self.told.append(text)
         return found.to_json()
-
-    def _say_data(self, dataset: Dataset, replay: ReplayFrames | None) -> None:
-        for name, part in dataset.splits.items():
-            keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
-            self.console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
-        if replay is not None:
-            labels = "its own predictions" if self.config.replay.labels == "base" else "the labels in the files"
-            counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"
-            self.console.print(f"replay: {counts}, {labels} ({', '.join(replay.files)})", highlight=False)
-        if dataset.isolated:
-            self.console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
-
-    def _say_adapter(self, backbone: Backbone, adapter: Adapter) -> None:
-        total = sum(site.numel for site in adapter.sites)
-        self.console.print(
-            f"{self.method.name} on {backbone.base.name}: {adapter.trainable:,} trained parameters "
-            f"({100 * adapter.trainable / total:.1f} % of {total:,}), licence of the base: {backbone.base.licence}",
-            highlight=False,
-        )

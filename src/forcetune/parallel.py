@@ -7,9 +7,11 @@ summed. So nothing depends on the number of processes but rounding.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -104,6 +106,17 @@ def wait() -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def made_once(path: Path, make: Callable[[], None]) -> None:
+    """Have ``make`` make what stands at ``path``, complete from the moment it is there, unless it is there already.
+
+    One process of each node makes it, and the others wait: without messages, which would give up after some minutes.
+    """
+    if place().local_rank == 0 and not path.exists():
+        make()
+    while not path.exists():
+        time.sleep(0.1)
 
 
 def part_of(items: Sequence[Item]) -> Sequence[Item]:

@@ -24,6 +24,7 @@ from forcetune.evaluation.metrics import Predictions
 from forcetune.files import atomic_path, write_text
 from forcetune.frames.dataset import Dataset, Split
 from forcetune.frames.references import ReferenceEnergies
+from forcetune.frames.stored import StoredFrames, atoms_of
 from forcetune.training.replay import ReplayFrames
 
 RESULTS_NAME = "results.json"
@@ -151,14 +152,15 @@ def describe_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def _describe_split(part: Split) -> dict[str, Any]:
-    sizes = [len(frame) for frame in part.frames]
+    sizes = atoms_of(part.frames)
     return {
         "files": list(part.files),
         "n_frames": len(part.frames),
         "sha256": part.sha256,
         "keys": {name: key for name, key in part.keys._asdict().items() if key or name not in ("moments", "spins")},
         "elements": [chemical_symbols[z] for z in part.elements],
-        "n_atoms": [min(sizes), max(sizes)],
+        "n_atoms": [int(sizes.min()), int(sizes.max())],
+        "streamed": isinstance(part.frames, StoredFrames),
     }
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forcetune.errors import InputError
+from forcetune.frames import references
 from forcetune.frames.frame import Frame, Origin
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import (
@@ -285,3 +286,21 @@ def test_an_unknown_mode_lists_the_known_ones() -> None:
     frames, predicted = planted(FULL_RANK)
     with pytest.raises(InputError, match="choose one of estimate, model, isolated, average, table"):
         reference_energies("guess", frames, (), predicted, MODEL)
+
+
+@pytest.mark.parametrize("mode", ["estimate", "average", "model"])
+@pytest.mark.parametrize("formulas", [FULL_RANK, ("H2O", "H4O2", "CO2", "C2O4")], ids=["full rank", "rank deficient"])
+def test_many_frames_are_solved_block_by_block_to_the_same(
+    monkeypatch: pytest.MonkeyPatch, mode: str, formulas: Sequence[str]
+) -> None:
+    rng = np.random.default_rng(4)
+    frames = [molecule(formulas[index % len(formulas)], float(-rng.uniform(100, 5000)), index) for index in range(103)]
+    predicted = rng.uniform(-5000, -100, 103)
+    whole = reference_energies(mode, frames, (), predicted, MODEL)
+    monkeypatch.setattr(references, "BLOCK", 10)
+    blocks = reference_energies(mode, frames, (), predicted, MODEL)
+    assert (blocks.rank, blocks.n_elements) == (whole.rank, whole.n_elements)
+    for z, energy in whole.energies.items():
+        assert blocks.energies[z] == pytest.approx(energy, rel=1e-11)
+    assert blocks.offset_before_mev_per_atom == whole.offset_before_mev_per_atom
+    assert blocks.offset_after_mev_per_atom == pytest.approx(whole.offset_after_mev_per_atom, rel=1e-10)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcetune.errors import InputError
-from forcetune.graphs.graph import collate, graph_of, neighbours
+from forcetune.frames.neighbours import neighbours
+from forcetune.graphs.graph import collate, graph_of
 from systems import cluster, crystal, frames_of
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forcetune.graphs.graph import neighbours
+from forcetune.frames.neighbours import neighbours
 from forcetune.kernels import plan as plans
 from forcetune.kernels.convolution import Path, Paths, convolve
 from forcetune.kernels.linear import Block, equivariant_linear, species_linear

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from forcetune.download import ProgressCallback, download, progress_bar
 from forcetune.errors import InputError
-from forcetune.files import path_of, sha256_of, write_text
+from forcetune.files import cache_folder, path_of, sha256_of, write_text
 
-HOME_VARIABLE = "FORCETUNE_HOME"
 MIRROR_VARIABLE = "FORCETUNE_MODELS_URL"
 
 _OFF = "https://raw.githubusercontent.com/ACEsuit/mace-off/main"
@@ -230,12 +229,7 @@ def model_folder() -> Path:
     ``$FORCETUNE_HOME/models``; without that variable the user's cache, ``$XDG_CACHE_HOME/forcetune/models``
     or ``~/.cache/forcetune/models``.
     """
-    if home := os.environ.get(HOME_VARIABLE):
-        return Path(home).expanduser().absolute() / "models"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # the XDG standard says to ignore relative ones
-        cache = Path.home() / ".cache"
-    return cache / "forcetune" / "models"
+    return cache_folder("models")
 
 
 def download_model(

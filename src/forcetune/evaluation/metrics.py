@@ -12,8 +12,10 @@ from ase.data import chemical_symbols
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame
+from forcetune.frames.stored import StoredFrames, elements_of
 from forcetune.graphs.graph import Batch, collate, graph_of, moment_labels
 from forcetune.graphs.loader import BatchLoader
+from forcetune.graphs.stored import any_label, sizes_of, stored_graphs
 
 EVALUATION_ATOMS = 512
 
@@ -117,12 +119,59 @@ def _mean_errors(predicted: FloatArray, label: FloatArray) -> tuple[float | None
     return 1e3 * float(np.abs(difference).mean()), 1e3 * float(np.sqrt((difference**2).mean()))
 
 
+class Tally:
+    """Errors of frames that come batch after batch and are not kept.
+
+    Attributes:
+        n_frames: counted so far.
+        sums: of energies, energies per atom, forces, stresses, moments (rows): entries, |error|, error².
+    """
+
+    def __init__(self) -> None:
+        self.n_frames = 0
+        self.sums = np.zeros((5, 3))
+
+    def add(self, found: Predictions) -> None:
+        """Count frames with what was predicted for them."""
+        pairs = (
+            (found.energy, found.energy_label),
+            (found.energy / found.atoms, found.energy_label / found.atoms),
+            (found.forces, found.forces_label),
+            (found.stress, found.stress_label),
+            (found.moments, found.moments_label),
+        )
+        for row, (predicted, label) in zip(self.sums, pairs, strict=True):
+            if predicted is None or label is None:
+                continue
+            known = ~np.isnan(label)
+            difference = predicted[known] - label[known]
+            row += known.sum(), np.abs(difference).sum(), (difference**2).sum()
+        self.n_frames += len(found.atoms)
+
+    def merge(self, other: Tally) -> None:
+        """Count what another has counted."""
+        self.n_frames += other.n_frames
+        self.sums += other.sums
+
+    def errors(self) -> Errors:
+        """As :meth:`Predictions.errors` of all frames together."""
+        means = [
+            (1e3 * float(absolute / count), 1e3 * float(np.sqrt(square / count))) if count else (None, None)
+            for count, absolute, square in self.sums
+        ]
+        (mae_e, rmse_e), (mae_atom, rmse_atom), (mae_f, rmse_f), (mae_s, rmse_s), moments = means
+        mae_m, rmse_m = (None if value is None else value / 1000 for value in moments)
+        return Errors(self.n_frames, mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s, mae_m, rmse_m)
+
+
 def check_elements(backbone: Backbone, frames: Sequence[Frame]) -> None:
     """
     Raises:
         InputError: a frame has an element that the model does not know; names file and frame.
     """
     known = set(backbone.elements)
+    if known.issuperset(elements_of(frames)):
+        return
     for frame in frames:
         unknown = sorted({int(z) for z in frame.numbers} - known)
         if unknown:
@@ -134,18 +183,28 @@ def check_elements(backbone: Backbone, frames: Sequence[Frame]) -> None:
             )
 
 
-def graphs_of(backbone: Backbone, frames: Sequence[Frame], progress: Callable[[], None] | None = None) -> list[Batch]:
-    """The graph of every frame, with the model's cutoff and dtype, on the CPU.
+def graphs_of(
+    backbone: Backbone, frames: Sequence[Frame], progress: Callable[[int], None] | None = None, workers: int = 0
+) -> Sequence[Batch]:
+    """The graph of every frame, with the model's cutoff and dtype, on the CPU; on disk where the frames are.
+
+    Args:
+        backbone: the model.
+        frames: structures.
+        progress: called with the number of frames done.
+        workers: processes that search neighbours in frames on disk.
 
     Raises:
         InputError: an element the model does not know, or a periodic frame without a cell.
     """
     check_elements(backbone, frames)
+    if isinstance(frames, StoredFrames):
+        return stored_graphs(frames, backbone.cutoff, backbone.dtype, workers=workers, progress=progress)
     graphs = []
     for frame in frames:
         graphs.append(graph_of(frame, backbone.cutoff, backbone.dtype))
         if progress is not None:
-            progress()
+            progress(1)
     return graphs
 
 
@@ -165,14 +224,20 @@ def predict(
         progress: called with the number of frames done after each batch.
     """
     if stress is None:
-        stress = any(not bool(torch.isnan(graph.stress).all()) for graph in graphs)
+        stress = any_label(graphs, "stress")
     pairs: list[tuple[Batch, Prediction]] = []
-    for batch in BatchLoader(graphs, len(graphs), batch_atoms=max(EVALUATION_ATOMS, *(g.n_atoms for g in graphs), 0)):
+    for batch in evaluation_batches(graphs):
         found = backbone.predict(batch.to(device=backbone.device), stress=stress)
         pairs.append((batch, found.detached()))
         if progress is not None:
             progress(batch.n_graphs)
     return Predictions.of(*gather(pairs))
+
+
+def evaluation_batches(graphs: Sequence[Batch], device: torch.device | str = "cpu") -> BatchLoader:
+    """Graphs in order, in batches of some hundred atoms."""
+    budget = max(EVALUATION_ATOMS, int(sizes_of(graphs)[:, 0].max(initial=0)))
+    return BatchLoader(graphs, len(graphs), batch_atoms=budget, device=device)
 
 
 def gather(pairs: Sequence[tuple[Batch, Prediction]]) -> tuple[Batch, Prediction]:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from forcetune.config import DataConfig, MagnetismConfig
+from forcetune.config import DataConfig, MagnetismConfig, SpinInputs
 from forcetune.errors import InputError, warn
+from forcetune.files import cache_folder, path_of
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
+from forcetune.frames.sources import expand
 from forcetune.frames.spins import resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
+from forcetune.frames.stored import StoredFrames, elements_of
+from forcetune.frames.streaming import stream_frames
+from forcetune.workers import worker_count
+
+STREAM_FROM = 256 * 2**20
+"""Bytes of all files together from which on ``data.stream: auto`` leaves frames on disk: in memory they and their
+graphs take some ten times as much."""
 
 
 class Split(NamedTuple):
     """Frames with one use, and where they came from."""
 
-    frames: tuple[Frame, ...]
+    frames: Sequence[Frame]
     files: tuple[str, ...]
     sha256: str
     keys: LabelKeys
@@ -27,7 +38,7 @@ class Split(NamedTuple):
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
-        return tuple(sorted({int(z) for frame in self.frames for z in frame.numbers}))
+        return elements_of(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,12 @@ class Dataset:
     train: Split
     valid: Split
     tests: dict[str, Split]
-    isolated: tuple[Frame, ...]
+    isolated: Sequence[Frame]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the frames are on disk."""
+        return isinstance(self.train.frames, StoredFrames)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -56,23 +72,46 @@ class Dataset:
         return tuple(sorted({z for part in self.splits.values() for z in part.elements}))
 
 
-def read_dataset(config: DataConfig, magnetism: MagnetismConfig | None = None) -> Dataset:
+def is_streamed(config: DataConfig) -> bool:
+    """Whether frames stay on disk.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    if config.stream != "auto":
+        return config.stream == "on"
+    named = (config.train, config.valid if isinstance(config.valid, list) else [], config.test)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the reader says what is named twice
+        return sum(file.stat().st_size for part in named if part for file in expand(list(part))) >= STREAM_FROM
+
+
+def read_dataset(
+    config: DataConfig, magnetism: MagnetismConfig | None = None, progress: Callable[[int], None] | None = None
+) -> Dataset:
     """Read, check and split the frames of a run.
 
     Every training and validation frame needs an energy and, unless ``forces_key`` is ``none``, forces; test frames
     need an energy. With a magnetic layer moments are read, too, and every frame needs the state that it is given.
+
+    Args:
+        config: which, and whether they stay on disk.
+        magnetism: the magnetic layer of the run, if there is one.
+        progress: called with the number of frames that were read into a store.
 
     Raises:
         InputError: as :func:`forcetune.frames.read.read_frames`, or a split leaves nothing.
     """
     needed: tuple[Label, ...] = ("energy",) if config.forces_key == NONE else ("energy", "forces")
     magnetic = magnetism is not None and magnetism.layer != "off"
-    found = _read(config, config.train, needed, "training data", magnetic)
+    streamed = is_streamed(config)
+    read = partial(_read, config, _streamed(config, progress) if streamed else _in_memory, magnetic)
+    found = read(config.train, needed, "training data")
     frames, isolated = separate_isolated(found.frames)
     if not frames:
         raise InputError(f"{found.files[0]}: holds isolated atoms only; give frames to train on.")
     if isinstance(config.valid, list):
-        given = _read(config, config.valid, needed, "validation data", magnetic, found.keys)
+        given = read(config.valid, needed, "validation data", found.keys)
         valid_frames, _ = separate_isolated(given.frames)
         if not valid_frames:
             raise InputError(f"{given.files[0]}: holds isolated atoms only; give frames to validate on.")
@@ -84,33 +123,55 @@ def read_dataset(config: DataConfig, magnetism: MagnetismConfig | None = None) -
     train = Split(train_frames, found.files, found.sha256, found.keys)
     tests = {}
     for source, name in zip(config.test, _test_names(config.test), strict=True):
-        given = _read(config, [source], ("energy",), f"{name} data", magnetic, found.keys)
+        given = read([source], ("energy",), f"{name} data", found.keys)
         tests[name] = Split(given.frames, given.files, given.sha256, given.keys)
     if magnetism is not None and magnetism.layer == "spin":
         inputs = resolved_inputs(magnetism.inputs, found.keys)
-        train, valid = (part._replace(frames=with_spins(part.frames, inputs)) for part in (train, valid))
-        tests = {name: part._replace(frames=with_spins(part.frames, inputs)) for name, part in tests.items()}
+        train, valid = (part._replace(frames=_with_state(part.frames, inputs)) for part in (train, valid))
+        tests = {name: part._replace(frames=_with_state(part.frames, inputs)) for name, part in tests.items()}
     return Dataset(train, valid, tests, isolated)
+
+
+def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:
+    """The frames with the magnetic state that the layer is given, whether they are in memory or on disk.
+
+    Raises:
+        InputError: as :func:`with_spins`.
+    """
+    if not isinstance(frames, StoredFrames):
+        return with_spins(frames, inputs)
+    found = frames.with_spins(inputs)
+    if not frames.all_have("spins" if inputs == "initial" else "moments"):
+        for _ in found:
+            pass  # names the frame that has none
+    return found
+
+
+_Reader = Callable[[Sequence[str], LabelKeys, Sequence[Label], str], FrameSet]
+
+
+def _in_memory(sources: Sequence[str], asked: LabelKeys, require: Sequence[Label], name: str) -> FrameSet:
+    keys = {f"{label}_key": key for label, key in asked._asdict().items()}
+    return read_frames(list(sources), **keys, require=require, name=name)
+
+
+def _streamed(config: DataConfig, progress: Callable[[int], None] | None) -> _Reader:
+    folder = path_of(config.store) if config.store is not None else cache_folder("streams")
+    return partial(stream_frames, folder=folder, workers=worker_count(config.workers), progress=progress)
 
 
 def _read(
     config: DataConfig,
+    reader: _Reader,
+    magnetic: bool,
     sources: Sequence[str],
     require: Sequence[Label],
     name: str,
-    magnetic: bool,
     expected: LabelKeys | None = None,
 ) -> FrameSet:
-    found = read_frames(
-        list(sources),
-        energy_key=config.energy_key,
-        forces_key=config.forces_key,
-        stress_key=config.stress_key,
-        moments_key=config.moments_key if magnetic else NONE,
-        spins_key=config.spins_key if magnetic else NONE,
-        require=require,
-        name=name,
-    )
+    unasked = () if magnetic else ("moments", "spins")
+    asked = LabelKeys(*(NONE if name in unasked else getattr(config, f"{name}_key") for name in LabelKeys._fields))
+    found = reader(sources, asked, require, name)
     for label, ours, theirs in zip(LabelKeys._fields, found.keys, expected or found.keys, strict=True):
         if ours != theirs and None not in (ours, theirs):
             warn(

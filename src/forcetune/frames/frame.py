@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ class LabelKeys(NamedTuple):
 class FrameSet:
     """Frames read together, the label keys they were read with, and the hash of the files."""
 
-    frames: tuple[Frame, ...]
+    frames: Sequence[Frame]
     keys: LabelKeys
     files: tuple[str, ...]
     sha256: str

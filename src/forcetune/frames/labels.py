@@ -72,6 +72,7 @@ class RawFrame:
         results: what stands in the results of the calculator, unconstrained.
         moved: the results were names in an extended-XYZ file.
         stale: the calculator has results, but of another structure.
+        count: frames that this one stands for, itself included.
     """
 
     atoms: Atoms
@@ -80,6 +81,7 @@ class RawFrame:
     results: dict[str, Any]
     moved: bool = False
     stale: bool = False
+    count: int = 1
 
 
 def raw_frame(atoms: Atoms, origin: Origin, *, moved: bool = False, in_memory: bool = False) -> RawFrame:
@@ -134,7 +136,7 @@ def label_under(raw: RawFrame, label: Label, key: str) -> Any:
     return raw.results.get(key) if value is None else value
 
 
-def _own(raw: RawFrame, label: Label, key: str) -> Any:
+def own_label(raw: RawFrame, label: Label, key: str) -> Any:
     """What a frame holds under exactly this key, or None."""
     if key == CALCULATOR:
         return None if raw.moved else raw.results.get(_NAMES_IN_RESULTS.get(label, label))
@@ -147,7 +149,7 @@ def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool,
     Raises:
         InputError: the label is required, or its key was asked for, and no frame has it.
     """
-    needed = required and not all(_may_lack(raw, label) for raw in raws)
+    needed = required and not all(may_lack(raw, label) for raw in raws)
     if key == NONE:
         if required:
             raise InputError(f"{name}: {label}_key is 'none', but {label} labels are needed; name their key.")
@@ -155,13 +157,13 @@ def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool,
     if key != AUTO:
         if any(label_under(raw, label, key) is not None for raw in raws):
             return key
-        if all(_may_lack(raw, label) for raw in raws):
+        if all(may_lack(raw, label) for raw in raws):
             return None
         raise InputError(
             f"{name} ({_files(raws)}): no frame has {label} under '{key}'; {_listing(raws)} "
             f"Set {label}_key to the right one."
         )
-    present = [c for c in CANDIDATES[label] if any(_own(raw, label, c) is not None for raw in raws)]
+    present = [c for c in CANDIDATES[label] if any(own_label(raw, label, c) is not None for raw in raws)]
     if not present:
         if not needed:
             return None
@@ -181,7 +183,7 @@ def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool,
 def _differs(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) -> bool:
     """Whether some frame holds both keys with different values, so that the choice matters."""
     for raw in raws:
-        ours, theirs = label_under(raw, label, chosen), _own(raw, label, other)
+        ours, theirs = label_under(raw, label, chosen), own_label(raw, label, other)
         if ours is None or theirs is None or ours is theirs:
             continue
         try:
@@ -193,7 +195,13 @@ def _differs(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) ->
     return False
 
 
-def _may_lack(raw: RawFrame, label: Label) -> bool:
+def differing(label: Label, keys: Sequence[str], raw: RawFrame) -> frozenset[tuple[str, str]]:
+    """The pairs of these keys under which a frame holds different values."""
+    pairs = [(one, other) for index, one in enumerate(keys) for other in keys[index + 1 :]]
+    return frozenset(pair for pair in pairs if _differs(label, *pair, [raw]))
+
+
+def may_lack(raw: RawFrame, label: Label) -> bool:
     """Forces of an isolated atom are zero and stress of a molecule is undefined: data leave them out."""
     if label == "forces":
         config_type = str(raw.named.get("config_type", "")).replace("_", "").lower()
@@ -203,19 +211,20 @@ def _may_lack(raw: RawFrame, label: Label) -> bool:
 
 def lacking(label: Label, key: str, raws: Sequence[RawFrame]) -> list[RawFrame]:
     """The frames that should have a label and do not."""
-    return [raw for raw in raws if label_under(raw, label, key) is None and not _may_lack(raw, label)]
+    return [raw for raw in raws if label_under(raw, label, key) is None and not may_lack(raw, label)]
 
 
 def _check_complete(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> None:
     missing = lacking(label, key, raws)
     if not missing:
         return
+    lack, total = (sum(raw.count for raw in some) for some in (missing, raws))
     if required:
         raise InputError(
-            f"{missing[0].origin} has no {label} under '{key}' ({len(missing)} of {len(raws)} frames lack "
+            f"{missing[0].origin} has no {label} under '{key}' ({lack} of {total} frames lack "
             f"it); {_listing(missing[:1])} Remove the frame or set {label}_key."
         )
-    warn(f"{name}: {len(missing)} of {len(raws)} frames have no {label} under '{key}', first {missing[0].origin}.")
+    warn(f"{name}: {lack} of {total} frames have no {label} under '{key}', first {missing[0].origin}.")
 
 
 def _listing(raws: Sequence[RawFrame]) -> str:

@@ -12,6 +12,7 @@ from ase.data import chemical_symbols
 
 from forcetune.errors import InputError
 from forcetune.files import sha256_of
+from forcetune.frames.chunks import structures_of
 from forcetune.frames.frame import FloatArray, Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import (
     AUTO,
@@ -24,7 +25,7 @@ from forcetune.frames.labels import (
     label_under,
     raw_frame,
 )
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, iterate
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
 
 _USUAL: tuple[Label, ...] = ("energy", "forces", "stress")
 _VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
@@ -68,7 +69,7 @@ def read_frames(
     for file in files:
         format_name = file_format(file)
         moved = format_name in XYZ_FORMATS
-        for index, atoms in enumerate(iterate(file, format_name)):
+        for index, atoms in enumerate(structures_of(file, format_name)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
     asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
     frames, keys = _label(raws, asked, require, name)

@@ -9,17 +9,20 @@ really to be learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
 from forcetune.errors import InputError
-from forcetune.frames.frame import FloatArray, Frame
+from forcetune.frames.frame import FloatArray, Frame, IntArray
 
 Mode = Literal["estimate", "model", "isolated", "average", "table"]
+
+BLOCK = 65_536
+"""Frames that are solved for at once; of more, blocks are reduced one after another."""
 
 ISOLATED_TOLERANCE = 1e-3
 """eV; two isolated atoms of one element that differ by more are a contradiction."""
@@ -75,14 +78,13 @@ def reference_energies(
     """
     if mode not in get_args(Mode):
         raise InputError(f"Reference energies '{mode}': choose one of {', '.join(get_args(Mode))}.")
-    labelled, predicted = _labelled(frames, model_energies)
     elements = tuple(sorted(model_references))
-    composition = composition_matrix(labelled, elements)
-    present = tuple(z for z, atoms_of in zip(elements, composition.sum(axis=0), strict=True) if atoms_of)
+    found = _labelled(frames, elements, model_energies)
+    present = tuple(z for z, occurs in zip(elements, found.occurring, strict=True) if occurs)
     if mode == "estimate":
-        energies = estimate(labelled, predicted, model_references)
+        energies = _estimate(found, model_references)
     elif mode == "average":
-        energies = average(labelled, model_references)
+        energies = _average(found, model_references)
     elif mode == "isolated":
         energies = isolated(isolated_frames, model_references, present)
     elif mode == "table":
@@ -91,14 +93,15 @@ def reference_energies(
         energies = {z: float(model_references[z]) for z in elements}
 
     shift = np.array([energies[z] - model_references[z] for z in elements])
-    atoms = composition.sum(axis=1)
-    residual = _energies(labelled) - predicted
+    atoms = found.counts.sum(axis=1, dtype=np.float64)
+    residual = found.energies - found.predicted
+    moved = np.concatenate([block @ shift for block, _ in _blocks(found.counts, residual)])
     return ReferenceEnergies(
         energies=energies,
         mode=mode,
         offset_before_mev_per_atom=float(np.mean(np.abs(residual) / atoms) * 1e3),
-        offset_after_mev_per_atom=float(np.mean(np.abs(residual - composition @ shift) / atoms) * 1e3),
-        rank=int(np.linalg.matrix_rank(composition)),
+        offset_after_mev_per_atom=float(np.mean(np.abs(residual - moved) / atoms) * 1e3),
+        rank=_rank(found.counts),
         n_elements=len(present),
     )
 
@@ -112,15 +115,20 @@ def composition_matrix(frames: Sequence[Frame], elements: Sequence[int]) -> Floa
     columns = np.asarray(elements, dtype=np.int64)
     matrix = np.zeros((len(frames), len(columns)))
     for row, frame in enumerate(frames):
-        counts = np.bincount(frame.numbers, minlength=len(chemical_symbols))
-        matrix[row] = counts[columns]
-        if matrix[row].sum() != len(frame):
-            unknown = sorted(set(frame.numbers.tolist()) - set(columns.tolist()))
-            raise InputError(
-                f"{frame.origin}: holds {_symbols(unknown)}, which the model does not know; "
-                "remove the frame or choose a model with these elements."
-            )
+        matrix[row] = _counts(frame, columns)
     return matrix
+
+
+def _counts(frame: Frame, columns: IntArray) -> IntArray:
+    """(elements,) atoms of each element."""
+    counts = np.bincount(frame.numbers, minlength=len(chemical_symbols))[columns]
+    if counts.sum() != len(frame):
+        unknown = sorted(set(frame.numbers.tolist()) - set(columns.tolist()))
+        raise InputError(
+            f"{frame.origin}: holds {_symbols(unknown)}, which the model does not know; "
+            "remove the frame or choose a model with these elements."
+        )
+    return counts
 
 
 def estimate(
@@ -142,13 +150,12 @@ def estimate(
     Raises:
         InputError: no frame has an energy, or one holds an element that the model does not know.
     """
-    labelled, predicted = _labelled(frames, model_energies)
-    elements = tuple(sorted(model_references))
-    composition = composition_matrix(labelled, elements)
-    atoms = composition.sum(axis=1)
-    residual = _energies(labelled) - predicted
-    shift, *_ = np.linalg.lstsq(composition / atoms[:, None], residual / atoms, rcond=None)
-    return {z: float(model_references[z] + change) for z, change in zip(elements, shift, strict=True)}
+    return _estimate(_labelled(frames, tuple(sorted(model_references)), model_energies), model_references)
+
+
+def _estimate(found: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
+    shift = _least_squares(found.counts, found.energies - found.predicted, per_atom=True)
+    return {z: float(model_references[z] + change) for z, change in zip(sorted(model_references), shift, strict=True)}
 
 
 def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> dict[int, float]:
@@ -160,14 +167,52 @@ def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> d
     Raises:
         InputError: no frame has an energy, or one holds an element that the model does not know.
     """
-    labelled = _with_energy(frames)
-    elements = tuple(sorted(model_references))
-    composition = composition_matrix(labelled, elements)
-    fitted, *_ = np.linalg.lstsq(composition, _energies(labelled), rcond=None)
+    return _average(_labelled(frames, tuple(sorted(model_references))), model_references)
+
+
+def _average(found: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
+    fitted = _least_squares(found.counts, found.energies, per_atom=False)
     return {
-        z: float(value if atoms_of else model_references[z])
-        for z, value, atoms_of in zip(elements, fitted, composition.sum(axis=0), strict=True)
+        z: float(value if occurs else model_references[z])
+        for z, value, occurs in zip(sorted(model_references), fitted, found.occurring, strict=True)
     }
+
+
+def _blocks(counts: np.ndarray, values: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
+    for start in range(0, len(counts), BLOCK):
+        yield counts[start : start + BLOCK].astype(np.float64), values[start : start + BLOCK]
+
+
+def _triangle(counts: np.ndarray, values: FloatArray, per_atom: bool = False) -> FloatArray:
+    """R of the QR decomposition of [C | values], block by block, each row over the atoms of its frame if asked."""
+    triangle = np.zeros((0, counts.shape[1] + 1))
+    for block, own in _blocks(counts, values):
+        rows = np.column_stack((block, own))
+        rows = rows / block.sum(axis=1)[:, None] if per_atom else rows
+        triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"), dtype=np.float64)
+    return triangle
+
+
+def _least_squares(counts: np.ndarray, values: FloatArray, *, per_atom: bool) -> FloatArray:
+    """x of smallest norm that minimises ‖C x − values‖², or the same with each row over the atoms of its frame.
+
+    More than :data:`BLOCK` frames are reduced to a triangle first, which has the same solution and singular values.
+    """
+    if len(counts) <= BLOCK:
+        composition = counts.astype(np.float64)
+        atoms = composition.sum(axis=1) if per_atom else np.ones(len(counts))
+        return np.asarray(np.linalg.lstsq(composition / atoms[:, None], values / atoms, rcond=None)[0], np.float64)
+    triangle = _triangle(counts, values, per_atom)
+    tolerance = np.finfo(np.float64).eps * max(counts.shape)
+    return np.asarray(np.linalg.lstsq(triangle[:, :-1], triangle[:, -1], rcond=tolerance)[0], np.float64)
+
+
+def _rank(counts: np.ndarray) -> int:
+    """Of the composition matrix."""
+    if len(counts) <= BLOCK:
+        return int(np.linalg.matrix_rank(counts.astype(np.float64)))
+    triangle = _triangle(counts, np.zeros(len(counts)))[:, :-1]
+    return int(np.linalg.matrix_rank(triangle, rtol=np.finfo(np.float64).eps * max(counts.shape)))
 
 
 def isolated(
@@ -240,34 +285,51 @@ def _atomic_number(key: str | int) -> int:
     return z
 
 
-def _with_energy(frames: Sequence[Frame]) -> list[Frame]:
-    labelled = [frame for frame in frames if frame.energy is not None]
-    if not labelled:
-        raise InputError("Reference energies: no frame has an energy; give data with energies or keep 'model'.")
-    return labelled
+class _Labelled(NamedTuple):
+    """The frames that have an energy.
+
+    Attributes:
+        counts: (frames, elements) atoms of each element.
+        energies, predicted: (frames,), eV; of labels and of the model, which are zero where there is none.
+    """
+
+    counts: np.ndarray
+    energies: FloatArray
+    predicted: FloatArray
+
+    @property
+    def occurring(self) -> list[bool]:
+        """(elements,) whether there is an atom of it."""
+        return (self.counts.sum(axis=0) > 0).tolist()
 
 
-def _labelled(frames: Sequence[Frame], model_energies: Sequence[float] | FloatArray) -> tuple[list[Frame], FloatArray]:
-    """The frames with an energy, and what the model predicts for them."""
-    predicted = np.asarray(model_energies, dtype=np.float64)
+def _labelled(
+    frames: Sequence[Frame], elements: Sequence[int], model_energies: Sequence[float] | FloatArray | None = None
+) -> _Labelled:
+    """One pass over the frames, which may be on disk."""
+    predicted = np.zeros(len(frames)) if model_energies is None else np.asarray(model_energies, dtype=np.float64)
     if predicted.shape != (len(frames),):
         raise ValueError(f"model_energies: shape {predicted.shape}, expected ({len(frames)},)")
-    kept = np.array([frame.energy is not None for frame in frames], dtype=bool)
-    labelled = _with_energy(frames)
-    predicted = predicted[kept]
-    if not np.isfinite(predicted).all():
-        frame = labelled[int(np.argmax(~np.isfinite(predicted)))]
-        raise InputError(f"{frame.origin}: the model's energy is not finite; look for atoms on top of each other.")
-    return labelled, predicted
+    columns = np.asarray(elements, dtype=np.int64)
+    counts = np.zeros((len(frames), len(columns)), dtype=np.uint32)
+    energies = np.full(len(frames), np.nan)
+    for row, frame in enumerate(frames):
+        if frame.energy is not None:
+            counts[row] = _counts(frame, columns)
+            energies[row] = frame.energy
+            if not np.isfinite(predicted[row]):
+                raise InputError(
+                    f"{frame.origin}: the model's energy is not finite; look for atoms on top of each other."
+                )
+    kept = ~np.isnan(energies)
+    if not kept.any():
+        raise InputError("Reference energies: no frame has an energy; give data with energies or keep 'model'.")
+    return _Labelled(counts[kept], energies[kept], predicted[kept])
 
 
 def _energy(frame: Frame) -> float:
     assert frame.energy is not None
     return frame.energy
-
-
-def _energies(frames: Sequence[Frame]) -> FloatArray:
-    return np.array([_energy(frame) for frame in frames], dtype=np.float64)
 
 
 def _symbols(numbers: Sequence[int]) -> str:

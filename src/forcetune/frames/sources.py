@@ -5,16 +5,17 @@ from __future__ import annotations
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import ase.db
 import ase.io
 from ase import Atoms
+from ase.db.row import AtomsRow
 from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
 
-from forcetune.errors import InputError, warn
+from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.files import path_of
 from forcetune.frames import mptrj
 from forcetune.frames.frame import Origin
@@ -22,10 +23,13 @@ from forcetune.frames.mptrj import is_mptrj
 from forcetune.parsing import check_unpacked
 
 XYZ_FORMATS = frozenset({"extxyz", "xyz"})
+ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".aselmdb": "aselmdb", ".lmdb": "aselmdb", ".mdb": "aselmdb"}
 DATABASE_FORMATS = frozenset({"db", "json"})
 
 
 _LONGEST_LINE = 16 * 2**20
+_LARGEST_FRAME = 512 * 2**20
+_MOST_LINES = 10_000_000
 _MOST_COLUMNS = 10_000
 COMPRESSED = frozenset({".gz", ".bz2", ".xz"})
 
@@ -81,11 +85,13 @@ def _check_readable(path: Path) -> None:
 
 
 def file_format(path: Path) -> str:
-    """ASE's name for the format of a file.
+    """ASE's name for the format of a file, or ``hdf5`` or ``aselmdb``, which are read without ASE.
 
     Raises:
         InputError: ASE does not know it.
     """
+    if path.suffix in ENDINGS:
+        return ENDINGS[path.suffix]
     if is_mptrj(path):
         return mptrj.FORMAT
     try:
@@ -107,9 +113,27 @@ def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
         yield from mptrj.iterate_mptrj(path)
         return
     if format_name in XYZ_FORMATS:
-        _check_xyz(path)
-    structures = _structures(path, format_name)
+        check_xyz(path)
     count = 0
+    for atoms in guarded(path, _structures(path, format_name)):
+        yield atoms
+        count += 1
+    if count == 0:
+        raise no_frames(path, format_name)
+
+
+def no_frames(path: Path, format_name: str) -> InputError:
+    """Of a file that is none, or has none."""
+    return InputError(f"{path}: holds no frames ({format_name} format); write it again.")
+
+
+def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator[Atoms]:
+    """The structures of a reader of another library, of which the first is frame ``start`` of the file.
+
+    Raises:
+        InputError: whatever the reader raises, told in one sentence with the frame reached.
+    """
+    count = start
     while True:
         try:
             atoms = next(structures)
@@ -117,6 +141,8 @@ def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
             break
         except UnknownFileTypeError as error:
             raise _unknown_format(path) from error
+        except ForcetuneError:
+            raise
         except Exception as error:
             # ASE's readers raise KeyError, ValueError, OSError, sqlite3 and json errors, … for a damaged file
             raise InputError(
@@ -125,8 +151,6 @@ def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
             ) from error
         yield atoms
         count += 1
-    if count == 0:
-        raise InputError(f"{path}: holds no frames ({format_name} format); write it again.")
 
 
 def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
@@ -140,24 +164,65 @@ def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
 
 
 def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
-    """Rows of an ASE database, with their key-value pairs and data, which ``ase.io`` leaves behind."""
-    kind = "extract_from_name" if path.suffix == ".aselmdb" else format_name
-    for row in ase.db.connect(str(path), type=kind, serial=True).select():
-        atoms = row.toatoms()
-        atoms.info.update(row.data)
-        atoms.info.update(row.key_value_pairs)
-        yield atoms
+    return (structure_of(row) for row in ase.db.connect(str(path), type=format_name, serial=True).select())
 
 
-def _check_xyz(path: Path) -> None:
+def structure_of(row: AtomsRow) -> Atoms:
+    """A row of an ASE database with its key-value pairs and data, which ``ase.io`` leaves behind."""
+    atoms = row.toatoms()
+    atoms.info.update(row.data)
+    atoms.info.update(row.key_value_pairs)
+    return atoms
+
+
+def check_xyz(path: Path) -> None:
     """Walk the skeleton of an XYZ file: ASE stops silently at a blank line and reports no position.
 
     Raises:
         InputError: a frame is cut short, or something else stands where a number of atoms is expected.
     """
+    for _ in _walk(path, lambda _: None):
+        pass
+
+
+def xyz_texts(path: Path) -> Iterator[str]:
+    """The text of each frame of an XYZ file, one at a time.
+
+    Raises:
+        InputError: as :func:`check_xyz`, or the text of one frame is larger than any frame is.
+    """
+    kept: list[str] = []
+    size = 0
+
+    def keep(line: str) -> None:
+        nonlocal size
+        size += len(line)
+        if size > _LARGEST_FRAME or len(kept) > _MOST_LINES:
+            raise ValueError("it has a frame that is larger than memory should hold")
+        kept.append(line)
+
+    for _ in _walk(path, keep):
+        # the first line of the next frame, if there is one, was kept, too
+        *own, following = kept
+        yield "".join(own)
+        kept, size = [following], len(following)
+    if kept:
+        yield "".join(kept)
+
+
+def _walk(path: Path, keep: Callable[[str], None]) -> Iterator[None]:
+    """Walk through an XYZ file; yields where a frame ends and the first line of the next has been read.
+
+    Args:
+        path: the file.
+        keep: called with every line that belongs to a frame.
+
+    Raises:
+        InputError: as :func:`check_xyz`.
+    """
     try:
         with open_with_compression(str(path), "rt") as stream:
-            _walk_xyz(path, enumerate(_lines(path, stream), start=1))
+            yield from _walk_xyz(path, enumerate(_lines(path, stream), start=1), keep)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
 
@@ -178,7 +243,7 @@ def _lines(path: Path, stream: IO[Any]) -> Iterator[str]:
         yield line
 
 
-def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
+def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]], keep: Callable[[str], None]) -> Iterator[None]:
     frame, vectors = 0, 3  # no lattice vectors before the first frame
     for line_number, line in lines:
         words = line.split()
@@ -192,6 +257,7 @@ def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
             )
         if words[0].startswith("VEC") and vectors < 3:
             vectors += 1
+            keep(line)
             continue
         if len(words) > 1 or not re.fullmatch("[0-9]{1,18}", words[0]):
             raise InputError(
@@ -200,8 +266,16 @@ def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]]) -> None:
                 "or this is no XYZ file."
             )
         atoms = int(words[0])
-        _check_columns(path, frame, next(lines, (0, ""))[1])
-        missing = atoms - sum(1 for _ in zip(range(atoms), lines, strict=False))
+        keep(line)
+        if frame:
+            yield
+        comment = next(lines, (0, ""))[1]
+        _check_columns(path, frame, comment)
+        keep(comment)
+        missing = atoms
+        for _, (_, own) in zip(range(atoms), lines, strict=False):
+            keep(own)
+            missing -= 1
         if missing > 0 and atoms > 0:
             raise InputError(
                 f"{Origin(str(path), frame)}: the file ends after {atoms - missing} of the frame's "

@@ -9,12 +9,13 @@ import numpy as np
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import Frame
+from forcetune.frames.stored import StoredFrames
 
 ISOLATION_DISTANCE = 8.0
 """Å; a lone atom whose periodic images are nearer than this is a crystal, not an isolated atom."""
 
 
-def split(frames: Sequence[Frame], valid: float | int, seed: int = 123) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
+def split(frames: Sequence[Frame], valid: float | int, seed: int = 123) -> tuple[Sequence[Frame], Sequence[Frame]]:
     """Split frames at random into training and validation, the same way for the same seed.
 
     The indices are shuffled by ``np.random.default_rng(seed)``; the last ones validate. With a fraction this
@@ -38,6 +39,9 @@ def split(frames: Sequence[Frame], valid: float | int, seed: int = 123) -> tuple
     # a list and not an array: the published split shuffles a list
     np.random.default_rng(seed).shuffle(indices)
     boundary = len(frames) - count
+    if isinstance(frames, StoredFrames):
+        order = frames.indices[np.array(indices)]
+        return frames.take(order[:boundary]), frames.take(order[boundary:])
     return tuple(frames[i] for i in indices[:boundary]), tuple(frames[i] for i in indices[boundary:])
 
 
@@ -62,7 +66,7 @@ def _validation_count(total: int, valid: float | int) -> int:
     return count
 
 
-def separate_isolated(frames: Sequence[Frame]) -> tuple[tuple[Frame, ...], tuple[Frame, ...]]:
+def separate_isolated(frames: Sequence[Frame]) -> tuple[Sequence[Frame], Sequence[Frame]]:
     """Take isolated atoms out of the data, because their energies are references and not examples.
 
     An isolated atom is a frame of one atom with an energy and no periodic image nearer than
@@ -71,12 +75,15 @@ def separate_isolated(frames: Sequence[Frame]) -> tuple[tuple[Frame, ...], tuple
     Returns:
         the other frames and the isolated atoms, each in the order given.
     """
-    isolated = [_is_isolated(frame) for frame in frames]
+    if isinstance(frames, StoredFrames):
+        return frames.take(frames.indices[~frames.alone]), frames.take(frames.indices[frames.alone])
+    isolated = [is_isolated(frame) for frame in frames]
     others = tuple(frame for frame, alone in zip(frames, isolated, strict=True) if not alone)
     return others, tuple(frame for frame, alone in zip(frames, isolated, strict=True) if alone)
 
 
-def _is_isolated(frame: Frame) -> bool:
+def is_isolated(frame: Frame) -> bool:
+    """Whether a frame is an isolated atom as :func:`separate_isolated` means it."""
     if len(frame) != 1 or frame.energy is None:
         return False
     vectors = frame.cell[frame.pbc]

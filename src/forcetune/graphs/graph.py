@@ -9,14 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcetune.errors import InputError
-from forcetune.frames.frame import FloatArray, Frame
-from forcetune.frames.neighbours import neighbours
-
-_LARGEST_EXTENT = 1000.0
-_MOST_IMAGES = 1e6
-_MOST_EDGES = 1e9
-_MOST_BOXES = 1e8
+from forcetune.frames.frame import FloatArray, Frame, IntArray
+from forcetune.graphs.edges import edges_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,51 +79,17 @@ class Batch:
         return replace(self, weight=torch.full_like(self.weight, weight))
 
 
-def _check_extent(frame: Frame, cutoff: float) -> None:
-    """
-    Raises:
-        InputError: the frame is so large, or its cell so small, that its neighbours would exhaust memory.
-    """
-    pbc = frame.pbc
-    if not pbc.all():
-        # in open directions the box is as large as the frame
-        extent = float(np.ptp(frame.positions, axis=0).max())
-        if not extent < _LARGEST_EXTENT:
-            raise InputError(
-                f"{frame.origin}: its atoms are {extent:.3g} Å apart; bring them together, or give the frame the cell "
-                "it has."
-            )
-    _, crowd = np.unique(np.floor(frame.positions / cutoff), axis=0, return_counts=True)
-    if not float((crowd.astype(float) ** 2).sum()) < _MOST_EDGES:
-        raise InputError(f"{frame.origin}: {crowd.max()} of its atoms are in one place; mend or remove the frame.")
-    if pbc.any():
-        vectors = frame.cell[pbc]
-        spanned = float(np.sqrt(np.linalg.det(vectors @ vectors.T)))
-        images = (2 * cutoff) ** len(vectors) / spanned if spanned > 0 else np.inf
-        boxes = float(np.prod(np.linalg.norm(vectors, axis=1)) / cutoff ** len(vectors))
-        if not images * len(frame) ** 2 < _MOST_EDGES or not images < _MOST_IMAGES or not boxes < _MOST_BOXES:
-            lengths = ", ".join(f"{length:.3g}" for length in np.linalg.norm(vectors, axis=1))
-            raise InputError(
-                f"{frame.origin}: a cell with vectors of {lengths} Å makes no sense for {len(frame)} atoms and a "
-                f"cutoff of {cutoff:g} Å; mend it."
-            )
-
-
 def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
     """The graph of one frame as a batch of one.
 
     Raises:
-        InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others, or
-            so large that its neighbours would exhaust memory.
+        InputError: as :func:`edges_of`.
     """
-    pbc = frame.pbc
-    if pbc.any() and np.linalg.matrix_rank(frame.cell[pbc]) < pbc.sum():
-        raise InputError(
-            f"{frame.origin}: periodic, but its lattice vectors are zero or linearly dependent; "
-            "give the frame a cell or set pbc to F F F."
-        )
-    _check_extent(frame, cutoff)
-    edge_index, unit_shifts = neighbours(frame.positions, frame.cell, pbc, cutoff)
+    return graph_with(frame, *edges_of(frame, cutoff), dtype)
+
+
+def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtype: torch.dtype) -> Batch:
+    """The graph of one frame whose neighbours are known."""
     atoms = len(frame)
 
     def label(value: FloatArray | float | None, shape: tuple[int, ...], dtype: torch.dtype = dtype) -> Tensor:

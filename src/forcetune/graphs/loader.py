@@ -10,10 +10,16 @@ import torch
 from forcetune import parallel
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, collate
+from forcetune.graphs.stored import StoredGraphs, sizes_of
+
+WINDOW = 256
+"""Frames among which :func:`pack_tightly` looks for one that fits."""
+
+Sizes = Sequence[tuple[int, int]] | np.ndarray
 
 
 def pack(
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sizes,
     order: Sequence[int],
     batch_size: int,
     batch_atoms: int | None = None,
@@ -48,6 +54,67 @@ def pack(
     return batches
 
 
+def pack_tightly(
+    sizes: Sizes,
+    order: Sequence[int] | np.ndarray,
+    batch_atoms: int | None = None,
+    batch_edges: int | None = None,
+    window: int = WINDOW,
+) -> list[list[int]]:
+    """Fill batches to a budget of atoms and edges from a window that moves along ``order``.
+
+    A batch begins with the frame that has waited longest. Then it takes, as long as something fits, the frame of the
+    window that needs most of the budget. So each frame comes once, at most some windows later than its place.
+
+    Args:
+        sizes: (atoms, edges) of each graph.
+        order: indices of the graphs in the order in which they come into the window.
+        batch_atoms, batch_edges: budgets; no frame exceeds them.
+        window: frames to choose from.
+    """
+    budgets = np.array([np.inf if budget is None else budget for budget in (batch_atoms, batch_edges)])
+    indices = np.asarray(order, dtype=np.int64)
+    needs = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)[indices]
+    shares = np.where(np.isfinite(budgets), needs / budgets, 0.0).max(axis=1)
+    waiting = np.arange(min(window, len(indices)))
+    coming = len(waiting)
+    batches: list[list[int]] = []
+    while len(waiting):
+        batch: list[int] = []
+        left = budgets
+        choice = 0
+        while choice >= 0:
+            taken = waiting[choice]
+            batch.append(int(indices[taken]))
+            left = left - needs[taken]
+            waiting = np.delete(waiting, choice)
+            if coming < len(indices):
+                waiting = np.append(waiting, coming)
+                coming += 1
+            fits = (needs[waiting] <= left).all(axis=1)
+            choice = int(np.argmax(np.where(fits, shares[waiting], -1.0))) if fits.any() else -1
+        batches.append(batch)
+    return batches
+
+
+def balanced(edges: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
+    """Cut the items of a batch into parts with nearly the same number of edges.
+
+    The item with most edges goes first, each to the part with fewest so far; as long as there are items, no part is
+    empty.
+
+    Returns:
+        for each part the places of its items, ascending.
+    """
+    loads = [(0, 0, part) for part in range(parts)]
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for place in sorted(range(len(edges)), key=lambda place: (-int(edges[place]), place)):
+        items, load, part = min(loads, key=lambda one: (one[0] > 0, one[1], one[0], one[2]))
+        found[part].append(place)
+        loads[part] = (items + 1, load + int(edges[place]), part)
+    return [sorted(part) for part in found]
+
+
 class BatchLoader:
     """Iterates over batches; shuffled anew every epoch from (seed, epoch) alone, so a resumed run sees the same order.
 
@@ -70,19 +137,24 @@ class BatchLoader:
     ) -> None:
         """
         Args:
-            graphs: one each, in the order of an epoch that is not shuffled.
-            batch_size, batch_atoms, batch_edges: as :func:`pack`.
+            graphs: one each, in the order of an epoch that is not shuffled; stored ones are read when their turn comes.
+            batch_size, batch_atoms, batch_edges: as :func:`pack`; shuffled batches with a budget are filled by
+                :func:`pack_tightly`.
             shuffle: take the graphs in a new order every epoch.
             seed: of the orders.
-            device: where the graphs are kept.
+            device: where the batches are, and graphs that are not stored.
             replay: further graphs, of which every epoch has others.
             replay_ratio: so many of them for each of ``graphs``, evenly between them.
 
         Raises:
             InputError: a single graph exceeds a budget.
         """
-        self.graphs = [graph.to(device=device) for graph in (*graphs, *replay)]
-        self.sizes = [(graph.n_atoms, graph.n_edges) for graph in self.graphs]
+        self.device = device
+        self._stored = isinstance(graphs, StoredGraphs)
+        kept = "cpu" if self._stored else device
+        self._graphs: Sequence[Batch] = graphs if self._stored else [graph.to(device=kept) for graph in graphs]
+        self._replay = [graph.to(device=kept) for graph in replay]
+        self.sizes = np.concatenate((sizes_of(graphs), sizes_of(self._replay)))
         self._own = len(graphs)
         self._replayed = max(1, round(replay_ratio * len(graphs))) if replay else 0
         self.batch_size = batch_size
@@ -92,22 +164,33 @@ class BatchLoader:
         self.seed = seed
         self.epoch = 0
         self._fixed: list[Batch] | None = None
-        for index, (atoms, edges) in enumerate(self.sizes):
-            for what, size, budget in (("atoms", atoms, batch_atoms), ("edges", edges, batch_edges)):
-                if budget is not None and size > budget:
-                    raise InputError(
-                        f"frame {index} of the set has {size} {what}, more than the budget of {budget} "
-                        f"(training.batch_{what}); raise it to at least {size}."
-                    )
+        self._planned: tuple[int, list[list[int]]] | None = None
+        for column, (what, budget) in enumerate((("atoms", batch_atoms), ("edges", batch_edges))):
+            if budget is not None and (over := self.sizes[:, column] > budget).any():
+                index = int(np.argmax(over))
+                size = self.sizes[index, column]
+                raise InputError(
+                    f"frame {index} of the set has {size} {what}, more than the budget of {budget} "
+                    f"(training.batch_{what}); raise it to at least {size}."
+                )
+
+    def graph(self, index: int) -> Batch:
+        """The graph of this number, those for replay behind the others."""
+        return self._graphs[index] if index < self._own else self._replay[index - self._own]
 
     def _replay_of_epoch(self) -> np.ndarray:
         """Indices of this epoch's replay graphs: epoch after epoch goes on in one endless series of permutations."""
-        start, own, count = self.epoch * self._replayed, self._own, len(self.graphs) - self._own
+        start, own, count = self.epoch * self._replayed, self._own, len(self._replay)
         rounds = range(start // count, (start + self._replayed - 1) // count + 1)
         series = np.concatenate([np.random.default_rng((self.seed, index, 1)).permutation(count) for index in rounds])
         return own + series[start % count :][: self._replayed]
 
     def _batches(self) -> list[list[int]]:
+        if self._planned is None or self._planned[0] != self.epoch:
+            self._planned = (self.epoch, self._plan())
+        return self._planned[1]
+
+    def _plan(self) -> list[list[int]]:
         order = np.arange(self._own)
         if self.shuffle:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
@@ -115,7 +198,10 @@ class BatchLoader:
             mixed = np.concatenate((order, self._replay_of_epoch()))
             places = [(np.arange(count) + 0.5) / count for count in (self._own, self._replayed)]
             order = mixed[np.argsort(np.concatenate(places), kind="stable")]
-        return pack(self.sizes, [int(i) for i in order], self.batch_size, self.batch_atoms, self.batch_edges)
+        budget = self.batch_atoms is not None or self.batch_edges is not None
+        if self.shuffle and budget:
+            return pack_tightly(self.sizes, order, self.batch_atoms, self.batch_edges)
+        return pack(self.sizes, order.tolist(), self.batch_size, self.batch_atoms, self.batch_edges)
 
     @property
     def n_batches(self) -> int:
@@ -125,13 +211,24 @@ class BatchLoader:
         """
         return len(self._batches())
 
+    def _collated(self, indices: Sequence[int]) -> Batch:
+        found = collate([self.graph(i) for i in indices])
+        return found.to(device=self.device) if self._stored else found
+
     def __iter__(self) -> Iterator[Batch]:
         if self.shuffle:
+            here = parallel.place()
             for indices in self._batches():
-                mine = [self.graphs[i] for i in parallel.part_of(indices)]
+                if not parallel.joined():
+                    yield self._collated(indices)
+                    continue
+                mine = balanced(self.sizes[indices, 1], here.count)[here.rank]
                 # with fewer graphs than processes, some compute one that counts for nothing
-                yield collate(mine or [self.graphs[indices[0]].weighted(0.0)])
+                yield self._collated([indices[i] for i in mine]) if mine else self._collated(indices[:1]).weighted(0.0)
+            return
+        if self._stored:
+            yield from map(self._collated, self._batches())
             return
         if self._fixed is None:
-            self._fixed = [collate([self.graphs[i] for i in indices]) for indices in self._batches()]
+            self._fixed = [self._collated(indices) for indices in self._batches()]
         yield from self._fixed

@@ -33,28 +33,62 @@ def loss_of(
     Returns:
         A scalar in float64.
     """
-    atoms = batch.atoms_per_graph if config.energy_per_atom else 1
-    result = config.energy * _mean(config, prediction.energy / atoms, batch.energy / atoms, batch.weight, total)
-    if config.forces:
-        result = result + config.forces * _mean(
-            config, prediction.forces, batch.forces, batch.weight[batch.graph_index], total
-        )
-    if config.stress:
-        assert prediction.stress is not None
-        result = result + config.stress * _mean(config, prediction.stress, batch.stress, batch.weight, total)
-    if config.moments:
-        assert prediction.moments is not None
-        labels = moment_labels(prediction.moments, batch.moments)
-        result = result + config.moments * _mean(
-            config, prediction.moments, labels, batch.weight[batch.graph_index], total
-        )
+    return _joined([(term, total(weights)) for term, weights in _terms(config, prediction, batch)], config)
+
+
+class LossSums:
+    """The loss of frames that come batch after batch and are not kept: that of :func:`loss_of` for all of them."""
+
+    def __init__(self, config: LossConfig) -> None:
+        self.config = config
+        self.sums = torch.zeros((4, 2), dtype=torch.float64)
+
+    def add(self, prediction: Prediction, batch: Batch) -> None:
+        """Count a batch with what was predicted for it."""
+        terms = _terms(self.config, prediction, batch)
+        self.sums[: len(terms)] += torch.stack([torch.stack(term) for term in terms]).detach().cpu()
+
+    def loss(self) -> float:
+        """Over all batches so far."""
+        return float(_joined([(term, weights) for term, weights in self.sums.unbind()], self.config))
+
+
+def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
+    """The weighted sum of terms, each over its weights; the later ones may be left out."""
+    factors = (
+        config.energy,
+        *((config.forces,) if config.forces else ()),
+        *((config.stress,) if config.stress else ()),
+        *((config.moments,) if config.moments else ()),
+    )
+    parts = [
+        factor * (term / torch.where(whole > 0, whole, 1.0))
+        for factor, (term, whole) in zip(factors, terms, strict=False)
+    ]
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
     return result
 
 
-def _mean(
-    config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor, total: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The mean over entries that have a label, by the weight of their row; zero when none has."""
+def _terms(config: LossConfig, prediction: Prediction, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Of energy, forces, stress and moments, where they count: the sum over entries, and the sum of their weights."""
+    atoms = batch.atoms_per_graph if config.energy_per_atom else 1
+    found = [_sums(config, prediction.energy / atoms, batch.energy / atoms, batch.weight)]
+    if config.forces:
+        found.append(_sums(config, prediction.forces, batch.forces, batch.weight[batch.graph_index]))
+    if config.stress:
+        assert prediction.stress is not None
+        found.append(_sums(config, prediction.stress, batch.stress, batch.weight))
+    if config.moments:
+        assert prediction.moments is not None
+        labels = moment_labels(prediction.moments, batch.moments)
+        found.append(_sums(config, prediction.moments, labels, batch.weight[batch.graph_index]))
+    return found
+
+
+def _sums(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the errors of entries that have a label, by the weight of their row, and the sum of these weights."""
     missing = torch.isnan(label)
     values = torch.where(missing, 0.0, predicted - label).double()
     if config.form == "mse":
@@ -64,5 +98,4 @@ def _mean(
     else:
         values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
     weights = weight.view(-1, *[1] * (values.ndim - 1)) * ~missing
-    whole = total(weights.sum())
-    return (weights * values).sum() / torch.where(whole > 0, whole, 1.0)
+    return (weights * values).sum(), weights.sum()

@@ -16,10 +16,10 @@ from forcetune.adapters.attach import Sparsity, attached
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError
-from forcetune.evaluation.metrics import Errors, Predictions, gather
+from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
-from forcetune.training.losses import loss_of
+from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 
 _COUNTERS = (
@@ -40,6 +40,7 @@ class FineTuning(lightning.LightningModule):
         epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
         stopped: early stopping ended the run.
         shares_validation: every process validates on other frames.
+        keeps_validation: predictions are kept until a validation ends; otherwise only sums of them.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class FineTuning(lightning.LightningModule):
         self.steps_done = 0
         self.stopped = False
         self.shares_validation = False
+        self.keeps_validation = True
         self._epochs_before = 0
         self._optimizer_state: dict[str, Any] | None = None
         self._n_batches = 0
         self._losses: list[Tensor] = []
         self._validated: list[tuple[Batch, Prediction]] = []
+        self._counted = (LossSums(self.loss_config), Tally())
         self._during_validation = ExitStack()
 
     @property
@@ -205,16 +208,33 @@ class FineTuning(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         self._validated.clear()
+        self._counted = (LossSums(self.loss_config), Tally())
         self._during_validation.enter_context(self.averaged())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         found = self.backbone.predict(batch, stress=self.loss_config.stress > 0)
-        self._validated.append((batch.to(device="cpu"), found.detached().to(torch.device("cpu"))))
+        batch, found = batch.to(device="cpu"), found.detached().to(torch.device("cpu"))
+        if self.keeps_validation:
+            self._validated.append((batch, found))
+        else:
+            losses, errors = self._counted
+            losses.add(found, batch)
+            errors.add(Predictions.of(batch, found))
+
+    def _validation(self) -> tuple[float, Errors]:
+        """Loss and errors over the validation frames of all processes."""
+        if self.keeps_validation:
+            batch, found = gather(parallel.collected(self._validated) if self.shares_validation else self._validated)
+            return float(loss_of(self.loss_config, found, batch)), Predictions.of(batch, found).errors()
+        counted = parallel.collected([self._counted]) if self.shares_validation else [self._counted]
+        (losses, errors), *others = counted
+        for more_losses, more_errors in others:
+            losses.sums += more_losses.sums
+            errors.merge(more_errors)
+        return losses.loss(), errors.errors()
 
     def on_validation_epoch_end(self) -> None:
-        batch, found = gather(parallel.collected(self._validated) if self.shares_validation else self._validated)
-        self.valid_loss = float(loss_of(self.loss_config, found, batch))
-        self.valid_errors = Predictions.of(batch, found).errors()
+        self.valid_loss, self.valid_errors = self._validation()
         self.sparsity = self.adapter.sparsity()
         self.schedule.observe(self.valid_loss)
         self.waited += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from forcetune.adapters.attach import attached
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
-from forcetune.evaluation.metrics import EVALUATION_ATOMS, gather
+from forcetune.evaluation.metrics import evaluation_batches, gather
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.loader import BatchLoader
-from forcetune.training.losses import loss_of
+from forcetune.graphs.stored import StoredGraphs
+from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.replay import Replay
 
 PATIENCE = 5
@@ -65,7 +65,9 @@ def refine(
     adapter = attached(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    shares = _shares(training, replay, backbone)
+    shares = _Shares(training, replay, backbone)
+
+    validating = evaluation_batches(validation, backbone.device)
 
     def closure() -> Tensor:
         """The mean loss over all frames, batch by batch, with its gradient."""
@@ -79,8 +81,13 @@ def refine(
         return total
 
     def valid_loss() -> float:
-        pairs = [(b, backbone.predict(b, stress=loss.stress > 0).detached()) for b in _large(validation, backbone)]
-        batch, found = gather(pairs)
+        pairs = ((b, backbone.predict(b, stress=loss.stress > 0).detached()) for b in validating)
+        if isinstance(validation, StoredGraphs):
+            sums = LossSums(loss)
+            for batch, found in pairs:
+                sums.add(found, batch)
+            return sums.loss()
+        batch, found = gather(list(pairs))
         return float(loss_of(loss, found, batch))
 
     def kept() -> list[Tensor]:
@@ -109,19 +116,17 @@ def refine(
     return Refinement(iteration, best_iteration, losses[0], after, before, best_loss)
 
 
-def _shares(training: Sequence[Batch], replay: Replay | None, backbone: Backbone) -> list[tuple[Batch, float]]:
+class _Shares:
     """Batches with their share of the loss; all shares sum to 1."""
-    kinds: list[tuple[Sequence[Batch], float]] = [(training, 1.0)]
-    if replay is not None:
-        kinds.append((replay.graphs, replay.ratio * float(replay.graphs[0].weight[0])))
-    whole = sum(share for _, share in kinds)
-    return [
-        (batch, share / whole * batch.n_graphs / len(graphs))
-        for graphs, share in kinds
-        for batch in _large(graphs, backbone)
-    ]
 
+    def __init__(self, training: Sequence[Batch], replay: Replay | None, backbone: Backbone) -> None:
+        kinds: list[tuple[Sequence[Batch], float]] = [(training, 1.0)]
+        if replay is not None:
+            kinds.append((replay.graphs, replay.ratio * float(replay.graphs[0].weight[0])))
+        self.whole = sum(share for _, share in kinds)
+        self.kinds = [(evaluation_batches(graphs, backbone.device), share, len(graphs)) for graphs, share in kinds]
 
-def _large(graphs: Sequence[Batch], backbone: Backbone) -> BatchLoader:
-    budget = max(EVALUATION_ATOMS, max(graph.n_atoms for graph in graphs))
-    return BatchLoader(graphs, len(graphs), batch_atoms=budget, device=backbone.device)
+    def __iter__(self) -> Iterator[tuple[Batch, float]]:
+        for batches, share, count in self.kinds:
+            for batch in batches:
+                yield batch, share / self.whole * batch.n_graphs / count

@@ -1,4 +1,4 @@
-"""Training an attached adapter from graphs in memory."""
+"""Training an attached adapter from graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -23,6 +22,7 @@ from forcetune.errors import InputError
 from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
+from forcetune.graphs.stored import StoredGraphs, any_label, sizes_of
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning
 from forcetune.training.replay import Replay
@@ -89,6 +89,7 @@ def train(
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe)
     module.shares_validation = _shares_validation(validation)
+    module.keeps_validation = not isinstance(validation, StoredGraphs)
     if state is not None:
         module.load_training_state(state)
     callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
@@ -130,8 +131,7 @@ def _loaders(
         replay=() if replay is None else replay.graphs,
         replay_ratio=0.0 if replay is None else replay.ratio,
     )
-    largest = max(graph.n_atoms for graph in validation)
-    budget = max(EVALUATION_ATOMS, largest)
+    budget = max(EVALUATION_ATOMS, int(sizes_of(validation)[:, 0].max()))
     mine = parallel.part_of(validation) if _shares_validation(validation) else validation
     return loader, BatchLoader(mine, len(mine), batch_atoms=budget, device=backbone.device)
 
@@ -190,7 +190,7 @@ def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
     stages = [config.loss] + ([config.second_stage.loss] if config.second_stage.start is not None else [])
     for name in ("energy", "forces", "stress", "moments"):
         weight = max(getattr(stage, name) for stage in stages)
-        if weight > 0 and all(bool(torch.isnan(getattr(graph, name)).all()) for graph in graphs):
+        if weight > 0 and not any_label(graphs, name):
             raise InputError(
                 f"the loss weighs {name} by {weight:g}, but no training frame has {name} labels; "
                 f"set data.{name}_key, or training.loss.{name}=0."

@@ -26,7 +26,7 @@ class Examined:
         findings: in no particular order.
     """
 
-    frames: dict[str, tuple[Frame, ...]]
+    frames: dict[str, Sequence[Frame]]
     shapes: dict[str, list[Shape | None]]
     findings: list[Finding]
 
@@ -44,7 +44,7 @@ def examine_frames(
         cutoff: of the model, Å; None without one.
         progress: called after each frame that was measured.
     """
-    frames: dict[str, tuple[Frame, ...]] = {}
+    frames: dict[str, Sequence[Frame]] = {}
     findings: list[Finding] = []
     for name, found in sets.items():
         frames[name], isolated = separate_isolated(found)

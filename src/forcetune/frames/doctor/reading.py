@@ -11,11 +11,12 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.frames.chunks import structures_of
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames
 from forcetune.frames.frame import Frame, LabelKeys, Origin
 from forcetune.frames.labels import LABELS, NONE, Label, RawFrame, choose_key, label_under, lacking, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, iterate
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
 
 Source = str | Path
 
@@ -73,7 +74,7 @@ def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Find
         reached = 0
         try:
             format_name = file_format(file)
-            for index, atoms in enumerate(iterate(file, format_name)):
+            for index, atoms in enumerate(structures_of(file, format_name)):
                 reached = index + 1
                 yield raw_frame(atoms, Origin(str(file), index), moved=format_name in XYZ_FORMATS)
         except InputError as error:

@@ -1,0 +1,172 @@
+"""Files cut into pieces of some frames, which can be read apart from each other and by other processes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ase.db
+import ase.io
+from ase import Atoms
+
+from forcetune.errors import InputError
+from forcetune.frames import aselmdb, hdf5
+from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, structure_of, xyz_texts
+from forcetune.workers import WorkerDiedError, in_order
+
+Item = TypeVar("Item")
+
+CHUNK = 128
+"""Frames of a chunk, at most."""
+_CHUNK_TEXT = 4 * 2**20
+
+DANGEROUS = frozenset({"hdf5", "aselmdb"})
+"""Formats whose libraries may crash on a damaged file: they are read in another process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some neighbouring frames of a file.
+
+    Attributes:
+        path, format_name: of the file.
+        start: number of the first frame.
+        content: by format: the text of the frames; first and last id of rows (the end not included); name of a batch
+            with first frame and end; or the structures themselves.
+    """
+
+    path: Path
+    format_name: str
+    start: int
+    content: Any
+
+    def structures(self) -> Iterator[Atoms]:
+        """
+        Raises:
+            InputError: a frame is damaged.
+        """
+        if self.format_name in XYZ_FORMATS:
+            stream = io.StringIO(self.content)
+            found: Any = ase.io.iread(stream, ":", format=self.format_name, parallel=False)
+            return guarded(self.path, iter(found), self.start)
+        if self.format_name == "db":
+            return guarded(self.path, _rows(self.path, *self.content), self.start)
+        if self.format_name == "aselmdb":
+            return aselmdb.read_rows(self.path, *self.content, start=self.start)
+        if self.format_name == "hdf5":
+            return hdf5.read_groups(self.path, *self.content, start=self.start)
+        return iter(self.content)
+
+
+def chunks_of(path: Path, format_name: str) -> Iterator[Chunk]:
+    """The chunks of a file in order.
+
+    Raises:
+        InputError: the file is damaged or holds no frames.
+    """
+    start = 0
+    for count, content in _contents(path, format_name):
+        yield Chunk(path, format_name, start, content)
+        start += count
+    if start == 0:
+        raise no_frames(path, format_name)
+
+
+def structures_of(path: Path, format_name: str) -> Iterator[Atoms]:
+    """All structures of a file; those of a dangerous format are read by another process.
+
+    Raises:
+        InputError: as :func:`forcetune.frames.sources.iterate`.
+    """
+    if format_name not in DANGEROUS:
+        yield from iterate(path, format_name)
+        return
+    for found in safely(path, in_order(_listed, chunks_of(path, format_name), 1)):
+        yield from found
+
+
+def safely(path: Path, results: Iterator[Any]) -> Iterator[Any]:
+    """The results of workers that read a file of a dangerous format.
+
+    Raises:
+        InputError: the file made its reader die.
+    """
+    try:
+        yield from results
+    except WorkerDiedError as error:
+        raise crashed(path) from error
+
+
+def crashed(path: Path) -> InputError:
+    """Of a file of a dangerous format that made its reader die."""
+    return InputError(f"{path}: its reader crashed; the file is damaged, copy or write it again.")
+
+
+def _listed(chunk: Chunk) -> list[Atoms]:
+    return list(chunk.structures())
+
+
+def _contents(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
+    """The content of every chunk with its number of frames."""
+    if format_name in XYZ_FORMATS:
+        for texts in _bounded(xyz_texts(path)):
+            yield len(texts), "".join(texts)
+    elif format_name == "db":
+        for some in _some(guarded(path, _ids(path))):
+            yield len(some), (some[0], some[-1] + 1)
+    elif format_name == "aselmdb":
+        (ranges,) = safely(path, in_order(aselmdb.row_ids, [path], 1))
+        for first, end in ranges:
+            for low in range(first, end, CHUNK):
+                high = min(low + CHUNK, end)
+                yield high - low, (low, high)
+    elif format_name == "hdf5":
+        (groups,) = safely(path, in_order(hdf5.frame_groups, [path], 1))
+        for name, count in groups:
+            for low in range(0, count, CHUNK):
+                high = min(low + CHUNK, count)
+                yield high - low, (name, low, high)
+    else:
+        for some in _some(iterate(path, format_name)):
+            yield len(some), some
+
+
+def _some(items: Iterable[Item]) -> Iterator[list[Item]]:
+    left = iter(items)
+    while found := list(islice(left, CHUNK)):
+        yield found
+
+
+def _bounded(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Some frames at a time, fewer where they are large."""
+    kept: list[str] = []
+    for text in texts:
+        kept.append(text)
+        if len(kept) == CHUNK or sum(map(len, kept)) > _CHUNK_TEXT:
+            yield kept
+            kept = []
+    if kept:
+        yield kept
+
+
+def _connection(path: Path) -> Any:
+    return ase.db.connect(str(path), type="db", serial=True)
+
+
+def _ids(path: Path) -> Iterator[Any]:
+    """Of all rows of an SQLite database."""
+    # within the context all rows share one connection
+    with _connection(path) as database:
+        for row in database.select(columns=["id"], include_data=False):
+            yield row.id
+
+
+def _rows(path: Path, first: int, end: int) -> Iterator[Atoms]:
+    """Rows of an SQLite database with ids in a range."""
+    with _connection(path) as database:
+        for row in database.select([("id", ">=", first), ("id", "<", end)]):
+            yield structure_of(row)

@@ -1,0 +1,266 @@
+"""From files to frames on disk, by several processes and in memory that does not grow with their number.
+
+Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read, so
+that a store is found again by whoever reads the same, and never by another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from forcetune import parallel
+from forcetune.errors import ForcetuneWarning, InputError, warn
+from forcetune.files import sha256_of
+from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
+from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
+from forcetune.frames.labels import Label, RawFrame, choose_keys, raw_frame
+from forcetune.frames.read import check_structure, labelled_frame
+from forcetune.frames.rows import INDEX_NAME, RowReader, RowWriter
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.splits import is_isolated
+from forcetune.frames.stored import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
+from forcetune.frames.survey import Survey, survey_of
+from forcetune.workers import WorkerDiedError, in_order
+
+VERSION = 1
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A chunk to read, with the keys of the labels; None to look for labels only."""
+
+    chunk: Chunk
+    file: int
+    asked: LabelKeys
+    keys: LabelKeys | None
+
+
+@dataclass(slots=True)
+class _Part:
+    """What was read of a chunk: frames as rows, or why a label cannot be used."""
+
+    count: int
+    witnesses: list[RawFrame]
+    rows: list[bytes] = field(default_factory=list)
+    atoms: list[int] = field(default_factory=list)
+    alone: list[bool] = field(default_factory=list)
+    elements: list[tuple[int, ...]] = field(default_factory=list)
+    labelled: dict[str, int] = field(default_factory=dict)
+    error: InputError | None = None
+
+
+def stream_frames(
+    sources: Sequence[str],
+    asked: LabelKeys,
+    require: Sequence[Label],
+    name: str,
+    *,
+    folder: Path,
+    workers: int,
+    progress: Progress | None = None,
+) -> FrameSet:
+    """As :func:`forcetune.frames.read.read_frames`, but with frames that stay on disk.
+
+    Args:
+        sources: files and patterns.
+        asked, require, name: as there.
+        folder: of all stores.
+        workers: processes that read.
+        progress: called with the number of frames done.
+
+    Raises:
+        InputError: as there, or the folder cannot be written.
+    """
+    files = expand(list(sources))
+    digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    columns = [asdict(column) for column in FRAME_COLUMNS]
+    identity = [VERSION, digest, [str(file) for file in files], asked, list(require), name, columns]
+    place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
+
+    def make() -> None:
+        with new_store(place) as temporary:
+            _Building(files, asked, require, name, workers, progress or (lambda _: None)).carry_out(temporary)
+
+    parallel.made_once(place, make)
+    rows = RowReader(place)
+    for text in rows.facts["warnings"]:
+        warn(text)
+    keys = LabelKeys(**rows.facts["keys"])
+    return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
+
+
+@contextmanager
+def new_store(place: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes ``place`` when all is well, unless another process was faster.
+
+    Raises:
+        InputError: the folder cannot be written, or there is no room.
+    """
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
+            store = Path(scratch) / "store"
+            store.mkdir()
+            yield store
+            try:
+                store.replace(place)
+            except OSError:
+                if not place.exists():
+                    raise
+    except OSError as error:
+        raise InputError(
+            f"{place.parent}: streamed data cannot be written ({error.strerror}); set data.store to another folder."
+        ) from error
+
+
+class _Building:
+    """One pass over the files, with keys of labels that the first frames suggest; a second where they were wrong."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        asked: LabelKeys,
+        require: Sequence[Label],
+        name: str,
+        workers: int,
+        progress: Progress,
+    ) -> None:
+        self.files = [(file, file_format(file)) for file in files]
+        self.asked = asked
+        self.require = require
+        self.name = name
+        self.least = int(bool(DANGEROUS & {kind for _, kind in self.files}))
+        self.workers = max(workers, self.least)
+        self.progress = progress
+
+    def carry_out(self, folder: Path) -> None:
+        """
+        Raises:
+            InputError: as :func:`stream_frames`.
+        """
+        guess = self._guess()
+        survey, error = self._write(folder, guess)
+        keys, told = self._choice(survey)
+        if keys != guess:
+            _, error = self._write(folder, keys)
+        if error is not None:
+            raise error
+        index = folder / INDEX_NAME
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["facts"]["keys"] = keys._asdict()
+        content["facts"]["warnings"] = told
+        index.write_text(json.dumps(content), encoding="utf-8")
+
+    def _choice(self, survey: Survey) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and what is to be told whenever the store is opened."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
+            try:
+                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name)
+            except InputError as error:
+                refusal = error
+        texts = [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
+        if refusal is not None:
+            for text in texts:
+                warn(text)
+            raise refusal
+        return keys, texts
+
+    def _guess(self) -> LabelKeys | None:
+        """The keys by the first frames; None where they do not tell."""
+        survey = Survey(self.asked)
+        for part in islice(self._parts(None, min(self.workers, self.least)), 1):
+            survey.add(part.witnesses)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return choose_keys(survey.witnesses, self.asked, self.require, self.name)
+            except InputError:
+                return None
+
+    def _write(self, folder: Path, keys: LabelKeys | None) -> tuple[Survey, InputError | None]:
+        """Read everything; write the frames unless there is an error.
+
+        Returns:
+            what labels there are, and the first error in one.
+        """
+        survey, writer = Survey(self.asked), RowWriter(folder, FRAME_COLUMNS)
+        error: InputError | None = None
+        atoms, alone, kinds = array("i"), array("b"), array("i")
+        sets: dict[tuple[int, ...], int] = {}
+        labelled = dict.fromkeys(LABEL_FIELDS, 0)
+        try:
+            for part in self._parts(keys, self.workers):
+                survey.add(part.witnesses)
+                error = error or part.error
+                if error is None:
+                    writer.write(part.rows)
+                    atoms.extend(part.atoms)
+                    alone.extend(part.alone)
+                    kinds.extend(sets.setdefault(elements, len(sets)) for elements in part.elements)
+                    labelled = {name: count + part.labelled.get(name, 0) for name, count in labelled.items()}
+                self.progress(part.count)
+            facts = {
+                "files": [str(file) for file, _ in self.files],
+                "element_sets": [list(kind) for kind in sets],
+                "labelled": labelled,
+            }
+            numbers = {"atoms": np.array(atoms), "alone": np.array(alone, dtype=bool), "kind": np.array(kinds)}
+            writer.close(facts, numbers)
+        finally:
+            writer.abandon()
+        return survey, error
+
+    def _parts(self, keys: LabelKeys | None, workers: int) -> Iterator[_Part]:
+        tasks = (
+            _Task(chunk, number, self.asked, keys)
+            for number, (file, kind) in enumerate(self.files)
+            for chunk in chunks_of(file, kind)
+        )
+        try:
+            yield from in_order(_read, tasks, workers)
+        except WorkerDiedError as error:
+            if isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
+                raise crashed(error.task.chunk.path) from error
+            raise
+
+
+def _read(task: _Task) -> _Part:
+    """Read a chunk; runs in a worker."""
+    chunk = task.chunk
+    raws = []
+    for index, atoms in enumerate(chunk.structures(), chunk.start):
+        raw = raw_frame(atoms, Origin(str(chunk.path), index), moved=chunk.format_name in XYZ_FORMATS)
+        check_structure(raw)
+        raws.append(raw)
+    part = _Part(len(raws), survey_of(raws, task.asked))
+    if task.keys is None:
+        return part
+    try:
+        for raw in raws:
+            _add(part, labelled_frame(raw, task.keys), task.file)
+    except InputError as error:
+        part.error = error
+    return part
+
+
+def _add(part: _Part, frame: Frame, file: int) -> None:
+    part.rows.append(packed_frame(frame, file))
+    part.atoms.append(len(frame))
+    part.alone.append(is_isolated(frame))
+    part.elements.append(tuple(np.unique(frame.numbers).tolist()))
+    for name in LABEL_FIELDS:
+        part.labelled[name] = part.labelled.get(name, 0) + (getattr(frame, name) is not None)

@@ -1,0 +1,66 @@
+"""Which labels frames have, told by few of them: the choice of keys for a set that is not in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from forcetune.errors import InputError
+from forcetune.frames.labels import CANDIDATES, LABELS, LabelKeys, RawFrame, differing, label_under, may_lack, own_label
+
+_MOST_WITNESSES = 2000
+_MOST_NAMED = 200
+
+
+class Survey:
+    """Frames that differ in which labels they have, one of each kind with the number that it stands for.
+
+    What :func:`forcetune.frames.labels.choose_keys` says about :attr:`witnesses` it would say about all frames.
+    """
+
+    def __init__(self, asked: LabelKeys) -> None:
+        self.asked = asked
+        self._kinds: dict[Any, RawFrame] = {}
+
+    @property
+    def witnesses(self) -> list[RawFrame]:
+        """In the order in which they came."""
+        return list(self._kinds.values())
+
+    def add(self, raws: Iterable[RawFrame]) -> None:
+        """
+        Raises:
+            InputError: hardly two frames have the same labels.
+        """
+        for raw in raws:
+            kind = self._kind(raw)
+            known = self._kinds.get(kind)
+            if known is None:
+                self._kinds[kind] = raw
+            else:
+                self._kinds[kind] = replace(known, count=known.count + raw.count)
+            if len(self._kinds) > _MOST_WITNESSES:
+                raise InputError(
+                    f"{raw.origin}: the frames up to here have labels under more than {_MOST_WITNESSES:,} combinations "
+                    "of keys; give every frame the same keys."
+                )
+
+    def _kind(self, raw: RawFrame) -> Any:
+        """Frames of one kind cannot be told apart by the choice of keys."""
+        facts: list[Any] = [raw.origin.file, raw.moved, raw.stale]
+        for label, asked in zip(LABELS, self.asked, strict=True):
+            keys = list(dict.fromkeys((*CANDIDATES[label], *((asked,) if asked else ()))))
+            present = [key for key in keys if label_under(raw, label, key) is not None]
+            own = [key for key in keys if own_label(raw, label, key) is not None]
+            facts += [tuple(present), tuple(own), may_lack(raw, label), differing(label, present, raw)]
+        # names are for a listing in a message; of very many the first will do
+        named = tuple(sorted(raw.named)), tuple(sorted(raw.results))
+        return (*facts, named if len(self._kinds) < _MOST_NAMED else None)
+
+
+def survey_of(raws: Sequence[RawFrame], asked: LabelKeys) -> list[RawFrame]:
+    """The witnesses of some frames."""
+    found = Survey(asked)
+    found.add(raws)
+    return found.witnesses

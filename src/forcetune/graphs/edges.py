@@ -1,0 +1,92 @@
+"""Neighbours in a frame, once it is certain that they fit in memory; without PyTorch, so that workers start soon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from forcetune.errors import InputError
+from forcetune.frames.frame import FloatArray, Frame, IntArray
+from forcetune.frames.neighbours import neighbours
+from forcetune.frames.rows import Column, RowReader, packed
+from forcetune.frames.stored import StoredFrames
+
+EDGE_COLUMNS = (Column("edges", "int32", (2,)), Column("shifts", "int32", (3,)))
+"""What is stored of the neighbours in a frame."""
+
+_LARGEST_EXTENT = 1000.0
+_MOST_IMAGES = 1e6
+_MOST_EDGES = 1e9
+_MOST_BOXES = 1e8
+
+
+def _check_extent(frame: Frame, cutoff: float) -> None:
+    """
+    Raises:
+        InputError: the frame is so large, or its cell so small, that its neighbours would exhaust memory.
+    """
+    pbc = frame.pbc
+    if not pbc.all():
+        # in open directions the box is as large as the frame
+        extent = float(np.ptp(frame.positions, axis=0).max())
+        if not extent < _LARGEST_EXTENT:
+            raise InputError(
+                f"{frame.origin}: its atoms are {extent:.3g} Å apart; bring them together, or give the frame the cell "
+                "it has."
+            )
+    _, crowd = np.unique(np.floor(frame.positions / cutoff), axis=0, return_counts=True)
+    if not float((crowd.astype(float) ** 2).sum()) < _MOST_EDGES:
+        raise InputError(f"{frame.origin}: {crowd.max()} of its atoms are in one place; mend or remove the frame.")
+    if pbc.any():
+        vectors = frame.cell[pbc]
+        spanned = float(np.sqrt(np.linalg.det(vectors @ vectors.T)))
+        images = (2 * cutoff) ** len(vectors) / spanned if spanned > 0 else np.inf
+        boxes = float(np.prod(np.linalg.norm(vectors, axis=1)) / cutoff ** len(vectors))
+        if not images * len(frame) ** 2 < _MOST_EDGES or not images < _MOST_IMAGES or not boxes < _MOST_BOXES:
+            lengths = ", ".join(f"{length:.3g}" for length in np.linalg.norm(vectors, axis=1))
+            raise InputError(
+                f"{frame.origin}: a cell with vectors of {lengths} Å makes no sense for {len(frame)} atoms and a "
+                f"cutoff of {cutoff:g} Å; mend it."
+            )
+
+
+def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
+    """Neighbours in one frame as :func:`forcetune.frames.neighbours.neighbours` gives them.
+
+    Raises:
+        InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others, or
+            so large that its neighbours would exhaust memory.
+    """
+    pbc = frame.pbc
+    if pbc.any() and np.linalg.matrix_rank(frame.cell[pbc]) < pbc.sum():
+        raise InputError(
+            f"{frame.origin}: periodic, but its lattice vectors are zero or linearly dependent; "
+            "give the frame a cell or set pbc to F F F."
+        )
+    _check_extent(frame, cutoff)
+    return neighbours(frame.positions, frame.cell, pbc, cutoff)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Frames ``first`` to ``end`` of a store, whose neighbours are wanted."""
+
+    frames: RowReader
+    first: int
+    end: int
+    cutoff: float
+
+
+def search(task: Search) -> tuple[list[bytes], list[int]]:
+    """Rows of neighbours for a store, and the number of edges in each; runs in a worker.
+
+    Raises:
+        InputError: as :func:`edges_of`.
+    """
+    rows, counts = [], []
+    for frame in StoredFrames(task.frames, np.arange(task.first, task.end)):
+        edge_index, shifts = edges_of(frame, task.cutoff)
+        rows.append(packed(EDGE_COLUMNS, {"edges": edge_index.T, "shifts": shifts}))
+        counts.append(edge_index.shape[1])
+    return rows, counts

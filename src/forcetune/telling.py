@@ -1,0 +1,46 @@
+"""What a run says before its training."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from forcetune.adapters.attach import Adapter
+from forcetune.adapters.methods import Method
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import ReplayConfig
+from forcetune.errors import warn
+from forcetune.evaluation.streamed import SHOWN
+from forcetune.frames.dataset import Dataset
+from forcetune.frames.stored import StoredFrames
+from forcetune.training.replay import ReplayFrames
+
+
+def say_data(console: Console, dataset: Dataset, replay: ReplayFrames | None, config: ReplayConfig) -> None:
+    """Which frames a run has; a warning where errors are those of a sample."""
+    for name, part in dataset.splits.items():
+        keys = ", ".join(f"{label} from {key!r}" for label, key in part.keys._asdict().items() if key)
+        console.print(f"{name}: {len(part.frames)} frames, {keys} ({', '.join(part.files)})", highlight=False)
+    if isinstance(frames := dataset.train.frames, StoredFrames):
+        place = frames.rows.folder.parent
+        console.print(f"streamed: frames and graphs stay on disk in {place}, for later runs", highlight=False)
+        if len(frames) > SHOWN:
+            warn(
+                f"Streamed data: errors of the training frames are those of {SHOWN:,} of {len(frames):,}, evenly "
+                "spread; those of all other sets are of all frames, and plots show as many."
+            )
+    if replay is not None:
+        labels = "its own predictions" if config.labels == "base" else "the labels in the files"
+        counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"
+        console.print(f"replay: {counts}, {labels} ({', '.join(replay.files)})", highlight=False)
+    if dataset.isolated:
+        console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
+
+
+def say_adapter(console: Console, method: Method, backbone: Backbone, adapter: Adapter) -> None:
+    """What is trained."""
+    total = sum(site.numel for site in adapter.sites)
+    console.print(
+        f"{method.name} on {backbone.base.name}: {adapter.trainable:,} trained parameters "
+        f"({100 * adapter.trainable / total:.1f} % of {total:,}), licence of the base: {backbone.base.licence}",
+        highlight=False,
+    )

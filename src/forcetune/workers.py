@@ -1,0 +1,156 @@
+"""Work for other processes, its results in the order in which it was given.
+
+Workers are fresh interpreters and no forks: a fork of a process that has computed with threads or on a GPU may hang,
+and what imports the user's script again needs a guard in it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from forcetune.errors import ForcetuneError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+MOST_WORKERS = 8
+"""So many are used where no number was given, and never more than there are cores."""
+
+
+class WorkerDiedError(ForcetuneError):
+    """A worker process ended without an answer: killed for its memory, or by a defect in a library.
+
+    Attributes:
+        task: what it worked on.
+    """
+
+    def __init__(self, task: object, code: int | None) -> None:
+        super().__init__(
+            f"a worker process died (exit status {code}), perhaps for want of memory; set data.workers lower."
+        )
+        self.task = task
+
+
+def worker_count(asked: int | None) -> int:
+    """The number that was asked for, or what this machine has cores for."""
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, cores)
+
+
+def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """What ``function`` gives for each task, in their order; each worker has one task at a time.
+
+    Args:
+        function: stands at the top of a module of this package.
+        tasks: taken only as fast as they are worked on.
+        workers: processes; with 0 everything is done in this one.
+
+    Raises:
+        WorkerDiedError: a worker ended without an answer.
+        Exception: what ``function`` raises; errors that are not our own come as :class:`ForcetuneError`.
+    """
+    if workers == 0:
+        yield from map(function, tasks)
+        return
+    processes: list[_Worker] = []
+    waiting = iter(tasks)
+    try:
+        for task in waiting:
+            processes.append(_Worker())
+            processes[-1].send(function, task)
+            if len(processes) == workers:
+                break
+        turn, left = 0, len(processes)
+        while left:
+            worker = processes[turn % len(processes)]
+            result = worker.receive()
+            left -= 1
+            for task in waiting:
+                worker.send(function, task)
+                left += 1
+                break
+            turn += 1
+            yield result
+    finally:
+        for worker in processes:
+            worker.end()
+
+
+class _Worker:
+    """One process and its pipes."""
+
+    def __init__(self) -> None:
+        package = str(Path(__file__).parent.parent)
+        paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        # -P: a module that lies beside the data is never imported
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "forcetune.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )
+        self._task: object = None
+
+    def send(self, function: Callable[[Any], Any], task: object) -> None:
+        self._task = task
+        assert self._process.stdin is not None
+        try:
+            pickle.dump((function, task), self._process.stdin, protocol=5)
+            self._process.stdin.flush()
+        except OSError as error:
+            raise WorkerDiedError(task, self._process.wait()) from error
+
+    def receive(self) -> Any:
+        assert self._process.stdout is not None
+        try:
+            done, result = pickle.load(self._process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise WorkerDiedError(self._task, self._process.wait()) from error
+        if done:
+            return result
+        raise result
+
+    def end(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve() -> None:
+    """The life of a worker: tasks from standard input, answers to standard output, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and closes the pipes
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    while True:
+        try:
+            function, task = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = (True, function(task))
+        except ForcetuneError as error:
+            answer = (False, error)
+        except Exception as error:
+            answer = (False, ForcetuneError(f"a worker process failed ({type(error).__name__}: {str(error)[:200]})."))
+        try:
+            pickle.dump(answer, answers, protocol=5)
+            answers.flush()
+        except BrokenPipeError:
+            return
+
+
+if __name__ == "__main__":
+    _serve()

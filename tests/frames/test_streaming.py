@@ -1,0 +1,267 @@
+"""Frames on disk are the frames in memory: every format, every label, every complaint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+
+from forcetune.config import DataConfig
+from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
+from forcetune.frames import chunks, streaming
+from forcetune.frames.dataset import Dataset, is_streamed, read_dataset
+from forcetune.frames.frame import FrameSet, LabelKeys
+from forcetune.frames.read import read_frames
+from forcetune.frames.rows import RowReader
+from forcetune.frames.sources import file_format
+from forcetune.frames.splits import separate_isolated
+from forcetune.frames.stored import StoredFrames
+from forcetune.frames.streaming import stream_frames
+from frames.formats import FORMATS, assert_same, write_xyz
+from systems import crystal, labelled
+
+NEEDED = ("energy", "forces")
+
+
+def stream(*files: Path, workers: int = 0, require: Any = NEEDED, **keys: str) -> FrameSet:
+    asked = LabelKeys(*(keys.get(f"{label}_key", "auto") for label in LabelKeys._fields))
+    folder = files[0].parent / "store"
+    return stream_frames([str(file) for file in files], asked, require, "training data", folder=folder, workers=workers)
+
+
+def mixed(count: int = 300) -> list[Atoms]:
+    """Molecules, crystals with stress, and isolated atoms."""
+    found = labelled(count)
+    for index in range(0, count, 7):
+        atoms = crystal(seed=index)
+        atoms.info["REF_energy"] = float(index)
+        atoms.arrays["REF_forces"] = np.random.default_rng(index).standard_normal((len(atoms), 3))
+        found[index] = atoms
+    for index, symbol in ((5, "H"), (200, "O")):
+        found[index] = Atoms(symbol, info={"REF_energy": -float(index)})
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_frames_that_are_read_into_memory(tmp_path: Path, name: str) -> None:
+    path = FORMATS[name](tmp_path / name, mixed())
+    expected, found = read_frames(path, require=NEEDED), stream(path, workers=2 * (name == "a.xyz"))
+    assert isinstance(found.frames, StoredFrames)
+    assert (found.keys, found.files, found.sha256) == (expected.keys, expected.files, expected.sha256)
+    assert found.frames.elements == expected.elements
+    assert len(found.frames) == len(expected.frames) == 300
+    for one, other in zip(expected.frames, found.frames, strict=True):
+        assert_same(one, other)
+        assert one.origin == other.origin
+    assert found.frames.atoms.tolist() == [len(frame) for frame in expected.frames]
+    kept, alone = separate_isolated(found.frames)
+    assert [frame.origin.index for frame in alone] == [5, 200]
+    assert len(kept) == 298
+    assert found.frames[-1].origin.index == 299
+    assert [frame.origin.index for frame in found.frames[10:20:5]] == [10, 15]
+
+
+def test_stresses_and_several_files(tmp_path: Path) -> None:
+    frames = [crystal(seed=index) for index in range(4)]
+    for atoms in frames:
+        atoms.info |= {"REF_energy": 1.0, "REF_stress": np.arange(9.0).reshape(3, 3)}
+        atoms.arrays["REF_forces"] = np.ones((len(atoms), 3))
+    files = [write_xyz(tmp_path / f"{name}.xyz", frames[start : start + 2]) for start, name in enumerate("ab")]
+    found, expected = stream(*files), read_frames(files, require=NEEDED)
+    for one, other in zip(expected.frames, found.frames, strict=True):
+        assert_same(one, other)
+        assert str(one.origin) == str(other.origin)
+    assert isinstance(found.frames, StoredFrames)
+    assert found.frames.any_label("stress") and not found.frames[:0].any_label("stress")
+
+
+def plain(frames: list[Atoms]) -> None:
+    """Nothing is wrong."""
+
+
+def lacking(frames: list[Atoms]) -> None:
+    for index in (130, 140):
+        del frames[index].arrays["REF_forces"]
+
+
+def not_finite(frames: list[Atoms]) -> None:
+    frames[129].arrays["REF_forces"][2, 1] = np.nan
+
+
+def wrong_shape(frames: list[Atoms]) -> None:
+    frames[128].info["REF_energy"] = np.ones(3)
+
+
+def no_element(frames: list[Atoms]) -> None:
+    frames[250].numbers[1] = 0
+
+
+def other_key(frames: list[Atoms]) -> None:
+    for atoms in frames:
+        atoms.info["dft_energy"] = atoms.info.pop("REF_energy")
+    frames[0].info["Energy"] = 3.0
+
+
+def better_key_later(frames: list[Atoms]) -> None:
+    for atoms in frames:
+        atoms.info["total_energy"] = atoms.info["REF_energy"] + 1
+    for atoms in frames[:200]:
+        del atoms.info["REF_energy"]
+
+
+def no_labels(frames: list[Atoms]) -> None:
+    for atoms in frames:
+        del atoms.info["REF_energy"]
+
+
+FAULTS = [plain, lacking, not_finite, wrong_shape, no_element, other_key, better_key_later, no_labels]
+
+
+def outcome(read: Callable[[], FrameSet]) -> tuple[object, list[str]]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            found: object = read().keys
+        except InputError as error:
+            found = str(error)
+    return found, [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=[fault.__name__ for fault in FAULTS])
+@pytest.mark.parametrize("require", [NEEDED, ()], ids=["required", "free"])
+def test_the_same_keys_are_chosen_and_the_same_is_complained_about(
+    tmp_path: Path, spoil: Callable[[list[Atoms]], None], require: tuple[Any, ...]
+) -> None:
+    frames = labelled(300)
+    spoil(frames)
+    path = write_xyz(tmp_path / "a.xyz", frames)
+    expected = outcome(lambda: read_frames(path, require=require))
+    assert outcome(lambda: stream(path, require=require)) == expected
+    # what was told is told again when the store is found
+    assert outcome(lambda: stream(path, require=require)) == expected
+    assert not [file for file in tmp_path.glob("store/*") if isinstance(expected[0], str)]
+    asked = {"energy_key": "nonsense"}
+    assert outcome(lambda: stream(path, **asked)) == outcome(lambda: read_frames(path, require=NEEDED, **asked))
+
+
+def test_keys_that_the_first_frames_lack(tmp_path: Path) -> None:
+    """The first chunk suggests other keys than all frames: the second pass has the labels of the right ones."""
+    frames = labelled(300)
+    for index, atoms in enumerate(frames):
+        atoms.info["energy"] = 5.0
+        if index < 200:
+            atoms.info["dft_energy"] = atoms.info.pop("REF_energy")
+    path = write_xyz(tmp_path / "a.xyz", frames)
+    with (
+        pytest.warns(ForcetuneWarning, match="energy taken from 'REF_energy'; 'energy' with other"),
+        pytest.warns(ForcetuneWarning, match="200 of 300 frames have no energy"),
+    ):
+        found = stream(path, require=())
+    assert found.keys.energy == "REF_energy"
+    assert [frame.energy is None for frame in found.frames] == [index < 200 for index in range(300)]
+
+
+def test_a_damaged_file_is_told_by_its_frame(tmp_path: Path) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(200))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:-3]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.xyz, frame 199: the file ends after"):
+        stream(path)
+    path.write_text("".join([*lines[: 8 * 150 + 2], "C 0 0 zero\n", *lines[8 * 150 + 3 :]]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.xyz, frame 150: cannot be read"):
+        stream(path)
+    assert not list(tmp_path.glob("store/*"))
+
+
+def test_a_store_is_found_again_by_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_read", fail)
+        assert len(stream(path).frames) == 10
+        for other in ({"require": ("energy",)}, {"stress_key": "none"}):
+            with pytest.raises(AssertionError, match="read again"):
+                stream(path, **other)  # pyright: ignore[reportArgumentType]
+    write_xyz(path, labelled(11))
+    assert len(stream(path).frames) == 11
+
+
+def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(300))
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.RowWriter, "close", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(InputError, match=r"cannot be written \(No space left\); set data.store"):
+            stream(path)
+    assert not list((tmp_path / "store").iterdir())
+    assert len(stream(path).frames) == 300
+
+
+def test_a_damaged_store_is_told(tmp_path: Path) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    (place,) = (tmp_path / "store").iterdir()
+    content = (place / "rows.bin").read_bytes()
+    (place / "rows.bin").write_bytes(content[:-8])
+    with pytest.raises(ForcetuneError, match="remove this folder"):
+        stream(path)
+    (place / "rows.bin").write_bytes(b"\xff" * len(content))
+    with pytest.raises(ForcetuneError, match="remove this folder"):
+        RowReader(place).row(3)
+
+
+def dataset(path: Path, stream: str, **options: Any) -> Dataset:
+    store = {"stream": stream, "store": str(path.parent / "store"), "workers": 0}
+    return read_dataset(DataConfig.model_validate({"train": [str(path)], **options, **store}))
+
+
+@pytest.mark.parametrize("valid", [0.3, 7, "file"])
+def test_the_split_is_the_same(tmp_path: Path, valid: Any) -> None:
+    path = write_xyz(tmp_path / "a.xyz", mixed(210))
+    other = write_xyz(tmp_path / "b.xyz", labelled(5, seed=4))
+    options = {"valid": [str(other)] if valid == "file" else valid, "test": [str(other)]}
+    expected, found = (dataset(path, mode, **options) for mode in ("off", "on"))
+    assert found.streamed and not expected.streamed
+    assert found.elements == expected.elements
+    assert [str(frame.origin) for frame in found.isolated] == [str(frame.origin) for frame in expected.isolated]
+    for name, part in expected.splits.items():
+        other_part = found.splits[name]
+        assert (part.sha256, part.keys, part.elements) == (other_part.sha256, other_part.keys, other_part.elements)
+        for one, two in zip(part.frames, other_part.frames, strict=True):
+            assert_same(one, two)
+            assert one.origin == two.origin
+
+
+def test_large_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(5))
+    config = DataConfig(train=[str(path)])
+    assert not is_streamed(config)
+    monkeypatch.setattr("forcetune.frames.dataset.STREAM_FROM", path.stat().st_size)
+    assert is_streamed(config)
+    assert not is_streamed(config.model_copy(update={"stream": "off"}))
+    monkeypatch.setattr("forcetune.frames.dataset.STREAM_FROM", path.stat().st_size + 1)
+    assert not is_streamed(config)
+
+
+def test_chunks_are_small_whatever_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = labelled(300)
+    for name, write in FORMATS.items():
+        kind = file_format(path := write(tmp_path / name, frames))
+        assert [chunk.start for chunk in chunks.chunks_of(path, kind)][-1] >= 300 - chunks.CHUNK, name
+    monkeypatch.setattr(chunks, "_CHUNK_TEXT", 1000)
+    assert len(list(chunks.chunks_of(tmp_path / "a.xyz", "extxyz"))) > 100
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCETUNE_HOME", str(tmp_path / "home"))
+    path = write_xyz(tmp_path / "a.xyz", labelled(5))
+    read_dataset(DataConfig.model_validate({"train": [str(path)], "valid": 2, "stream": "on", "workers": 0}))
+    assert [place.name[:7] for place in (tmp_path / "home" / "streams").iterdir()] == ["frames-"]

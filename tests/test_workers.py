@@ -1,0 +1,70 @@
+"""Work for other processes: results in order, errors as they were raised, a death that is told."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from forcetune.errors import ForcetuneError, InputError
+from forcetune.files import path_of, sha256_of
+from forcetune.workers import WorkerDiedError, in_order, worker_count
+
+
+def files(folder: Path, number: int) -> list[Path]:
+    found = [folder / str(index) for index in range(number)]
+    for file in found:
+        file.write_text(file.name * 1000, encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order(tmp_path: Path, workers: int) -> None:
+    tasks = files(tmp_path, 7)
+    assert list(in_order(sha256_of, tasks, workers)) == [sha256_of(file) for file in tasks]
+    assert list(in_order(sha256_of, [], workers)) == []
+
+
+def test_tasks_are_taken_as_fast_as_they_are_worked_on(tmp_path: Path) -> None:
+    (file,) = files(tmp_path, 1)
+    taken = 0
+
+    def tasks() -> object:
+        nonlocal taken
+        for taken in count(1):  # noqa: B007
+            yield file
+
+    results = in_order(sha256_of, tasks(), 2)  # pyright: ignore[reportArgumentType]
+    for _ in range(5):
+        next(results)
+    assert taken <= 5 + 3
+    results.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_errors_of_ours_come_as_they_are_and_others_as_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no name that a file can have"):
+        list(in_order(path_of, ["a\0b"], 1))
+    with pytest.raises(ForcetuneError, match="a worker process failed \\(FileNotFoundError"):
+        list(in_order(sha256_of, [tmp_path / "missing"], 1))
+
+
+def test_a_death_is_told() -> None:
+    with pytest.raises(WorkerDiedError, match=r"exit status 7.*data.workers") as died:
+        list(in_order(os._exit, [7], 1))
+    assert died.value.task == 7
+
+
+def test_a_module_beside_the_data_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("numpy", "ase", "torch", "h5py"):
+        (tmp_path / f"{name}.py").write_text("open('was-run', 'w')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    list(in_order(sha256_of, files(tmp_path, 1), 1))
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_numbers_of_workers() -> None:
+    assert worker_count(3) == 3
+    assert worker_count(0) == 0
+    assert 1 <= worker_count(None) <= 8
