@@ -24,7 +24,7 @@ def test_hdf5_as_mace_writes_it(tmp_path: Path) -> None:
     frames = labelled(120)
     path = write_hdf5(tmp_path / "a.h5", frames, stress=np.arange(6.0), dipole="None")
     found = read_frames(path, require=("energy", "forces", "stress"))
-    assert found.keys == ("energy", "forces", "stress")
+    assert found.keys[:3] == ("energy", "forces", "stress")
     assert [frame.energy for frame in found.frames] == [atoms.info["REF_energy"] for atoms in frames]
     assert all(np.array_equal(f.positions, a.positions) for f, a in zip(found.frames, frames, strict=True))
     assert found.frames[0].stress is not None and found.frames[0].stress[1, 2] == 3.0
@@ -117,7 +117,7 @@ def test_aselmdb_is_read_as_any_database(tmp_path: Path) -> None:
     written = [write_database(tmp_path / name, frames) for name in ("a.db", "a.aselmdb")]
     (tmp_path / "a.aselmdb-lock").unlink()
     ones, others = (read_frames(path, require=("energy", "forces")) for path in written)
-    assert ones.keys == others.keys == ("calculator", "calculator", None)
+    assert ones.keys[:3] == others.keys[:3] == ("calculator", "calculator", None)
     for one, other in zip(ones.frames, others.frames, strict=True):
         assert_same(one, other)
     assert not (tmp_path / "a.aselmdb-lock").exists()
