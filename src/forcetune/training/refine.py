@@ -20,6 +20,8 @@ from forcetune.training.replay import Replay
 
 PATIENCE = 5
 HISTORY = 20
+EVALUATIONS = 25
+"""Of the loss, at most, along one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,10 @@ def refine(
     def kept() -> list[Tensor]:
         return [parameter.detach().clone() for parameter in parameters]
 
-    optimizer = torch.optim.LBFGS(parameters, max_iter=1, history_size=HISTORY, line_search_fn="strong_wolfe")
+    # by default a single iteration has one evaluation, which leaves the line search none
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=1, max_eval=1 + EVALUATIONS, history_size=HISTORY, line_search_fn="strong_wolfe"
+    )
     before = valid_loss()
     losses: list[float] = []
     best, best_loss, best_iteration, iteration = kept(), before, 0, 0
