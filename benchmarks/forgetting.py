@@ -3,9 +3,10 @@
     python benchmarks/forgetting.py --data DATA --out OUT
 
 DATA holds ``rmd17/MOLECULE/{train,test}.xyz``. ``mini`` (GFN2-xTB) is tuned on 50 frames of one molecule (DFT), once
-alone and once with replay: frames of three other molecules, labelled by ``mini`` itself. Both runs see every training
-frame equally often; replay adds its own steps. Afterwards both are tested on frames of the other molecules that were
-in no training: against the predictions of ``mini`` (what was forgotten) and against DFT (whether that matters).
+alone, once with replay (frames of three other molecules, labelled by ``mini`` itself), and once with the same replay
+and a head of its own for it. All see every training frame equally often; replay adds its own steps. Afterwards all are
+tested on frames of the other molecules that were in no training: against the predictions of ``mini`` (what was
+forgotten) and against DFT (whether that matters).
 Energies of every molecule are compared after the mean difference is taken out, because a level of theory has a zero of
 its own.
 
@@ -41,7 +42,7 @@ def sample(path: Path, start: int, count: int, target: Path) -> Path:
     return target
 
 
-def fit(out: Path, train: Path, replay: list[Path], arguments: argparse.Namespace) -> Path:
+def fit(out: Path, train: Path, replay: list[Path], head: str, arguments: argparse.Namespace) -> Path:
     """A run with or without replay; a finished one is taken as it is."""
     if (out / "results.json").is_file():
         return out
@@ -56,6 +57,7 @@ def fit(out: Path, train: Path, replay: list[Path], arguments: argparse.Namespac
     }
     if replay:
         settings |= {"replay.data": [str(path) for path in replay], "replay.ratio": arguments.ratio}
+        settings["replay.head"] = head
     epochs = 5 * max(1, round(arguments.steps / steps / 5))
     forcetune.fit(train, model="mini", method=arguments.method, valid=0.5, epochs=epochs, out=out, settings=settings)
     return out
@@ -104,8 +106,9 @@ def main() -> None:
     replay = [sample(source / name / "train.xyz", 0, 50, arguments.out / f"replay-{name}.xyz") for name in others]
     train = source / arguments.molecule / "train.xyz"
     runs = {
-        "tuned": fit(arguments.out / "tuned", train, [], arguments),
-        "tuned with replay": fit(arguments.out / "replay", train, replay, arguments),
+        "tuned": fit(arguments.out / "tuned", train, [], "shared", arguments),
+        "tuned with replay": fit(arguments.out / "replay", train, replay, "shared", arguments),
+        "replay with its own head": fit(arguments.out / "replay-own", train, replay, "own", arguments),
     }
     models = {"mini": deploy("mini").backbone} | {name: deploy(run).backbone for name, run in runs.items()}
     rows: dict[str, dict[str, Any]] = {name: {} for name in models}

@@ -313,6 +313,12 @@ class ReplayConfig(Section):
     weight: float = Field(
         default=1.0, gt=0, le=1000, description="Weight of a replay frame in the loss; a training frame has 1."
     )
+    head: Literal["auto", "shared", "own"] = Field(
+        default="auto",
+        description="`shared`: replay frames are predicted as all others; `own`: with a further energy of each atom "
+        "from its features, trained for them alone and not kept; `auto`: own for labels of files, shared for those of "
+        "the model.",
+    )
 
 
 class OutputConfig(Section):

@@ -25,7 +25,7 @@ from forcetune.files import atomic_path, write_text
 from forcetune.frames.dataset import Dataset, Split
 from forcetune.frames.references import ReferenceEnergies
 from forcetune.frames.stored import StoredFrames, atoms_of
-from forcetune.training.replay import ReplayFrames
+from forcetune.training.replay import ReplayFrames, has_own_head
 
 RESULTS_NAME = "results.json"
 PREDICTIONS_NAME = "predictions.npz"
@@ -119,6 +119,7 @@ def describe_replay(found: ReplayFrames, config: ReplayConfig) -> dict[str, Any]
         "labels": config.labels,
         "ratio": config.ratio,
         "weight": config.weight,
+        "head": "own" if has_own_head(config) else "shared",
     }
 
 

@@ -12,7 +12,7 @@ from forcetune.errors import warn
 from forcetune.evaluation.streamed import SHOWN
 from forcetune.frames.dataset import Dataset
 from forcetune.frames.stored import StoredFrames
-from forcetune.training.replay import ReplayFrames
+from forcetune.training.replay import ReplayFrames, has_own_head
 
 
 def say_data(console: Console, dataset: Dataset, replay: ReplayFrames | None, config: ReplayConfig) -> None:
@@ -31,7 +31,8 @@ def say_data(console: Console, dataset: Dataset, replay: ReplayFrames | None, co
     if replay is not None:
         labels = "its own predictions" if config.labels == "base" else "the labels in the files"
         counts = f"{len(replay.frames)} frames and {len(replay.held)} held out"
-        console.print(f"replay: {counts}, {labels} ({', '.join(replay.files)})", highlight=False)
+        head = ", a head of their own" if has_own_head(config) else ""
+        console.print(f"replay: {counts}, {labels}{head} ({', '.join(replay.files)})", highlight=False)
     if dataset.isolated:
         console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
 

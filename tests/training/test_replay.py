@@ -23,6 +23,7 @@ from forcetune.graphs.graph import collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.training.losses import loss_of
 from forcetune.training.replay import MOST_HELD, Replay, prepare_replay, read_replay
+from forcetune.training.replay_head import replay_head
 from systems import backbone, write_labelled, write_model
 from terminal import Command
 
@@ -93,6 +94,67 @@ def test_labels_in_files_get_reference_energies_of_their_own(tmp_path: Path) -> 
         assert (
             abs(float(one.energy) - float(model.predict(one).detached().energy) - 7.0 * float(one.numbers.sum())) < 5.0
         )
+
+
+def test_a_head_of_its_own_is_for_replay_frames_alone_and_starts_at_nothing(tmp_path: Path) -> None:
+    path = str(other_molecules(tmp_path / "a.xyz"))
+    replay, model = prepared(ReplayConfig(data=[path], labels="file"))
+    assert replay.head is not None
+    assert prepared(ReplayConfig(data=[path], labels="file", head="shared"))[0].head is None
+    assert prepared(ReplayConfig(data=[path]))[0].head is None
+    own = graphs_of(model, read_frames(write_labelled(tmp_path / "b.xyz", 3)).frames)
+    batch = collate([own[0], replay.graphs[0], own[1], replay.graphs[1]])
+    assert batch.replayed.tolist() == [False, True, False, True]
+    plain = model.predict(batch)
+    with replay_head(model, replay.head):
+        start = model.predict(batch)
+    for one, two in zip(start[:2], plain[:2], strict=True):
+        assert torch.allclose(one, two, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        for parameter in replay.head.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    with replay_head(model, replay.head):
+        found = model.predict(batch, create_graph=True)
+        loss_of(LossConfig(), found, batch).backward()
+    assert model.extension is None
+    of_replay = batch.replayed[batch.graph_index]
+    assert torch.allclose(found.energy[~batch.replayed], plain.energy[~batch.replayed], rtol=0, atol=1e-10)
+    assert torch.allclose(found.forces[~of_replay], plain.forces[~of_replay], rtol=0, atol=1e-10)
+    assert (found.energy - plain.energy)[batch.replayed].abs().min() > 0.01
+    assert (found.forces - plain.forces)[of_replay].abs().max() > 0.01
+    assert all(parameter.grad is not None for parameter in replay.head.parameters())
+    # forces are the slope of the energy that the head is part of
+    step = torch.zeros_like(batch.positions)
+    atom = int(of_replay.nonzero()[0])
+    step[atom, 1] = 1e-4
+    with replay_head(model, replay.head):
+        ends = [model.predict(replace(batch, positions=batch.positions + sign * step)).energy.sum() for sign in (1, -1)]
+    assert float(found.forces[atom, 1]) == pytest.approx(float((ends[1] - ends[0]).detach() / 2e-4), abs=1e-6)
+
+
+def test_another_level_of_theory_disturbs_less_with_a_head_of_its_own(tmp_path: Path) -> None:
+    """Replay labels that contradict the frames of the run, with and without their own head."""
+    frames, model = write_labelled(tmp_path / "frames.xyz", 12), write_model(tmp_path / "small.model")
+    others = other_molecules(tmp_path / "others.xyz", 24)
+    settings = {"replay.data": [str(others)], "replay.labels": "file", "replay.weight": 5.0, "output.forgetting": False}
+    runs = {
+        head: forcetune.fit(
+            frames,
+            model=model,
+            method="full",
+            valid=4,
+            epochs=20,
+            out=tmp_path / head,
+            settings=settings | {"replay.head": head, "training.learning_rate": 0.01},
+        )
+        for head in ("shared", "own")
+    }
+    assert [run.results["replay"]["head"] for run in runs.values()] == ["shared", "own"]
+    errors = {head: run.after["train"].forces_mae_mev_per_ang for head, run in runs.items()}
+    assert errors["own"] < 0.9 * errors["shared"]
+    tensors = [sorted(path.name for path in (run.folder / "adapter").iterdir()) for run in runs.values()]
+    assert tensors[0] == tensors[1]
+    assert "their own, not kept" in (runs["own"].folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_some_frames_are_held_out_and_too_few_are_refused(tmp_path: Path) -> None:

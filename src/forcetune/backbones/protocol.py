@@ -54,7 +54,7 @@ class Extra(NamedTuple):
     """
 
     energy: Tensor | None
-    moments: Tensor
+    moments: Tensor | None
 
 
 class Extension(Protocol):

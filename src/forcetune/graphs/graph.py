@@ -32,6 +32,7 @@ class Batch:
         moments: (atoms, 3), μB; NaN where there is no label.
         spins: (atoms, 3), the magnetic state; NaN where none was given.
         weight: (graphs,), how much each graph counts in the loss; float64.
+        replayed: (graphs,), whether it is a replay frame, which may have a head of its own.
     """
 
     numbers: Tensor
@@ -47,6 +48,7 @@ class Batch:
     moments: Tensor
     spins: Tensor
     weight: Tensor
+    replayed: Tensor
 
     @property
     def n_graphs(self) -> int:
@@ -77,6 +79,10 @@ class Batch:
     def weighted(self, weight: float) -> Batch:
         """The same batch with this weight for every graph."""
         return replace(self, weight=torch.full_like(self.weight, weight))
+
+    def for_replay(self) -> Batch:
+        """The same batch as replay frames."""
+        return replace(self, replayed=torch.ones_like(self.replayed))
 
 
 def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
@@ -111,6 +117,7 @@ def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtyp
         moments=label(frame.moments, (atoms, 3)),
         spins=label(frame.spins, (atoms, 3)),
         weight=torch.ones(1, dtype=torch.float64),
+        replayed=torch.zeros(1, dtype=torch.bool),
     )
 
 
@@ -138,6 +145,7 @@ def collate(graphs: Sequence[Batch]) -> Batch:
         moments=joined("moments"),
         spins=joined("spins"),
         weight=joined("weight"),
+        replayed=joined("replayed"),
     )
 
 

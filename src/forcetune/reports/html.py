@@ -365,6 +365,7 @@ def _data(results: Results) -> Html:
             ("Labels", "the foundation model's own" if replay.labels == "base" else "of the files"),
             ("For each training frame", f"{replay.ratio:g}"),
             ("Weight in the loss", f"{replay.weight:g}"),
+            ("Head", "their own, not kept" if replay.head == "own" else "that of all frames"),
         )
         parts.append(f"<div><h3>Replay</h3>{html_pairs(pairs)}</div>")
     return Html(f'<div class="grid three">{"".join(parts)}</div>' if parts else "")

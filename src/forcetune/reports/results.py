@@ -156,6 +156,7 @@ class ReplayPart(Part):
     labels: str
     ratio: float
     weight: float
+    head: str = "shared"
 
 
 class DistancePart(Part):

@@ -21,6 +21,7 @@ from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
+from forcetune.training.replay_head import ReplayHead, replay_head
 
 _COUNTERS = (
     *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
@@ -51,6 +52,7 @@ class FineTuning(lightning.LightningModule):
         loader: BatchLoader,
         save_best: Callable[[Errors], None],
         observe: Callable[[int, Errors], None] | None = None,
+        head: ReplayHead | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -59,6 +61,7 @@ class FineTuning(lightning.LightningModule):
         self.loader = loader
         self.save_best = save_best
         self.observe = observe
+        self.head = head
         self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
         averaged = config.ema is not None and config.optimizer != "schedulefree"
         self.average = MovingAverage(list(self.adapter.parameters()), config.ema or 0.0) if averaged else None
@@ -108,7 +111,7 @@ class FineTuning(lightning.LightningModule):
         return optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(self.adapter, self.config, self.schedule.base, self.loader.n_batches)
+        optimizer = make_optimizer(self.adapter, self.config, self.schedule.base, self.loader.n_batches, self.head)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None
@@ -119,6 +122,7 @@ class FineTuning(lightning.LightningModule):
         return {
             "adapter": self.adapter.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "head": None if self.head is None else self.head.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
@@ -132,6 +136,8 @@ class FineTuning(lightning.LightningModule):
         self._optimizer_state = state["optimizer"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.head is not None:
+            self.head.load_state_dict(state["head"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         for name in _COUNTERS:
@@ -182,13 +188,14 @@ class FineTuning(lightning.LightningModule):
             group["lr"] = rate * group["rate"]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
+        with replay_head(self.backbone, self.head):
+            prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
         loss = loss_of(self.loss_config, prediction, batch, total=parallel.total)
         self._losses.append(loss.detach())
         return loss
 
     def on_after_backward(self) -> None:
-        parallel.sum_gradients(list(self.adapter.parameters()))
+        parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.steps_done += 1

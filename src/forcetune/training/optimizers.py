@@ -14,14 +14,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from forcetune.adapters.attach import Adapter
 from forcetune.config import ScheduleConfig, TrainingConfig
+from forcetune.training.replay_head import LEARNING_RATE, ReplayHead
 
 DECAYED_KINDS = frozenset({"linear", "contraction", "contraction_lower"})
 
 
 def make_optimizer(
-    adapter: Adapter, config: TrainingConfig, learning_rate: float, steps_per_epoch: int
+    adapter: Adapter,
+    config: TrainingConfig,
+    learning_rate: float,
+    steps_per_epoch: int,
+    head: ReplayHead | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the adapter's parameters.
+    """The optimizer over the adapter's parameters, and those of a head for replay frames.
 
     The run's weight decay acts on linear and contraction sites only. Parameters that say how they are trained have a
     group of their own; ``rate`` is the factor of its learning rate.
@@ -31,6 +36,8 @@ def make_optimizer(
         decay = config.weight_decay if kind in DECAYED_KINDS else 0.0
         key = (decay, 1.0, False) if own is None else (own.decay, own.rate, True)
         found.setdefault(key, []).append(parameter)
+    if head is not None:
+        found.setdefault((0.0, LEARNING_RATE / learning_rate, True), []).extend(head.parameters())
     groups: list[dict[str, Any]] = [
         {"params": members, "weight_decay": decay, "lr": rate * learning_rate, "rate": rate}
         | ({"decoupled_weight_decay": True} if own and config.optimizer in (None, "adam") else {})

@@ -17,6 +17,7 @@ from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored import StoredGraphs
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.replay import Replay
+from forcetune.training.replay_head import replay_head
 
 PATIENCE = 5
 HISTORY = 20
@@ -61,13 +62,14 @@ def refine(
         backbone: carries the adapter, changed in place.
         config: ``refine`` iterations at most, and the loss.
         training, validation: graphs with labels.
-        replay: graphs that count as they do in training, all of them here.
+        replay: graphs that count as they do in training, all of them here; their head is no longer trained.
         progress: called with the number of each iteration.
     """
     adapter = attached(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     shares = _Shares(training, replay, backbone)
+    head = None if replay is None else replay.head
 
     validating = evaluation_batches(validation, backbone.device)
 
@@ -76,7 +78,8 @@ def refine(
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=backbone.device)
         for batch, share in shares:
-            found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
+            with replay_head(backbone, head):
+                found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
             part = loss_of(loss, found, batch) * share
             part.backward()
             total += part.detach()

@@ -3,7 +3,8 @@
 Energies of different origin have different zeros. A replay frame's energy is brought to that of the run by
 E + C (E0_run − E0_replay), with C its composition. For labels of the foundation model itself E0_replay are its own
 reference energies, so that the model is asked for the interaction energy that it had; for labels in the files they
-are estimated from the replay frames alone, so that another level of theory costs no more than its own E0.
+are estimated from the replay frames alone, and a head of its own takes what E0 cannot explain of another level of
+theory (:mod:`forcetune.training.replay_head`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from forcetune.frames.read import read_frames
 from forcetune.frames.references import composition_matrix, estimate
 from forcetune.frames.splits import separate_isolated
 from forcetune.graphs.graph import Batch
+from forcetune.training.replay_head import ReplayHead
 
 MOST_HELD = 50
 """Replay frames that are kept out of the training to tell what was forgotten; at most a fifth of all."""
@@ -59,12 +61,19 @@ class Replay:
         held: frames kept out of the training, labelled alike.
         ratio: replay frames per training frame.
         references: E0 of the labels as they were, eV.
+        head: of these frames alone; None where they share the model's.
     """
 
     graphs: tuple[Batch, ...]
     held: tuple[Frame, ...]
     ratio: float
     references: dict[int, float]
+    head: ReplayHead | None
+
+
+def has_own_head(config: ReplayConfig) -> bool:
+    """Whether replay frames are predicted with a head of their own."""
+    return config.head == "own" or (config.head == "auto" and config.labels == "file")
 
 
 def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
@@ -126,11 +135,15 @@ def prepare_replay(
         labelled, zero = list(frames), estimate(frames, predicted.energy, own)
     labelled = shifted_frames(labelled, {z: references[z] - zero[z] for z in zero})
     count = len(found.frames)
+    head = None
+    if has_own_head(config):
+        head = ReplayHead(backbone.n_scalars, seed=training.seed, dtype=backbone.dtype, device=backbone.device)
     return Replay(
-        tuple(graph.weighted(config.weight) for graph in graphs_of(backbone, labelled[:count])),
+        tuple(graph.weighted(config.weight).for_replay() for graph in graphs_of(backbone, labelled[:count])),
         tuple(labelled[count:]),
         config.ratio,
         dict(zero),
+        head,
     )
 
 

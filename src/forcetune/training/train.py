@@ -87,7 +87,8 @@ def train(
     """
     check_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
-    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe)
+    head = None if replay is None else replay.head
+    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head)
     module.shares_validation = _shares_validation(validation)
     module.keeps_validation = not isinstance(validation, StoredGraphs)
     if state is not None:
