@@ -37,15 +37,16 @@ def gain_and_slope(kind: Literal["exp", "linear"], x: Tensor) -> tuple[Tensor, T
 class _FixedGate(torch.autograd.Function):
     """A gate whose own weights are constants, on features by blocks: a few fused steps forwards and backwards.
 
-    The backward pass is written in differentiable operations on what was given, so that Hessians are right, too.
+    Where its backward pass is to be differentiated again, for Hessians, it starts from what was given; otherwise from
+    what the forward pass has found.
     """
 
     @staticmethod
     def forward(ctx: Any, gate: GateActivation, scalars: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
         ctx.gate = gate
         ctx.save_for_backward(scalars, *blocks)
-        shifts, gains, _, _ = gate.fixed(scalars[:, 0])
-        per_block = gate.per_block(shifts, gains)
+        ctx.fixed = gate.fixed(scalars[:, 0])
+        per_block = gate.per_block(*ctx.fixed[:2])
         return tuple(
             block * gain.unsqueeze(1)
             if gain is not None
@@ -59,7 +60,8 @@ class _FixedGate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gate: GateActivation = ctx.gate
         scalars, *blocks = ctx.saved_tensors
-        shifts, gains, slope, before = gate.fixed(scalars[:, 0])
+        again = torch.is_grad_enabled()
+        shifts, gains, slope, before = gate.fixed(scalars[:, 0]) if again else ctx.fixed
         found: list[Tensor] = []
         by_shift: list[Tensor] = []
         by_gain: list[Tensor] = []
