@@ -21,6 +21,7 @@ from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of, predict
+from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE
 from forcetune.frames.read import read_frames
 from forcetune.frames.spins import with_spins
@@ -36,6 +37,8 @@ def evaluate(
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
+    moments_key: str = AUTO,
+    spins_key: str = AUTO,
     head: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -49,6 +52,7 @@ def evaluate(
         adapter: adapter folder or run folder, when ``model`` is a base.
         base: the base, when ``model`` is a run or adapter whose base has moved.
         energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
+        moments_key, spins_key: the same, looked for only where there is a magnetic layer.
         head, device, dtype, trust: as :func:`forcetune.deployment.calculator.calculator`.
 
     Raises:
@@ -57,20 +61,34 @@ def evaluate(
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
     magnetism = _magnetism_of(model if adapter is None else adapter)
-    magnetic = AUTO if magnetism is not None else NONE
-    frames = read_frames(
-        data,
-        energy_key=energy_key,
-        forces_key=forces_key,
-        stress_key=stress_key,
-        moments_key=magnetic,
-        spins_key=magnetic,
-        name="evaluation data",
-    ).frames
-    if magnetism is not None and magnetism.layer == "spin":
-        frames = with_spins(frames, magnetism.inputs)
+    frames = _labelled_frames(data, LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key), magnetism)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     return evaluate_frames(deployed.backbone, frames).errors()
+
+
+def _labelled_frames(
+    data: str | Path | Sequence[str | Path], keys: LabelKeys, magnetism: Magnetism | None
+) -> tuple[Frame, ...]:
+    """Frames to evaluate on, with the state that a spin layer is given.
+
+    Raises:
+        InputError: bad data, or a magnetic label was asked for that nothing predicts.
+    """
+    magnetic: dict[str, Any] = {"moments_key": keys.moments or AUTO, "spins_key": keys.spins or AUTO}
+    if magnetism is None:
+        for name, key in magnetic.items():
+            if key not in (AUTO, NONE):
+                raise InputError(f"{name} is {key!r}, but there is no magnetic layer that moments or spins belong to.")
+        magnetic = dict.fromkeys(magnetic, NONE)
+    usual: dict[str, Any] = {
+        "energy_key": keys.energy or AUTO,
+        "forces_key": keys.forces or AUTO,
+        "stress_key": keys.stress or AUTO,
+    }
+    frames = read_frames(data, **usual, **magnetic, name="evaluation data").frames
+    if magnetism is not None and magnetism.layer == "spin":
+        return with_spins(frames, magnetism.inputs)
+    return tuple(frames)
 
 
 def _magnetism_of(place: str | Path | Backbone) -> Magnetism | None:
@@ -90,6 +108,8 @@ def evaluate_ensemble(
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
+    moments_key: str = AUTO,
+    spins_key: str = AUTO,
     device: str = "auto",
     dtype: str | None = None,
     trust: bool = False,
@@ -100,7 +120,7 @@ def evaluate_ensemble(
         members: run folders, adapter folders or folders of comparisons.
         data: files or patterns.
         base: the base, where it has moved.
-        energy_key, forces_key, stress_key, device, dtype, trust: as :func:`evaluate`.
+        energy_key, forces_key, stress_key, moments_key, spins_key, device, dtype, trust: as :func:`evaluate`.
 
     Returns:
         As ``forcetune evaluate --ensemble --json`` prints it.
@@ -108,10 +128,9 @@ def evaluate_ensemble(
     Raises:
         InputError: bad data, nothing usable at a path, or members of different bases.
     """
-    frames = read_frames(
-        data, energy_key=energy_key, forces_key=forces_key, stress_key=stress_key, name="evaluation data"
-    ).frames
     ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames = _labelled_frames(data, keys, ensemble.magnetism)
     found = ensemble.predict(graphs_of(ensemble.backbone, frames))
     for one in found:
         check_finite(one, frames)

@@ -101,6 +101,7 @@ def doctor(
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
+    spins_key: str = AUTO,
     batch_size: int | None = None,
     head: str | None = None,
     device: str = "auto",
@@ -116,6 +117,7 @@ def doctor(
         model: name, path or loaded backbone to compare the labels with; None leaves these examinations out.
         valid, test: files or structures that are not trained on; examined, and compared with the training frames.
         energy_key, forces_key, stress_key: as :func:`forcetune.read_frames`.
+        spins_key: the same; frames that differ in their spins are no duplicates.
         batch_size: frames a batch, for the estimate of memory; by default that of a fit.
         head, device, trust: as :func:`forcetune.load`.
         console: where progress is told; standard error by default.
@@ -125,7 +127,7 @@ def doctor(
     """
     console = console or Console(stderr=True, soft_wrap=True)
     named = {TRAIN: data, "valid": valid, "test": test}
-    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key))
+    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key, None, spins_key))
     backbone = None if model is None else _loaded(model, sets, head, device, trust)
     known, unknown = _known(backbone, sets)
     findings += unknown

@@ -53,6 +53,8 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help=_about(configuration.
 EnergyKey = Annotated[str | None, typer.Option("--energy-key", help=_about(configuration.DataConfig, "energy_key"))]
 ForcesKey = Annotated[str | None, typer.Option("--forces-key", help=_about(configuration.DataConfig, "forces_key"))]
 StressKey = Annotated[str | None, typer.Option("--stress-key", help=_about(configuration.DataConfig, "stress_key"))]
+MomentsKey = Annotated[str | None, typer.Option("--moments-key", help=_about(configuration.DataConfig, "moments_key"))]
+SpinsKey = Annotated[str | None, typer.Option("--spins-key", help=_about(configuration.DataConfig, "spins_key"))]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any option: section.key=value.")]
 
 
@@ -241,6 +243,8 @@ def evaluate(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
+    moments_key: MomentsKey = None,
+    spins_key: SpinsKey = None,
     head: Head = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -256,6 +260,8 @@ def evaluate(
         "energy_key": energy_key or "auto",
         "forces_key": forces_key or "auto",
         "stress_key": stress_key or "auto",
+        "moments_key": moments_key or "auto",
+        "spins_key": spins_key or "auto",
         "device": device or "auto",
         "dtype": dtype,
         "trust": trust,
@@ -287,6 +293,7 @@ def doctor(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
+    spins_key: SpinsKey = None,
     head: Head = None,
     device: Device = None,
     trust: Trust = False,
@@ -303,6 +310,7 @@ def doctor(
         energy_key=energy_key or "auto",
         forces_key=forces_key or "auto",
         stress_key=stress_key or "auto",
+        spins_key=spins_key or "auto",
         batch_size=batch_size,
         head=head,
         device=device or "auto",

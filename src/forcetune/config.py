@@ -20,7 +20,7 @@ LARGEST_SEED = 2**63 - 1
 LARGEST_RANK = 1024
 LARGEST_CHANNELS = 4096
 
-SpinInputs = Literal["auto", "initial", "directions", "moments"]
+SpinInputs = Literal["auto", "initial", "unit", "directions", "moments"]
 
 
 def _as_word(value: Any) -> Any:
@@ -207,7 +207,8 @@ class MethodConfig(Section):
 class MagnetismConfig(Section):
     """A magnetic layer beside the updates of any method.
 
-    With it the loss is Huber by default, energies per atom, and energy, forces and moments weigh 1 each.
+    With it the loss is Huber by default, energies per atom, and energy, forces and moments weigh 1 each; in a second
+    stage energies weigh 10.
     """
 
     layer: Layer = Field(
@@ -216,12 +217,16 @@ class MagnetismConfig(Section):
     )
     inputs: SpinInputs = Field(
         default="auto",
-        description="The magnetic state given to the spin layer: `initial` spins of the file, `directions` of the "
-        "moments, the `moments` themselves; `auto`: the file's spins where it has them, otherwise directions.",
+        description="The magnetic state given to the spin layer: `initial` spins of the file or `unit` vectors "
+        "along them, `directions` of the moments, the `moments` themselves; `auto`: the file's spins where it has "
+        "them, as `unit` if they are, otherwise directions.",
     )
     spin_orbit: bool = Field(default=False, description="Terms that couple the spins to directions in space.")
     channels: int = Field(default=64, ge=1, le=LARGEST_CHANNELS, description="Width of the layer's perceptrons.")
     radial: int = Field(default=8, ge=1, le=64, description="Radial functions of the layer.")
+    learning_rate: float = Field(
+        default=5e-3, gt=0, lt=1e6, description="Of the layer, which starts from nothing, whatever that of the run is."
+    )
 
 
 class LossConfig(Section):
@@ -387,6 +392,9 @@ class RunConfig(Section):
             # Huber, all terms alike, energies per atom: as published for the spin-aware layer
             usual = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
             training["loss"] = usual | training.get("loss", {})
+            if self.training.second_stage.start is not None:
+                second = training["second_stage"]
+                second["loss"] = usual | {"energy": 10.0} | second.get("loss", {})
         try:
             return RunConfig.model_validate(given)
         except ValidationError as error:

@@ -168,7 +168,7 @@ class Fitting:
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
         """Everything before the training; nothing is written."""
         dataset = self._read()
-        self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys)
+        self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys, dataset.train.frames)
         replay = read_replay(self.config.replay, self.config.data)
         say_data(self.console, dataset, replay, self.config.replay)
         backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)

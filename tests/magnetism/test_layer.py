@@ -273,6 +273,25 @@ def test_kernels_change_nothing_and_every_gradient_is_theirs(model: str) -> None
             same(one, other)
 
 
+def test_every_coefficient_of_the_spin_orbit_terms_learns() -> None:
+    """The Dzyaloshinskii–Moriya term is a product of two coefficients: one of them must not start at zero."""
+    model = backbone()
+    plain = model.predict(collate(graphs_of(model, frames_of(cluster())))).energy.detach()
+    layer: Any = attach(model, replace(method("readout"), magnetism=LAYERS["spin–orbit"])).magnetic
+    batch = collate(graphs_of(model, [frame_with(cluster(), spins_of(cluster()))]))
+    same(model.predict(batch).energy.detach(), plain)
+    last = layer.layer.pair[-1]
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        found = model.predict(batch, create_graph=True)
+        assert found.moments is not None
+        ((found.energy - plain - 1.0).square().sum() + (found.moments - 1.0).square().sum()).backward()
+        optimizer.step()
+    largest = dict(zip(layer.layer.names, last.weight.grad.abs().amax(dim=1).tolist(), strict=True))
+    assert min(largest.values()) > 0, largest
+
+
 def test_every_pair_is_counted_once() -> None:
     found = backbone()
     (graph,) = graphs_of(found, frames_of(crystal()))
@@ -306,6 +325,8 @@ def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
         ({"spin_orbit": "yes"}, "type"),
         ({"inputs": 3}, "inputs"),
         ({"other": 1}, "option"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"learning_rate": 10**400}, "learning_rate"),
     ],
 )
 def test_layers_of_files_are_checked(change: dict[str, Any], word: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 import forcetune
 from forcetune import run_folder
+from forcetune.adapters.attach import attach
+from forcetune.config import RunConfig, TrainingConfig
+from forcetune.deployment.dynamics import energy_conservation
 from forcetune.errors import InputError
 from forcetune.frames.read import frames_from_atoms, read_frames
 from forcetune.frames.spins import with_spins
+from forcetune.magnetism.options import Magnetism
+from forcetune.training.optimizers import make_optimizer
 from recipes.spin_lattice.data import cell, directions, labelled, make, shaken, spiral
 from recipes.spin_lattice.hamiltonian import MOMENT, exchange, solve
 from systems import write_model
@@ -133,16 +139,21 @@ def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> Non
     np.testing.assert_allclose(atoms.get_forces(), predictions["test/after/forces"][:16], atol=1e-10)
     np.testing.assert_allclose(atoms.get_magnetic_moments(), predictions["test/after/moments"][:16], atol=1e-10)
     field, step, energies = atoms.calc.results["effective_field"], 1e-4, []
+    # the spins of the file are unit vectors, so that what is along them makes no difference
+    side = np.cross(frame.spins[3], [0.0, 0.6, 0.8])
+    side /= np.linalg.norm(side)
     for sign in (1, -1):
-        spins = frame.spins.copy()
-        spins[3, 1] += sign * step
+        spins = 2.2 * frame.spins
+        spins[3] += 2.2 * sign * step * side
         atoms.set_initial_magnetic_moments(spins)
         energies.append(atoms.get_potential_energy())
-    assert field[3, 1] == pytest.approx(-(energies[0] - energies[1]) / (2 * step), rel=1e-5, abs=1e-9)
+    assert field[3] @ side == pytest.approx(-(energies[0] - energies[1]) / (2 * step), rel=1e-5, abs=1e-9)
 
 
 def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fit(iron, tmp_path / "whole", 6, "mmea")
+    """In its second stage, and with a head for replay frames: rates of their own for what starts from nothing."""
+    more = {"training.second_stage.start": 2, "replay.data": [str(iron / "valid.xyz")], "replay.head": "own"}
+    whole = fit(iron, tmp_path / "whole", 6, "mmea", **more)
 
     class Dies:
         count = 0
@@ -157,12 +168,113 @@ def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, m
 
     monkeypatch.setattr("forcetune.fitting.write_checkpoint", dying)
     with pytest.raises(RuntimeError, match="power"):
-        fit(iron, tmp_path / "cut", 6, "mmea")
+        fit(iron, tmp_path / "cut", 6, "mmea", **more)
     monkeypatch.undo()
     again = forcetune.resume(tmp_path / "cut")
     assert again.after == whole.after
     one, two = ((found.adapter / "adapter_model.safetensors").read_bytes() for found in (whole, again))
     assert one == two
+
+
+def test_what_a_magnetic_run_is_trained_on_by_default() -> None:
+    given = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}}
+    config = RunConfig.model_validate(given | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
+    training = config.with_defaults_of(0.005, "adam").training
+    usual = training.loss
+    assert (usual.energy, usual.forces, usual.moments, usual.form, usual.energy_per_atom) == (1, 1, 1, "huber", True)
+    second = training.second_stage.loss
+    assert (second.energy, second.forces, second.moments, second.form) == (10, 3, 1, "huber")
+
+
+@pytest.mark.parametrize("rate", [None, 0.02])
+def test_the_layer_has_a_learning_rate_of_its_own(iron: Path, rate: float | None) -> None:
+    found = forcetune.load(iron / "iron.model")
+    adapter = attach(found, replace(forcetune.method("full"), magnetism=Magnetism(inputs="unit")))
+    optimizer = make_optimizer(adapter, TrainingConfig(), 0.04, 10, first_rate=rate)
+    layer = {id(parameter) for parameter in adapter.magnetic.parameters()} if adapter.magnetic else set()
+    for group in optimizer.param_groups:
+        inside = [id(parameter) in layer for parameter in group["params"]]
+        assert all(inside) or not any(inside)
+        expected = 0.005 * 0.04 / (rate or 0.04) if inside[0] else 0.04
+        assert group["lr"] == pytest.approx(expected)
+
+
+def test_ranks_from_gradients_go_with_a_layer(iron: Path, tmp_path: Path) -> None:
+    run = fit(iron, tmp_path / "run", 2, "elora", **{"method.init": "gradient", "method.budget": 600})
+    assert run.after["test"].moment_mae_mub is not None
+    alone = {f"training.loss.{name}": 0.0 for name in ("energy", "forces")}
+    with pytest.raises(InputError, match="moments alone"):
+        fit(iron, tmp_path / "no", 2, "elora", **{"method.init": "gradient"}, **alone)
+
+
+def test_an_ensemble_takes_the_state_and_means_the_moments(iron: Path, tmp_path: Path, command: Command) -> None:
+    runs = [fit(iron, tmp_path / str(seed), 2, **{"training.seed": seed}) for seed in (1, 2)]
+    atoms: Any = ase.io.read(iron / "test.xyz", 0)
+    atoms.set_initial_magnetic_moments(atoms.arrays["REF_spins"])
+    single = []
+    for run in runs:
+        atoms.calc = forcetune.calculator(run.folder)
+        single.append(
+            (atoms.get_potential_energy(), atoms.get_magnetic_moments(), atoms.calc.results["effective_field"])
+        )
+    atoms.calc = forcetune.calculator(adapter=[run.folder for run in runs])
+    assert atoms.get_potential_energy() == pytest.approx((single[0][0] + single[1][0]) / 2, abs=1e-10)
+    np.testing.assert_allclose(atoms.get_magnetic_moments(), (single[0][1] + single[1][1]) / 2, atol=1e-12)
+    np.testing.assert_allclose(atoms.calc.results["effective_field"], (single[0][2] + single[1][2]) / 2, atol=1e-12)
+    code, told, _ = command("evaluate", runs[0].folder, iron / "test.xyz", "--ensemble", runs[1].folder, "--json")
+    assert code == 0
+    errors = json.loads(told)
+    own = [run.after["test"].energy_mae_mev for run in runs]
+    assert errors["energy_mae_mev"] <= max(own) * 1.0001
+    assert errors["moment_mae_mub"] is not None
+    other = fit(iron, tmp_path / "other", 1, **{"magnetism.layer": "magnitude"})
+    with pytest.raises(InputError, match="one magnetic state"):
+        forcetune.calculator(adapter=[runs[0].folder, other.folder])
+
+
+def test_keys_of_magnetic_labels_can_be_named_wherever_frames_are_read(
+    iron: Path, tmp_path: Path, command: Command
+) -> None:
+    run = fit(iron, tmp_path / "run", 2)
+    frames: Any = ase.io.read(iron / "test.xyz", ":")
+    for atoms in frames:
+        atoms.arrays["m"] = atoms.arrays.pop("REF_magmoms")
+        atoms.arrays["s"] = atoms.arrays.pop("REF_spins")
+    ase.io.write(tmp_path / "other.xyz", frames, format="extxyz")
+    code, _, told = command("evaluate", run.folder, tmp_path / "other.xyz", "--json")
+    assert (code, "other.xyz" in told) == (2, True)
+    keys = ("--moments-key", "m", "--spins-key", "s")
+    code, told, _ = command("evaluate", run.folder, tmp_path / "other.xyz", "--json", *keys)
+    assert code == 0
+    assert json.loads(told)["moment_mae_mub"] == pytest.approx(run.after["test"].to_json()["moment_mae_mub"], rel=1e-6)
+    code, _, told = command("evaluate", iron / "iron.model", tmp_path / "other.xyz", *keys)
+    assert (code, "no magnetic layer" in told) == (2, True)
+    # two states of one structure are no duplicates for the doctor, whatever the key
+    twice = [frames[0], frames[0].copy()]
+    twice[1].info, twice[1].calc = dict(frames[0].info), frames[0].calc
+    twice[1].arrays["s"] = directions(twice[1], "random", np.random.default_rng(5))
+    ase.io.write(tmp_path / "twice.xyz", twice, format="extxyz")
+    for key, found in (("s", False), ("none", True)):
+        arguments = ("--model", iron / "iron.model", "--spins-key", key, "--json")
+        told = command("doctor", tmp_path / "twice.xyz", *arguments)[1]
+        codes = {one["code"] for one in json.loads(told)["findings"]}
+        assert any(code.startswith("duplicate") for code in codes) == found, codes
+
+
+@pytest.mark.forgetting
+def test_conservation_of_energy_is_tested_in_the_state_of_the_frame(
+    iron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def watched(atoms: Atoms, **options: Any) -> Any:
+        seen.append(atoms.get_initial_magnetic_moments())
+        return energy_conservation(atoms, **options)
+
+    monkeypatch.setattr("forcetune.deployment.forgetting.energy_conservation", watched)
+    fit(iron, tmp_path / "run", 1)
+    assert len(seen) >= 1
+    assert all(np.linalg.norm(spins, axis=1).min() > 0.9 for spins in seen)
 
 
 def test_magnitudes_alone(iron: Path, tmp_path: Path) -> None:
@@ -262,6 +374,13 @@ def test_spins_relax_to_lower_energy_with_positions_kept(iron: Path, tmp_path: P
     field, final = atoms.calc.results["effective_field"], atoms.get_initial_magnetic_moments() / 2.2
     across = field - (field * final).sum(1, keepdims=True) * final
     assert np.abs(across).max() <= 1.0001e-5
+    # numbers along z, which may turn away from it
+    collinear = cell((2, 2, 2))
+    collinear.set_initial_magnetic_moments(np.where(np.arange(16) % 2 == 0, 2.2, -2.0))
+    collinear.calc = forcetune.calculator(run.folder)
+    forcetune.relax_spins(collinear)
+    lengths = np.linalg.norm(collinear.get_initial_magnetic_moments(), axis=1)
+    np.testing.assert_allclose(lengths, np.where(np.arange(16) % 2 == 0, 2.2, 2.0))
     atoms.calc = forcetune.calculator(iron / "iron.model")
     with pytest.raises(InputError, match="spin layer"):
         forcetune.relax_spins(atoms)

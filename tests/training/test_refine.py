@@ -17,7 +17,8 @@ from forcetune.adapters.methods import method
 from forcetune.config import TrainingConfig
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.frames.read import read_frames
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, collate
+from forcetune.training.losses import loss_of
 from forcetune.training.refine import refine
 from systems import backbone, write_labelled, write_model
 
@@ -42,6 +43,19 @@ def test_lowers_the_training_loss_and_never_raises_the_validation_loss(graphs: l
     # the parameters left are those of the best iteration
     again = refine(model, TrainingConfig.model_validate({"refine": 1}), graphs[:8], graphs[8:])
     assert again.valid_loss_before == pytest.approx(found.valid_loss_after, rel=1e-9)
+
+
+def test_the_loss_is_that_of_all_frames_at_once_whatever_their_labels(graphs: list[Batch]) -> None:
+    """Batches in which few labels are known do not count as those with many."""
+    model = backbone()
+    attach(model, method("readout"))
+    sparse = [
+        replace(g, forces=torch.full_like(g.forces, torch.nan)) if i % 5 else g for i, g in enumerate(12 * graphs)
+    ]
+    config = TrainingConfig.model_validate({"refine": 1})
+    expected = loss_of(config.loss, model.predict(collate(sparse)).detached(), collate(sparse))
+    found = refine(model, config, sparse, graphs[:2])
+    assert found.train_loss_before == pytest.approx(float(expected), rel=1e-10)
 
 
 def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) -> None:

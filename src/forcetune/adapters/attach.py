@@ -97,7 +97,7 @@ class Adapter(nn.Module):
                     self.parts[part_key(site, type(part))] = part
         # after the updates, which start at the same random values with and without it
         options = method.magnetism
-        self.magnetic = None if options is None else MagneticPart(options, method.learning_rate, backbone)
+        self.magnetic = None if options is None else MagneticPart(options, backbone)
         self._handles: list[Any] = []
         self._required_grad: dict[str, bool] = {}
         self._references: dict[int, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from forcetune.adapters.methods import Method
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.backbones.protocol import Backbone, Extra
 from forcetune.config import MagnetismConfig
-from forcetune.frames.frame import LabelKeys
+from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.spins import resolved_inputs
 from forcetune.graphs.graph import Batch
 from forcetune.magnetism.options import Magnetism
@@ -23,30 +24,36 @@ class MagneticPart(TrainablePart):
         layer: :class:`forcetune.magnetism.layer.SpinLayer` or ``MagnitudeLayer``.
     """
 
-    def __init__(self, options: Magnetism, method_rate: float, backbone: Backbone) -> None:
+    def __init__(self, options: Magnetism, backbone: Backbone) -> None:
         super().__init__()
         self.layer = options.build(backbone.n_scalars, backbone.cutoff, dtype=backbone.dtype, device=backbone.device)
-        self._rate = options.learning_rate / method_rate
+        self._rate = options.learning_rate
 
     def forward(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> Extra:
         return self.layer(scalars, vectors, batch)
 
     def options(self) -> dict[str, ParameterOptions]:
-        """It starts from nothing and learns at its own rate, whatever the method's is."""
-        return {name: ParameterOptions(rate=self._rate) for name, _ in self.named_parameters()}
+        """It starts from nothing and learns at its own rate, whatever that of the run is."""
+        return {name: ParameterOptions(learning_rate=self._rate) for name, _ in self.named_parameters()}
 
 
-def with_magnetism(method: Method, config: MagnetismConfig, keys: LabelKeys) -> Method:
+def with_magnetism(method: Method, config: MagnetismConfig, keys: LabelKeys, frames: Sequence[Frame]) -> Method:
     """The method with the magnetic layer that a configuration asks for, if it does.
 
     Args:
         method: the table of updates.
         config: the layer.
         keys: what the training frames have.
+        frames: those, with the state that the layer is given.
     """
     if config.layer == "off":
         return method
     options = Magnetism(
-        config.layer, resolved_inputs(config.inputs, keys), config.spin_orbit, config.channels, config.radial
+        layer=config.layer,
+        inputs=resolved_inputs(config.inputs, keys, frames),
+        spin_orbit=config.spin_orbit,
+        channels=config.channels,
+        radial=config.radial,
+        learning_rate=config.learning_rate,
     )
     return replace(method, magnetism=options)

@@ -155,7 +155,7 @@ class Method:
                 name=str(data["name"]),
                 table=table,
                 description=str(data.get("description", "")),
-                learning_rate=float(data.get("learning_rate", 5e-3)),
+                learning_rate=_rate(data.get("learning_rate", 5e-3)),
                 target=tuple(target) if isinstance(target, list) else target,
                 optimizer=str(data.get("optimizer", "adam")),
                 last_layers=data.get("last_layers"),
@@ -165,6 +165,16 @@ class Method:
             raise InputError(
                 f"the method table cannot be read ({error}); was it written by a newer forcetune?"
             ) from error
+
+
+def _rate(value: Any) -> float:
+    """
+    Raises:
+        ValueError: no learning rate.
+    """
+    if type(value) not in (int, float) or not 0 < value < 1e6:
+        raise ValueError(f"its learning rate is {short(value)}")
+    return float(value)
 
 
 def _update_from_json(entry: Mapping[str, Any]) -> Update:

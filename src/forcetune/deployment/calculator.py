@@ -31,18 +31,18 @@ class ForcetuneCalculator(Calculator):
     Energy in eV, forces in eV/Å, stress in eV/Å³ (ASE's sign and Voigt order; periodic systems only).
 
     With a spin layer the magnetic state is that of ``atoms.get_initial_magnetic_moments()``, μB, (atoms, 3) or (atoms,)
-    along z; of an adapter that was trained on directions their length does not matter. ``magmoms`` are the predicted
-    moments, (atoms, 3) or (atoms,) magnitudes, μB, and ``results["effective_field"]`` is −∂E/∂s, (atoms, 3), eV per
-    unit of the state that the layer is given (see ``magnetism.inputs``).
+    along z; of an adapter that was trained on directions or unit vectors their length does not matter. ``magmoms`` are
+    the predicted moments, (atoms, 3) or (atoms,) magnitudes, μB, and ``results["effective_field"]`` is −∂E/∂s,
+    (atoms, 3), eV per unit of the state that the layer is given (see ``magnetism.inputs``).
     """
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012 (as ASE declares it)
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, magnetism: Magnetism | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         adapter = adapter_of(backbone)
-        self.magnetism = None if adapter is None else adapter.method.magnetism
+        self.magnetism = magnetism if adapter is None else adapter.method.magnetism
         if self.magnetism is not None:
             self.implemented_properties = [*self.implemented_properties, "magmoms"]
 
@@ -92,7 +92,7 @@ class EnsembleCalculator(ForcetuneCalculator):
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
-        super().__init__(ensemble.backbone)
+        super().__init__(ensemble.backbone, ensemble.magnetism)
         self.ensemble = ensemble
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
     given = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
     if given.ndim == 1:
         given = given[:, None] * np.array([0.0, 0.0, 1.0])
-    return directions(given) if magnetism.inputs == "directions" else given
+    return directions(given) if magnetism.takes_directions else given
 
 
 def frame_of(atoms: Atoms) -> Frame:

@@ -23,6 +23,7 @@ from forcetune.evaluation.metrics import Predictions, predict
 from forcetune.frames.frame import FloatArray
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.install import accelerate
+from forcetune.magnetism.options import Magnetism
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,11 @@ class Ensemble:
 
     backbone: Backbone
     members: tuple[tuple[Path, AdapterConfig, Adapter, dict[int, float]], ...]
+
+    @property
+    def magnetism(self) -> Magnetism | None:
+        """The magnetic layer of the members, which take one state."""
+        return self.members[0][2].method.magnetism
 
     @contextmanager
     def member(self, index: int) -> Iterator[Backbone]:
@@ -94,7 +100,8 @@ def load_ensemble(
         device, dtype, trust: as :func:`forcetune.deployment.loading.deploy`.
 
     Raises:
-        InputError: nothing usable at a path, or the adapters belong to different bases; says what differs.
+        InputError: nothing usable at a path, the adapters belong to different bases, or they take different magnetic
+            states; says what differs.
     """
     folders = member_folders(paths)
     configs = [read_adapter_config(folder) for folder in folders]
@@ -119,6 +126,7 @@ def load_ensemble(
             parameter.requires_grad_(False)
         members.append((folder, config, adapter, backbone.reference_energies))
         detach(backbone)
+    _check_same_state(members)
     for parameter in backbone.model.parameters():
         parameter.requires_grad_(False)
     return Ensemble(backbone, tuple(members))
@@ -138,14 +146,33 @@ def _check_same_base(one: Path, first: AdapterConfig, other: Path, config: Adapt
         )
 
 
+def _check_same_state(members: Sequence[tuple[Path, AdapterConfig, Adapter, dict[int, float]]]) -> None:
+    """
+    Raises:
+        InputError: their magnetic layers are not given the same state.
+    """
+    (one, _, adapter, _), *others = members
+    for other, _, another, _ in others:
+        first, second = adapter.method.magnetism, another.method.magnetism
+        kinds = [None if m is None else (m.layer, m.inputs, m.takes_directions) for m in (first, second)]
+        if kinds[0] != kinds[1]:
+            told = ["no magnetic layer" if m is None else f"{m.layer} layer on {m.inputs}" for m in (first, second)]
+            raise InputError(
+                f"{one} and {other}: an ensemble needs members that take one magnetic state, but they have {told[0]} "
+                f"and {told[1]}. Train all members with the same magnetism.layer and magnetism.inputs."
+            )
+
+
 def mean_of(members: Sequence[Predictions]) -> Predictions:
     """The mean over members, with their labels."""
     stresses = [member.stress for member in members if member.stress is not None]
+    moments = [member.moments for member in members if member.moments is not None]
     return replace(
         members[0],
         energy=np.mean([member.energy for member in members], axis=0),
         forces=np.mean([member.forces for member in members], axis=0),
         stress=np.mean(stresses, axis=0) if len(stresses) == len(members) else None,
+        moments=np.mean(moments, axis=0) if len(moments) == len(members) else None,
     )
 
 

@@ -222,6 +222,8 @@ def _hole(forces: np.ndarray, radii: float) -> float | None:
 
 def _stability(backbone: Backbone, frame: Frame) -> Stability:
     atoms = Atoms(frame.numbers, frame.positions, cell=frame.cell, pbc=frame.pbc)
+    if frame.spins is not None:
+        atoms.set_initial_magnetic_moments(frame.spins)
     atoms.calc = ForcetuneCalculator(backbone)
     try:
         run = energy_conservation(atoms, picoseconds=_PICOSECONDS, seconds=_SECONDS)

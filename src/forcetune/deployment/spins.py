@@ -23,7 +23,7 @@ class SpinRelaxation:
 
     Attributes:
         energy_before, energy_after: eV.
-        torque: largest component of the effective field across a spin that is left, eV per unit of the spin.
+        torque: largest component of the effective field across a spin that is left, eV per radian.
         evaluations: of the energy.
         converged: the torque is below what was asked for.
     """
@@ -119,7 +119,7 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
         atoms: with initial magnetic moments, (atoms, 3) or (atoms,) along z, and a calculator with a spin layer. The
             relaxed spins become its initial magnetic moments. A state that symmetry keeps from turning, such as the
             collinear one, is left as it is: turn it a little first.
-        torque: largest torque to be left, eV per unit of the spin.
+        torque: largest torque to be left, eV per radian.
         evaluations: at most so many of the energy.
 
     Raises:
@@ -149,6 +149,8 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
         value = float(atoms.get_potential_energy())
         return value, (-across(directions) / norms[:, None]).ravel()
 
+    # one number for each atom may become a vector
+    atoms.set_initial_magnetic_moments(None)
     # a spin of another length is the same state: the gradient along it is zero
     first = (start[spinning] / lengths[spinning, None]).ravel()
     before, _ = energy(first)

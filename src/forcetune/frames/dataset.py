@@ -16,7 +16,7 @@ from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import expand
-from forcetune.frames.spins import resolved_inputs, with_spins
+from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
 from forcetune.frames.stored import StoredFrames, elements_of
 from forcetune.frames.streaming import stream_frames
@@ -126,7 +126,7 @@ def read_dataset(
         given = read([source], ("energy",), f"{name} data", found.keys)
         tests[name] = Split(given.frames, given.files, given.sha256, given.keys)
     if magnetism is not None and magnetism.layer == "spin":
-        inputs = resolved_inputs(magnetism.inputs, found.keys)
+        inputs = resolved_inputs(magnetism.inputs, found.keys, found.frames)
         train, valid = (part._replace(frames=_with_state(part.frames, inputs)) for part in (train, valid))
         tests = {name: part._replace(frames=_with_state(part.frames, inputs)) for name, part in tests.items()}
     return Dataset(train, valid, tests, isolated)
@@ -141,7 +141,7 @@ def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:
     if not isinstance(frames, StoredFrames):
         return with_spins(frames, inputs)
     found = frames.with_spins(inputs)
-    if not frames.all_have("spins" if inputs == "initial" else "moments"):
+    if not frames.all_have("spins" if inputs in OF_FILE else "moments"):
         for _ in found:
             pass  # names the frame that has none
     return found

@@ -13,13 +13,42 @@ from forcetune.frames.frame import FloatArray, Frame, LabelKeys
 
 SMALLEST_MOMENT = 0.05
 """Moments below this, μB, have no direction."""
+UNIT_TOLERANCE = 1e-3
+UNIT_FRAMES = 1000
+"""So many frames are looked at to see whether spins are unit vectors."""
+OF_FILE: tuple[SpinInputs, ...] = ("initial", "unit")
+"""Inputs that come from the spins of a frame, the others from its moments."""
+DIRECTIONS: tuple[SpinInputs, ...] = ("unit", "directions")
+"""Inputs that are unit vectors: the length of what is given makes no difference."""
 
 
-def resolved_inputs(inputs: SpinInputs, keys: LabelKeys) -> SpinInputs:
-    """What ``auto`` stands for: the state in the file where there is one, otherwise the directions of the moments."""
+def resolved_inputs(inputs: SpinInputs, keys: LabelKeys, frames: Sequence[Frame]) -> SpinInputs:
+    """What ``auto`` stands for: the state in the file where there is one, otherwise the directions of the moments.
+
+    Args:
+        inputs: as asked for.
+        keys: of the training frames.
+        frames: those. Where their spins are unit vectors, directions is all that spins can say.
+    """
     if inputs != "auto":
         return inputs
-    return "directions" if keys.spins is None else "initial"
+    if keys.spins is None:
+        return "directions"
+    return "unit" if are_unit(frames) else "initial"
+
+
+def are_unit(frames: Sequence[Frame]) -> bool:
+    """Whether all spins of the first :data:`UNIT_FRAMES` frames are unit vectors or zero: they say directions."""
+    found = False
+    for frame in frames[:UNIT_FRAMES]:
+        if frame.spins is None:
+            return False
+        lengths = np.linalg.norm(frame.spins, axis=1)
+        spinning = lengths > 0
+        if np.abs(lengths[spinning] - 1).max(initial=0.0) > UNIT_TOLERANCE:
+            return False
+        found = found or bool(spinning.any())
+    return found
 
 
 def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]:
@@ -27,22 +56,23 @@ def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]
 
     Args:
         frames: with moments, or with spins of their own.
-        inputs: ``initial`` keeps the spins of the file, ``directions`` takes unit vectors along the moments (zero for
-            moments below :data:`SMALLEST_MOMENT`), ``moments`` the moments themselves.
+        inputs: ``initial`` keeps the spins of the file, ``unit`` takes unit vectors along them, ``directions`` unit
+            vectors along the moments (zero for moments below :data:`SMALLEST_MOMENT`), ``moments`` the moments
+            themselves.
 
     Raises:
         InputError: a frame lacks what is needed; names file and frame.
     """
     result = []
     for frame in frames:
-        given = frame.spins if inputs == "initial" else frame.moments
+        given = frame.spins if inputs in OF_FILE else frame.moments
         if given is None:
-            what, key = ("spins", "spins") if inputs == "initial" else ("magnetic moments", "moments")
+            what, key = ("spins", "spins") if inputs in OF_FILE else ("magnetic moments", "moments")
             raise InputError(
                 f"{frame.origin}: has no {what}, which the spin-aware layer starts from; add them to the frame, set "
                 f"data.{key}_key, or choose other inputs (magnetism.inputs)."
             )
-        result.append(replace(frame, spins=directions(given) if inputs == "directions" else given))
+        result.append(replace(frame, spins=directions(given) if inputs in DIRECTIONS else given))
     return tuple(result)
 
 

@@ -90,6 +90,11 @@ class SpinLayer(nn.Module):
         self.site = _perceptron(n_scalars, channels, 3)
         self.pair = _perceptron(channels + n_radial, channels, 8 if spin_orbit else 4)
         self.scale = nn.Parameter(torch.ones(()))
+        if spin_orbit:
+            # d and w are only met as a product: were both zero, neither would ever have a gradient
+            bias = self.pair[-1].bias
+            assert isinstance(bias, nn.Parameter)
+            nn.init.constant_(bias[self.names.index("w")], 1.0)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from forcetune.config import LARGEST_CHANNELS, SpinInputs
+from forcetune.frames.spins import DIRECTIONS
 from forcetune.magnetism.layer import MagnitudeLayer, SpinLayer
 from forcetune.parsing import short
 
@@ -35,6 +36,11 @@ class Magnetism:
     channels: int = 64
     radial: int = 8
     learning_rate: float = 5e-3
+
+    @property
+    def takes_directions(self) -> bool:
+        """Whether the length of a given spin makes no difference."""
+        return self.inputs in DIRECTIONS
 
     def build(self, n_scalars: int, cutoff: float, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """The layer for a backbone with so many invariant node features and this cutoff, Å."""
@@ -71,6 +77,9 @@ class Magnetism:
             value = getattr(made, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} of the magnetic layer is {short(value)}, at most {most} is read")
-        if type(made.spin_orbit) is not bool or not isinstance(made.learning_rate, (int, float)):
+        if type(made.spin_orbit) is not bool:
             raise ValueError("an option of the magnetic layer has the wrong type")
+        rate = made.learning_rate
+        if type(rate) not in (int, float) or not 0 < rate < 1e6:
+            raise ValueError(f"learning_rate of the magnetic layer is {short(rate)}")
         return made

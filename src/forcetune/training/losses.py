@@ -48,6 +48,10 @@ class LossSums:
         terms = _terms(self.config, prediction, batch)
         self.sums[: len(terms)] += torch.stack([torch.stack(term) for term in terms]).detach().cpu()
 
+    def wholes(self) -> tuple[Tensor, ...]:
+        """The sum of the weights of each term's labels, in the order in which :func:`loss_of` asks for them."""
+        return self.sums[:, 1].unbind()
+
     def loss(self) -> float:
         """Over all batches so far."""
         return float(_joined([(term, weights) for term, weights in self.sums.unbind()], self.config))

@@ -62,6 +62,7 @@ class FineTuning(lightning.LightningModule):
         self.save_best = save_best
         self.observe = observe
         self.head = head
+        self.first_rate = learning_rate
         self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
         averaged = config.ema is not None and config.optimizer != "schedulefree"
         self.average = MovingAverage(list(self.adapter.parameters()), config.ema or 0.0) if averaged else None
@@ -111,7 +112,14 @@ class FineTuning(lightning.LightningModule):
         return optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(self.adapter, self.config, self.schedule.base, self.loader.n_batches, self.head)
+        optimizer = make_optimizer(
+            self.adapter,
+            self.config,
+            self.schedule.base,
+            self.loader.n_batches,
+            self.head,
+            first_rate=self.first_rate,
+        )
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
             self._optimizer_state = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from forcetune.adapters.attach import Adapter
+from forcetune.adapters.updates.base import ParameterOptions
 from forcetune.config import ScheduleConfig, TrainingConfig
 from forcetune.training.replay_head import LEARNING_RATE, ReplayHead
 
@@ -25,19 +26,23 @@ def make_optimizer(
     learning_rate: float,
     steps_per_epoch: int,
     head: ReplayHead | None = None,
+    *,
+    first_rate: float | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameters, and those of a head for replay frames.
 
     The run's weight decay acts on linear and contraction sites only. Parameters that say how they are trained have a
-    group of their own; ``rate`` is the factor of its learning rate.
+    group of their own; ``rate`` is the factor of its learning rate. A resumed run, too, says the ``first_rate`` that it
+    began with, so that its groups are the same.
     """
+    begun = learning_rate if first_rate is None else first_rate
     found: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for kind, parameter, own in adapter.parameter_kinds():
         decay = config.weight_decay if kind in DECAYED_KINDS else 0.0
-        key = (decay, 1.0, False) if own is None else (own.decay, own.rate, True)
+        key = (decay, 1.0, False) if own is None else (own.decay, _rate(own, begun), True)
         found.setdefault(key, []).append(parameter)
     if head is not None:
-        found.setdefault((0.0, LEARNING_RATE / learning_rate, True), []).extend(head.parameters())
+        found.setdefault((0.0, LEARNING_RATE / begun, True), []).extend(head.parameters())
     groups: list[dict[str, Any]] = [
         {"params": members, "weight_decay": decay, "lr": rate * learning_rate, "rate": rate}
         | ({"decoupled_weight_decay": True} if own and config.optimizer in (None, "adam") else {})
@@ -49,6 +54,10 @@ def make_optimizer(
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
     return torch.optim.Adam(groups, lr=learning_rate, amsgrad=True, foreach=True)
+
+
+def _rate(options: ParameterOptions, begun: float) -> float:
+    return options.rate if options.learning_rate is None else options.learning_rate / begun
 
 
 class LearningRate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,19 +68,26 @@ def refine(
     adapter = attached(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    shares = _Shares(training, replay, backbone)
+    batches = _Weighted(training, replay, backbone)
     head = None if replay is None else replay.head
 
     validating = evaluation_batches(validation, backbone.device)
 
+    labels = LossSums(loss)
+    for batch in batches:
+        labels.add(backbone.predict(batch, stress=loss.stress > 0).detached(), batch)
+    wholes = [whole.to(backbone.device) for whole in labels.wholes()]
+
     def closure() -> Tensor:
-        """The mean loss over all frames, batch by batch, with its gradient."""
+        """The loss of all frames, batch by batch, with its gradient."""
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=backbone.device)
-        for batch, share in shares:
+        for batch in batches:
             with replay_head(backbone, head):
                 found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
-            part = loss_of(loss, found, batch) * share
+            # means over the labels of all batches, not of this one
+            of_terms = iter(wholes)
+            part = loss_of(loss, found, batch, total=lambda _, of_terms=of_terms: next(of_terms))
             part.backward()
             total += part.detach()
         return total
@@ -124,17 +131,16 @@ def refine(
     return Refinement(iteration, best_iteration, losses[0], after, before, best_loss)
 
 
-class _Shares:
-    """Batches with their share of the loss; all shares sum to 1."""
+class _Weighted:
+    """Batches of all frames, each with the weight that it has in an epoch."""
 
     def __init__(self, training: Sequence[Batch], replay: Replay | None, backbone: Backbone) -> None:
-        kinds: list[tuple[Sequence[Batch], float]] = [(training, 1.0)]
+        self.kinds = [(evaluation_batches(training, backbone.device), 1.0)]
         if replay is not None:
-            kinds.append((replay.graphs, replay.ratio * float(replay.graphs[0].weight[0])))
-        self.whole = sum(share for _, share in kinds)
-        self.kinds = [(evaluation_batches(graphs, backbone.device), share, len(graphs)) for graphs, share in kinds]
+            often = replay.ratio * len(training) / len(replay.graphs)
+            self.kinds.append((evaluation_batches(replay.graphs, backbone.device), often))
 
-    def __iter__(self) -> Iterator[tuple[Batch, float]]:
-        for batches, share, count in self.kinds:
+    def __iter__(self) -> Iterator[Batch]:
+        for batches, often in self.kinds:
             for batch in batches:
-                yield batch, share / self.whole * batch.n_graphs / count
+                yield replace(batch, weight=often * batch.weight)

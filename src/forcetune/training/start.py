@@ -9,6 +9,7 @@ from forcetune.adapters.gradients import start_from_gradients, weight_gradients,
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
+from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.magnetism.layer import SpinLayer
@@ -35,7 +36,7 @@ def attach_for_training(
 
     Raises:
         InputError: as :func:`forcetune.adapters.attach.attach` and
-            :func:`forcetune.adapters.gradients.within_budget`.
+            :func:`forcetune.adapters.gradients.within_budget`; a gradient is asked for of a loss of moments alone.
     """
     if not method.needs_gradients:
         return _calibrated(attach(backbone, method, seed=config.seed), graphs)
@@ -48,9 +49,15 @@ def attach_for_training(
         batch_edges=config.batch_edges,
         device=backbone.device,
     )
-    stress = config.loss.stress > 0
+    # the foundation model has no moments yet
+    loss = config.loss.model_copy(update={"moments": 0.0})
+    if loss.energy == loss.forces == loss.stress == 0:
+        raise InputError(
+            "a start from the gradient (method.init, method.budget) needs a loss of energies, forces or stresses; "
+            "moments alone have no gradient yet."
+        )
     gradients = weight_gradients(
-        backbone, loader, lambda found, batch: loss_of(config.loss, found, batch), stress=stress
+        backbone, loader, lambda found, batch: loss_of(loss, found, batch), stress=loss.stress > 0
     )
     backbone.set_reference_energies(own)
     if method.budget is not None:

@@ -20,10 +20,12 @@ class ParameterOptions:
     Attributes:
         rate: learning rate in units of the run's.
         decay: decoupled weight decay.
+        learning_rate: at the beginning, whatever the run's is; instead of ``rate``.
     """
 
     rate: float = 1.0
     decay: float = 0.0
+    learning_rate: float | None = None
 
 
 class TrainablePart(nn.Module, ABC):
