@@ -83,8 +83,10 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_three_processes_with_less_than_a_frame_each(tmp_path: Path) -> None:
+    """Also of replay frames, whose head some processes then have no frame for."""
     data, model = frames(tmp_path / "frames.xyz"), write_model(tmp_path / "small.model")
     for processes in (1, 3):
-        more = ("--method", "mmea", "--set", "training.batch_size=2")
+        replay = ("--set", f"replay.data=[{data}]", "--set", "replay.ratio=0.4", "--set", "replay.head=own")
+        more = ("--method", "mmea", "--set", "training.batch_size=2", *replay)
         fit(tmp_path / str(processes), data, model, processes, *more)
     assert_same(tmp_path / "1", tmp_path / "3")
