@@ -37,7 +37,7 @@ LOW_RANK: dict[str, dict[str, Any]] = {
     ", rank 8": {"method.rank": 8},
     ", budget of rank 8": {"method.budget": 29_472},
     ", norms": {"method.norms": True},
-    ", rank-stabilised": {"method.scaling": "rank_stabilised"},
+    ", rank-stabilised": {"method.alpha": 64.0},
     ", gradient start": {"method.init": "gradient"},
     ", L-BFGS at the end": {"training.refine": 30},
 }

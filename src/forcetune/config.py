@@ -148,16 +148,13 @@ class MethodConfig(Section):
         description="Rank of the gate (mmea) or of the low-rank update (elora); 16.",
     )
     alpha: float | None = Field(
-        default=None, gt=0, description="Scale of the low-rank update: W + (alpha / rank) A B; 16."
+        default=None, gt=0, description="Scale of the low-rank update: W + (alpha / rank) A B; the rank."
     )
     cap_rank: bool | None = Field(
         default=None, description="Cap the rank at what a path can use; off gives the published counts."
     )
     norms: bool | None = Field(
         default=None, description="Low rank: train the norm of each output channel apart from its direction (DoRA)."
-    )
-    scaling: Literal["standard", "rank_stabilised"] | None = Field(
-        default=None, description="Low rank: scale alpha / rank, or alpha / √rank."
     )
     init: Literal["normal", "gradient"] | None = Field(
         default=None, description="Low rank: start at random, or along the gradient of the first batches."

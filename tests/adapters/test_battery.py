@@ -43,7 +43,7 @@ VARIANTS: dict[str, Method] = {name: method(name) for name in METHODS if name no
 OPTIONS: dict[str, Method] = {
     "mmea-pure, linear gain": method("mmea-pure", gain="linear"),
     "mmea-pure, skip connections": method("mmea-pure", skip=True),
-    "elora, norms": method("elora", norms=True, scaling="rank_stabilised"),
+    "elora, norms": method("elora", norms=True),
     "gates and gains": custom_method(
         "custom", {"linear": [{"update": "Gate", "rank": 4}, {"update": "Gain"}], "readout": [{"update": "LowRank"}]}
     ),

@@ -246,16 +246,15 @@ def elora(
     alpha: float | None = None,
     cap_rank: bool = False,
     norms: bool = False,
-    scaling: Literal["standard", "rank_stabilised"] = "standard",
     init: Literal["normal", "gradient"] = "normal",
     budget: int | None = None,
 ) -> Method:
     """ELoRA (ICML 2025): low rank on every path, dense lower-order contractions and Bessel frequencies.
 
-    ``norms``, ``scaling`` and ``init`` are those of :class:`LowRank`; ``budget`` shares so many trained parameters
+    ``norms`` and ``init`` are those of :class:`LowRank`; ``budget`` shares so many trained parameters
     among the paths instead of giving each the same rank.
     """
-    low_rank = LowRank(rank, float(rank if alpha is None else alpha), cap_rank, norms, scaling, init)
+    low_rank = LowRank(rank, float(rank if alpha is None else alpha), cap_rank, norms, init)
     kinds = ("linear", "readout", "tensor_product", "radial_mlp", "contraction")
     return Method(
         "elora",

@@ -98,7 +98,6 @@ class LowRank(Update):
             only costs parameters.
         norms: train the norm of every output channel apart from its direction (DoRA, arXiv 2402.09353, on
             multiplicities).
-        scaling: ``standard`` α / r, or ``rank_stabilised`` α / √r (arXiv 2312.03732).
         init: A at random, or from the gradient of the first batches (``gradient``; compare arXiv 2407.05000).
         ranks: ranks of single paths, by ``site/path``; 0 leaves a path frozen. Others have ``rank``.
     """
@@ -107,14 +106,13 @@ class LowRank(Update):
     alpha: float = 16.0
     cap_rank: bool = False
     norms: bool = False
-    scaling: Literal["standard", "rank_stabilised"] = "standard"
     init: Literal["normal", "gradient"] = "normal"
     ranks: Mapping[str, int] | None = None
     name: ClassVar[str] = "LowRank"
 
     def __post_init__(self) -> None:
-        if self.scaling not in ("standard", "rank_stabilised") or self.init not in ("normal", "gradient"):
-            raise ValueError(f"unknown scaling {self.scaling!r} or init {self.init!r}")
+        if self.init not in ("normal", "gradient"):
+            raise ValueError(f"unknown init {self.init!r}")
         ranks = self.ranks or {}
         if not isinstance(ranks, Mapping) or not all(type(rank) is int for rank in ranks.values()):
             raise ValueError("ranks give a whole number for each path")
@@ -122,12 +120,12 @@ class LowRank(Update):
             raise ValueError(f"a rank is at least 1 and at most {LARGEST_RANK}, or 0 for a path that stays frozen")
 
     def __hash__(self) -> int:
-        return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.scaling, self.init))
+        return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.init))
 
     @property
     def scale(self) -> float:
         """The factor in front of A B, but for the contraction's couplings; the same for every path."""
-        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+        return self.alpha / self.rank
 
     def rank_at(self, site: Site, path: WeightPath) -> int:
         """Rank used on a path of a site."""
