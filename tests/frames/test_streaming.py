@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import warnings
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from forcetune.frames.sources import file_format
 from forcetune.frames.splits import separate_isolated
 from forcetune.frames.stored import StoredFrames
 from forcetune.frames.streaming import stream_frames
-from frames.formats import FORMATS, assert_same, write_xyz
+from frames.formats import FORMATS, assert_same, write_database, write_xyz
 from systems import crystal, labelled
 
 NEEDED = ("energy", "forces")
@@ -249,6 +252,29 @@ def test_large_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not is_streamed(config.model_copy(update={"stream": "off"}))
     monkeypatch.setattr("forcetune.frames.dataset.STREAM_FROM", path.stat().st_size + 1)
     assert not is_streamed(config)
+
+
+def test_rows_of_a_database_written_at_any_time_keep_their_order(tmp_path: Path) -> None:
+    """SQLite would list ids by their time of creation, which has an index."""
+    path = write_database(tmp_path / "a.db", labelled(300))
+    times = np.random.default_rng(0).permutation(300).tolist()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany("UPDATE systems SET ctime = ? WHERE id = ?", zip(times, range(1, 301), strict=True))
+        connection.execute("DELETE FROM systems WHERE id % 7 = 3")
+    expected = read_frames(path, require=NEEDED).frames
+    for one, other in zip(expected, stream(path).frames, strict=True):
+        assert_same(one, other)
+        assert one.origin == other.origin
+
+
+@pytest.mark.parametrize("announced", [9, 11])
+def test_another_number_of_frames_than_was_counted_is_told(tmp_path: Path, announced: int) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    (chunk,) = chunks.chunks_of(path, "extxyz")
+    with pytest.raises(
+        InputError, match=rf"a\.xyz, frame 0: here are \w+ frames than the {announced} that were counted"
+    ):
+        list(replace(chunk, count=announced).structures())
 
 
 def test_chunks_are_small_whatever_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

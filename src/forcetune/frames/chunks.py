@@ -15,6 +15,7 @@ from ase import Atoms
 
 from forcetune.errors import InputError
 from forcetune.frames import aselmdb, hdf5
+from forcetune.frames.frame import Origin
 from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, structure_of, xyz_texts
 from forcetune.workers import WorkerDiedError, in_order
 
@@ -35,6 +36,7 @@ class Chunk:
     Attributes:
         path, format_name: of the file.
         start: number of the first frame.
+        count: frames in it.
         content: by format: the text of the frames; first and last id of rows (the end not included); name of a batch
             with first frame and end; or the structures themselves.
     """
@@ -42,13 +44,29 @@ class Chunk:
     path: Path
     format_name: str
     start: int
+    count: int
     content: Any
 
     def structures(self) -> Iterator[Atoms]:
         """
         Raises:
-            InputError: a frame is damaged.
+            InputError: a frame is damaged, or there are not as many as were announced.
         """
+        found = 0
+        for atoms in self._structures():
+            found += 1
+            if found > self.count:
+                break
+            yield atoms
+        if found != self.count:
+            # frames that are dropped or repeated would go unnoticed in a set of many
+            raise InputError(
+                f"{Origin(str(self.path), self.start)}: here are {'more' if found > self.count else 'fewer'} frames "
+                f"than the {self.count} that were counted before; the file is damaged or was changed while it was "
+                "read, write it again."
+            )
+
+    def _structures(self) -> Iterator[Atoms]:
         if self.format_name in XYZ_FORMATS:
             stream = io.StringIO(self.content)
             found: Any = ase.io.iread(stream, ":", format=self.format_name, parallel=False)
@@ -70,7 +88,7 @@ def chunks_of(path: Path, format_name: str) -> Iterator[Chunk]:
     """
     start = 0
     for count, content in _contents(path, format_name):
-        yield Chunk(path, format_name, start, content)
+        yield Chunk(path, format_name, start, count, content)
         start += count
     if start == 0:
         raise no_frames(path, format_name)
@@ -159,14 +177,14 @@ def _connection(path: Path) -> Any:
 
 def _ids(path: Path) -> Iterator[Any]:
     """Of all rows of an SQLite database."""
-    # within the context all rows share one connection
+    # within the context all rows share one connection; unsorted, SQLite answers in the order of an index of its choice
     with _connection(path) as database:
-        for row in database.select(columns=["id"], include_data=False):
+        for row in database.select(columns=["id"], include_data=False, sort="id"):
             yield row.id
 
 
 def _rows(path: Path, first: int, end: int) -> Iterator[Atoms]:
     """Rows of an SQLite database with ids in a range."""
     with _connection(path) as database:
-        for row in database.select([("id", ">=", first), ("id", "<", end)]):
+        for row in database.select([("id", ">=", first), ("id", "<", end)], sort="id"):
             yield structure_of(row)
