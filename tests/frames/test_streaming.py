@@ -16,6 +16,7 @@ from ase import Atoms
 
 from forcetune.config import DataConfig
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
+from forcetune.files import sha256_of
 from forcetune.frames import chunks, streaming
 from forcetune.frames.dataset import Dataset, is_streamed, read_dataset
 from forcetune.frames.frame import FrameSet, LabelKeys
@@ -169,6 +170,21 @@ def test_keys_that_the_first_frames_lack(tmp_path: Path) -> None:
     assert [frame.energy is None for frame in found.frames] == [index < 200 for index in range(300)]
 
 
+def test_any_number_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of different files are not of different kinds; a message still counts the files."""
+    monkeypatch.setattr("forcetune.frames.survey._MOST_WITNESSES", 3)
+    files = [write_xyz(tmp_path / f"{index}.xyz", labelled(2, seed=index)) for index in range(6)]
+    found = stream(*files)
+    assert [(frame.origin.file, frame.origin.index) for frame in found.frames[9:11]] == [
+        (str(files[4]), 1),
+        (str(files[5]), 0),
+    ]
+    asked = {"energy_key": "nonsense"}
+    assert outcome(lambda: stream(*files, **asked)) == outcome(lambda: read_frames(files, require=NEEDED, **asked))
+    with pytest.raises(InputError, match=r"0\.xyz and 5 more"):
+        stream(*files, **asked)
+
+
 def test_a_damaged_file_is_told_by_its_frame(tmp_path: Path) -> None:
     path = write_xyz(tmp_path / "a.xyz", labelled(200))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -196,6 +212,25 @@ def test_a_store_is_found_again_by_what_it_was_made_from(tmp_path: Path, monkeyp
                 stream(path, **other)  # pyright: ignore[reportArgumentType]
     write_xyz(path, labelled(11))
     assert len(stream(path).frames) == 11
+
+
+@pytest.mark.parametrize("cut", [0, 3], ids=["whole", "damaged"])
+def test_a_file_that_changes_while_it_is_read_makes_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    longer = write_xyz(tmp_path / "b.xyz", labelled(12)).read_text(encoding="utf-8").splitlines(keepends=True)
+
+    def hashed(file: Path) -> str:
+        digest = sha256_of(file)
+        file.write_text("".join(longer[: len(longer) - cut]), encoding="utf-8")
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "sha256_of", hashed)
+        with pytest.raises(InputError, match=r"a\.xyz: changed while it was read; run again"):
+            stream(path)
+    assert not list((tmp_path / "store").iterdir())
 
 
 def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

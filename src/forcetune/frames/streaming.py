@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from forcetune import parallel
-from forcetune.errors import ForcetuneWarning, InputError, warn
+from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
 from forcetune.files import sha256_of
 from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
@@ -81,9 +81,10 @@ def stream_frames(
         progress: called with the number of frames done.
 
     Raises:
-        InputError: as there, or the folder cannot be written.
+        InputError: as there, a file changed while it was read, or the folder cannot be written.
     """
     files = expand(list(sources))
+    before = [_signature(file) for file in files]
     digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
     columns = [asdict(column) for column in FRAME_COLUMNS]
     identity = [VERSION, digest, [str(file) for file in files], asked, list(require), name, columns]
@@ -91,7 +92,13 @@ def stream_frames(
 
     def make() -> None:
         with new_store(place) as temporary:
-            _Building(files, asked, require, name, workers, progress or (lambda _: None)).carry_out(temporary)
+            building = _Building(files, asked, require, name, workers, progress or (lambda _: None))
+            try:
+                building.carry_out(temporary)
+            except ForcetuneError:
+                _check_unchanged(files, before)  # whatever was found in it then is not the reason
+                raise
+            _check_unchanged(files, before)
 
     parallel.made_once(place, make)
     rows = RowReader(place)
@@ -99,6 +106,25 @@ def stream_frames(
         warn(text)
     keys = LabelKeys(**rows.facts["keys"])
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
+
+
+def _signature(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
+    """
+    Raises:
+        InputError: a file is not what it was when its hash, which names the store, was taken.
+    """
+    for file, signature in zip(files, before, strict=True):
+        if _signature(file) != signature:
+            raise InputError(f"{file}: changed while it was read; run again when nothing writes to it any more.")
 
 
 @contextmanager
@@ -169,7 +195,7 @@ class _Building:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
-                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name)
+                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
             except InputError as error:
                 refusal = error
         texts = [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
@@ -187,7 +213,7 @@ class _Building:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return choose_keys(survey.witnesses, self.asked, self.require, self.name)
+                return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
             except InputError:
                 return None
 
