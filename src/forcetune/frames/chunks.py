@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import ase.db
 import ase.io
+import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError
@@ -24,6 +25,8 @@ Item = TypeVar("Item")
 CHUNK = 128
 """Frames of a chunk, at most."""
 _CHUNK_TEXT = 4 * 2**20
+_LEAST_UNPACKED = 2**28
+_RATIO = 200
 
 DANGEROUS = frozenset({"hdf5", "aselmdb"})
 """Formats whose libraries may crash on a damaged file: they are read in another process."""
@@ -103,7 +106,11 @@ def structures_of(path: Path, format_name: str) -> Iterator[Atoms]:
     if format_name not in DANGEROUS:
         yield from iterate(path, format_name)
         return
+    size, most = 0, max(_LEAST_UNPACKED, _RATIO * path.stat().st_size)
     for found in safely(path, in_order(_listed, chunks_of(path, format_name), 1)):
+        size += sum(map(_bytes_of, found))
+        if size > most:
+            raise InputError(f"{path}: its frames unpack to more than {most:,} bytes; write it again.")
         yield from found
 
 
@@ -122,6 +129,13 @@ def safely(path: Path, results: Iterator[Any]) -> Iterator[Any]:
 def crashed(path: Path) -> InputError:
     """Of a file of a dangerous format that made its reader die."""
     return InputError(f"{path}: its reader crashed; the file is damaged, copy or write it again.")
+
+
+def _bytes_of(atoms: Atoms) -> int:
+    """What arrays of a structure take in memory."""
+    results = {} if atoms.calc is None else atoms.calc.results
+    values = (*atoms.arrays.values(), *atoms.info.values(), *results.values())
+    return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
 def _listed(chunk: Chunk) -> list[Atoms]:
@@ -144,10 +158,10 @@ def _contents(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
                 yield high - low, (low, high)
     elif format_name == "hdf5":
         (groups,) = safely(path, in_order(hdf5.frame_groups, [path], 1))
-        for name, count in groups:
-            for low in range(0, count, CHUNK):
-                high = min(low + CHUNK, count)
-                yield high - low, (name, low, high)
+        for batch, names in groups:
+            for low in range(0, len(names), CHUNK):
+                some = names[low : low + CHUNK].tolist()
+                yield len(some), (batch, some)
     else:
         for some in _some(iterate(path, format_name)):
             yield len(some), some

@@ -6,6 +6,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,6 +152,21 @@ def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator
             ) from error
         yield atoms
         count += 1
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Within this context whatever another library raises for a file of many frames is told in one sentence.
+
+    Raises:
+        InputError: anything but an error of ours was raised.
+    """
+    try:
+        yield
+    except ForcetuneError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read ({_told(error)}); it is damaged, copy or write it again.") from error
 
 
 def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
