@@ -123,7 +123,9 @@ def safely(path: Path, results: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from results
     except WorkerDiedError as error:
-        raise crashed(path) from error
+        if error.killed:
+            raise crashed(path) from error
+        raise
 
 
 def crashed(path: Path) -> InputError:

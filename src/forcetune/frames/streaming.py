@@ -259,7 +259,7 @@ class _Building:
         try:
             yield from in_order(_read, tasks, workers)
         except WorkerDiedError as error:
-            if isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
+            if error.killed and isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
                 raise crashed(error.task.chunk.path) from error
             raise
 
