@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -26,10 +30,12 @@ from forcetune.frames.sources import file_format
 from forcetune.frames.splits import separate_isolated
 from forcetune.frames.stored import StoredFrames
 from forcetune.frames.streaming import stream_frames
+from forcetune.parallel import made_once
 from frames.formats import FORMATS, assert_same, write_database, write_xyz
 from systems import crystal, labelled
 
 NEEDED = ("energy", "forces")
+SOURCES = str(Path(streaming.__file__).parents[2])
 
 
 def stream(*files: Path, workers: int = 0, require: Any = NEEDED, **keys: str) -> FrameSet:
@@ -236,11 +242,93 @@ def test_a_file_that_changes_while_it_is_read_makes_no_store(
 def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_xyz(tmp_path / "a.xyz", labelled(300))
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.RowWriter, "close", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr("forcetune.frames.rows.os.fsync", failing(OSError(28, "No space left")))
         with pytest.raises(InputError, match=r"cannot be written \(No space left\); set data.store"):
+            stream(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks.Chunk, "_structures", failing(OSError(5, "Input/output error")))
+        with pytest.raises(InputError, match=r"a\.xyz.*Input/output error"):
             stream(path)
     assert not list((tmp_path / "store").iterdir())
     assert len(stream(path).frames) == 300
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Half a store of the same data goes away, unless somebody is still at work on it."""
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    (place,) = (tmp_path / "store").iterdir()
+    shutil.rmtree(place)
+    with streaming._scratch(place) as busy:
+        code = (
+            "import os, sys; from pathlib import Path; from forcetune.frames import streaming\n"
+            "with streaming.new_store(Path(sys.argv[1])) as store:\n"
+            "    (store / 'rows.bin').write_bytes(bytes(1000)); os.kill(os.getpid(), 9)"
+        )
+        subprocess.run([sys.executable, "-c", code, str(place)], check=False, env=os.environ | {"PYTHONPATH": SOURCES})
+        left = {one for one in (tmp_path / "store").iterdir() if one != busy}
+        assert len(left) == 1 and (left.copy().pop() / "store" / "rows.bin").exists()
+        stream(path)
+        assert set((tmp_path / "store").iterdir()) == {place, busy}
+    assert list((tmp_path / "store").iterdir()) == [place]
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def _emptied(name: str) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_bytes(b"")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"{name} is empty": _emptied(name) for name in ("atoms.npy", "rows.bin", "ends.bin", "index.json")},
+    "an index that was changed": lambda place: (place / "index.json").write_text(
+        (place / "index.json").read_text(encoding="utf-8").replace('"warnings"', '"warning"'), encoding="utf-8"
+    ),
+    "ends of nonsense": lambda place: (place / "ends.bin").write_bytes(
+        b"\xff" * 72 + (place / "ends.bin").read_bytes()[72:]
+    ),
+    "rows of nonsense": lambda place: (place / "rows.bin").write_bytes(b"\xff" * (place / "rows.bin").stat().st_size),
+    "a missing file": lambda place: (place / "atoms.npy").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_of_a_store_is_told(tmp_path: Path, damage: str) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    (place,) = (tmp_path / "store").iterdir()
+    DAMAGES[damage](place)
+    with pytest.raises(ForcetuneError, match="remove this folder"):
+        found = stream(path).frames
+        assert isinstance(found, StoredFrames)
+        assert found.atoms.sum() and list(found)
+
+
+def test_a_store_that_becomes_shorter_while_it_is_open_is_told(tmp_path: Path) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    frames = stream(path).frames
+    (place,) = (tmp_path / "store").iterdir()
+    os.truncate(place / "rows.bin", 100)
+    with pytest.raises(ForcetuneError, match="remove this folder"):
+        print(frames[9])
+
+
+def test_a_folder_that_is_closed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("forcetune.frames.rows._read_index", failing(PermissionError(13, "Permission denied")))
+        with pytest.raises(InputError, match=r"cannot be opened \(Permission denied\); set data.store"):
+            stream(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", failing(PermissionError(13, "Permission denied")))
+        with pytest.raises(InputError, match=r"cannot be looked into \(Permission denied\)"):
+            made_once(tmp_path / "place", lambda: None)
 
 
 def test_a_damaged_store_is_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ase import Atoms
 from forcetune.errors import InputError
 from forcetune.frames import aselmdb, hdf5
 from forcetune.frames.frame import Origin
-from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, structure_of, xyz_texts
+from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, refusing, structure_of, xyz_texts
 from forcetune.workers import WorkerDiedError, in_order
 
 Item = TypeVar("Item")
@@ -56,11 +56,12 @@ class Chunk:
             InputError: a frame is damaged, or there are not as many as were announced.
         """
         found = 0
-        for atoms in self._structures():
-            found += 1
-            if found > self.count:
-                break
-            yield atoms
+        with refusing(self.path):
+            for atoms in self._structures():
+                found += 1
+                if found > self.count:
+                    break
+                yield atoms
         if found != self.count:
             # frames that are dropped or repeated would go unnoticed in a set of many
             raise InputError(
@@ -90,9 +91,10 @@ def chunks_of(path: Path, format_name: str) -> Iterator[Chunk]:
         InputError: the file is damaged or holds no frames.
     """
     start = 0
-    for count, content in _contents(path, format_name):
-        yield Chunk(path, format_name, start, count, content)
-        start += count
+    with refusing(path):
+        for count, content in _contents(path, format_name):
+            yield Chunk(path, format_name, start, count, content)
+            start += count
     if start == 0:
         raise no_frames(path, format_name)
 

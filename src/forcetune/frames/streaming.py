@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,14 +28,20 @@ from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import Label, RawFrame, choose_keys, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
-from forcetune.frames.rows import INDEX_NAME, RowReader, RowWriter
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, refusing
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.stored import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.survey import Survey, survey_of
 from forcetune.workers import WorkerDiedError, in_order
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 VERSION = 1
+_LOCK = "lock"
 Progress = Callable[[int], None]
 
 
@@ -85,7 +93,7 @@ def stream_frames(
     """
     files = expand(list(sources))
     before = [_signature(file) for file in files]
-    digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    digest = hashlib.sha256("".join(map(_hash_of, files)).encode()).hexdigest()
     columns = [asdict(column) for column in FRAME_COLUMNS]
     identity = [VERSION, digest, [str(file) for file in files], asked, list(require), name, columns]
     place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
@@ -106,6 +114,11 @@ def stream_frames(
         warn(text)
     keys = LabelKeys(**rows.facts["keys"])
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
+
+
+def _hash_of(file: Path) -> str:
+    with refusing(file):
+        return sha256_of(file)
 
 
 def _signature(file: Path) -> tuple[int, int, int] | None:
@@ -135,20 +148,61 @@ def new_store(place: Path) -> Iterator[Path]:
         InputError: the folder cannot be written, or there is no room.
     """
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
-            store = Path(scratch) / "store"
-            store.mkdir()
+        with ExitStack() as kept:
+            with writing():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _remove_abandoned(place)
+                store = kept.enter_context(_scratch(place)) / "store"
+                store.mkdir()
             yield store
-            try:
-                store.replace(place)
-            except OSError:
-                if not place.exists():
-                    raise
-    except OSError as error:
+            with writing():
+                bring_to_disk(store)
+                try:
+                    store.replace(place)
+                except OSError:
+                    if not place.exists():
+                        raise
+                bring_to_disk(place.parent)
+    except WriteError as error:
         raise InputError(
-            f"{place.parent}: streamed data cannot be written ({error.strerror}); set data.store to another folder."
+            f"{place.parent}: streamed data cannot be written ({error.strerror or error}); set data.store to another "
+            "folder."
         ) from error
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    """A folder beside ``place`` that is removed in the end; its lock is held for as long as this process lives."""
+    while True:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
+        ) as scratch:
+            lock = Path(scratch) / _LOCK
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if fcntl is not None:
+                    with suppress(OSError):  # not every file system has locks; then nothing is taken for abandoned
+                        fcntl.flock(handle, fcntl.LOCK_EX)
+                # before it was locked another process may have taken the folder for abandoned
+                if lock.exists():
+                    yield Path(scratch)
+                    return
+            finally:
+                os.close(handle)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove half stores of processes that were killed while they made this one."""
+    if fcntl is None:
+        return
+    for scratch in place.parent.glob(f".{place.name}.*"):
+        with suppress(OSError):
+            handle = os.open(scratch / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 class _Building:
@@ -183,11 +237,7 @@ class _Building:
             _, error = self._write(folder, keys)
         if error is not None:
             raise error
-        index = folder / INDEX_NAME
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["facts"]["keys"] = keys._asdict()
-        content["facts"]["warnings"] = told
-        index.write_text(json.dumps(content), encoding="utf-8")
+        add_facts(folder, {"keys": keys._asdict(), "warnings": told})
 
     def _choice(self, survey: Survey) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told whenever the store is opened."""
