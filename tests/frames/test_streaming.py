@@ -216,6 +216,10 @@ def test_a_store_is_found_again_by_what_it_was_made_from(tmp_path: Path, monkeyp
         for other in ({"require": ("energy",)}, {"stress_key": "none"}):
             with pytest.raises(AssertionError, match="read again"):
                 stream(path, **other)  # pyright: ignore[reportArgumentType]
+        for changed in ("ase.__version__", "forcetune.frames.streaming.CANDIDATES"):
+            with monkeypatch.context() as inner, pytest.raises(AssertionError, match="read again"):
+                inner.setattr(changed, "another")
+                stream(path)
     write_xyz(path, labelled(11))
     assert len(stream(path).frames) == 11
 

@@ -1,7 +1,9 @@
 """From files to frames on disk, by several processes and in memory that does not grow with their number.
 
-Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read, so
-that a store is found again by whoever reads the same, and never by another.
+Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read: the
+keys asked for, where labels are looked for, the version of ASE. It comes also from the files as they were named and
+from what the data are for, since both stand in the warnings that are told again. So a store is found again by whoever
+reads the same files in the same way, and never by another.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import ase
 import numpy as np
 
 from forcetune import parallel
@@ -26,7 +29,7 @@ from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
 from forcetune.files import sha256_of
 from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
-from forcetune.frames.labels import Label, RawFrame, choose_keys, raw_frame
+from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
 from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, refusing
@@ -40,7 +43,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 1
+VERSION = 2
 _LOCK = "lock"
 Progress = Callable[[int], None]
 
@@ -95,7 +98,9 @@ def stream_frames(
     before = [_signature(file) for file in files]
     digest = hashlib.sha256("".join(map(_hash_of, files)).encode()).hexdigest()
     columns = [asdict(column) for column in FRAME_COLUMNS]
-    identity = [VERSION, digest, [str(file) for file in files], asked, list(require), name, columns]
+    # other versions of ASE may read other numbers, and other candidates may choose other labels
+    read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
+    identity = [*read_by, digest, [str(file) for file in files], asked, list(require), name, columns]
     place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
 
     def make() -> None:
