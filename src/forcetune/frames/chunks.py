@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,14 +9,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ase.db
-import ase.io
 import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError
 from forcetune.frames import aselmdb, hdf5
 from forcetune.frames.frame import Origin
-from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, refusing, structure_of, xyz_texts
+from forcetune.frames.sources import (
+    XYZ_FORMATS,
+    guarded,
+    iterate,
+    no_frames,
+    refusing,
+    structure_of,
+    xyz_structures,
+    xyz_texts,
+)
 from forcetune.workers import WorkerDiedError, in_order
 
 Item = TypeVar("Item")
@@ -72,9 +79,7 @@ class Chunk:
 
     def _structures(self) -> Iterator[Atoms]:
         if self.format_name in XYZ_FORMATS:
-            stream = io.StringIO(self.content)
-            found: Any = ase.io.iread(stream, ":", format=self.format_name, parallel=False)
-            return guarded(self.path, iter(found), self.start)
+            return guarded(self.path, xyz_structures(self.content, self.format_name), self.start)
         if self.format_name == "db":
             return guarded(self.path, _rows(self.path, *self.content), self.start)
         if self.format_name == "aselmdb":
