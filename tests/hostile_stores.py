@@ -76,6 +76,20 @@ LMDBS: dict[str, Write] = {
     "an unknown constraint": _lmdb(_rows(ROW + b', "constraints": [{"name": "os.system", "kwargs": {}}]}')),
     "element 10^9": _lmdb(_rows(ROW.replace(b"[1]", b"[1000000000]") + b"}")),
     "deleted rows of nonsense": _lmdb(_rows(ROW + b"}") | {b"deleted_ids": zlib.compress(b'{"a": [1]}')}),
+    "an index that is no JSON": _lmdb({b"nextid": zlib.compress(b"{")}),
+    "an index nested 100000 times": _lmdb({b"nextid": zlib.compress(b"[" * 100_000)}),
+    "an index of a wrong array": _lmdb({b"nextid": zlib.compress(b'{"__ndarray__": [[2], "float64", [1]]}')}),
+    "an index of an unknown class": _lmdb({b"nextid": zlib.compress(b'{"__ase_objtype__": "os.system"}')}),
+    "deleted rows cut short": _lmdb(_rows(ROW + b"}") | {b"deleted_ids": zlib.compress(b"[1, 2, 3]")[:-7]}),
+    "an array of 8 GB without numbers": _lmdb(
+        _rows(ROW + b', "forces": {"__ndarray__": [[1000000000], "float64", [1]]}}')
+    ),
+    "an array of one text of 400 MB": _lmdb(
+        _rows(ROW + b', "data": {"a": {"__ndarray__": [[1], "U100000000", [""]]}}}')
+    ),
+    "an array of one table of 800 MB": _lmdb(
+        _rows(ROW + b', "data": {"a": {"__ndarray__": [[1], "(1000,1000,100)f8", [1]]}}}')
+    ),
     "pages of ones": _lmdb(_rows(ROW + b"}"), _pages(b"\xff")),
     "pages of zeros": _lmdb(_rows(ROW + b"}"), _pages(b"\0")),
     "entries outside of their page": _lmdb(_rows(ROW + b"}"), _pointers),
@@ -126,6 +140,34 @@ def _many_batches(file: Any, group: Any) -> None:
         file.create_group(f"config_batch_{index}")
 
 
+def _instead_of_batch(link: Callable[[Any], Any]) -> Callable[[Any, Any], None]:
+    def change(file: Any, _: Any) -> None:
+        file.move("config_batch_0", "other")
+        file["config_batch_0"] = link(file)
+
+    return change
+
+
+def _many_unwritten(file: Any, group: Any) -> None:
+    """Frames of 15 MB that take no room."""
+    for index in range(1, 400):
+        file.copy(group, f"config_batch_0/config_{index}")
+        more = file[f"config_batch_0/config_{index}"]
+        more.create_dataset("properties/more", (2_000_000,), dtype="f8", chunks=(1000,))
+
+
+def _one_table_of_many_names(_: Any, group: Any) -> None:
+    group["properties/more"] = np.random.default_rng(0).random(2**20)
+    for index in range(900):
+        group[f"properties/more{index}"] = group["properties/more"]
+
+
+def _one_frame_of_many_names(file: Any, group: Any) -> None:
+    group["properties/more"] = np.random.default_rng(0).random(2**17)
+    for index in range(1, 10_000):
+        file[f"config_batch_0/config_{index}"] = group
+
+
 def _truncated(path: Path) -> None:
     _hdf5(lambda *_: None)(path)
     content = path.read_bytes()
@@ -142,6 +184,14 @@ def _scrambled(path: Path) -> None:
 HDF5S: dict[str, Write] = {
     "10^12 atoms that take no room": _hdf5(_replaced("atomic_numbers", 10**12, dtype="i8", chunks=(1000,))),
     "2^27 atoms of zeros": _hdf5(_replaced("atomic_numbers", 2**26, dtype="i8", chunks=(2**16,), compression="gzip")),
+    "200 MB of zeros that take no room": _hdf5(
+        _replaced("properties/forces", 2**23, 3, dtype="f8", chunks=(1000, 3), maxshape=(None, 3))
+    ),
+    "400 frames of zeros that take no room": _hdf5(_many_unwritten),
+    "a large table under 900 names": _hdf5(_one_table_of_many_names),
+    "a frame under 10000 names": _hdf5(_one_frame_of_many_names),
+    "a batch that is a table": _hdf5(_instead_of_batch(lambda _: np.zeros(3))),
+    "a batch that is a link": _hdf5(_instead_of_batch(lambda _: h5py.SoftLink("/other"))),
     "positions in another file": _hdf5(_replaced("positions", 2, 3, external=[("/dev/zero", 0, 48)], dtype="f8")),
     "a link to another file": _hdf5(_linked("positions", h5py.ExternalLink("/dev/zero", "/a"))),
     "a link to itself": _hdf5(_linked("positions", h5py.SoftLink("/config_batch_0/config_0/positions"))),

@@ -328,6 +328,20 @@ def test_two_at_once_download_once(server: Loopback, target: Path) -> None:
     assert leftovers(target) == []
 
 
+def test_who_waited_gets_only_what_has_the_checksum(
+    server: Loopback, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another process put there meanwhile may be something else."""
+    server.contents["/a.model"] = Content(BODY)
+    signatures = iter((None, (1, 2, 3)))
+    monkeypatch.setattr(module, "_signature", lambda _: next(signatures))
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"of another address")
+    md5 = hashlib.md5(BODY, usedforsecurity=False).hexdigest()
+    assert download(f"{server.url}/a.model", target, md5=md5) == digest(BODY)
+    assert target.read_bytes() == BODY
+
+
 def test_the_lock_without_flock(server: Loopback, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and some network file systems: a lock file, and one left over by a crash is overcome."""
     monkeypatch.setattr(module, "fcntl", None)

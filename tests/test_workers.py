@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import sys
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from forcetune import workers
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.files import path_of, sha256_of
 from forcetune.workers import WorkerDiedError, in_order, worker_count
@@ -51,9 +55,37 @@ def test_errors_of_ours_come_as_they_are_and_others_as_a_sentence(tmp_path: Path
 
 
 def test_a_death_is_told() -> None:
-    with pytest.raises(WorkerDiedError, match=r"exit status 7.*data.workers") as died:
+    with pytest.raises(WorkerDiedError, match=r"ended without an answer \(exit status 7\)") as died:
         list(in_order(os._exit, [7], 1))
     assert died.value.task == 7
+    assert "memory" not in str(died.value)
+    with pytest.raises(
+        WorkerDiedError, match=r"killed \(exit status -9\), perhaps for want of memory; set data.workers"
+    ):
+        list(in_order(signal.raise_signal, [signal.SIGKILL], 1))
+
+
+def test_a_worker_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    with pytest.raises(ForcetuneError, match="could not be started"):
+        list(in_order(sha256_of, files(tmp_path, 1), 1))
+
+
+def test_modules_beside_an_installed_package_do_not_hide_the_standard_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backports of it lie in site-packages, where this package does, too."""
+    place = tmp_path / "site-packages"
+    shutil.copytree(
+        Path(workers.__file__).parent, place / "forcetune", ignore=shutil.ignore_patterns("data", "*.model")
+    )
+    for name in ("hashlib", "dataclasses"):
+        (place / f"{name}.py").write_text("open('was-run', 'w')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(workers, "__file__", str(place / "forcetune" / "workers.py"))
+    list(in_order(sha256_of, files(tmp_path, 1), 1))
+    assert not (tmp_path / "was-run").exists()
 
 
 def test_a_module_beside_the_data_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

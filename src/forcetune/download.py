@@ -102,7 +102,7 @@ def download(
         with _locked(target):
             if _signature(target) != before and target.exists():
                 digest = sha256_of(target)  # another process finished while this one waited
-                if sha256 is None or digest == sha256.lower():
+                if _differing(target, digest, sha256, md5) is None:
                     return digest
             part = _Part(url, target)
             part.fetch(progress, timeout)
@@ -254,21 +254,25 @@ class _Part:
     def finish(self, sha256: str | None, md5: str | None) -> str:
         """Check the complete part and move it onto the target."""
         digest = sha256_of(self.path)
-        for name, expected, found in (
-            ("SHA-256", sha256, digest),
-            ("MD5", md5, md5 and checksum_of(self.path, "md5")),
-        ):
-            if expected is not None and found != expected.lower():
-                self.discard()
-                raise InputError(
-                    f"{self.url}: the downloaded file is not the expected one ({name} expected "
-                    f"{expected.lower()}, got {found}); it was removed. Run again; if it happens again, the file "
-                    "was changed by its publisher or on the way: ask the publisher, or download it by hand, "
-                    "check it, and pass its path."
-                )
+        differing = _differing(self.path, digest, sha256, md5)
+        if differing is not None:
+            self.discard()
+            raise InputError(
+                f"{self.url}: the downloaded file is not the expected one ({differing}); it was removed. Run again; if "
+                "it happens again, the file was changed by its publisher or on the way: ask the publisher, or "
+                "download it by hand, check it, and pass its path."
+            )
         self.path.replace(self.target)
         self.record.unlink(missing_ok=True)
         return digest
+
+
+def _differing(path: Path, digest: str, sha256: str | None, md5: str | None) -> str | None:
+    """The first checksum of a file that is not the expected one, for a message; ``digest`` is its SHA-256."""
+    for name, expected, found in (("SHA-256", sha256, digest), ("MD5", md5, md5 and checksum_of(path, "md5"))):
+        if expected is not None and found != expected.lower():
+            return f"{name} expected {expected.lower()}, got {found}"
+    return None
 
 
 def _validator(headers: Message) -> str | None:

@@ -177,7 +177,7 @@ class Fitting:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
         check_labels(self.config.training, graphs["train"])
-        raw = {name: self._predict(backbone, graphs[name], f"{name}, before") for name in graphs}
+        raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
             if isinstance(found := raw[name], Predictions):
                 check_finite(found, part.frames)
@@ -277,10 +277,13 @@ class Fitting:
         with self._counting(f"{name}, neighbours", len(frames)) as advance:
             return graphs_of(backbone, frames, advance, worker_count(self.config.data.workers))
 
-    def _predict(self, backbone: Backbone, graphs: Sequence[Batch], label: str) -> Predictions | StreamedPredictions:
+    def _predict(
+        self, backbone: Backbone, graphs: Sequence[Batch], label: str, *, finite: bool
+    ) -> Predictions | StreamedPredictions:
+        """Predictions; those of streamed frames, which are not looked at again, are checked here if they must be."""
         with self._counting(label, len(graphs)) as advance:
             if isinstance(graphs, StoredGraphs):
-                return predict_streamed(backbone, graphs, advance)
+                return predict_streamed(backbone, graphs, advance, finite=finite)
             return predict(backbone, graphs, progress=advance)
 
     @contextmanager
@@ -371,7 +374,8 @@ class Fitting:
         if name == "train" and isinstance(graphs, StoredGraphs):
             with self._counting(label, len(shown_of(len(graphs)))) as advance:
                 return predict_shown(start.backbone, graphs, advance)
-        return self._predict(start.backbone, graphs, label)
+        # a training that went astray is told by its errors: days of it should not end without results
+        return self._predict(start.backbone, graphs, label, finite=False)
 
     def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
         training, backbone = self.config.training, start.backbone

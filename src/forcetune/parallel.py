@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from forcetune.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -112,11 +114,21 @@ def made_once(path: Path, make: Callable[[], None]) -> None:
     """Have ``make`` make what stands at ``path``, complete from the moment it is there, unless it is there already.
 
     One process of each node makes it, and the others wait: without messages, which would give up after some minutes.
+
+    Raises:
+        InputError: the folder of ``path`` cannot be looked into.
     """
-    if place().local_rank == 0 and not path.exists():
+    if place().local_rank == 0 and not _there(path):
         make()
-    while not path.exists():
+    while not _there(path):
         time.sleep(0.1)
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be looked into ({error.strerror}); choose another folder.") from error
 
 
 def part_of(items: Sequence[Item]) -> Sequence[Item]:

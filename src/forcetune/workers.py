@@ -25,18 +25,27 @@ MOST_WORKERS = 8
 """So many are used where no number was given, and never more than there are cores."""
 
 
+_START = "import sys; sys.path.append(sys.argv[1]); from forcetune.workers import _serve; _serve()"
+"""What a worker runs. Where this package stands comes last: installed, it lies among modules of any name."""
+
+
 class WorkerDiedError(ForcetuneError):
     """A worker process ended without an answer: killed for its memory, or by a defect in a library.
 
     Attributes:
         task: what it worked on.
+        killed: it did not end by itself, as one does that cannot start.
     """
 
-    def __init__(self, task: object, code: int | None) -> None:
-        super().__init__(
-            f"a worker process died (exit status {code}), perhaps for want of memory; set data.workers lower."
-        )
+    def __init__(self, task: object, code: int) -> None:
         self.task = task
+        # Windows has no signals, but large numbers for what is one elsewhere
+        self.killed = code < 0 or code > 255
+        if self.killed:
+            why = f"was killed (exit status {code}), perhaps for want of memory; set data.workers lower."
+        else:
+            why = f"ended without an answer (exit status {code}); what it printed above tells why."
+        super().__init__(f"a worker process {why}")
 
 
 def worker_count(asked: int | None) -> int:
@@ -57,6 +66,7 @@ def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers:
 
     Raises:
         WorkerDiedError: a worker ended without an answer.
+        ForcetuneError: a worker could not be started.
         Exception: what ``function`` raises; errors that are not our own come as :class:`ForcetuneError`.
     """
     if workers == 0:
@@ -90,15 +100,18 @@ class _Worker:
     """One process and its pipes."""
 
     def __init__(self) -> None:
-        package = str(Path(__file__).parent.parent)
-        paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         # -P: a module that lies beside the data is never imported
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "forcetune.workers"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, str(Path(__file__).parent.parent)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        except OSError as error:
+            raise ForcetuneError(
+                f"a worker process could not be started ({error.strerror}); set data.workers lower."
+            ) from error
         self._task: object = None
 
     def send(self, function: Callable[[Any], Any], task: object) -> None:
@@ -150,7 +163,3 @@ def _serve() -> None:
             answers.flush()
         except BrokenPipeError:
             return
-
-
-if __name__ == "__main__":
-    _serve()

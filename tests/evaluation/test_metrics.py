@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from ase import Atoms
 
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import EVALUATION_ATOMS, Predictions, evaluate_frames, graphs_of, predict
+from forcetune.evaluation.streamed import predict_streamed
+from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import frames_from_atoms
+from forcetune.frames.streaming import stream_frames
+from forcetune.graphs.stored import StoredGraphs
+from frames.formats import write_xyz
 from systems import backbone, cluster, crystal, frames_of, labelled
 
 
@@ -62,6 +69,21 @@ def test_unknown_element_and_atoms_on_top_of_each_other_name_the_frame() -> None
     collapsed[1].positions[1] = collapsed[1].positions[0]
     with pytest.raises(InputError, match="frame 1: the model's energy or forces are not finite"):
         evaluate_frames(model, frames_from_atoms(collapsed).frames)
+
+
+def test_streamed_frames_may_have_no_number_after_a_training(tmp_path: Path) -> None:
+    """They are errors that are NaN, as in memory: a long run must not end without results."""
+    model, structures = backbone(), labelled(3)
+    structures[1].positions[1] = structures[1].positions[0]
+    path, keys = write_xyz(tmp_path / "a.xyz", structures), LabelKeys(*["auto"] * len(LabelKeys._fields))
+    frames = stream_frames([str(path)], keys, (), "data", folder=tmp_path / "store", workers=0).frames
+    graphs = graphs_of(model, frames)
+    assert isinstance(graphs, StoredGraphs)
+    with pytest.raises(InputError, match=r"a\.xyz, frame 1: the model's energy or forces are not finite"):
+        predict_streamed(model, graphs)
+    found, expected = predict_streamed(model, graphs, finite=False), predict(model, graphs_of(model, list(frames)))
+    assert np.array_equal(np.isnan(found.energy), [False, True, False])
+    assert found.errors().to_json() == pytest.approx(expected.errors().to_json(), rel=1e-10, nan_ok=True)
 
 
 def silicon() -> Atoms:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,19 @@ def with_results(atoms: Atoms) -> Atoms:
 
 def write_xyz(path: Path, frames: Sequence[Atoms]) -> Path:
     ase.io.write(path, list(frames), format="extxyz")
+    return path
+
+
+def write_archive(path: Path, frames: Sequence[Atoms]) -> Path:
+    """Files of seven frames each in a ZIP, beside others."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("read me.txt", "no frames")
+        for start in range(0, len(frames), 7):
+            text = io.StringIO()
+            ase.io.write(text, list(frames[start : start + 7]), format="extxyz")
+            # some end in blank lines, some in none
+            archive.writestr(f"sets/{start:04}.extxyz", text.getvalue().rstrip("\n") + "\n" * (start % 3))
+        archive.writestr("__MACOSX/sets/._0000.extxyz", "nonsense")
     return path
 
 
@@ -58,6 +73,7 @@ def write_hdf5(path: Path, frames: Sequence[Atoms], batch: int = 50, **more: Any
 FORMATS: dict[str, Callable[[Path, Sequence[Atoms]], Path]] = {
     "a.xyz": write_xyz,
     "a.xyz.gz": write_xyz,
+    "a.extxyz.zip": write_archive,
     "a.db": write_database,
     "a.json": write_database,
     "a.aselmdb": write_database,

@@ -15,8 +15,11 @@ import pytest
 from ase.io.jsonio import encode
 
 from forcetune.errors import InputError
+from forcetune.frames.aselmdb import _decode, row_ids
+from forcetune.frames.hdf5 import frame_groups, read_groups
 from forcetune.frames.read import read_frames
 from frames.formats import assert_same, write_database, write_hdf5
+from hostile_stores import HDF5S, LMDBS
 from systems import labelled
 
 
@@ -186,3 +189,58 @@ def test_a_file_that_kills_its_reader_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"LMDB" * 3000)
     with pytest.raises(InputError, match="no LMDB database"):
         read_frames(path)
+
+
+DAMAGED_INDEXES = {
+    **{("a.h5", name): HDF5S[name] for name in ("a batch that is a table", "a batch that is a link")},
+    **{("a.aselmdb", name): write for name, write in LMDBS.items() if name.startswith("an index")},
+    ("a.aselmdb", "deleted rows cut short"): LMDBS["deleted rows cut short"],
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_INDEXES, ids=str)
+def test_damaged_indexes_are_told_by_their_file(tmp_path: Path, case: tuple[str, str]) -> None:
+    """Whatever a library raises, it is the file that is wrong and not the program."""
+    DAMAGED_INDEXES[case](tmp_path / case[0])
+    with pytest.raises(InputError, match=case[0]):
+        (frame_groups if case[0] == "a.h5" else row_ids)(tmp_path / case[0])
+
+
+def test_tables_out_of_proportion_to_the_file_are_refused(tmp_path: Path) -> None:
+    for name in ("200 MB of zeros that take no room", "400 frames of zeros that take no room"):
+        HDF5S[name](path := tmp_path / "a.h5")
+        ((batch, names),) = frame_groups(path)
+        with pytest.raises(InputError, match=r"a\.h5, frame \d: .* out of proportion to the file"):
+            list(read_groups(path, batch, names.tolist(), 0))
+    zeros = np.zeros((1000, 3))
+    path = write_hdf5(tmp_path / "b.h5", labelled(3), more=zeros)
+    with h5py.File(path, "r+") as file:
+        for index in range(3):
+            place = f"config_batch_0/config_{index}/properties/more"
+            del file[place]
+            file.create_dataset(place, data=zeros, chunks=True, compression="gzip")
+    assert len(read_frames(path).frames) == 3
+
+
+def test_frames_that_fill_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forcetune.frames.chunks._LEAST_UNPACKED", 2**20)
+    HDF5S["a frame under 10000 names"](path := tmp_path / "a.h5")
+    assert path.stat().st_size < 2**22
+    with pytest.raises(InputError, match=r"out of proportion|unpack to more than"):
+        read_frames(path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((0, 3)),
+        np.arange(6).reshape(2, 3),
+        np.ones(2) * 1j,
+        np.array(["H", "He"]),
+        np.array(3.0),
+        np.ones(2, bool),
+    ],
+)
+def test_arrays_of_rows_are_those_that_ase_wrote(array: np.ndarray) -> None:
+    found = _decode(encode({"a": array}))["a"]
+    assert found.dtype == array.dtype and np.array_equal(found, array)

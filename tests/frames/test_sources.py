@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import zipfile
 from pathlib import Path
 
 import ase.db
@@ -56,6 +58,34 @@ def test_compressed_files(tmp_path: Path) -> None:
     packed.write_bytes(packed.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"b\.xyz\.gz"):
         read_frames(packed)
+
+
+def _archive(**members: str) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(f"{name}.xyz", text)
+    return content.getvalue()
+
+
+WATER = "3\nenergy=-1\nO 0 0 0\nH 0 0 1\nH 0 1 0\n"
+ARCHIVES = {
+    "frame 3: the file ends after 2 of the frame's 3 atoms": _archive(a=2 * WATER, b=WATER + WATER[:-8]),
+    "frame 1: line 6": _archive(a=WATER, b="one\n"),
+    "no .xyz or .extxyz files": _archive(),
+    "unpack it": b"PK nonsense",
+    "bytes unpack to more than": _archive(a=WATER + " " * 2**29),
+    "copy it again": _archive(a=WATER).replace(b"a.xyz", b"b.xyz", 1),
+}
+
+
+@pytest.mark.parametrize("message", ARCHIVES)
+def test_archives_that_are_refused(tmp_path: Path, message: str) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(ARCHIVES[message])
+    with pytest.raises(InputError, match=r"a\.zip") as refused:
+        read_frames(path)
+    assert message in str(refused.value)
 
 
 def test_plain_xyz_has_no_labels(tmp_path: Path) -> None:

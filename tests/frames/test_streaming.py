@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ from ase import Atoms
 
 from forcetune.config import DataConfig
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
+from forcetune.files import sha256_of
 from forcetune.frames import chunks, streaming
 from forcetune.frames.dataset import Dataset, is_streamed, read_dataset
 from forcetune.frames.frame import FrameSet, LabelKeys
@@ -22,10 +30,12 @@ from forcetune.frames.sources import file_format
 from forcetune.frames.splits import separate_isolated
 from forcetune.frames.stored import StoredFrames
 from forcetune.frames.streaming import stream_frames
-from frames.formats import FORMATS, assert_same, write_xyz
+from forcetune.parallel import made_once
+from frames.formats import FORMATS, assert_same, write_database, write_xyz
 from systems import crystal, labelled
 
 NEEDED = ("energy", "forces")
+SOURCES = str(Path(streaming.__file__).parents[2])
 
 
 def stream(*files: Path, workers: int = 0, require: Any = NEEDED, **keys: str) -> FrameSet:
@@ -166,6 +176,21 @@ def test_keys_that_the_first_frames_lack(tmp_path: Path) -> None:
     assert [frame.energy is None for frame in found.frames] == [index < 200 for index in range(300)]
 
 
+def test_any_number_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of different files are not of different kinds; a message still counts the files."""
+    monkeypatch.setattr("forcetune.frames.survey._MOST_WITNESSES", 3)
+    files = [write_xyz(tmp_path / f"{index}.xyz", labelled(2, seed=index)) for index in range(6)]
+    found = stream(*files)
+    assert [(frame.origin.file, frame.origin.index) for frame in found.frames[9:11]] == [
+        (str(files[4]), 1),
+        (str(files[5]), 0),
+    ]
+    asked = {"energy_key": "nonsense"}
+    assert outcome(lambda: stream(*files, **asked)) == outcome(lambda: read_frames(files, require=NEEDED, **asked))
+    with pytest.raises(InputError, match=r"0\.xyz and 5 more"):
+        stream(*files, **asked)
+
+
 def test_a_damaged_file_is_told_by_its_frame(tmp_path: Path) -> None:
     path = write_xyz(tmp_path / "a.xyz", labelled(200))
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -191,18 +216,123 @@ def test_a_store_is_found_again_by_what_it_was_made_from(tmp_path: Path, monkeyp
         for other in ({"require": ("energy",)}, {"stress_key": "none"}):
             with pytest.raises(AssertionError, match="read again"):
                 stream(path, **other)  # pyright: ignore[reportArgumentType]
+        for changed in ("ase.__version__", "forcetune.frames.streaming.CANDIDATES"):
+            with monkeypatch.context() as inner, pytest.raises(AssertionError, match="read again"):
+                inner.setattr(changed, "another")
+                stream(path)
     write_xyz(path, labelled(11))
     assert len(stream(path).frames) == 11
+
+
+@pytest.mark.parametrize("cut", [0, 3], ids=["whole", "damaged"])
+def test_a_file_that_changes_while_it_is_read_makes_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    longer = write_xyz(tmp_path / "b.xyz", labelled(12)).read_text(encoding="utf-8").splitlines(keepends=True)
+
+    def hashed(file: Path) -> str:
+        digest = sha256_of(file)
+        file.write_text("".join(longer[: len(longer) - cut]), encoding="utf-8")
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "sha256_of", hashed)
+        with pytest.raises(InputError, match=r"a\.xyz: changed while it was read; run again"):
+            stream(path)
+    assert not list((tmp_path / "store").iterdir())
 
 
 def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_xyz(tmp_path / "a.xyz", labelled(300))
     with monkeypatch.context() as patch:
-        patch.setattr(streaming.RowWriter, "close", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr("forcetune.frames.rows.os.fsync", failing(OSError(28, "No space left")))
         with pytest.raises(InputError, match=r"cannot be written \(No space left\); set data.store"):
+            stream(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(chunks.Chunk, "_structures", failing(OSError(5, "Input/output error")))
+        with pytest.raises(InputError, match=r"a\.xyz.*Input/output error"):
             stream(path)
     assert not list((tmp_path / "store").iterdir())
     assert len(stream(path).frames) == 300
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Half a store of the same data goes away, unless somebody is still at work on it."""
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    (place,) = (tmp_path / "store").iterdir()
+    shutil.rmtree(place)
+    with streaming._scratch(place) as busy:
+        code = (
+            "import os, sys; from pathlib import Path; from forcetune.frames import streaming\n"
+            "with streaming.new_store(Path(sys.argv[1])) as store:\n"
+            "    (store / 'rows.bin').write_bytes(bytes(1000)); os.kill(os.getpid(), 9)"
+        )
+        subprocess.run([sys.executable, "-c", code, str(place)], check=False, env=os.environ | {"PYTHONPATH": SOURCES})
+        left = {one for one in (tmp_path / "store").iterdir() if one != busy}
+        assert len(left) == 1 and (left.copy().pop() / "store" / "rows.bin").exists()
+        stream(path)
+        assert set((tmp_path / "store").iterdir()) == {place, busy}
+    assert list((tmp_path / "store").iterdir()) == [place]
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+def _emptied(name: str) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_bytes(b"")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"{name} is empty": _emptied(name) for name in ("atoms.npy", "rows.bin", "ends.bin", "index.json")},
+    "an index that was changed": lambda place: (place / "index.json").write_text(
+        (place / "index.json").read_text(encoding="utf-8").replace('"warnings"', '"warning"'), encoding="utf-8"
+    ),
+    "ends of nonsense": lambda place: (place / "ends.bin").write_bytes(
+        b"\xff" * 72 + (place / "ends.bin").read_bytes()[72:]
+    ),
+    "rows of nonsense": lambda place: (place / "rows.bin").write_bytes(b"\xff" * (place / "rows.bin").stat().st_size),
+    "a missing file": lambda place: (place / "atoms.npy").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_of_a_store_is_told(tmp_path: Path, damage: str) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    (place,) = (tmp_path / "store").iterdir()
+    DAMAGES[damage](place)
+    with pytest.raises(ForcetuneError, match="remove this folder"):
+        found = stream(path).frames
+        assert isinstance(found, StoredFrames)
+        assert found.atoms.sum() and list(found)
+
+
+def test_a_store_that_becomes_shorter_while_it_is_open_is_told(tmp_path: Path) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    frames = stream(path).frames
+    (place,) = (tmp_path / "store").iterdir()
+    os.truncate(place / "rows.bin", 100)
+    with pytest.raises(ForcetuneError, match="remove this folder"):
+        print(frames[9])
+
+
+def test_a_folder_that_is_closed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    stream(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("forcetune.frames.rows._read_index", failing(PermissionError(13, "Permission denied")))
+        with pytest.raises(InputError, match=r"cannot be opened \(Permission denied\); set data.store"):
+            stream(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", failing(PermissionError(13, "Permission denied")))
+        with pytest.raises(InputError, match=r"cannot be looked into \(Permission denied\)"):
+            made_once(tmp_path / "place", lambda: None)
 
 
 def test_a_damaged_store_is_told(tmp_path: Path) -> None:
@@ -249,6 +379,29 @@ def test_large_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not is_streamed(config.model_copy(update={"stream": "off"}))
     monkeypatch.setattr("forcetune.frames.dataset.STREAM_FROM", path.stat().st_size + 1)
     assert not is_streamed(config)
+
+
+def test_rows_of_a_database_written_at_any_time_keep_their_order(tmp_path: Path) -> None:
+    """SQLite would list ids by their time of creation, which has an index."""
+    path = write_database(tmp_path / "a.db", labelled(300))
+    times = np.random.default_rng(0).permutation(300).tolist()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executemany("UPDATE systems SET ctime = ? WHERE id = ?", zip(times, range(1, 301), strict=True))
+        connection.execute("DELETE FROM systems WHERE id % 7 = 3")
+    expected = read_frames(path, require=NEEDED).frames
+    for one, other in zip(expected, stream(path).frames, strict=True):
+        assert_same(one, other)
+        assert one.origin == other.origin
+
+
+@pytest.mark.parametrize("announced", [9, 11])
+def test_another_number_of_frames_than_was_counted_is_told(tmp_path: Path, announced: int) -> None:
+    path = write_xyz(tmp_path / "a.xyz", labelled(10))
+    (chunk,) = chunks.chunks_of(path, "extxyz")
+    with pytest.raises(
+        InputError, match=rf"a\.xyz, frame 0: here are \w+ frames than the {announced} that were counted"
+    ):
+        list(replace(chunk, count=announced).structures())
 
 
 def test_chunks_are_small_whatever_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

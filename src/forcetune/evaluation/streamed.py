@@ -75,7 +75,7 @@ def predict_shown(
 
 
 def predict_streamed(
-    backbone: Backbone, graphs: StoredGraphs, progress: Callable[[int], None] | None = None
+    backbone: Backbone, graphs: StoredGraphs, progress: Callable[[int], None] | None = None, *, finite: bool = True
 ) -> StreamedPredictions:
     """Predict for graphs on disk, in the batches of :func:`forcetune.evaluation.metrics.predict`.
 
@@ -83,9 +83,10 @@ def predict_streamed(
         backbone: the model.
         graphs: of frames on disk.
         progress: called with the number of frames done after each batch.
+        finite: whether every frame must have a number; otherwise errors are NaN where one has none.
 
     Raises:
-        InputError: the model gives no number for a frame; names file and frame.
+        InputError: the model gives no number for a frame, and it must; names file and frame.
     """
     stress = any_label(graphs, "stress")
     energy, label = np.zeros(len(graphs)), np.zeros(len(graphs))
@@ -93,7 +94,8 @@ def predict_streamed(
     for batch in evaluation_batches(graphs):
         found = backbone.predict(batch.to(device=backbone.device), stress=stress).detached()
         part = Predictions.of(batch, found.to(batch.energy.device))
-        _check_finite(graphs.frames, done, batch, part)
+        if finite:
+            _check_finite(graphs.frames, done, batch, part)
         here = slice(done, done + batch.n_graphs)
         energy[here], label[here] = part.energy, part.energy_label
         tally.add(part)

@@ -6,6 +6,8 @@ file, so these functions are called in a process that may die (:mod:`forcetune.f
 
 from __future__ import annotations
 
+import json
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +19,17 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import all_properties
 from ase.db.row import AtomsRow
-from ase.io.jsonio import decode
+from ase.io.jsonio import fix_int_keys_in_dicts, numpyfy, object_hook
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import Origin
-from forcetune.frames.sources import guarded, structure_of
+from forcetune.frames.sources import guarded, refusing, structure_of
 
 _LARGEST_ROW = 64 * 2**20
 _LEAST_UNPACKED = 2**20
 _RATIO = 100
+_LARGEST_NUMBER = 32  # bytes; a complex one of long doubles
+_LARGEST_TEXTS = 2**22
 
 
 def row_ids(path: Path) -> list[tuple[int, int]]:
@@ -34,7 +38,7 @@ def row_ids(path: Path) -> list[tuple[int, int]]:
     Raises:
         InputError: this is no LMDB, or one of something else than rows of ASE.
     """
-    with _opened(path) as read:
+    with refusing(path), _opened(path) as read:
         announced = _value(path, read(b"nextid"))
         deleted = _value(path, read(b"deleted_ids"))
         deleted = [] if deleted is None else np.asarray(deleted).tolist()  # ASE's reader makes arrays of lists
@@ -57,7 +61,7 @@ def read_rows(path: Path, first: int, end: int, start: int) -> Iterator[Atoms]:
     Raises:
         InputError: a row is missing, damaged, or unpacks to more than a frame has.
     """
-    with _opened(path) as read:
+    with refusing(path), _opened(path) as read:
         yield from guarded(path, (_atoms(path, read(str(i).encode()), i) for i in range(first, end)), start)
 
 
@@ -116,9 +120,32 @@ def _value(path: Path, packed: bytes | None) -> Any:
         text = unpacker.decompress(packed, most)
         if unpacker.unconsumed_tail:
             raise InputError(f"{path}: a row of {len(packed):,} bytes unpacks to more than {most:,}; write it again.")
-        return decode(text.decode("utf-8"))
+        if not unpacker.eof:
+            raise InputError(f"{path}: a row is cut short; copy the file again.")
+        return numpyfy(fix_int_keys_in_dicts(_decode(text.decode("utf-8"))))
     except (zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: a row is damaged ({str(error)[:80]}); copy the file again.") from error
+
+
+def _hook(found: dict[str, Any]) -> Any:
+    """ASE's, which makes room for an array of any shape before it looks at the numbers.
+
+    Raises:
+        ValueError: an array has another number of entries than its shape says, or such as no frame has.
+    """
+    if "__ndarray__" in found:
+        shape, name, entries = found["__ndarray__"]
+        dtype = np.dtype(name)
+        count = math.prod(shape) * (2 if dtype.kind == "c" else 1)
+        if not isinstance(entries, list) or count != len(entries) or min(shape, default=0) < 0:
+            raise ValueError("an array has another number of entries than its shape says")
+        number = dtype.kind in "biufc" and dtype.itemsize <= _LARGEST_NUMBER
+        if not number and not (dtype.kind in "SU" and dtype.itemsize * count <= _LARGEST_TEXTS):
+            raise ValueError("an array has entries that are no numbers")
+    return object_hook(found)
+
+
+_decode = json.JSONDecoder(object_hook=_hook).decode
 
 
 def _other_content(path: Path, value: bytes) -> InputError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,12 +9,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ase.db
-import ase.io
+import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError
 from forcetune.frames import aselmdb, hdf5
-from forcetune.frames.sources import XYZ_FORMATS, guarded, iterate, no_frames, structure_of, xyz_texts
+from forcetune.frames.frame import Origin
+from forcetune.frames.sources import (
+    XYZ_FORMATS,
+    guarded,
+    iterate,
+    no_frames,
+    refusing,
+    structure_of,
+    xyz_structures,
+    xyz_texts,
+)
 from forcetune.workers import WorkerDiedError, in_order
 
 Item = TypeVar("Item")
@@ -23,6 +32,8 @@ Item = TypeVar("Item")
 CHUNK = 128
 """Frames of a chunk, at most."""
 _CHUNK_TEXT = 4 * 2**20
+_LEAST_UNPACKED = 2**28
+_RATIO = 200
 
 DANGEROUS = frozenset({"hdf5", "aselmdb"})
 """Formats whose libraries may crash on a damaged file: they are read in another process."""
@@ -35,6 +46,7 @@ class Chunk:
     Attributes:
         path, format_name: of the file.
         start: number of the first frame.
+        count: frames in it.
         content: by format: the text of the frames; first and last id of rows (the end not included); name of a batch
             with first frame and end; or the structures themselves.
     """
@@ -42,17 +54,32 @@ class Chunk:
     path: Path
     format_name: str
     start: int
+    count: int
     content: Any
 
     def structures(self) -> Iterator[Atoms]:
         """
         Raises:
-            InputError: a frame is damaged.
+            InputError: a frame is damaged, or there are not as many as were announced.
         """
+        found = 0
+        with refusing(self.path):
+            for atoms in self._structures():
+                found += 1
+                if found > self.count:
+                    break
+                yield atoms
+        if found != self.count:
+            # frames that are dropped or repeated would go unnoticed in a set of many
+            raise InputError(
+                f"{Origin(str(self.path), self.start)}: here are {'more' if found > self.count else 'fewer'} frames "
+                f"than the {self.count} that were counted before; the file is damaged or was changed while it was "
+                "read, write it again."
+            )
+
+    def _structures(self) -> Iterator[Atoms]:
         if self.format_name in XYZ_FORMATS:
-            stream = io.StringIO(self.content)
-            found: Any = ase.io.iread(stream, ":", format=self.format_name, parallel=False)
-            return guarded(self.path, iter(found), self.start)
+            return guarded(self.path, xyz_structures(self.content, self.format_name), self.start)
         if self.format_name == "db":
             return guarded(self.path, _rows(self.path, *self.content), self.start)
         if self.format_name == "aselmdb":
@@ -69,9 +96,10 @@ def chunks_of(path: Path, format_name: str) -> Iterator[Chunk]:
         InputError: the file is damaged or holds no frames.
     """
     start = 0
-    for count, content in _contents(path, format_name):
-        yield Chunk(path, format_name, start, content)
-        start += count
+    with refusing(path):
+        for count, content in _contents(path, format_name):
+            yield Chunk(path, format_name, start, count, content)
+            start += count
     if start == 0:
         raise no_frames(path, format_name)
 
@@ -85,7 +113,11 @@ def structures_of(path: Path, format_name: str) -> Iterator[Atoms]:
     if format_name not in DANGEROUS:
         yield from iterate(path, format_name)
         return
+    size, most = 0, max(_LEAST_UNPACKED, _RATIO * path.stat().st_size)
     for found in safely(path, in_order(_listed, chunks_of(path, format_name), 1)):
+        size += sum(map(_bytes_of, found))
+        if size > most:
+            raise InputError(f"{path}: its frames unpack to more than {most:,} bytes; write it again.")
         yield from found
 
 
@@ -98,12 +130,21 @@ def safely(path: Path, results: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from results
     except WorkerDiedError as error:
-        raise crashed(path) from error
+        if error.killed:
+            raise crashed(path) from error
+        raise
 
 
 def crashed(path: Path) -> InputError:
     """Of a file of a dangerous format that made its reader die."""
     return InputError(f"{path}: its reader crashed; the file is damaged, copy or write it again.")
+
+
+def _bytes_of(atoms: Atoms) -> int:
+    """What arrays of a structure take in memory."""
+    results = {} if atoms.calc is None else atoms.calc.results
+    values = (*atoms.arrays.values(), *atoms.info.values(), *results.values())
+    return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
 def _listed(chunk: Chunk) -> list[Atoms]:
@@ -126,10 +167,10 @@ def _contents(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
                 yield high - low, (low, high)
     elif format_name == "hdf5":
         (groups,) = safely(path, in_order(hdf5.frame_groups, [path], 1))
-        for name, count in groups:
-            for low in range(0, count, CHUNK):
-                high = min(low + CHUNK, count)
-                yield high - low, (name, low, high)
+        for batch, names in groups:
+            for low in range(0, len(names), CHUNK):
+                some = names[low : low + CHUNK].tolist()
+                yield len(some), (batch, some)
     else:
         for some in _some(iterate(path, format_name)):
             yield len(some), some
@@ -159,14 +200,14 @@ def _connection(path: Path) -> Any:
 
 def _ids(path: Path) -> Iterator[Any]:
     """Of all rows of an SQLite database."""
-    # within the context all rows share one connection
+    # within the context all rows share one connection; unsorted, SQLite answers in the order of an index of its choice
     with _connection(path) as database:
-        for row in database.select(columns=["id"], include_data=False):
+        for row in database.select(columns=["id"], include_data=False, sort="id"):
             yield row.id
 
 
 def _rows(path: Path, first: int, end: int) -> Iterator[Atoms]:
     """Rows of an SQLite database with ids in a range."""
     with _connection(path) as database:
-        for row in database.select([("id", ">=", first), ("id", "<", end)]):
+        for row in database.select([("id", ">=", first), ("id", "<", end)], sort="id"):
             yield structure_of(row)

@@ -18,7 +18,7 @@ below trusts much of what a file says, so these functions are called in a proces
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,21 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError
-from forcetune.frames.sources import guarded
+from forcetune.frames.sources import guarded, refusing
 
-_LARGEST_VALUE = 2**28
+_LARGEST_FRAME = 2**28
+_LEAST_UNPACKED = 2**24
+_RATIO = 100
 _MOST_PROPERTIES = 1000
 
 
-def frame_groups(path: Path) -> list[tuple[str, int]]:
-    """Names of the batches with the number of frames in each, in order.
+def frame_groups(path: Path) -> list[tuple[str, np.ndarray]]:
+    """Names of the batches, each with the names of its frames (bytes), all in order.
 
     Raises:
         InputError: this is no HDF5 file, or one of another layout.
     """
-    with _opened(path) as file:
+    with refusing(path), _opened(path) as file:
         names = _numbered(file, "config_batch_")
         if not names:
             shown = ", ".join(repr(name[:40]) for name in list(file)[:5])
@@ -47,26 +49,57 @@ def frame_groups(path: Path) -> list[tuple[str, int]]:
                 f"{path}: has no groups config_batch_0, config_batch_1, … as mace_prepare_data writes them (it has "
                 f"{shown or 'nothing'}); write the frames in this layout, or as an ASE database or extended XYZ."
             )
-        return [(name, len(_numbered(_group(file, name), "config_"))) for name in names]
+        # an array, because a batch may have millions
+        return [(name, np.array(_numbered(_group(file, name), "config_"), dtype=bytes)) for name in names]
 
 
-def read_groups(path: Path, batch: str, first: int, end: int, start: int) -> Iterator[Atoms]:
-    """Frames number ``first`` to ``end`` of a batch, of which the first is frame ``start`` of the file.
+def read_groups(path: Path, batch: str, names: Sequence[bytes], start: int) -> Iterator[Atoms]:
+    """Frames of a batch by their names, of which the first is frame ``start`` of the file.
 
     Raises:
-        InputError: a frame is damaged or refers to something outside of the file.
+        InputError: a frame is damaged, refers to something outside of the file, or unpacks to more than a frame has.
     """
-    with _opened(path) as file:
-        group = _group(file, batch)
-        names = _numbered(group, "config_")[first:end]
-        yield from guarded(path, (_atoms(_group(group, name)) for name in names), start)
+    with refusing(path), _opened(path) as file:
+        group, budget = _group(file, batch), _Budget()
+        yield from guarded(path, (_atoms(_group(group, name.decode()), budget) for name in names), start)
 
 
-def _atoms(group: Any) -> Atoms:
-    cell, pbc = _value(group, "cell"), _value(group, "pbc")
+class _Budget:
+    """What tables of neighbouring frames may fill, measured by the room that they take in the file.
+
+    Tables that were never written take none, and several names may stand for one table.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[Any, int] = {}
+        self._unpacked = self._frame = 0
+
+    def next_frame(self) -> None:
+        self._frame = 0
+
+    def spend(self, dataset: Any, size: int) -> None:
+        """
+        Raises:
+            ValueError: with these bytes it is more than a frame has, or out of proportion.
+        """
+        self._stored[_library().h5o.get_info(dataset.id).addr] = dataset.id.get_storage_size()
+        self._unpacked += size
+        self._frame += size
+        if self._frame > _LARGEST_FRAME:
+            raise ValueError(f"with more than {_LARGEST_FRAME:,} bytes it is larger than a frame can be")
+        most = max(_LEAST_UNPACKED, _RATIO * sum(self._stored.values()))
+        if self._unpacked > most:
+            raise ValueError(
+                f"up to here some frames unpack to more than {most:,} bytes, out of proportion to the file"
+            )
+
+
+def _atoms(group: Any, budget: _Budget) -> Atoms:
+    budget.next_frame()
+    cell, pbc = _value(group, "cell", budget), _value(group, "pbc", budget)
     atoms = Atoms(
-        numbers=_needed(group, "atomic_numbers"),
-        positions=_needed(group, "positions"),
+        numbers=_needed(group, "atomic_numbers", budget),
+        positions=_needed(group, "positions", budget),
         cell=None if cell is None else np.asarray(cell, dtype=float),
         pbc=None if pbc is None else np.asarray(pbc, dtype=bool),
     )
@@ -76,12 +109,12 @@ def _atoms(group: Any) -> Atoms:
         if len(properties) > _MOST_PROPERTIES:
             raise ValueError(f"it has {len(properties)} properties")
         for name in properties:
-            value = _value(properties, name)
-            weight = None if weights is None else _value(weights, name)
+            value = _value(properties, name, budget)
+            weight = None if weights is None else _value(weights, name, budget)
             if value is not None and (weight is None or float(weight) != 0):
                 atoms.info[name] = value
     if "config_type" in group:
-        atoms.info["config_type"] = _value(group, "config_type")
+        atoms.info["config_type"] = _value(group, "config_type", budget)
     return atoms
 
 
@@ -141,14 +174,14 @@ def _group(group: Any, name: str) -> Any:
     return h5py.Group(found)
 
 
-def _needed(group: Any, name: str) -> np.ndarray:
-    found = _value(group, name)
+def _needed(group: Any, name: str, budget: _Budget) -> np.ndarray:
+    found = _value(group, name, budget)
     if not isinstance(found, np.ndarray):
         raise ValueError(f"'{name}' is missing")
     return found
 
 
-def _value(group: Any, name: str) -> Any:
+def _value(group: Any, name: str, budget: _Budget) -> Any:
     """A text, a number or an array; None where it is missing or the text ``None``.
 
     Raises:
@@ -169,9 +202,11 @@ def _value(group: Any, name: str) -> Any:
     text = h5py.check_string_dtype(dataset.dtype) is not None
     if not text and dataset.dtype.kind not in "biuf":
         raise ValueError(f"'{name[:40]}' is neither numbers nor a text")
-    if dataset.size * dataset.dtype.itemsize > _LARGEST_VALUE or (text and dataset.shape != ()):
+    if text and dataset.shape != ():
         raise ValueError(f"'{name[:40]}' is larger than a frame can be")
+    budget.spend(dataset, dataset.size * dataset.dtype.itemsize)
     value = dataset[()]
     if isinstance(value, bytes):
+        budget.spend(dataset, len(value))  # a text may lie elsewhere, under several names
         value = value.decode("utf-8", "replace")
     return None if isinstance(value, str) and value == "None" else value

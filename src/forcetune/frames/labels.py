@@ -104,7 +104,13 @@ def _belongs_elsewhere(atoms: Atoms) -> bool:
     return check is not None and bool({"positions", "numbers", "cell", "pbc"} & set(check(atoms)))
 
 
-def choose_keys(raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str) -> LabelKeys:
+def choose_keys(
+    raws: Sequence[RawFrame],
+    asked: LabelKeys,
+    require: Sequence[Label],
+    name: str,
+    files: Sequence[str] | None = None,
+) -> LabelKeys:
     """The key of each label for the whole set, None for a label that is not there or not wanted.
 
     Args:
@@ -112,6 +118,7 @@ def choose_keys(raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[La
         asked: for each label a key, ``auto``, ``none`` or ``calculator``.
         require: labels that every frame must have.
         name: what the data are, for messages about all of them.
+        files: where the frames come from, for the same; None takes those of ``raws``.
 
     Raises:
         InputError: a required label, or a key that was asked for, is not there or not in every frame.
@@ -121,7 +128,7 @@ def choose_keys(raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[La
     chosen: dict[str, str | None] = {}
     for label in LABELS:
         required = label in require
-        key = choose_key(label, getattr(asked, label) or NONE, raws, required, name)
+        key = choose_key(label, getattr(asked, label) or NONE, raws, required, name, files)
         if key is not None:
             _check_complete(label, key, raws, required, name)
         chosen[label] = key
@@ -143,8 +150,15 @@ def own_label(raw: RawFrame, label: Label, key: str) -> Any:
     return raw.named.get(key)
 
 
-def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool, name: str) -> str | None:
-    """The key of one label for the whole set, or None for a label that is not there or not wanted.
+def choose_key(
+    label: Label,
+    key: str,
+    raws: Sequence[RawFrame],
+    required: bool,
+    name: str,
+    files: Sequence[str] | None = None,
+) -> str | None:
+    """As :func:`choose_keys`, of one label.
 
     Raises:
         InputError: the label is required, or its key was asked for, and no frame has it.
@@ -160,7 +174,7 @@ def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool,
         if all(may_lack(raw, label) for raw in raws):
             return None
         raise InputError(
-            f"{name} ({_files(raws)}): no frame has {label} under '{key}'; {_listing(raws)} "
+            f"{name} ({_files(raws, files)}): no frame has {label} under '{key}'; {_listing(raws)} "
             f"Set {label}_key to the right one."
         )
     present = [c for c in CANDIDATES[label] if any(own_label(raw, label, c) is not None for raw in raws)]
@@ -168,7 +182,7 @@ def choose_key(label: Label, key: str, raws: Sequence[RawFrame], required: bool,
         if not needed:
             return None
         raise InputError(
-            f"{name} ({_files(raws)}): no {label} found under the usual keys; {_listing(raws)} "
+            f"{name} ({_files(raws, files)}): no {label} found under the usual keys; {_listing(raws)} "
             f"Set {label}_key to the right one."
         )
     first, *others = present
@@ -240,6 +254,6 @@ def _listing(raws: Sequence[RawFrame]) -> str:
     return (" and ".join(parts) if parts else "there are no labels at all") + "."
 
 
-def _files(raws: Sequence[RawFrame]) -> str:
-    files = list(dict.fromkeys(raw.origin.file for raw in raws))
+def _files(raws: Sequence[RawFrame], files: Sequence[str] | None) -> str:
+    files = list(dict.fromkeys(raw.origin.file for raw in raws)) if files is None else files
     return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import ase.db
@@ -20,7 +24,7 @@ from forcetune.files import path_of
 from forcetune.frames import mptrj
 from forcetune.frames.frame import Origin
 from forcetune.frames.mptrj import is_mptrj
-from forcetune.parsing import check_unpacked
+from forcetune.parsing import check_archive, check_unpacked
 
 XYZ_FORMATS = frozenset({"extxyz", "xyz"})
 ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".aselmdb": "aselmdb", ".lmdb": "aselmdb", ".mdb": "aselmdb"}
@@ -32,6 +36,8 @@ _LARGEST_FRAME = 512 * 2**20
 _MOST_LINES = 10_000_000
 _MOST_COLUMNS = 10_000
 COMPRESSED = frozenset({".gz", ".bz2", ".xz"})
+ARCHIVE = ".zip"
+"""Ending of archives of extended-XYZ files, which are read one after another as if they were one."""
 
 
 def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -92,6 +98,8 @@ def file_format(path: Path) -> str:
     """
     if path.suffix in ENDINGS:
         return ENDINGS[path.suffix]
+    if path.suffix == ARCHIVE:
+        return "extxyz"
     if is_mptrj(path):
         return mptrj.FORMAT
     try:
@@ -153,9 +161,26 @@ def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator
         count += 1
 
 
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Within this context whatever another library raises for a file of many frames is told in one sentence.
+
+    Raises:
+        InputError: anything but an error of ours was raised.
+    """
+    try:
+        yield
+    except ForcetuneError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read ({_told(error)}); it is damaged, copy or write it again.") from error
+
+
 def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
     if format_name in DATABASE_FORMATS:
         return _database_rows(path, format_name)
+    if path.suffix == ARCHIVE:
+        return chain.from_iterable(xyz_structures(text, format_name) for text in xyz_texts(path))
     # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
     found: Iterable[Atoms] = ase.io.iread(
         str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True
@@ -173,6 +198,12 @@ def structure_of(row: AtomsRow) -> Atoms:
     atoms.info.update(row.data)
     atoms.info.update(row.key_value_pairs)
     return atoms
+
+
+def xyz_structures(text: str, format_name: str) -> Iterator[Atoms]:
+    """The structures in the text of an XYZ file."""
+    found: Any = ase.io.iread(io.StringIO(text), ":", format=format_name, parallel=False)
+    return iter(found)
 
 
 def check_xyz(path: Path) -> None:
@@ -221,10 +252,44 @@ def _walk(path: Path, keep: Callable[[str], None]) -> Iterator[None]:
         InputError: as :func:`check_xyz`.
     """
     try:
+        if path.suffix == ARCHIVE:
+            yield from _walk_xyz(path, enumerate(_lines_of_members(path), start=1), keep)
+            return
         with open_with_compression(str(path), "rt") as stream:
             yield from _walk_xyz(path, enumerate(_lines(path, stream), start=1), keep)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
+    except (zipfile.BadZipFile, RuntimeError) as error:
+        # encrypted members and unknown ways to compress are a RuntimeError
+        raise InputError(
+            f"{path}: cannot be read ({_told(error)}); copy it again, or unpack it and name what is in it."
+        ) from error
+
+
+def _lines_of_members(path: Path) -> Iterator[str]:
+    """The lines of all XYZ files in a ZIP archive, without blank ones at their ends.
+
+    Raises:
+        InputError: there are none.
+        ValueError: as :func:`_lines`.
+        OSError, RuntimeError, zipfile.BadZipFile: it cannot be read.
+    """
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        # what macOS adds to an archive begins with a dot
+        names = [PurePosixPath(name) for name in archive.namelist()]
+        members = [str(name) for name in names if name.suffix in (".xyz", ".extxyz") and name.name[0] != "."]
+        if not members:
+            raise InputError(f"{path}: has no .xyz or .extxyz files in it; unpack it and name what is to be read.")
+        for member in members:
+            blank: list[str] = []
+            with io.TextIOWrapper(archive.open(member), encoding="utf-8") as stream:
+                for line in _lines(path, stream):
+                    if line.strip():
+                        yield from (*blank, line if line.endswith("\n") else line + "\n")
+                        blank = []
+                    elif len(blank) < 2:  # within a frame it can be one, its comment
+                        blank.append(line)
 
 
 def _lines(path: Path, stream: IO[Any]) -> Iterator[str]:

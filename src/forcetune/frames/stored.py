@@ -67,7 +67,10 @@ class StoredFrames(Sequence[Frame]):
         if isinstance(index, slice):
             return self.take(self.indices[index])
         row = self.rows.row(int(self.indices[index]))
-        origin = Origin(self.rows.facts["files"][row.pop("file")], row.pop("index"))
+        try:
+            origin = Origin(self.rows.facts["files"][row.pop("file")], row.pop("index"))
+        except (IndexError, TypeError) as error:
+            raise self.rows.damaged() from error
         for name in LABEL_FIELDS:
             value = row[name]
             row[name] = None if isinstance(value, np.ndarray) and not len(value) else value

@@ -1,39 +1,50 @@
 """From files to frames on disk, by several processes and in memory that does not grow with their number.
 
-Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read, so
-that a store is found again by whoever reads the same, and never by another.
+Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read: the
+keys asked for, where labels are looked for, the version of ASE. It comes also from the files as they were named and
+from what the data are for, since both stand in the warnings that are told again. So a store is found again by whoever
+reads the same files in the same way, and never by another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import ase
 import numpy as np
 
 from forcetune import parallel
-from forcetune.errors import ForcetuneWarning, InputError, warn
+from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
 from forcetune.files import sha256_of
 from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
-from forcetune.frames.labels import Label, RawFrame, choose_keys, raw_frame
+from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
-from forcetune.frames.rows import INDEX_NAME, RowReader, RowWriter
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
+from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, refusing
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.stored import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.survey import Survey, survey_of
 from forcetune.workers import WorkerDiedError, in_order
 
-VERSION = 1
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+VERSION = 2
+_LOCK = "lock"
 Progress = Callable[[int], None]
 
 
@@ -81,17 +92,26 @@ def stream_frames(
         progress: called with the number of frames done.
 
     Raises:
-        InputError: as there, or the folder cannot be written.
+        InputError: as there, a file changed while it was read, or the folder cannot be written.
     """
     files = expand(list(sources))
-    digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    before = [_signature(file) for file in files]
+    digest = hashlib.sha256("".join(map(_hash_of, files)).encode()).hexdigest()
     columns = [asdict(column) for column in FRAME_COLUMNS]
-    identity = [VERSION, digest, [str(file) for file in files], asked, list(require), name, columns]
+    # other versions of ASE may read other numbers, and other candidates may choose other labels
+    read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
+    identity = [*read_by, digest, [str(file) for file in files], asked, list(require), name, columns]
     place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
 
     def make() -> None:
         with new_store(place) as temporary:
-            _Building(files, asked, require, name, workers, progress or (lambda _: None)).carry_out(temporary)
+            building = _Building(files, asked, require, name, workers, progress or (lambda _: None))
+            try:
+                building.carry_out(temporary)
+            except ForcetuneError:
+                _check_unchanged(files, before)  # whatever was found in it then is not the reason
+                raise
+            _check_unchanged(files, before)
 
     parallel.made_once(place, make)
     rows = RowReader(place)
@@ -99,6 +119,30 @@ def stream_frames(
         warn(text)
     keys = LabelKeys(**rows.facts["keys"])
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
+
+
+def _hash_of(file: Path) -> str:
+    with refusing(file):
+        return sha256_of(file)
+
+
+def _signature(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
+    """
+    Raises:
+        InputError: a file is not what it was when its hash, which names the store, was taken.
+    """
+    for file, signature in zip(files, before, strict=True):
+        if _signature(file) != signature:
+            raise InputError(f"{file}: changed while it was read; run again when nothing writes to it any more.")
 
 
 @contextmanager
@@ -109,20 +153,61 @@ def new_store(place: Path) -> Iterator[Path]:
         InputError: the folder cannot be written, or there is no room.
     """
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
-            store = Path(scratch) / "store"
-            store.mkdir()
+        with ExitStack() as kept:
+            with writing():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _remove_abandoned(place)
+                store = kept.enter_context(_scratch(place)) / "store"
+                store.mkdir()
             yield store
-            try:
-                store.replace(place)
-            except OSError:
-                if not place.exists():
-                    raise
-    except OSError as error:
+            with writing():
+                bring_to_disk(store)
+                try:
+                    store.replace(place)
+                except OSError:
+                    if not place.exists():
+                        raise
+                bring_to_disk(place.parent)
+    except WriteError as error:
         raise InputError(
-            f"{place.parent}: streamed data cannot be written ({error.strerror}); set data.store to another folder."
+            f"{place.parent}: streamed data cannot be written ({error.strerror or error}); set data.store to another "
+            "folder."
         ) from error
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    """A folder beside ``place`` that is removed in the end; its lock is held for as long as this process lives."""
+    while True:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
+        ) as scratch:
+            lock = Path(scratch) / _LOCK
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if fcntl is not None:
+                    with suppress(OSError):  # not every file system has locks; then nothing is taken for abandoned
+                        fcntl.flock(handle, fcntl.LOCK_EX)
+                # before it was locked another process may have taken the folder for abandoned
+                if lock.exists():
+                    yield Path(scratch)
+                    return
+            finally:
+                os.close(handle)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove half stores of processes that were killed while they made this one."""
+    if fcntl is None:
+        return
+    for scratch in place.parent.glob(f".{place.name}.*"):
+        with suppress(OSError):
+            handle = os.open(scratch / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 class _Building:
@@ -157,11 +242,7 @@ class _Building:
             _, error = self._write(folder, keys)
         if error is not None:
             raise error
-        index = folder / INDEX_NAME
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["facts"]["keys"] = keys._asdict()
-        content["facts"]["warnings"] = told
-        index.write_text(json.dumps(content), encoding="utf-8")
+        add_facts(folder, {"keys": keys._asdict(), "warnings": told})
 
     def _choice(self, survey: Survey) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told whenever the store is opened."""
@@ -169,7 +250,7 @@ class _Building:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
-                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name)
+                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
             except InputError as error:
                 refusal = error
         texts = [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
@@ -187,7 +268,7 @@ class _Building:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return choose_keys(survey.witnesses, self.asked, self.require, self.name)
+                return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
             except InputError:
                 return None
 
@@ -233,7 +314,7 @@ class _Building:
         try:
             yield from in_order(_read, tasks, workers)
         except WorkerDiedError as error:
-            if isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
+            if error.killed and isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
                 raise crashed(error.task.chunk.path) from error
             raise
 

@@ -16,11 +16,16 @@ _MOST_NAMED = 200
 class Survey:
     """Frames that differ in which labels they have, one of each kind with the number that it stands for.
 
-    What :func:`forcetune.frames.labels.choose_keys` says about :attr:`witnesses` it would say about all frames.
+    What :func:`forcetune.frames.labels.choose_keys` says about :attr:`witnesses` and :attr:`files` it would say about
+    all frames.
+
+    Attributes:
+        files: of all frames, in the order in which they came.
     """
 
     def __init__(self, asked: LabelKeys) -> None:
         self.asked = asked
+        self.files: list[str] = []
         self._kinds: dict[Any, RawFrame] = {}
 
     @property
@@ -34,6 +39,9 @@ class Survey:
             InputError: hardly two frames have the same labels.
         """
         for raw in raws:
+            # frames come file after file
+            if self.files[-1:] != [raw.origin.file]:
+                self.files.append(raw.origin.file)
             kind = self._kind(raw)
             known = self._kinds.get(kind)
             if known is None:
@@ -48,7 +56,8 @@ class Survey:
 
     def _kind(self, raw: RawFrame) -> Any:
         """Frames of one kind cannot be told apart by the choice of keys."""
-        facts: list[Any] = [raw.origin.file, raw.moved, raw.stale]
+        # not by file: data often come in one file per material
+        facts: list[Any] = [raw.moved, raw.stale]
         for label, asked in zip(LABELS, self.asked, strict=True):
             keys = list(dict.fromkeys((*CANDIDATES[label], *((asked,) if asked else ()))))
             present = [key for key in keys if label_under(raw, label, key) is not None]
