@@ -86,7 +86,8 @@ def test_three_processes_with_less_than_a_frame_each(tmp_path: Path) -> None:
     """Also of replay frames, whose head some processes then have no frame for."""
     data, model = frames(tmp_path / "frames.xyz"), write_model(tmp_path / "small.model")
     for processes in (1, 3):
-        replay = ("--set", f"replay.data=[{data}]", "--set", "replay.ratio=0.4", "--set", "replay.head=own")
-        more = ("--method", "mmea", "--set", "training.batch_size=2", *replay)
+        replay = (f"replay.data=[{data}]", "replay.ratio=0.4", "replay.labels=file")
+        settings = [part for setting in ("training.batch_size=2", *replay) for part in ("--set", setting)]
+        more = ("--method", "mmea", *settings)
         fit(tmp_path / str(processes), data, model, processes, *more)
     assert_same(tmp_path / "1", tmp_path / "3")
