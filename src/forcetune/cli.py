@@ -116,6 +116,9 @@ def fit(
         float | None, typer.Option(help=_about(configuration.TrainingConfig, "learning_rate"))
     ] = None,
     seed: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "seed"))] = None,
+    compile_: Annotated[
+        str | None, typer.Option("--compile", help=_about(configuration.TrainingConfig, "compile"))
+    ] = None,
     references: Annotated[str | None, typer.Option(help=_about(configuration.ReferenceConfig, "mode"))] = None,
     magnetic: Annotated[
         bool | None, typer.Option("--magnetic", help="With a spin layer: moments and exchange (magnetism.layer=spin).")
@@ -150,7 +153,13 @@ def fit(
         "references": {"mode": references},
         "method": {"name": method, "rank": rank},
         "magnetism": {"layer": "spin" if magnetic else None},
-        "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed},
+        "training": {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "compile": compile_,
+        },
         "output": {"run": out, "overwrite": overwrite},
     }
     resolved = configuration.load_config(config, settings or (), given)

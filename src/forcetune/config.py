@@ -296,6 +296,11 @@ class TrainingConfig(Section):
     refine: int | None = Field(
         default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Trace the step into one graph without Python between its operations: `auto` in runs that are "
+        "long enough for it to pay, where it is possible. CPU only.",
+    )
     seed: int = Field(
         default=1, ge=0, le=LARGEST_SEED, description="Seed of initial values and of the order of frames."
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,8 @@ class Backbone(Protocol):
     head: str
     extension: Extension | None
     """Set while an adapter with one is attached."""
+    plan: Any
+    """How kernels lay out the next batch, where that is known already."""
 
     @property
     def n_scalars(self) -> int:

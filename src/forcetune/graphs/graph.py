@@ -149,6 +149,33 @@ def collate(graphs: Sequence[Batch]) -> Batch:
     )
 
 
+def parts_of(batch: Batch, most: int) -> list[Batch]:
+    """Cut a batch into runs of at most so many graphs, as equal as can be; edges lie in the order of their graphs."""
+    count = -(-batch.n_graphs // most)
+    bounds = [batch.n_graphs * index // count for index in range(count + 1)]
+    first_atoms = [int(batch.ptr[bound]) for bound in bounds]
+    graph_of_edge = batch.graph_index[batch.edge_index[0]]
+    first_edges = torch.searchsorted(graph_of_edge, torch.tensor(bounds, device=graph_of_edge.device)).tolist()
+    found = []
+    for index in range(count):
+        graphs, atoms, edges = (
+            slice(firsts[index], firsts[index + 1]) for firsts in (bounds, first_atoms, first_edges)
+        )
+        cut = {
+            name: getattr(batch, name)[atoms]
+            for name in ("numbers", "positions", "graph_index", "forces", "moments", "spins")
+        } | {name: getattr(batch, name)[graphs] for name in ("cell", "energy", "stress", "weight", "replayed")}
+        found.append(
+            Batch(
+                **cut | {"graph_index": cut["graph_index"] - graphs.start},
+                edge_index=batch.edge_index[:, edges] - atoms.start,
+                unit_shifts=batch.unit_shifts[edges],
+                ptr=batch.ptr[graphs.start : graphs.stop + 1] - atoms.start,
+            )
+        )
+    return found
+
+
 def moment_labels(predicted: Tensor, labels: Tensor) -> Tensor:
     """Labels of what is predicted: vectors (atoms, 3), or magnitudes (atoms, 1)."""
     return labels if predicted.shape[1] == 3 else torch.linalg.vector_norm(labels, dim=1, keepdim=True)

@@ -174,6 +174,11 @@ class BatchLoader:
                     f"(training.batch_{what}); raise it to at least {size}."
                 )
 
+    @property
+    def graphs(self) -> Sequence[Batch]:
+        """All of them, those for replay behind the others."""
+        return self._graphs if self._stored else [*self._graphs, *self._replay]
+
     def graph(self, index: int) -> Batch:
         """The graph of this number, those for replay behind the others."""
         return self._graphs[index] if index < self._own else self._replay[index - self._own]

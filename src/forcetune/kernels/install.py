@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from forcetune.backbones.protocol import Backbone
 
@@ -22,3 +25,23 @@ def decelerate(backbone: Backbone) -> None:
     """Compute by the library's own layers again."""
     if backbone.library in _HOMES:
         import_module(_HOMES[backbone.library]).remove(backbone)
+
+
+def is_accelerated(backbone: Backbone) -> bool:
+    """Whether the whole of the model is computed by the kernels."""
+    return backbone.library in _HOMES and import_module(_HOMES[backbone.library]).is_installed(backbone)
+
+
+def pairs_edges(backbone: Backbone) -> bool:
+    """Whether its plans have an edge and its reverse share a pair."""
+    return import_module(_HOMES[backbone.library]).is_paired(backbone.model)
+
+
+@contextmanager
+def with_plan(backbone: Backbone, plan: Any) -> Iterator[None]:
+    """Within this context the kernels lay out batches by this plan and do not look at their integers."""
+    backbone.plan = plan
+    try:
+        yield
+    finally:
+        backbone.plan = None

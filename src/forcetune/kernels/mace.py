@@ -180,6 +180,11 @@ class Plans:
         return plan
 
 
+def is_installed(backbone: Backbone) -> bool:
+    """Whether the model's forward pass is by the kernels."""
+    return is_swapped(backbone.model)
+
+
 def is_paired(model: Any) -> bool:
     """Whether an edge and its reverse have the same radial weights."""
     return all(INTERACTIONS.get(type(block).__name__) != "nonlinear" for block in model.interactions)

@@ -7,6 +7,7 @@ share one *pair*: their distance and radial features are the same, and spherical
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +77,24 @@ class Plan:
     chunks: tuple[Chunk, ...]
 
 
-def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor, *, paired: bool = True) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Sizes that a plan is filled up to, so that plans of different batches have one shape.
+
+    Attributes:
+        chunks: first and last receiver (exclusive), and slots for each, of each chunk.
+        edges: so many edges belong to chunks; those behind them all belong to a pair that no chunk has.
+        n_pairs: pairs, fillers included.
+    """
+
+    chunks: tuple[tuple[int, int, int], ...]
+    edges: int
+    n_pairs: int
+
+
+def make_plan(
+    edge_index: Tensor, unit_shifts: Tensor, species: Tensor, *, paired: bool = True, bounds: Bounds | None = None
+) -> Plan:
     """Lay out a batch.
 
     Args:
@@ -84,35 +102,49 @@ def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor, *, paire
         unit_shifts: (edges, 3) periodic image of each edge, in lattice vectors.
         species: (atoms,) index of the species.
         paired: whether an edge and its reverse share a pair; otherwise every edge is a pair of its own.
+        bounds: sizes to fill up to.
+
+    Raises:
+        ValueError: the batch exceeds the bounds.
     """
     device = edge_index.device
-    sender, receiver = edge_index.detach().cpu().numpy()
+    own = edge_index.shape[1] if bounds is None else bounds.edges
+    all_senders, all_receivers = edge_index.detach().cpu().numpy()
     kinds = species.detach().cpu().numpy()
-    degree = np.bincount(receiver, minlength=len(kinds))
+    degree = np.bincount(all_receivers[:own], minlength=len(kinds))
     order = np.lexsort((degree, kinds))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    sender, receiver = place[sender], place[receiver]
+    all_senders, all_receivers = place[all_senders], place[all_receivers]
+    sender, receiver = all_senders[:own], all_receivers[:own]
     if paired:
-        pair, forward = _pairs(sender, receiver, unit_shifts.detach().cpu().numpy(), len(kinds))
+        pair, forward = _pairs(sender, receiver, unit_shifts.detach().cpu().numpy()[:own], len(kinds))
     else:
-        pair, forward = np.arange(len(sender)), np.ones(len(sender), dtype=bool)
+        pair, forward = np.arange(own), np.ones(own, dtype=bool)
     n_pairs = int(pair.max(initial=-1)) + 1
+    if bounds is not None:
+        if n_pairs >= bounds.n_pairs or bounds.edges >= edge_index.shape[1]:
+            raise ValueError(f"{n_pairs} pairs do not leave room for fillers among {bounds.n_pairs}")
+        n_pairs = bounds.n_pairs
     edges = np.argsort(receiver, kind="stable")
     starts = np.concatenate(([0], np.cumsum(degree[order])))
     limit = CPU_CHUNK if device.type == "cpu" else max(len(edges), 1)
-    chunks = _chunks(degree[order], starts, edges, limit)
+    chunked = chunk_bounds(degree[order], limit) if bounds is None else bounds.chunks
+    chunks = _chunks(chunked, degree[order], starts, edges)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=torch.int64)
 
     oriented = pair + np.where(forward, 0, n_pairs)
-    edge_of_pair = np.zeros(n_pairs, dtype=np.int64)
+    # fillers among the pairs have the direction of a filler among the edges
+    edge_of_pair = np.full(n_pairs, len(all_senders) - 1, dtype=np.int64)
     edge_of_pair[pair[forward]] = np.flatnonzero(forward)
+    edge_pair = np.full(len(all_senders), n_pairs - 1, dtype=np.int64)
+    edge_pair[:own] = pair
     present, counts = np.unique(kinds, return_counts=True)
     return Plan(
         n_atoms=len(kinds),
-        n_edges=len(edges),
+        n_edges=len(all_senders),
         n_pairs=n_pairs,
         order=tensor(order),
         place=tensor(place),
@@ -120,11 +152,11 @@ def make_plan(edge_index: Tensor, unit_shifts: Tensor, species: Tensor, *, paire
         present=tensor(present),
         counts=tuple(int(count) for count in counts),
         edge_of_pair=tensor(edge_of_pair),
-        sender=tensor(sender[edge_of_pair]),
-        receiver=tensor(receiver[edge_of_pair]),
-        edge_pair=tensor(pair),
-        edge_sender=tensor(sender),
-        edge_receiver=tensor(receiver),
+        sender=tensor(all_senders[edge_of_pair]),
+        receiver=tensor(all_receivers[edge_of_pair]),
+        edge_pair=tensor(edge_pair),
+        edge_sender=tensor(all_senders),
+        edge_receiver=tensor(all_receivers),
         chunks=tuple(
             Chunk(start, stop, width, *(tensor(v) for v in _table(edges_of, pair, oriented, sender, 2 * n_pairs)))
             for start, stop, width, edges_of in chunks
@@ -163,9 +195,9 @@ def _pairs(sender: np.ndarray, receiver: np.ndarray, shifts: np.ndarray, atoms: 
     return pair.reshape(-1), forward
 
 
-def _chunks(degree: np.ndarray, starts: np.ndarray, edges: np.ndarray, limit: int) -> list[_RawChunk]:
-    """Receivers in rows of equal width: start, stop, width, and the edge in each slot, −1 for padding."""
-    chunks: list[_RawChunk] = []
+def chunk_bounds(degree: np.ndarray, limit: int) -> tuple[tuple[int, int, int], ...]:
+    """Consecutive receivers whose table of (receivers, width) slots is within the limit: start, stop, width."""
+    found: list[tuple[int, int, int]] = []
     start = 0
     while start < len(degree):
         stop, width = start + 1, int(degree[start])
@@ -174,13 +206,25 @@ def _chunks(degree: np.ndarray, starts: np.ndarray, edges: np.ndarray, limit: in
             if wider * (stop + 1 - start) > limit:
                 break
             stop, width = stop + 1, wider
+        found.append((start, stop, width))
+        start = stop
+    return tuple(found)
+
+
+def _chunks(
+    bounds: Sequence[tuple[int, int, int]], degree: np.ndarray, starts: np.ndarray, edges: np.ndarray
+) -> list[_RawChunk]:
+    """Chunks with the edge in each slot, −1 for padding."""
+    chunks: list[_RawChunk] = []
+    for start, stop, width in bounds:
+        if degree[start:stop].max() > width:
+            raise ValueError(f"a receiver has {degree[start:stop].max()} neighbours, its chunk room for {width}")
         table = np.full((stop - start, width), -1, dtype=np.int64)
         rows = np.repeat(np.arange(stop - start), degree[start:stop])
         own = edges[starts[start] : starts[stop]]
         columns = np.arange(len(own)) - (starts[start:stop] - starts[start])[rows]
         table[rows, columns] = own
         chunks.append((start, stop, width, table.reshape(-1)))
-        start = stop
     return chunks
 
 

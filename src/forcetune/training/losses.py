@@ -57,6 +57,23 @@ class LossSums:
         return float(_joined([(term, weights) for term, weights in self.sums.unbind()], self.config))
 
 
+def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
+    """The sum of the weights of each term's labels, in the order in which :func:`loss_of` asks for them."""
+    found = [_weights(batch.energy, batch.weight)]
+    if config.forces:
+        found.append(_weights(batch.forces, batch.weight[batch.graph_index]))
+    if config.stress:
+        found.append(_weights(batch.stress, batch.weight))
+    if config.moments:
+        raise NotImplementedError("the weights of moments depend on their form")
+    return [weights.sum() for weights in found]
+
+
+def _weights(label: Tensor, weight: Tensor) -> Tensor:
+    """Of every entry: that of its row where there is a label."""
+    return weight.view(-1, *[1] * (label.ndim - 1)) * ~torch.isnan(label)
+
+
 def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
     """The weighted sum of terms, each over its weights; the later ones may be left out."""
     factors = (
@@ -101,5 +118,5 @@ def _sums(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) 
         values = values.abs()
     else:
         values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
-    weights = weight.view(-1, *[1] * (values.ndim - 1)) * ~missing
+    weights = _weights(label, weight)
     return (weights * values).sum(), weights.sum()

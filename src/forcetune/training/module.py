@@ -15,13 +15,14 @@ from forcetune import parallel
 from forcetune.adapters.attach import Sparsity, attached
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.errors import ForcetuneError
+from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from forcetune.training.replay_head import ReplayHead, replay_head
+from forcetune.training.traced import TracedTraining, UntraceableError
 
 _COUNTERS = (
     *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
@@ -40,6 +41,8 @@ class FineTuning(lightning.LightningModule):
         waited: validations since the last improvement.
         epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
         stopped: early stopping ended the run.
+        traced: steps without Python between their operations, or None where they are eager.
+        untraced: why they are.
         shares_validation: every process validates on other frames.
         keeps_validation: predictions are kept until a validation ends; otherwise only sums of them.
     """
@@ -77,6 +80,8 @@ class FineTuning(lightning.LightningModule):
         self.epochs_done = 0
         self.steps_done = 0
         self.stopped = False
+        self.traced: TracedTraining | None = None
+        self.untraced: str | None = None
         self.shares_validation = False
         self.keeps_validation = True
         self._epochs_before = 0
@@ -195,12 +200,35 @@ class FineTuning(lightning.LightningModule):
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["rate"]
 
+    def trace(self, tell: Callable[[str], None]) -> None:
+        """Let the steps be traced where the run asks for it and it can be done."""
+        parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        try:
+            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, trained, tell)
+        except UntraceableError as error:
+            self.untraced = str(error)
+            if not error.wanted:
+                tell(f"training steps are eager, not traced (training.compile): {error}")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        with replay_head(self.backbone, self.head):
-            prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
-        loss = loss_of(self.loss_config, prediction, batch, total=parallel.total)
+        loss = self._traced_loss(batch)
+        if loss is None:
+            with replay_head(self.backbone, self.head):
+                prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
+            loss = loss_of(self.loss_config, prediction, batch, total=parallel.total)
         self._losses.append(loss.detach())
         return loss
+
+    def _traced_loss(self, batch: Batch) -> Tensor | None:
+        if self.traced is None:
+            return None
+        try:
+            return self.traced.loss(self.loss_config, batch)
+        except UntraceableError as error:
+            self.traced, self.untraced = None, str(error)
+            warn(f"The steps of this run are eager, not traced (training.compile): {error}.")
+            return None
 
     def on_after_backward(self) -> None:
         parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])

@@ -17,6 +17,7 @@ from forcetune.backbones.protocol import Backbone, Extension, Extra
 from forcetune.graphs.graph import Batch
 
 CHANNELS = 32
+SMALLEST_VARIANCE = 1e-5
 LEARNING_RATE = 0.005
 """Of its weights, whatever the method's is: it starts from nothing."""
 
@@ -30,7 +31,6 @@ class ReplayHead(nn.Module):
             torch.manual_seed(seed)
             first = nn.Linear(n_scalars, CHANNELS)
             last = nn.Linear(CHANNELS, 1, bias=False)
-        self.norm = nn.LayerNorm(n_scalars, elementwise_affine=False)
         self.linear = nn.Linear(n_scalars, 1, bias=False)
         self.perceptron = nn.Sequential(first, nn.SiLU(), last)
         nn.init.zeros_(self.linear.weight)
@@ -39,7 +39,7 @@ class ReplayHead(nn.Module):
 
     def forward(self, scalars: Tensor, batch: Batch) -> Tensor:
         """Its energy for the replay frames of a batch, (graphs,), eV, and 0 for the others."""
-        normal = self.norm(scalars)
+        normal = _normalised(scalars)
         atoms = (self.linear(normal) + self.perceptron(normal)).squeeze(-1)
         graphs = atoms.new_zeros(batch.n_graphs).index_add(0, batch.graph_index, atoms)
         return torch.where(batch.replayed, graphs, 0.0)
@@ -48,6 +48,12 @@ class ReplayHead(nn.Module):
     def trainable(self) -> int:
         """Number of its parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _normalised(scalars: Tensor) -> Tensor:
+    """With mean 0 and variance 1 of each atom; written out, as TorchScript cannot trace a layer norm's derivative."""
+    centred = scalars - scalars.mean(dim=1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dim=1, keepdim=True) + SMALLEST_VARIANCE)
 
 
 @dataclass(frozen=True, slots=True)

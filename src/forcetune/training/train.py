@@ -37,6 +37,8 @@ class TrainingOutcome:
         epochs_done, steps: what was done.
         best_epoch, best_valid_loss: of the adapter that was kept.
         seconds, seconds_per_step: wall time of the training, validation included, and its share of one step.
+        traced_operations: of the graph that computed the steps; 0 where they were eager.
+        untraced: why they were.
     """
 
     status: str
@@ -46,6 +48,8 @@ class TrainingOutcome:
     best_valid_loss: float
     seconds: float
     seconds_per_step: float
+    traced_operations: int = 0
+    untraced: str | None = None
 
 
 def train(
@@ -100,6 +104,7 @@ def train(
     if module.stopped or module.epochs_done >= config.epochs:
         status = "finished" if module.epochs_done == config.epochs else "stopped early"
     else:
+        module.trace(_teller(console))
         trainer = _trainer(backbone, config, folder, tensorboard, callbacks, config.epochs - module.epochs_done)
         status = _carry_out(trainer, module, valid_loader)
     seconds = time.monotonic() - began
@@ -111,7 +116,14 @@ def train(
         best_valid_loss=module.best_loss,
         seconds=seconds,
         seconds_per_step=seconds / max(1, module.steps_done - steps_before),
+        traced_operations=0 if module.traced is None else module.traced.operations,
+        untraced=module.untraced,
     )
+
+
+def _teller(console: Console | None) -> Callable[[str], None]:
+    shown = console or Console(stderr=True, soft_wrap=True)
+    return lambda text: shown.print(text, highlight=False)
 
 
 def _loaders(

@@ -40,6 +40,7 @@ class MaceBackbone:
         self.model: Any = model
         self.base = base
         self.extension: Extension | None = None
+        self.plan: Any = None
         self.elements = _atomic_numbers(model)
         self.cutoff = float(self.model.r_max)
         self.head = str(getattr(self.model, "heads", ["Default"])[0])
@@ -47,6 +48,7 @@ class MaceBackbone:
         self._species = torch.full((len(chemical_symbols) + 1,), -1, dtype=torch.int64)
         self._species[torch.tensor(self.elements)] = torch.arange(len(self.elements))
         self._species = self._species.to(self.device)
+        self._every_species = torch.arange(len(self.elements), device=self.device)
         self._energies_of_species = self._reference_tensor()
 
     @classmethod
@@ -226,9 +228,10 @@ class MaceBackbone:
         # the library marks positions as requiring gradients in place: give it its own tensor
         positions = batch.positions.detach().clone() if positions is None else positions
         cell_of_edge = cell[batch.graph_index[batch.edge_index[0]]]
-        return {
+        inputs = {
             "positions": positions,
-            "node_attrs": torch.nn.functional.one_hot(species, len(self.elements)).to(batch.positions.dtype),
+            # one-hot without a look at the values, which a traced step must not have
+            "node_attrs": (species.unsqueeze(1) == self._every_species).to(batch.positions.dtype),
             "edge_index": batch.edge_index,
             "shifts": torch.einsum("ei,eij->ej", batch.unit_shifts, cell_of_edge),
             "unit_shifts": batch.unit_shifts,
@@ -237,6 +240,7 @@ class MaceBackbone:
             "ptr": batch.ptr,
             "head": torch.zeros(batch.n_graphs, dtype=torch.int64, device=batch.ptr.device),
         }
+        return inputs if self.plan is None else inputs | {"forcetune_plan": self.plan}
 
     def sites(self) -> tuple[Site, ...]:
         return mace_sites(self.model)
