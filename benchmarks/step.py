@@ -8,7 +8,8 @@ the trainable parameters; no optimizer. Models have the size of MACE-OFF23-mediu
 l up to 3, cutoff 5 Å) for H, C, O, with random weights. Frames are aspirin: those of rMD17 where ``--data`` names its
 folder, otherwise a shaken molecule of the same composition.
 
-Codes take turns and medians are given, so that a busy machine slows all of them. Memory is the largest growth of
+Codes take turns and medians are given, so that a busy machine slows all of them. Rows called "traced" are steps as
+``training.compile=on`` makes them; what tracing them took is told beside. Memory is the largest growth of
 what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's allocator there.
 ``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready.
 """
@@ -22,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,17 @@ from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.library import import_mace
+from forcetune.config import LossConfig
 from forcetune.deployment.calculator import frame_of
 from forcetune.evaluation.memory import peak_memory
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.files import write_text
-from forcetune.graphs.graph import Batch, collate
+from forcetune.graphs.graph import Batch, collate, parts_of
+from forcetune.kernels.install import pairs_edges
+from forcetune.kernels.layout import layout_of
 from forcetune.kernels.mace import install, plan_of
 from forcetune.records import environment
+from forcetune.training.traced import TracedStep, Workers, frames_of_part
 
 ELEMENTS = (1, 6, 8)
 METHODS = ("mmea", "elora", "full", "readout")
@@ -51,7 +57,7 @@ LIBRARY = "mace-torch, all parameters"
 LORA = "mace-torch, --lora rank 16"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
-Runs = Mapping[str, Callable[[], object]]
+Runs = dict[str, Callable[[], object]]
 
 
 def random_model(dtype: torch.dtype) -> MaceBackbone:
@@ -156,6 +162,29 @@ def step(model: MaceBackbone, batch: Batch) -> None:
     loss.backward()
 
 
+def traced_step(model: MaceBackbone, batch: Batch) -> tuple[Callable[[], None], float]:
+    """The same step as ``training.compile=on`` computes it, and the seconds it took to trace it."""
+    labels = {name: torch.zeros_like(getattr(batch, name)) for name in ("energy", "forces")}
+    known = replace(batch, **labels)
+    graphs = parts_of(known, 1)
+    parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
+    workers = Workers(len(graphs))
+    frames = frames_of_part(len(graphs), batch.n_atoms / len(graphs), workers.count)
+    layout = layout_of(graphs, frames, model.elements, model.cutoff, pairs_edges(model))
+    traced = TracedStep(model, None, LossConfig(), layout, parameters, workers)
+
+    def run() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss = traced.loss(known)
+        assert loss is not None
+        loss.backward()
+
+    start = time.perf_counter()
+    run()
+    return run, time.perf_counter() - start
+
+
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -181,9 +210,16 @@ def training(
 ) -> dict[str, dict[str, float]]:
     """Seconds, speed over the library and memory of a step."""
     runs = {name: (lambda model=model: step(model, batch)) for name, model in models.items()}
-    found = medians(runs, rounds, dict.fromkeys(METHODS, 2))
+    traced: Runs = {}
+    tracing: dict[str, float] = {}
+    if batch.positions.device.type == "cpu":
+        for name in (name for name in models if name in METHODS):
+            row = f"{name}, traced"
+            traced[row], tracing[row] = traced_step(models[name], batch)
+    found = medians(runs | traced, rounds, dict.fromkeys((*METHODS, *traced), 2))
     result = {
         name: {"seconds": seconds, "speedup_over_mace_full": found[LIBRARY] / seconds}
+        | ({"tracing_seconds": tracing[name]} if name in tracing else {})
         for name, seconds in found.items()
     }
     if memory:
@@ -201,11 +237,12 @@ def inference(models: Mapping[str, MaceBackbone], batch: Batch, rounds: int) -> 
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table("code", "seconds", "times faster", "peak MB", title=title, title_justify="left")
+    table = Table("code", "seconds", "times faster", "peak MB", "tracing, s", title=title, title_justify="left")
     for name, row in rows.items():
         ratio = next(value for key, value in row.items() if key.startswith("speedup"))
         memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""
-        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", memory)
+        tracing = f"{row['tracing_seconds']:.0f}" if "tracing_seconds" in row else ""
+        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", memory, tracing)
     Console().print(table)
 
 

@@ -84,7 +84,7 @@ MOMENTS = ("after the second checkpoint", "before it", "while the adapter is rep
 
 
 NAMES = [
-    name if index < 2 or name == "replay" else pytest.param(name, marks=pytest.mark.slow)
+    name if index < 2 or name in ("replay", "traced") else pytest.param(name, marks=pytest.mark.slow)
     for index, name in enumerate(OPTIONS)
 ]
 

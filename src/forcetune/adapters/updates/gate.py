@@ -86,8 +86,7 @@ class _FixedGate(torch.autograd.Function):
         for head, pull in others:
             hidden = torch.addmm(hidden, pull, head.weight)
         if gate.spec.activation:
-            sigmoid = before.sigmoid()
-            hidden = hidden * torch.addcmul(sigmoid, before * sigmoid, 1 - sigmoid)
+            hidden = torch.ops.aten.silu_backward(hidden, before)
         return None, (hidden @ gate.down.weight).unsqueeze(1), *found
 
 
