@@ -215,6 +215,10 @@ def test_stages_are_traced_where_they_are_long_enough(monkeypatch: pytest.Monkey
     assert found.loss(config.second_stage.loss, batch) is None and not told
     assert found.loss(config.loss, batch) is not None and found.operations > 100
     assert len(told) == 1 and "tracing" in told[0]
+    monkeypatch.setattr(traced, "USUAL_OPERATIONS", 10)
+    other = TracedTraining(model, None, config, loader, list(attached(model).parameters()), told.append)
+    with pytest.raises(UntraceableError, match="too many for so few steps"):
+        other.loss(config.loss, batch)
 
 
 def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:

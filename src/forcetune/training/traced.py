@@ -33,7 +33,10 @@ from forcetune.training.losses import label_weights, loss_of
 from forcetune.training.replay_head import ReplayHead, replay_head
 
 PAYS_AFTER = 1500
-"""Steps after which a graph has earned the time it took to trace; both grow with the number of its operations."""
+"""Steps after which a graph of USUAL_OPERATIONS has earned the time it took to trace."""
+
+USUAL_OPERATIONS = 20_000
+"""Of the graph for some dozens of atoms; the time to trace more of them grows faster than what they save."""
 
 PART_ATOMS = 100
 """Atoms that are computed at once; larger graphs take longer to trace and are not faster."""
@@ -73,6 +76,7 @@ class TracedStep:
 
     Attributes:
         layout: of a part.
+        most_operations: a larger graph is given up.
         operations: of the graph.
     """
 
@@ -84,6 +88,7 @@ class TracedStep:
         layout: Layout,
         parameters: Sequence[Tensor],
         workers: Workers,
+        most_operations: float = math.inf,
     ) -> None:
         self.backbone = backbone
         self.head = head
@@ -91,6 +96,7 @@ class TracedStep:
         self.layout = layout
         self.parameters = list(parameters)
         self.workers = workers
+        self.most_operations = most_operations
         self.operations = 0
         self._checks = CHECKED
         self._run: Any = None
@@ -149,6 +155,9 @@ class TracedStep:
         try:
             graph = make_fx(step)(*inputs, *self.parameters)
             _tidy(graph)
+            self.operations = len(graph.graph.nodes)
+            if self.operations > self.most_operations:
+                raise UntraceableError(f"the graph has {self.operations:,} operations, too many for so few steps")
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 self._run = torch.jit.trace(graph, (*inputs, *self.parameters), check_trace=False)
@@ -156,7 +165,6 @@ class TracedStep:
             raise
         except Exception as error:
             raise UntraceableError(f"its step cannot be traced ({_first_line(error)})") from error
-        self.operations = len(graph.graph.nodes)
 
     def _check(self, batch: Batch, wholes: Sequence[Tensor], loss: Tensor, known: Sequence[Tensor]) -> None:
         eager = self._eager(batch, wholes)
@@ -317,7 +325,12 @@ class TracedTraining:
         self.operations = 0
         self._tell = tell
         stages = _steps(config, loader.n_batches)
-        self._wanted = [loss for loss, steps in stages if config.compile == "on" or steps >= PAYS_AFTER]
+        always = config.compile == "on"
+        self._wanted = {
+            loss: math.inf if always else USUAL_OPERATIONS * steps / PAYS_AFTER
+            for loss, steps in stages
+            if always or steps >= PAYS_AFTER
+        }
         if config.compile == "off":
             raise UntraceableError("training.compile=off", wanted=True)
         if not self._wanted:
@@ -342,7 +355,8 @@ class TracedTraining:
             return None
         if self._step is None or self._step.config != config:
             self._tell("tracing the training step (training.compile), about half a minute")
-            self._step = TracedStep(*self._arguments, config, self._layout, self._parameters, self._workers)
+            most = self._wanted[config]
+            self._step = TracedStep(*self._arguments, config, self._layout, self._parameters, self._workers, most)
         found = self._step.loss(batch)
         self.operations = self._step.operations
         return found
