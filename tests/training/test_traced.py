@@ -178,6 +178,13 @@ def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UntraceableError, match="cannot be traced"):
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
+    def chooses(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
+        return original(config, found, batch, **more) + found.energy[~torch.isnan(batch.energy)].sum()
+
+    monkeypatch.setattr(traced, "loss_of", chooses)
+    with pytest.raises(UntraceableError, match="depends on values"):
+        step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
+
 
 def reason(model: MaceBackbone, graphs: Sequence[Batch], **options: Any) -> UntraceableError:
     config = TrainingConfig.model_validate({"batch_size": 3, "compile": "on"} | options)

@@ -52,7 +52,10 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 
 # results that depend on values, or values that became numbers: their graph would be that of one batch only
 _DEPENDS_ON_VALUES = frozenset(
-    {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "bincount", "_local_scalar_dense"}
+    {
+        *("nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "bincount"),
+        *("repeat_interleave", "_local_scalar_dense"),
+    }
 )
 
 
@@ -158,9 +161,7 @@ class TracedStep:
             self.operations = len(graph.graph.nodes)
             if self.operations > self.most_operations:
                 raise UntraceableError(f"the graph has {self.operations:,} operations, too many for so few steps")
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                self._run = torch.jit.trace(graph, (*inputs, *self.parameters), check_trace=False)
+            self._run = _without_python(graph, (*inputs, *self.parameters))
         except UntraceableError:
             raise
         except Exception as error:
@@ -246,13 +247,36 @@ def _tidy(graph: torch.fx.GraphModule) -> None:
 
     for node in list(graph.graph.nodes):
         name = getattr(getattr(node.target, "_schema", None), "name", "").split("::")[-1]
-        if name in _DEPENDS_ON_VALUES:
+        if name in _DEPENDS_ON_VALUES or (name in ("index", "index_put", "index_put_") and _by_mask(node)):
             raise UntraceableError(f"its step depends on values ({name})")
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code(stays)
     graph.recompile()
+
+
+def _without_python(graph: torch.fx.GraphModule, inputs: tuple[Tensor, ...]) -> Any:
+    """The same function for TorchScript's interpreter.
+
+    As ``torch.jit.trace``, which would keep every graph it has made, some hundred megabytes, until the process ends.
+    """
+    binding: Any = torch._C
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(graph(*values))
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        recorded, _ = binding._create_graph_by_tracing(outputs, inputs, lambda _: "", False, False, None, [])
+    return binding._create_function_from_graph("step", recorded)
+
+
+def _by_mask(node: torch.fx.Node) -> bool:
+    """Whether an index chooses by truth values, so that how many are chosen depends on them."""
+    indices: Any = node.args[1]
+    found = [index.meta.get("val") for index in indices if isinstance(index, torch.fx.Node)]
+    return any(value is not None and value.dtype in (torch.bool, torch.uint8) for value in found)
 
 
 def layout_for(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, frames: int) -> Layout:

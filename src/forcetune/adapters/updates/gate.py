@@ -86,7 +86,8 @@ class _FixedGate(torch.autograd.Function):
         for head, pull in others:
             hidden = torch.addmm(hidden, pull, head.weight)
         if gate.spec.activation:
-            hidden = torch.ops.aten.silu_backward(hidden, before)
+            sigmoid = before.sigmoid()
+            hidden = hidden * torch.addcmul(sigmoid, before * sigmoid, 1 - sigmoid)
         return None, (hidden @ gate.down.weight).unsqueeze(1), *found
 
 
