@@ -2,6 +2,7 @@
 
     python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick]
     python benchmarks/step.py --data DATA/rmd17 --profile
+    python benchmarks/step.py --data DATA/rmd17 --gates 21,50,100,200
 
 A step is energies and forces with their graph, the loss mean (E − E*)² + 1000 mean (F − F*)², and its gradient by
 the trainable parameters; no optimizer. Models have the size of MACE-OFF23-medium (128x0e+128x1o, correlation 3,
@@ -11,7 +12,8 @@ folder, otherwise a shaken molecule of the same composition.
 Codes take turns and medians are given, so that a busy machine slows all of them. Rows called "traced" are steps as
 ``training.compile=on`` makes them; what tracing them took is told beside. Memory is the largest growth of
 what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's allocator there.
-``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready.
+``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready; ``--gates``
+how much slower predictions are with MMEA's gates than without, for systems of so many atoms.
 """
 
 from __future__ import annotations
@@ -279,6 +281,42 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     return result
 
 
+def show_gates(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Seconds of predictions with and without gates, in turn; 21 atoms are aspirin, all others a box."""
+    base = random_model(torch.float64)
+    models = {"base": tuned_model(base, None), "mmea": deployed(tuned_model(base, "mmea"))}
+    for model in models.values():
+        model.model.requires_grad_(False)
+    table = Table(
+        "atoms", "base, ms", "mmea, ms", "gates cost", "by the fastest", title="float64", title_justify="left"
+    )
+    result = []
+    for atoms in arguments.gates:
+        structure = aspirin(arguments.data, 1)[0] if atoms == 21 else periodic_box(atoms)
+        batch = batch_of(base, [structure], torch.float64)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(60 if atoms < 60 else 20):
+            # whoever is second finds the caches warm: they take turns in being first
+            for name in list(models) if turn % 2 else reversed(models):
+                start = time.perf_counter()
+                models[name].predict(batch)
+                if turn >= 4:
+                    times[name].append(time.perf_counter() - start)
+        plain, gated = (statistics.median(times[name]) for name in models)
+        fastest = min(times["mmea"]) / min(times["base"]) - 1
+        row = {"atoms": atoms, "base": plain, "mmea": gated, "cost": gated / plain - 1, "cost_by_fastest": fastest}
+        table.add_row(
+            f"{atoms}",
+            f"{1e3 * plain:.1f}",
+            f"{1e3 * gated:.1f}",
+            f"{100 * row['cost']:+.1f} %",
+            f"{100 * fastest:+.1f} %",
+        )
+        result.append(row)
+    Console().print(table)
+    return result
+
+
 LAYERS = {
     "contraction": ("_Polynomial", "_PolynomialBackward", "_PolynomialBackwardBackward"),
     "convolution": ("_Convolution", "_ConvolutionBackward", "_ConvolutionBackwardBackward"),
@@ -336,10 +374,13 @@ def main() -> None:
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--quick", action="store_true", help="only the float64 batch of five and the molecule")
     parser.add_argument("--profile", action="store_true", help="only the profile of the mmea step")
+    parser.add_argument(
+        "--gates", type=lambda text: [int(part) for part in text.split(",")], help="only the cost of gates, by atoms"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.profile:
-        found = show_profile(arguments)
+    if arguments.profile or arguments.gates:
+        found = show_profile(arguments) if arguments.profile else show_gates(arguments)
         if arguments.json is not None:
             write_text(arguments.json, json.dumps(found, indent=1) + "\n")
         return

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "training.valid_every": 2,
     },
     "replay": {"method.name": "readout", "replay.ratio": 0.75, "replay.weight": 2.0, "replay.head": "own"},
-    "traced": {"method.name": "readout", "training.compile": "on", "training.threads": 2},
+    "traced": {"method.name": "mmea", "training.compile": "on", "training.threads": 2},
     "early stop": {"method.name": "readout", "training.early_stopping": 1, "training.learning_rate": 30.0},
 }
 

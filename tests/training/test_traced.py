@@ -93,9 +93,7 @@ def two_threads() -> Any:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    "name", ["mmea", "sparse", *[pytest.param(name, marks=pytest.mark.slow) for name in ("elora", "full", "gain")]]
-)
+@pytest.mark.parametrize("name", ["mmea", "elora", "sparse", "full", "gain"])
 def test_loss_and_every_gradient_are_those_of_the_eager_step(name: str, two_threads: None) -> None:
     model = tuned(name)
     graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))

@@ -58,14 +58,18 @@ class LossSums:
 
 
 def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
-    """The sum of the weights of each term's labels, in the order in which :func:`loss_of` asks for them."""
+    """The sum of the weights of each term's labels, in the order in which :func:`loss_of` asks for them.
+
+    Raises:
+        ValueError: the loss has moments, whose labels take the shape of what is predicted.
+    """
+    if config.moments:
+        raise ValueError("how many labels moments have depends on what is predicted")
     found = [_weights(batch.energy, batch.weight)]
     if config.forces:
         found.append(_weights(batch.forces, batch.weight[batch.graph_index]))
     if config.stress:
         found.append(_weights(batch.stress, batch.weight))
-    if config.moments:
-        raise NotImplementedError("the weights of moments depend on their form")
     return [weights.sum() for weights in found]
 
 

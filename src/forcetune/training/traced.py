@@ -173,10 +173,11 @@ class TracedStep:
             return  # for the training to tell
         grads = [grad for grad in self._gradients(eager) if grad is not None]
         for mine, expected in (([loss], [eager.detach()]), (known, grads)):
-            largest = max(float(one.abs().max()) for one in expected if one.numel())
-            far = max(float((one - two).abs().max()) for one, two in zip(mine, expected, strict=True) if one.numel())
+            largest = max((float(one.abs().max()) for one in expected if one.numel()), default=0.0)
+            pairs = [(one, two) for one, two in zip(mine, expected, strict=True) if one.numel()]
+            far = max((float((one - two).abs().max()) for one, two in pairs), default=0.0)
             if not far <= TOLERANCE[self.backbone.dtype] * largest:
-                raise UntraceableError(f"its traced step is {far / largest:.1e} off the eager one")
+                raise UntraceableError(f"its traced step is {far:.1e} off the eager one, of {largest:.1e}")
 
 
 class Workers:
