@@ -10,10 +10,12 @@ l up to 3, cutoff 5 Å) for H, C, O, with random weights. Frames are aspirin: th
 folder, otherwise a shaken molecule of the same composition.
 
 Codes take turns and medians are given, so that a busy machine slows all of them. Rows called "traced" are steps as
-``training.compile=on`` makes them; what tracing them took is told beside. Memory is the largest growth of
-what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's allocator there.
+``training.compile=on`` makes them; beside them stands what the first one took, with all that tracing costs. Memory is
+the largest growth of what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's
+allocator there.
 ``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready; ``--gates``
-how much slower predictions are with MMEA's gates than without, for systems of so many atoms.
+how much slower predictions are with MMEA's gates than without, for systems of so many atoms. Predictions called
+"traced" are those of the ASE calculator in dynamics of small systems.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +44,17 @@ from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.library import import_mace
-from forcetune.config import LossConfig
+from forcetune.config import LossConfig, TrainingConfig
 from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.traced import CHECKED, MOST_EDGES, TRACED_AFTER, TracedPrediction
 from forcetune.evaluation.memory import peak_memory
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.files import write_text
 from forcetune.graphs.graph import Batch, collate, parts_of
-from forcetune.kernels.install import pairs_edges
-from forcetune.kernels.layout import layout_of
+from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.mace import install, plan_of
 from forcetune.records import environment
-from forcetune.training.traced import TracedStep, Workers, frames_of_part
+from forcetune.training.traced import TracedStep, Workers, frames_of_part, layout_for
 
 ELEMENTS = (1, 6, 8)
 METHODS = ("mmea", "elora", "full", "readout")
@@ -165,14 +168,16 @@ def step(model: MaceBackbone, batch: Batch) -> None:
 
 
 def traced_step(model: MaceBackbone, batch: Batch) -> tuple[Callable[[], None], float]:
-    """The same step as ``training.compile=on`` computes it, and the seconds it took to trace it."""
+    """The same step as ``training.compile=on`` computes it, and the seconds until the first was done."""
     labels = {name: torch.zeros_like(getattr(batch, name)) for name in ("energy", "forces")}
     known = replace(batch, **labels)
-    graphs = parts_of(known, 1)
+    graphs = parts_of(known.to("cpu"), 1)
+    on_cpu = batch.positions.device.type == "cpu"
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    workers = Workers(len(graphs))
-    frames = frames_of_part(len(graphs), batch.n_atoms / len(graphs), workers.count)
-    layout = layout_of(graphs, frames, model.elements, model.cutoff, pairs_edges(model))
+    workers = Workers(len(graphs) if on_cpu else 1)
+    frames = frames_of_part(len(graphs), batch.n_atoms / len(graphs), workers.count) if on_cpu else len(graphs)
+    config = TrainingConfig(batch_size=len(graphs), compile="on")
+    layout = layout_for(model, config, BatchLoader(graphs, len(graphs)), frames)
     traced = TracedStep(model, None, LossConfig(), layout, parameters, workers)
 
     def run() -> None:
@@ -213,15 +218,14 @@ def training(
     """Seconds, speed over the library and memory of a step."""
     runs = {name: (lambda model=model: step(model, batch)) for name, model in models.items()}
     traced: Runs = {}
-    tracing: dict[str, float] = {}
-    if batch.positions.device.type == "cpu":
-        for name in (name for name in models if name in METHODS):
-            row = f"{name}, traced"
-            traced[row], tracing[row] = traced_step(models[name], batch)
+    starts: dict[str, float] = {}
+    for name in (name for name in models if name in METHODS):
+        row = f"{name}, traced"
+        traced[row], starts[row] = traced_step(models[name], batch)
     found = medians(runs | traced, rounds, dict.fromkeys((*METHODS, *traced), 2))
     result = {
         name: {"seconds": seconds, "speedup_over_mace_full": found[LIBRARY] / seconds}
-        | ({"tracing_seconds": tracing[name]} if name in tracing else {})
+        | ({"start_seconds": starts[name]} if name in starts else {})
         for name, seconds in found.items()
     }
     if memory:
@@ -230,21 +234,32 @@ def training(
     return result
 
 
+def recorded(model: MaceBackbone, batch: Batch) -> Callable[[], object] | None:
+    """Predictions as the ASE calculator makes them after a while, or None where it goes on as before."""
+    traced = TracedPrediction(model)
+    for _ in range(TRACED_AFTER + CHECKED):
+        traced.predict(batch, stress=False)
+    return None if traced.recording is None else lambda: traced.predict(batch, stress=False)
+
+
 def inference(models: Mapping[str, MaceBackbone], batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of energies and forces, neighbours given."""
-    runs = {name: (lambda model=model: model.predict(batch)) for name, model in models.items()}
+    runs: Runs = {name: (lambda model=model: model.predict(batch)) for name, model in models.items()}
+    for name, model in models.items():
+        if name.startswith("forcetune") and batch.n_edges <= MOST_EDGES and (played := recorded(model, batch)):
+            runs[f"{name}, traced"] = played
     found = medians(runs, rounds, {})
     first = next(iter(found.values()))
     return {name: {"seconds": seconds, "speedup_over_mace": first / seconds} for name, seconds in found.items()}
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table("code", "seconds", "times faster", "peak MB", "tracing, s", title=title, title_justify="left")
+    table = Table("code", "seconds", "times faster", "peak MB", "start, s", title=title, title_justify="left")
     for name, row in rows.items():
         ratio = next(value for key, value in row.items() if key.startswith("speedup"))
         memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""
-        tracing = f"{row['tracing_seconds']:.0f}" if "tracing_seconds" in row else ""
-        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", memory, tracing)
+        start = f"{row['start_seconds']:.1f}" if "start_seconds" in row else ""
+        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", memory, start)
     Console().print(table)
 
 
@@ -281,38 +296,49 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     return result
 
 
-def show_gates(arguments: argparse.Namespace) -> list[dict[str, float]]:
+def gates_cost(runs: Runs, turns: int) -> dict[str, Any]:
+    """Median seconds of both, and the median of their quotients turn by turn, which a slow minute hardly changes.
+
+    A turn is some predictions of one, as in dynamics, then of the other; the first of them finds other things in the
+    caches and does not count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name in list(runs) if turn % 2 else reversed(runs):
+            found = []
+            for _ in range(4):
+                start = time.perf_counter()
+                runs[name]()
+                found.append(time.perf_counter() - start)
+            if turn:
+                times[name].append(statistics.median(found[1:]))
+    quotients = [gated / plain for plain, gated in zip(times["base"], times["mmea"], strict=True)]
+    fastest = min(times["mmea"]) / min(times["base"]) - 1
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    return middle | {"cost": statistics.median(quotients) - 1, "cost_by_fastest": fastest}
+
+
+def show_gates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of predictions with and without gates, in turn; 21 atoms are aspirin, all others a box."""
     base = random_model(torch.float64)
     models = {"base": tuned_model(base, None), "mmea": deployed(tuned_model(base, "mmea"))}
     for model in models.values():
         model.model.requires_grad_(False)
-    table = Table(
-        "atoms", "base, ms", "mmea, ms", "gates cost", "by the fastest", title="float64", title_justify="left"
-    )
+    columns = ("atoms", "steps", "base, ms", "mmea, ms", "gates cost", "by the fastest")
+    table = Table(*columns, title="float64", title_justify="left")
     result = []
     for atoms in arguments.gates:
         structure = aspirin(arguments.data, 1)[0] if atoms == 21 else periodic_box(atoms)
         batch = batch_of(base, [structure], torch.float64)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for turn in range(60 if atoms < 60 else 20):
-            # whoever is second finds the caches warm: they take turns in being first
-            for name in list(models) if turn % 2 else reversed(models):
-                start = time.perf_counter()
-                models[name].predict(batch)
-                if turn >= 4:
-                    times[name].append(time.perf_counter() - start)
-        plain, gated = (statistics.median(times[name]) for name in models)
-        fastest = min(times["mmea"]) / min(times["base"]) - 1
-        row = {"atoms": atoms, "base": plain, "mmea": gated, "cost": gated / plain - 1, "cost_by_fastest": fastest}
-        table.add_row(
-            f"{atoms}",
-            f"{1e3 * plain:.1f}",
-            f"{1e3 * gated:.1f}",
-            f"{100 * row['cost']:+.1f} %",
-            f"{100 * fastest:+.1f} %",
-        )
-        result.append(row)
+        eager: Runs = {name: partial(model.predict, batch) for name, model in models.items()}
+        played = {name: recorded(model, batch) for name, model in models.items()}
+        kinds = {"eager": eager, "traced": {name: run for name, run in played.items() if run is not None}}
+        for kind, runs in kinds.items():
+            if runs:
+                row = {"atoms": atoms, "steps": kind} | gates_cost(runs, 60 if atoms < 60 else 15)
+                shares = (f"{100 * row[name]:+.1f} %" for name in ("cost", "cost_by_fastest"))
+                table.add_row(f"{atoms}", kind, f"{1e3 * row['base']:.1f}", f"{1e3 * row['mmea']:.1f}", *shares)
+                result.append(row)
     Console().print(table)
     return result
 

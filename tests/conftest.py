@@ -36,6 +36,12 @@ def _no_forgetting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("forcetune.fitting.Fitting._forgetting", lambda *_: None)
 
 
+@pytest.fixture(autouse=True)
+def _a_home_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another has kept, or leaves something in the user's cache."""
+    monkeypatch.setenv("FORCETUNE_HOME", str(tmp_path_factory.mktemp("home")))
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     """A web server on the loopback interface, reached without a proxy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ STIFFNESS = 5.0
 
 def backbone(**options: object) -> MaceBackbone:
     """A small MACE with random weights."""
-    return MaceBackbone.from_module(make_mace(**options))  # pyright: ignore[reportArgumentType]
+    dtype: Any = options.get("dtype", torch.float64)
+    return MaceBackbone.from_module(make_mace(**options), dtype=dtype)  # pyright: ignore[reportArgumentType]
 
 
 def perturb(adapter: Adapter, scale: float = 0.1, seed: int = 5) -> None:

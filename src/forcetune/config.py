@@ -298,8 +298,8 @@ class TrainingConfig(Section):
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Trace the step into one graph without Python between its operations: `auto` in runs that are "
-        "long enough for it to pay, where it is possible. CPU only.",
+        description="Record the step as one graph without Python between its operations: `auto` in runs on a CPU that "
+        "are long enough for it to pay, where it is possible; `on` also as a CUDA graph on a GPU.",
     )
     seed: int = Field(
         default=1, ge=0, le=LARGEST_SEED, description="Seed of initial values and of the order of frames."

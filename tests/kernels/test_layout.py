@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import collate, parts_of
 from forcetune.kernels.install import accelerate, pairs_edges, with_plan
-from forcetune.kernels.layout import best_chunks, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.layout import CUDA_CHUNK_COST, best_chunks, fitted, layout_of, plan_with, tensors_of
 from forcetune.kernels.plan import chunk_bounds
 from systems import backbone, cluster, crystal, frames_of
 
@@ -116,3 +117,18 @@ def test_parts_of_a_batch_are_its_graphs(most: int) -> None:
         first += part.n_graphs
         for one, two in zip(tensors_of(part), tensors_of(expected), strict=True):
             assert torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def test_atoms_alone_have_a_layout_without_a_limit() -> None:
+    model = backbone(max_ell=1)
+    graphs = graphs_of(model, frames_of(Atoms("C"), Atoms("O")))
+    layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    assert layout.n_atoms == 3 and sum(stop - start for start, stop, _ in layout.chunks) == 3
+
+
+def test_slack_leaves_room_for_more_neighbours() -> None:
+    model = backbone(max_ell=1)
+    graphs = graphs_of(model, frames_of(cluster(atoms=9)))
+    tight, wide = (layout_of(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
+    assert wide.n_edges >= tight.n_edges + 2 * 9
+    assert max(width for _, _, width in wide.chunks) == max(width for _, _, width in tight.chunks) + 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.graphs.graph import Batch
+
+PLAN: ContextVar[tuple[Any, Any]] = ContextVar("plan", default=(None, None))
+"""A backbone and how its kernels lay out the next batch, where that is known already; each thread has its own."""
 
 
 class Prediction(NamedTuple):
@@ -150,8 +154,6 @@ class Backbone(Protocol):
     head: str
     extension: Extension | None
     """Set while an adapter with one is attached."""
-    plan: Any
-    """How kernels lay out the next batch, where that is known already."""
 
     @property
     def n_scalars(self) -> int:

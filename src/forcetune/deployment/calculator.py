@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -17,6 +17,7 @@ from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
+from forcetune.deployment.traced import TracedPrediction
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin
@@ -38,9 +39,28 @@ class ForcetuneCalculator(Calculator):
 
     implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012 (as ASE declares it)
 
-    def __init__(self, backbone: Backbone, magnetism: Magnetism | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        magnetism: Magnetism | None = None,
+        *,
+        compile: Literal["auto", "off"] = "auto",
+    ) -> None:
+        """
+        Args:
+            backbone: with or without an adapter.
+            magnetism: of an adapter that is not attached all the time.
+            compile: ``auto`` records the operations where the same atoms come again and again, as in dynamics.
+
+        Raises:
+            InputError: ``compile`` is neither ``auto`` nor ``off``.
+        """
         super().__init__()
+        if compile not in ("auto", "off"):
+            raise InputError(f"compile={compile!r}: a calculator's is 'auto' or 'off'.")
         self.backbone = backbone
+        self.compile = compile
+        self.traced = TracedPrediction(backbone, wanted=compile == "auto")
         adapter = adapter_of(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
         if self.magnetism is not None:
@@ -70,7 +90,11 @@ class ForcetuneCalculator(Calculator):
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
         if self.magnetism is not None and self.magnetism.layer == "spin":
             batch.spins.requires_grad_()
-        found = self.backbone.predict(batch, stress=stress).detached()
+            found = self.backbone.predict(batch, stress=stress).detached()
+        else:
+            if self.traced.backbone is not self.backbone:
+                self.traced = TracedPrediction(self.backbone, wanted=self.compile == "auto")
+            found = self.traced.predict(batch, stress=stress)
         energy = float(found.energy)
         results: dict[str, Any] = {"energy": energy, "free_energy": energy}
         results["forces"] = found.forces.double().cpu().numpy()
@@ -92,7 +116,8 @@ class EnsembleCalculator(ForcetuneCalculator):
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
-        super().__init__(ensemble.backbone, ensemble.magnetism)
+        # members take turns with their weights
+        super().__init__(ensemble.backbone, ensemble.magnetism, compile="off")
         self.ensemble = ensemble
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
@@ -137,6 +162,7 @@ def calculator(
     device: str = "auto",
     dtype: str | None = None,
     trust: bool = False,
+    compile: Literal["auto", "off"] = "auto",
 ) -> ForcetuneCalculator:
     """An ASE calculator.
 
@@ -151,9 +177,12 @@ def calculator(
         device: ``cpu``, ``cuda`` … or ``auto``.
         dtype: ``float64`` or ``float32``; by default that of the training, or float64.
         trust: allow a model file to run its own code where it cannot be rebuilt without.
+        compile: ``auto`` records the operations of a prediction when the same atoms come again and again, as in
+            dynamics, which makes small systems faster; ``off`` never does. It has no effect on ensembles.
 
     Raises:
-        InputError: nothing usable at a path, the adapter belongs to another base, or its method is not equivariant.
+        InputError: nothing usable at a path, the adapter belongs to another base, its method is not equivariant, or
+            ``compile`` is something else.
     """
     if adapter is not None and not isinstance(adapter, (str, Path)):
         return _ensemble(model, adapter, device=device, dtype=dtype, trust=trust)
@@ -163,7 +192,7 @@ def calculator(
     for parameter in deployed.backbone.model.parameters():
         if isinstance(model, (str, Path)) or model is None:
             parameter.requires_grad_(False)
-    return ForcetuneCalculator(deployed.backbone)
+    return ForcetuneCalculator(deployed.backbone, compile=compile)
 
 
 def _ensemble(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from forcetune.backbones.protocol import Backbone
+from forcetune.backbones.protocol import PLAN, Backbone
 
 _HOMES = {"mace": "forcetune.kernels.mace"}
 
@@ -39,9 +39,12 @@ def pairs_edges(backbone: Backbone) -> bool:
 
 @contextmanager
 def with_plan(backbone: Backbone, plan: Any) -> Iterator[None]:
-    """Within this context the kernels lay out batches by this plan and do not look at their integers."""
-    backbone.plan = plan
+    """Within this context the kernels lay out batches by this plan and do not look at their integers.
+
+    Other threads that use the same backbone go on as before.
+    """
+    before = PLAN.set((backbone, plan))
     try:
         yield
     finally:
-        backbone.plan = None
+        PLAN.reset(before)

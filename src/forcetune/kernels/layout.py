@@ -18,7 +18,10 @@ from forcetune.graphs.graph import Batch, collate
 from forcetune.kernels.plan import CPU_CHUNK, Bounds, Plan, make_plan
 
 CHUNK_COST = 12
-"""What a chunk costs by itself, in slots."""
+"""What a chunk costs by itself on a CPU, in slots."""
+
+CUDA_CHUNK_COST = 2000
+"""The same on a GPU, where operations are long before they are slow; estimated, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,17 @@ class Layout:
         return sum(self.counts)
 
 
-def layout_of(graphs: Sequence[Batch], frames: int, elements: Sequence[int], cutoff: float, paired: bool) -> Layout:
+def layout_of(
+    graphs: Sequence[Batch],
+    frames: int,
+    elements: Sequence[int],
+    cutoff: float,
+    paired: bool,
+    *,
+    limit: int | None = CPU_CHUNK,
+    cost: int = CHUNK_COST,
+    slack: int = 0,
+) -> Layout:
     """The smallest shape for all batches of so many frames.
 
     Args:
@@ -64,6 +77,9 @@ def layout_of(graphs: Sequence[Batch], frames: int, elements: Sequence[int], cut
         elements: the model's, ascending.
         cutoff: Å.
         paired: as :func:`forcetune.kernels.plan.make_plan`.
+        limit: slots of a chunk, or None for any number.
+        cost: of a chunk, in slots.
+        slack: neighbours that every atom may have more than in any of the graphs.
     """
     degrees = [_degrees(graph, elements) for graph in graphs]
     present = [z for index, z in enumerate(elements) if any(len(own[index]) for own in degrees)]
@@ -76,13 +92,15 @@ def layout_of(graphs: Sequence[Batch], frames: int, elements: Sequence[int], cut
         worst = np.zeros(max(map(len, own)), dtype=np.int64)
         for degree in own:
             worst[: len(degree)] = np.maximum(worst[: len(degree)], degree)
+        worst += slack
         filler = int(z == present[0])
         bounds.append(np.concatenate((np.zeros(filler, dtype=np.int64), np.sort(np.repeat(worst, frames))[-count:])))
         counts.append(count + filler)
     edges = [graph.n_edges for graph in graphs]
-    n_edges = sum(sorted(edges, reverse=True)[:frames])
+    n_edges = sum(sorted(edges, reverse=True)[:frames]) + slack * sum(counts)
     n_edges += n_edges % 2
-    chunks = best_chunks(np.concatenate(bounds), CPU_CHUNK)
+    degree = np.concatenate(bounds)
+    chunks = best_chunks(degree, len(degree) * max(1, int(degree.max())) if limit is None else limit, cost)
     slots = sum((stop - start) * width for start, stop, width in chunks)
     share = min(frames, len(graphs)) / len(graphs)
     atoms = share * sum(graph.n_atoms for graph in graphs)

@@ -19,10 +19,11 @@ from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
+from forcetune.kernels.recording import UntraceableError
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
-from forcetune.training.replay_head import ReplayHead, replay_head
-from forcetune.training.traced import TracedTraining, UntraceableError
+from forcetune.training.replay_head import ReplayHead, objective
+from forcetune.training.traced import TracedTraining
 
 _COUNTERS = (
     *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
@@ -205,7 +206,7 @@ class FineTuning(lightning.LightningModule):
         parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         try:
-            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, trained, tell)
+            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, trained)
         except UntraceableError as error:
             self.untraced = str(error)
             if not error.wanted:
@@ -214,9 +215,7 @@ class FineTuning(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self._traced_loss(batch)
         if loss is None:
-            with replay_head(self.backbone, self.head):
-                prediction = self.backbone.predict(batch, stress=self.loss_config.stress > 0, create_graph=True)
-            loss = loss_of(self.loss_config, prediction, batch, total=parallel.total)
+            loss = objective(self.backbone, self.head, self.loss_config, batch, total=parallel.total)
         self._losses.append(loss.detach())
         return loss
 

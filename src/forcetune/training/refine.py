@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from forcetune.adapters.attach import attached
 from forcetune.backbones.protocol import Backbone
-from forcetune.config import TrainingConfig
+from forcetune.config import LossConfig, TrainingConfig
 from forcetune.evaluation.metrics import evaluation_batches, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored import StoredGraphs
-from forcetune.training.losses import LossSums, loss_of
+from forcetune.training.losses import LossSums, label_weights, loss_of
 from forcetune.training.replay import Replay
-from forcetune.training.replay_head import replay_head
+from forcetune.training.replay_head import objective
 
 PATIENCE = 5
 HISTORY = 20
@@ -73,21 +73,16 @@ def refine(
 
     validating = evaluation_batches(validation, backbone.device)
 
-    labels = LossSums(loss)
-    for batch in batches:
-        labels.add(backbone.predict(batch, stress=loss.stress > 0).detached(), batch)
-    wholes = [whole.to(backbone.device) for whole in labels.wholes()]
+    wholes = _label_weights(backbone, loss, batches)
 
     def closure() -> Tensor:
         """The loss of all frames, batch by batch, with its gradient."""
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64, device=backbone.device)
         for batch in batches:
-            with replay_head(backbone, head):
-                found = backbone.predict(batch, stress=loss.stress > 0, create_graph=True)
             # means over the labels of all batches, not of this one
             of_terms = iter(wholes)
-            part = loss_of(loss, found, batch, total=lambda _, of_terms=of_terms: next(of_terms))
+            part = objective(backbone, head, loss, batch, total=lambda _, of_terms=of_terms: next(of_terms))
             part.backward()
             total += part.detach()
         return total
@@ -129,6 +124,18 @@ def refine(
     after = losses[best_iteration] if best_iteration < len(losses) else float(closure())
     optimizer.zero_grad()
     return Refinement(iteration, best_iteration, losses[0], after, before, best_loss)
+
+
+def _label_weights(backbone: Backbone, loss: LossConfig, batches: Iterable[Batch]) -> list[Tensor]:
+    """The sum of the weights of each term's labels over all batches."""
+    if not loss.moments:
+        of_batches = [torch.stack(label_weights(loss, batch)) for batch in batches]
+        return list(torch.stack(of_batches).sum(0).unbind())
+    # moments are labelled in the shape of what is predicted
+    labels = LossSums(loss)
+    for batch in batches:
+        labels.add(backbone.predict(batch, stress=loss.stress > 0).detached(), batch)
+    return [whole.to(backbone.device) for whole in labels.wholes()]
 
 
 class _Weighted:

@@ -6,7 +6,7 @@ The model's energy of a replay frame is E + Σᵢ Δ(hᵢ), with hᵢ the invari
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.protocol import Backbone, Extension, Extra
+from forcetune.config import LossConfig
 from forcetune.graphs.graph import Batch
+from forcetune.training.losses import loss_of
 
 CHANNELS = 32
 SMALLEST_VARIANCE = 1e-5
@@ -83,3 +85,25 @@ def replay_head(backbone: Backbone, head: ReplayHead | None) -> Iterator[None]:
         yield
     finally:
         backbone.extension = before
+
+
+def objective(
+    backbone: Backbone,
+    head: ReplayHead | None,
+    config: LossConfig,
+    batch: Batch,
+    *,
+    total: Callable[[Tensor], Tensor] = lambda value: value,
+) -> Tensor:
+    """The loss of a batch that can be differentiated, its replay frames predicted with their own head.
+
+    Args:
+        backbone: carries the adapter.
+        head: of replay frames, or None where they have none.
+        config: the loss.
+        batch: with labels.
+        total: as :func:`forcetune.training.losses.loss_of`.
+    """
+    with replay_head(backbone, head):
+        found = backbone.predict(batch, stress=config.stress > 0, create_graph=True)
+    return loss_of(config, found, batch, total=total)

@@ -17,7 +17,7 @@ from forcetune.backbones.mace.construction import build
 from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
 from forcetune.backbones.mace.sites import mace_sites
 from forcetune.backbones.mace.surgery import cut_elements, select_head
-from forcetune.backbones.protocol import Base, Extension, Prediction, Site
+from forcetune.backbones.protocol import PLAN, Base, Extension, Prediction, Site
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
 from forcetune.irreps import parse_irreps
@@ -40,7 +40,6 @@ class MaceBackbone:
         self.model: Any = model
         self.base = base
         self.extension: Extension | None = None
-        self.plan: Any = None
         self.elements = _atomic_numbers(model)
         self.cutoff = float(self.model.r_max)
         self.head = str(getattr(self.model, "heads", ["Default"])[0])
@@ -240,7 +239,8 @@ class MaceBackbone:
             "ptr": batch.ptr,
             "head": torch.zeros(batch.n_graphs, dtype=torch.int64, device=batch.ptr.device),
         }
-        return inputs if self.plan is None else inputs | {"forcetune_plan": self.plan}
+        owner, plan = PLAN.get()
+        return inputs | {"forcetune_plan": plan} if owner is self else inputs
 
     def sites(self) -> tuple[Site, ...]:
         return mace_sites(self.model)
