@@ -1,6 +1,6 @@
 """Time of a training step and of inference: mace-torch and forcetune in turn, in one process, on the same frames.
 
-    python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick]
+    python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick] [--keep-memory]
     python benchmarks/step.py --data DATA/rmd17 --profile
     python benchmarks/step.py --data DATA/rmd17 --gates 21,50,100,200
 
@@ -12,7 +12,9 @@ folder, otherwise a shaken molecule of the same composition.
 Codes take turns and medians are given, so that a busy machine slows all of them. Rows called "traced" are steps as
 ``training.compile=on`` makes them; beside them stands what the first one took, with all that tracing costs. Memory is
 the largest growth of what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's
-allocator there.
+allocator there. Page faults are those of a step: memory that is given back after a step has to be asked for again,
+and filled with zeros, in the next. What that costs is a matter of the machine, and is high on virtual ones; with
+``--keep-memory`` glibc's allocator keeps all memory, and it costs nothing.
 ``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready; ``--gates``
 how much slower predictions are with MMEA's gates than without, for systems of so many atoms. Predictions called
 "traced" are those of the ASE calculator in dynamics of small systems.
@@ -24,7 +26,9 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -167,14 +171,14 @@ def step(model: MaceBackbone, batch: Batch) -> None:
     loss.backward()
 
 
-def traced_step(model: MaceBackbone, batch: Batch) -> tuple[Callable[[], None], float]:
+def traced_step(model: MaceBackbone, batch: Batch, threads: int | None = None) -> tuple[Callable[[], None], float]:
     """The same step as ``training.compile=on`` computes it, and the seconds until the first was done."""
     labels = {name: torch.zeros_like(getattr(batch, name)) for name in ("energy", "forces")}
     known = replace(batch, **labels)
     graphs = parts_of(known.to("cpu"), 1)
     on_cpu = batch.positions.device.type == "cpu"
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    workers = Workers(len(graphs) if on_cpu else 1)
+    workers = Workers(threads or (len(graphs) if on_cpu else 1))
     frames = frames_of_part(len(graphs), batch.n_atoms / len(graphs), workers.count) if on_cpu else len(graphs)
     config = TrainingConfig(batch_size=len(graphs), compile="on")
     layout = layout_for(model, config, BatchLoader(graphs, len(graphs)), frames)
@@ -195,6 +199,24 @@ def traced_step(model: MaceBackbone, batch: Batch) -> tuple[Callable[[], None], 
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def page_faults() -> int:
+    """Of this process so far; 0 where the system does not count them."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def faults_of(run: Callable[[], object], rounds: int = 2) -> float:
+    """Page faults of a run."""
+    run()
+    before = page_faults()
+    for _ in range(rounds):
+        run()
+    return (page_faults() - before) / rounds
 
 
 def medians(runs: Runs, rounds: int, repeats: Mapping[str, int]) -> dict[str, float]:
@@ -228,6 +250,8 @@ def training(
         | ({"start_seconds": starts[name]} if name in starts else {})
         for name, seconds in found.items()
     }
+    for name, run in (runs | traced).items():
+        result[name]["page_faults"] = faults_of(run)
     if memory:
         for name, run in runs.items():
             result[name]["peak_mb"] = peak_memory(run, batch.positions.device) / 1e6
@@ -254,12 +278,14 @@ def inference(models: Mapping[str, MaceBackbone], batch: Batch, rounds: int) -> 
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    table = Table("code", "seconds", "times faster", "peak MB", "start, s", title=title, title_justify="left")
+    columns = ("code", "seconds", "times faster", "page faults", "peak MB", "start, s")
+    table = Table(*columns, title=title, title_justify="left")
     for name, row in rows.items():
         ratio = next(value for key, value in row.items() if key.startswith("speedup"))
         memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""
         start = f"{row['start_seconds']:.1f}" if "start_seconds" in row else ""
-        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", memory, start)
+        faults = f"{row['page_faults']:,.0f}" if "page_faults" in row else ""
+        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", faults, memory, start)
     Console().print(table)
 
 
@@ -350,17 +376,46 @@ LAYERS = {
 """Hand-written autograd functions of the kernels: forward, first and second derivative."""
 
 
-def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, Any]:
-    """Time of the mmea step by operation and by layer, and of collating and planning a batch, in milliseconds."""
-    model = tuned_model(random_model(torch.float64), "mmea")
-    structures = aspirin(arguments.data, 5)
-    batch = batch_of(model, structures, torch.float64)
+KINDS = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm"),
+    "moving and filling": (
+        *("copy_", "index_select", "index_add_", "index_add", "index", "cat", "stack", "clone", "zero_", "fill_"),
+        *("zeros_like", "new_zeros", "zeros", "_index_put_impl_", "contiguous", "_to_copy", "select_backward"),
+        *("slice_backward", "empty", "empty_like", "new_empty", "empty_strided", "resize_"),
+    ),
+    "views": (
+        *("slice", "select", "view", "_unsafe_view", "reshape", "transpose", "t", "unsqueeze", "squeeze", "expand"),
+        *(
+            "as_strided",
+            "alias",
+            "detach",
+            "split",
+            "split_with_sizes",
+            "unbind",
+            "permute",
+            "narrow",
+            "_reshape_alias",
+        ),
+    ),
+}
+"""Operations by what they do; all others of PyTorch's are arithmetic by elements, sums included."""
+
+
+def kind_of(operation: str) -> str:
+    if not operation.startswith("aten::"):
+        return "between the operations"
+    name = operation.removeprefix("aten::")
+    return next((kind for kind, names in KINDS.items() if name in names), "arithmetic by elements")
+
+
+def profiled(run: Callable[[], object], title: str, rounds: int) -> tuple[dict[str, Any], Any]:
+    """Time of a step by operation and by kind of operation, in milliseconds; shows the table."""
     for _ in range(3):
-        step(model, batch)
-    plain = medians({"step": lambda: step(model, batch)}, rounds, {})["step"]
+        run()
+    plain = medians({"step": run}, rounds, {})["step"]
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(rounds):
-            step(model, batch)
+            run()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
     total = sum(row.self_cpu_time_total for row in rows)
     operations = [
@@ -370,24 +425,58 @@ def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, An
             "milliseconds": row.self_cpu_time_total / rounds / 1000,
             "calls": row.count / rounds,
         }
-        for row in rows[:15]
+        for row in rows
     ]
-    layers = {
-        layer: sum(row.cpu_time_total for row in rows if row.key in names) / rounds / 1000
-        for layer, names in LAYERS.items()
-    }
-    graphs = graphs_of(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
-    ready = medians({"collate": lambda: collate(graphs), "plan": lambda: plan_of(model, batch)}, 20, {})
-    table = Table("operation", "share", "ms", "calls", title="mmea, 5 frames, float64", title_justify="left")
-    for row in operations:
+    table = Table("operation", "share", "ms", "calls", title=title, title_justify="left")
+    for row in operations[:15]:
         texts = (f"{100 * row['share']:.1f} %", f"{row['milliseconds']:.1f}", f"{row['calls']:.0f}")
         table.add_row(row["operation"][:40], *texts)
     Console().print(table)
-    calls = sum(row.count for row in rows) / rounds
-    print(f"a step takes {1000 * plain:.0f} ms unwatched; {calls:,.0f} calls, {total / rounds / 1000:.0f} ms watched")
-    print(", ".join(f"{layer} {time:.0f} ms" for layer, time in layers.items()) + " of them, derivatives included")
+    calls = sum(row["calls"] for row in operations)
+    kinds: dict[str, float] = {}
+    for row in operations:
+        kinds[kind_of(row["operation"])] = kinds.get(kind_of(row["operation"]), 0.0) + row["share"]
+    print(f"{1000 * plain:.0f} ms unwatched; {calls:,.0f} calls, {total / rounds / 1000:.0f} ms watched")
+    print(", ".join(f"{kind} {100 * share:.0f} %" for kind, share in sorted(kinds.items(), key=lambda row: -row[1])))
+    return {"milliseconds": 1000 * plain, "calls": calls, "kinds": kinds, "operations": operations[:15]}, rows
+
+
+def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, Any]:
+    """Time of the mmea step, eager and traced, and of collating and planning a batch, in milliseconds.
+
+    Eager with as many threads as were asked for; traced on one, where every operation is seen.
+    """
+    model = tuned_model(random_model(torch.float64), "mmea")
+    structures = aspirin(arguments.data, 5)
+    batch = batch_of(model, structures, torch.float64)
+    eager, rows = profiled(lambda: step(model, batch), "mmea, 5 frames, float64, eager", rounds)
+    eager["layers"] = {
+        layer: sum(row.cpu_time_total for row in rows if row.key in names) / rounds / 1000
+        for layer, names in LAYERS.items()
+    }
+    print(", ".join(f"{layer} {time:.0f} ms" for layer, time in eager["layers"].items()) + ", derivatives included")
+    graphs = graphs_of(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
+    ready = medians({"collate": lambda: collate(graphs), "plan": lambda: plan_of(model, batch)}, 20, {})
     print(", ".join(f"{name} {1000 * time:.2f} ms" for name, time in ready.items()) + " a batch")
-    return {"milliseconds": 1000 * plain, "operations": operations, "layers": layers, "batch": ready}
+    torch.set_num_threads(1)
+    traced, _ = profiled(traced_step(model, batch, threads=1)[0], "the same, traced, one thread", rounds)
+    return {"eager": eager, "traced": traced, "batch": ready}
+
+
+KEPT = {
+    "MALLOC_TRIM_THRESHOLD_": "64000000000",
+    "MALLOC_MMAP_THRESHOLD_": "64000000000",
+    "MALLOC_TOP_PAD_": "100000000",
+}
+"""What glibc reads when a process starts."""
+
+
+def keep_memory() -> None:
+    """Start anew with an allocator that gives nothing back to the system."""
+    if not sys.platform.startswith("linux"):
+        raise SystemExit("--keep-memory is for glibc's allocator, on Linux")
+    if any(os.environ.get(name) != value for name, value in KEPT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
 
 
 def main() -> None:
@@ -403,7 +492,10 @@ def main() -> None:
     parser.add_argument(
         "--gates", type=lambda text: [int(part) for part in text.split(",")], help="only the cost of gates, by atoms"
     )
+    parser.add_argument("--keep-memory", action="store_true", help="let the allocator keep all memory (Linux)")
     arguments = parser.parse_args()
+    if arguments.keep_memory:
+        keep_memory()
     torch.set_num_threads(arguments.threads)
     if arguments.profile or arguments.gates:
         found = show_profile(arguments) if arguments.profile else show_gates(arguments)
@@ -428,6 +520,7 @@ def main() -> None:
             "processor": environment(torch.device(arguments.device))["device"],
             "threads": arguments.threads,
             "torch": torch.__version__,
+            "memory_kept": arguments.keep_memory,
         },
     }
     if arguments.json is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _BLOCK = re.compile(r"\s*(?:(\d+)\s*x\s*)?(\d+)([eo])\s*")
@@ -55,3 +56,14 @@ def parse_irreps(text: str) -> tuple[Block, ...]:
         if block.multiplicity:
             blocks.append(block)
     return tuple(blocks)
+
+
+def merge_neighbours(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The same features with neighbouring blocks of one irrep as one block."""
+    merged: list[Block] = []
+    for block in blocks:
+        if merged and merged[-1].irrep == block.irrep:
+            merged[-1] = merged[-1]._replace(multiplicity=merged[-1].multiplicity + block.multiplicity)
+        else:
+            merged.append(block)
+    return tuple(merged)

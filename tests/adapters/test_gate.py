@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from forcetune.adapters.updates.gate import Gate, GateActivation, gain_and_slope
 from forcetune.backbones.protocol import Site, WeightPath
+from forcetune.irreps import merge_neighbours, parse_irreps
+from forcetune.kernels.features import Features, features_of
 
 
 def site(irreps_in: str, irreps_out: str) -> Site:
@@ -112,3 +114,46 @@ def test_layers_that_a_gate_leaves_alone_say_why() -> None:
     assert Gate().reason_against(site("2x0e", "2x1o")) is None
     with pytest.raises(ValueError, match="does nothing"):
         Gate(shift=False, modulation=False)
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "as published": {},
+    "no shift": {"shift": False},
+    "no gain": {"modulation": False},
+    "shared gain": {"shared_gain": True},
+    "no activation": {"activation": False},
+    "1 + x": {"gain": "linear"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("irreps_in", ["3x0e+2x1o", "2x1o+1x0e+2x0e", "2x0e+1x1o+1x0e"])
+def test_constant_weights_on_blocks_give_the_same_with_all_derivatives(option: str, irreps_in: str) -> None:
+    """What the kernels hand over is by blocks, neighbours of one irrep as one; twice differentiated, too."""
+    made = gate(irreps_in, "2x0e+2x1o+1x2e", rank=4, **OPTIONS[option])
+    made.requires_grad_(False)
+    blocks = merge_neighbours(parse_irreps(irreps_in))
+    layouts = tuple((block.dim, block.multiplicity) for block in blocks), ((1, 2), (3, 2), (5, 1))
+    flat = [torch.randn(4, width, dtype=torch.float64, requires_grad=True) for width in (9, 13)]
+    weights = torch.randn(4, 13, dtype=torch.float64)
+
+    def by_blocks(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        given = [features_of(part, layout) for part, layout in zip((inputs, outputs), layouts, strict=True)]
+        found = made(*given)
+        assert isinstance(found, Features)
+        return found.flat
+
+    expected, found = made(*flat), by_blocks(*flat)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    for twice in (False, True):
+        mine, theirs = (
+            torch.autograd.grad((value * weights).sin().sum(), flat, create_graph=twice, retain_graph=True)
+            for value in (found, expected)
+        )
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+        if twice:
+            seconds = [
+                torch.autograd.grad([one.square().sum() for one in grads], flat, retain_graph=True)
+                for grads in (mine, theirs)
+            ]
+            torch.testing.assert_close(*seconds, rtol=1e-10, atol=1e-12)

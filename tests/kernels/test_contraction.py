@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
-from forcetune.kernels.contraction import fold, polynomial
+from forcetune.kernels.contraction import arranged, fold, polynomial
 from forcetune.kernels.mace_irreps import reflection_labels
 from forcetune.kernels.polynomial import BilinearForm, bilinear_form
 
@@ -139,3 +139,13 @@ def test_higher_orders_are_refused() -> None:
     couplings = [[torch.ones(*(2,) * order, 1, dtype=torch.float64) for order in range(1, 6)]]
     with pytest.raises(ValueError, match="order higher than 4"):
         bilinear_form(couplings, [0, 0])
+
+
+def test_components_are_put_in_order_and_differentiated_twice() -> None:
+    blocks = [torch.randn(3, dim, 2, dtype=torch.float64, requires_grad=True) for dim in (1, 3)]
+    order = (2, 0, 3, 1)
+    found = arranged(blocks, order)
+    rows = torch.cat(blocks, dim=1)
+    assert torch.equal(found, rows.permute(1, 2, 0)[list(order)])
+    assert torch.autograd.gradcheck(lambda *values: arranged(values, order), blocks)
+    assert torch.autograd.gradgradcheck(lambda *values: arranged(values, order).sin(), blocks)

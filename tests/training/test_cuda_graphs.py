@@ -154,7 +154,11 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     found = fitted(batch, layout, model.elements)
     assert found is not None
     full, plan = found[0].to("meta"), found[1]
-    plan = replace(plan_with(plan, [value.to("meta") for value in tensors_of(plan)]), present=plan.present.to("meta"))
+    plan = replace(
+        plan_with(plan, [value.to("meta") for value in tensors_of(plan)]),
+        present=plan.present.to("meta"),
+        species=plan.species.to("meta"),
+    )
     wholes = [value.to("meta") for value in label_weights(config, batch)]
     model.model.to("meta")
     for attribute, value in list(vars(model).items()):

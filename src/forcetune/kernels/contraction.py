@@ -18,6 +18,59 @@ from torch.autograd.function import once_differentiable
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.polynomial import BilinearForm
 
+PADDING = 16
+"""Elements between one row of monomials and the next. Without them rows would be a multiple of 1024 bytes apart for
+128 channels, and what a matrix product reads across the rows would compete for a few places of the cache."""
+
+
+def arranged(blocks: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Features as :func:`polynomial` takes them.
+
+    Args:
+        blocks: (atoms, dim, channels) of each irrep.
+        order: of the components, those of all blocks counted one after another.
+
+    Returns:
+        (components, channels, atoms). Differentiable twice.
+    """
+    dims = tuple(block.shape[1] for block in blocks)
+    result: Tensor = _Arranged.apply(tuple(order), dims, *blocks)  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _Arranged(torch.autograd.Function):
+    """Components in order; PyTorch would differentiate every single one of them by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, order: tuple[int, ...], dims: tuple[int, ...], *blocks: Tensor) -> Tensor:
+        ctx.layout = (order, dims)
+        rows = [row for block in blocks for row in block.permute(1, 2, 0).unbind(0)]
+        return torch.stack([rows[component] for component in order])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (None, None, *_Separated.apply(*ctx.layout, grads[0]))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+class _Separated(torch.autograd.Function):
+    """The way back: blocks from components."""
+
+    @staticmethod
+    def forward(ctx: Any, order: tuple[int, ...], dims: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.layout = (order, dims)
+        places = {component: place for place, component in enumerate(order)}
+        rows = x.unbind(0)
+        blocks, start = [], 0
+        for dim in dims:
+            own = [rows[places[component]] for component in range(start, start + dim)]
+            blocks.append(torch.stack(own).permute(2, 0, 1))
+            start += dim
+        return tuple(blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, _Arranged.apply(*ctx.layout, *grads)
+
 
 def fold(form: BilinearForm, weights: Sequence[Tensor]) -> list[Tensor]:
     """Coefficients A: the coupling tensors contracted with the weights.
@@ -152,7 +205,10 @@ class _PolynomialBackward(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             of_g = _combined(form, moved, products) + _combined(form, monomials, moved_products)
         moved_pulled, moved_seeds = _transposed(form, g, moved, moved_products, coefficients, counts)
-        of_x = _pull(form, x, moved_pulled) + _pull_products(form, h, pulled) if needs[0] else None
+        of_x = None
+        if needs[0]:
+            of_x = _pull(form, x, moved_pulled)
+            _pull_products(form, h, pulled, of_x)
         result: list[Tensor | None] = []
         for seed, moved_seed, segment, need in zip(seeds, moved_seeds, form.segments, needs[1:], strict=True):
             columns = slice(segment.start, segment.stop)
@@ -163,13 +219,21 @@ class _PolynomialBackward(torch.autograd.Function):
     backward: Any = staticmethod(once_differentiable(_twice))
 
 
+def _rows(like: Tensor, count: int) -> Tensor:
+    """Empty (count, channels, atoms)."""
+    channels, atoms = like.shape[1:]
+    size = channels * atoms
+    return like.new_empty(count, size + PADDING)[:, :size].view(count, channels, atoms)
+
+
 def _monomials(form: BilinearForm, x: Tensor) -> Tensor:
     """m(x), (monomials, channels, atoms)."""
-    m = x.new_empty((form.size, *x.shape[1:]))
+    m = _rows(x, form.size)
     m[form.one] = 1
     _place_linear(form, x, m)
+    rows = x.unbind(0)
     for run in form.runs:
-        torch.mul(x[run.first], x[run.start : run.stop], out=m[run.offset : run.offset + run.stop - run.start])
+        torch.mul(rows[run.first], x[run.start : run.stop], out=m[run.offset : run.offset + run.stop - run.start])
     return m
 
 
@@ -193,32 +257,34 @@ def _linear_slices(form: BilinearForm) -> list[tuple[int, int, int]]:
 
 def _tangent(form: BilinearForm, x: Tensor, h: Tensor) -> Tensor:
     """The derivative of m(x) along h."""
-    m = x.new_empty((form.size, *x.shape[1:]))
+    m = _rows(x, form.size)
     m[form.one] = 0
     _place_linear(form, h, m)
+    rows, moved = x.unbind(0), h.unbind(0)
     for run in form.runs:
         target = m[run.offset : run.offset + run.stop - run.start]
-        torch.mul(x[run.first], h[run.start : run.stop], out=target)
-        target.addcmul_(h[run.first], x[run.start : run.stop])
+        torch.mul(rows[run.first], h[run.start : run.stop], out=target)
+        target.addcmul_(moved[run.first], x[run.start : run.stop])
     return m
 
 
 def _pull(form: BilinearForm, x: Tensor, pulled: Tensor) -> Tensor:
     """Gradient with respect to x of Σ pulled m(x)."""
-    result = _pull_products(form, x, pulled)
+    result = torch.zeros_like(x)
+    _pull_products(form, x, pulled, result)
     for start, stop, place in _linear_slices(form):
         result[start:stop] += pulled[place : place + stop - start]
     return result
 
 
-def _pull_products(form: BilinearForm, x: Tensor, pulled: Tensor) -> Tensor:
-    """The same without the monomials of the first order."""
-    result = torch.zeros_like(x)
+def _pull_products(form: BilinearForm, x: Tensor, pulled: Tensor, result: Tensor) -> None:
+    """Add the same without the monomials of the first order."""
+    rows, parts, sums = x.unbind(0), pulled.unbind(0), result.unbind(0)
     for run in form.runs:
-        part = pulled[run.offset : run.offset + run.stop - run.start]
-        result[run.start : run.stop].addcmul_(part, x[run.first])
-        result[run.first] += (part * x[run.start : run.stop]).sum(0)
-    return result
+        # runs are short: row by row nothing has to be kept in between
+        for place, second in enumerate(range(run.start, run.stop), run.offset):
+            sums[run.first].addcmul_(parts[place], rows[second])
+            sums[second].addcmul_(parts[place], rows[run.first])
 
 
 def _products(
@@ -239,9 +305,10 @@ def _products(
 def _combined(form: BilinearForm, monomials: Tensor, products: Sequence[Tensor]) -> Tensor:
     """Σ_r m_r T[k, r] of every output: (Σ dims, channels, atoms)."""
     result = monomials.new_zeros(sum(form.dims), *monomials.shape[1:])
+    sums = result.unbind(0)
     for segment, product in zip(form.segments, products, strict=True):
-        for number, (row, target) in enumerate(zip(segment.rows, segment.targets, strict=True)):
-            result[target].addcmul_(product[:, number], monomials[row])
+        for part, row, target in zip(product.unbind(1), segment.rows, segment.targets, strict=True):
+            sums[target].addcmul_(part, monomials[row])
     return result
 
 
@@ -254,12 +321,13 @@ def _transposed(
     counts: tuple[int, ...],
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of Σ g out with respect to the monomials and to the products T."""
-    pulled = torch.empty_like(monomials)
+    pulled = _rows(monomials, form.size)
     seeds = []
+    outer = g.unbind(0)
     for segment, a in zip(form.segments, coefficients, strict=True):
-        seed = monomials.new_empty(len(segment.rows), *monomials.shape[1:])
-        for number, (row, target) in enumerate(zip(segment.rows, segment.targets, strict=True)):
-            torch.mul(g[target], monomials[row], out=seed[number])
+        seed = _rows(monomials, len(segment.rows))
+        for own, row, target in zip(seed.unbind(0), segment.rows, segment.targets, strict=True):
+            torch.mul(outer[target], monomials[row], out=own)
         seed = seed.transpose(0, 1)
         seeds.append(seed)
         batched = pulled[segment.start : segment.stop].transpose(0, 1)
@@ -269,8 +337,8 @@ def _transposed(
             target.copy_(torch.bmm(matrix.transpose(1, 2), part))
     pulled[: form.segments[0].start] = 0
     for segment, product in zip(form.segments, products, strict=True):
-        for number, (row, target) in enumerate(zip(segment.rows, segment.targets, strict=True)):
-            pulled[row].addcmul_(product[:, number], g[target])
+        for part, row, target in zip(product.unbind(1), segment.rows, segment.targets, strict=True):
+            pulled[row].addcmul_(part, outer[target])
     return pulled, seeds
 
 

@@ -58,6 +58,21 @@ class Paths:
     paths: tuple[Path, ...]
     groups: tuple[tuple[int, int], ...]
 
+    @property
+    def channels(self) -> list[int]:
+        """Of each path."""
+        return [path.channels for path in self.paths]
+
+    def parts(self, chunk: Chunk, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Each path's part of its output, (receivers, dim_out, channels)."""
+        found: dict[int, Tensor] = {}
+        for group, output in enumerate(outputs):
+            own = sorted((path.column, index) for index, path in enumerate(self.paths) if path.group == group)
+            members = [index for _, index in own]
+            widths = [self.paths[index].channels for index in members]
+            found.update(zip(members, output[chunk.start : chunk.stop].split(widths, dim=2), strict=True))
+        return [found[index] for index in range(len(self.paths))]
+
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
@@ -172,10 +187,11 @@ class _Inputs:
             for path, t in zip(setting.paths.paths, rest[:n_angular], strict=True)
         ]
         self.features = list(rest[n_angular:])
+        self.channels = setting.paths.channels
 
-    def at(self, chunk: Chunk) -> tuple[Tensor, list[Tensor]]:
-        """R (slots, Σ channels), and x (slots, dim, channels) of every input."""
-        radial = self.radial.index_select(0, chunk.pairs)
+    def at(self, chunk: Chunk) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """R of every path (slots, 1, channels), and x (slots, dim, channels) of every input."""
+        radial = self.radial.index_select(0, chunk.pairs).unsqueeze(1).split(self.channels, dim=2)
         return radial, [x.index_select(0, chunk.senders) for x in self.features]
 
     def angles(self, index: int, path: Path, chunk: Chunk) -> Tensor:
@@ -184,20 +200,10 @@ class _Inputs:
         return self.angular[index].index_select(0, chunk.oriented).view(shape)
 
 
-def _block(path: Path, radial: Tensor) -> Tensor:
-    """R of a path, (slots, 1, channels)."""
-    return radial[:, path.radial : path.radial + path.channels].unsqueeze(1)
-
-
 def _products(path: Path, chunk: Chunk, radial: Tensor, features: Tensor) -> Tensor:
     """R x, (receivers, width · dim_in, channels)."""
     shape = (chunk.receivers, chunk.width * path.dim_in, path.channels)
-    return (_block(path, radial) * features).view(shape)
-
-
-def _part(path: Path, chunk: Chunk, outputs: Sequence[Tensor]) -> Tensor:
-    """A path's part of an output, (receivers, dim_out, channels)."""
-    return outputs[path.group][chunk.start : chunk.stop, :, path.column : path.column + path.channels]
+    return (radial * features).view(shape)
 
 
 def _forward(setting: _Setting, inputs: _Inputs) -> tuple[Tensor, ...]:
@@ -205,10 +211,11 @@ def _forward(setting: _Setting, inputs: _Inputs) -> tuple[Tensor, ...]:
     outputs = tuple(inputs.radial.new_empty(atoms, dim, channels) for dim, channels in setting.paths.groups)
     for chunk in setting.plan.chunks:
         radial, features = inputs.at(chunk)
+        parts = setting.paths.parts(chunk, outputs)
         for index, path in enumerate(setting.paths.paths):
-            products = _products(path, chunk, radial, features[path.source])
+            products = _products(path, chunk, radial[index], features[path.source])
             angles = inputs.angles(index, path, chunk)
-            _part(path, chunk, outputs).copy_(torch.bmm(angles.transpose(1, 2), products))
+            parts[index].copy_(torch.bmm(angles.transpose(1, 2), products))
     return outputs
 
 
@@ -250,25 +257,21 @@ class _ChunkGradients:
         self.chunk = chunk
         slots = chunk.receivers * chunk.width
         self.radial = None if whole.radial is None else whole.radial.new_empty(slots, whole.radial.shape[1])
+        self.radial_parts = () if self.radial is None else self.radial.split(whole.setting.paths.channels, dim=1)
         self.features: list[Tensor | None] = [None] * len(whole.features)
 
-    def add_radial(self, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
+    def add_radial(self, index: int, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
         """Add products (slots, dim, channels) summed over the components; one path at a time."""
         if self.radial is None:
             return
-        target = self.radial[:, path.radial : path.radial + path.channels]
+        target = self.radial_parts[index]
         if not factors:
             target.zero_()
             return
-        if path.dim_in == 1:
-            torch.mul(factors[0][0][:, 0], factors[0][1][:, 0], out=target)
-            for left, right in factors[1:]:
-                target.addcmul_(left[:, 0], right[:, 0])
-            return
-        product = factors[0][0] * factors[0][1]
-        for left, right in factors[1:]:
-            product.addcmul_(left, right)
-        torch.sum(product, 1, out=target)
+        pairs = [pair for left, right in factors for pair in zip(left.unbind(1), right.unbind(1), strict=True)]
+        torch.mul(*pairs[0], out=target)
+        for left, right in pairs[1:]:
+            target.addcmul_(left, right)
 
     def add_features(self, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
         """Add products (slots, dim, channels)."""
@@ -303,14 +306,15 @@ def _backward(
     for chunk in setting.plan.chunks:
         radial, features = inputs.at(chunk)
         own = gradients.at(chunk)
+        pulls = setting.paths.parts(chunk, grads)
         for index, path in enumerate(setting.paths.paths):
-            x, g = features[path.source], _part(path, chunk, grads)
+            x, g = features[path.source], pulls[index]
             if needs[0] or own.whole.features[path.source] is not None:
                 pulled = torch.bmm(inputs.angles(index, path, chunk), g).view(x.shape)
-                own.add_radial(path, (pulled, x))
-                own.add_features(path, (pulled, _block(path, radial)))
+                own.add_radial(index, path, (pulled, x))
+                own.add_features(path, (pulled, radial[index]))
             if gradients.angular[index] is not None:
-                own.add_angular(index, _products(path, chunk, radial, x), g)
+                own.add_angular(index, _products(path, chunk, radial[index], x), g)
         own.finish()
     return gradients.collected()
 
@@ -332,9 +336,10 @@ def _double_backward(
         radial, features = inputs.at(chunk)
         moved_radial, moved_features = moved.at(chunk)
         own = gradients.at(chunk)
+        parts, pulls = setting.paths.parts(chunk, outputs), setting.paths.parts(chunk, grads)
         for index, path in enumerate(setting.paths.paths):
-            x, hx, g = features[path.source], moved_features[path.source], _part(path, chunk, grads)
-            r, hr = _block(path, radial), _block(path, moved_radial)
+            x, hx, g = features[path.source], moved_features[path.source], pulls[index]
+            r, hr = radial[index], moved_radial[index]
             angles = inputs.angles(index, path, chunk)
             still = missing[1 + n_angular + path.source]
             change = hr * x if still else (hr * x).addcmul_(r, hx)
@@ -349,8 +354,8 @@ def _double_backward(
                 moved_pulled = torch.bmm(turned, g).view(pulled.shape)
                 factors.append((moved_pulled, x))
                 factors_of_x.append((moved_pulled, r))
-            _part(path, chunk, outputs).copy_(result)
-            own.add_radial(path, *factors)
+            parts[index].copy_(result)
+            own.add_radial(index, path, *factors)
             own.add_features(path, *factors_of_x)
             if gradients.angular[index] is not None:
                 own.add_angular(index, change, g)

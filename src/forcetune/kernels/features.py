@@ -48,8 +48,13 @@ class Features:
     def shape(self) -> torch.Size:
         return torch.Size((len(self.blocks[0]), sum(dim * channels for dim, channels in self.layout)))
 
+    @property
+    def ndim(self) -> int:
+        """Of the flat vector; asking for it does not make one."""
+        return 2
+
     def __getitem__(self, key: Any) -> Tensor:
-        if self._flat is None and isinstance(key, tuple) and len(key) == 2 and key[0] in (Ellipsis, slice(None)):
+        if isinstance(key, tuple) and len(key) == 2 and key[0] in (Ellipsis, slice(None)):
             found = self._slice(key[1])
             if found is not None:
                 return found
@@ -58,10 +63,11 @@ class Features:
     def _slice(self, wanted: Any) -> Tensor | None:
         if not isinstance(wanted, slice) or wanted.step not in (None, 1):
             return None
+        begin, end, _ = wanted.indices(self.shape[1])
         start = 0
         for block in self.blocks:
             width = block.shape[1] * block.shape[2]
-            first, last = (wanted.start or 0) - start, (width if wanted.stop is None else wanted.stop) - start
+            first, last = begin - start, end - start
             if 0 <= first <= last <= width:
                 if block.shape[1] == 1:
                     return block[:, 0, first:last]

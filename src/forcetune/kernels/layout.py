@@ -214,9 +214,9 @@ def plan_with(plan: Plan, tensors: Sequence[Tensor]) -> Plan:
 
 
 def _varying(value: Batch | Plan) -> list[str]:
-    # the species present are the layout's; kernels keep what they have computed for them
+    # the species present, and those of the atoms in the plan's order, are the layout's
     return [
         field.name
         for field in fields(value)
-        if field.name != "present" and isinstance(getattr(value, field.name), Tensor)
+        if field.name not in ("present", "species") and isinstance(getattr(value, field.name), Tensor)
     ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from forcetune.backbones.protocol import Backbone
 from forcetune.graphs.graph import Batch
+from forcetune.kernels.constants import Constant
 from forcetune.kernels.features import Features, features_of
 from forcetune.kernels.mace_layers import (
     INTERACTIONS,
@@ -214,6 +215,7 @@ def model_forward(model: Any) -> Callable[..., Any]:
     """Forward of a MACE or ScaleShiftMACE."""
     slow = original_class(model).forward
     plans = Plans(is_paired(model))
+    one_hot = Constant(torch.eye(len(model.atomic_numbers)))
 
     def forward(
         self: Any,
@@ -228,7 +230,7 @@ def model_forward(model: Any) -> Callable[..., Any]:
         if not known or any(options.get(name) for name in _LIBRARY_ONLY) or len(data["positions"]) == 0:
             flags = {"compute_virials": compute_virials, "compute_stress": compute_stress}
             return slow(self, data, training=training, compute_force=compute_force, **flags, **options)
-        graph = _Graph(plans.of(data), data)
+        graph = _Graph(plans.of(data), data, one_hot)
         energies = _energies(self, graph)
         wants_virials = compute_virials or compute_stress
         if compute_force or wants_virials:
@@ -245,13 +247,16 @@ def model_forward(model: Any) -> Callable[..., Any]:
 class _Graph:
     """Geometry of a batch on pairs, with the batch's tensors in the plan's order."""
 
-    def __init__(self, plan: Plan, data: dict[str, Tensor]) -> None:
+    def __init__(self, plan: Plan, data: dict[str, Tensor], one_hot: Constant) -> None:
         self.plan = plan
         self.data = data
         self.phase = Phase()
         self.n_graphs = data["ptr"].numel() - 1
         self.graph = data["batch"][plan.order]
-        self.attributes = data["node_attrs"][plan.order]
+        attributes = data["node_attrs"]
+        # a plan that was given knows species that are the same for all batches of its layout
+        given = PLAN in data
+        self.attributes = one_hot.like(attributes).index_select(0, plan.species) if given else attributes[plan.order]
         heads = data["head"][data["batch"]] if "head" in data else torch.zeros_like(data["batch"])
         self.heads = heads[plan.order].to(torch.int64)
         self.arange = torch.arange(plan.n_atoms, device=self.graph.device)

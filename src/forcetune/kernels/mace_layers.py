@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.kernels.constants import Constant
-from forcetune.kernels.contraction import fold, polynomial
+from forcetune.kernels.contraction import arranged, fold, polynomial
 from forcetune.kernels.convolution import Path, Paths, convolve
 from forcetune.kernels.features import Features, features_of
 from forcetune.kernels.linear import equivariant_linear, species_linear
@@ -184,8 +184,7 @@ def symmetric_contraction_forward(module: Any) -> Callable[..., Any]:
         if not isinstance(second, Step):
             return slow(self, features, second)
         plan = second.plan
-        rows = [row for block in features.blocks for row in block.permute(1, 2, 0).unbind(0)]
-        x = torch.stack([rows[component] for component in form.order])
+        x = arranged(features.blocks, form.order)
         request = WeightRequest(plan.present)
         coefficients = kept.of([contraction(request) for contraction in self.contractions], plan.present)
         counts = plan.counts if len(coefficients[0]) == len(plan.counts) else (plan.n_atoms,)

@@ -126,7 +126,8 @@ class TracedStep:
 
     def _record(self, full: Batch, plan: Plan, inputs: Sequence[Tensor]) -> Recording:
         n_batch, n_plan = len(tensors_of(full)), len(tensors_of(plan))
-        plan = replace(plan, present=plan.present.to(self.backbone.device))
+        device = self.backbone.device
+        plan = replace(plan, present=plan.present.to(device), species=plan.species.to(device))
 
         def step(*values: Tensor) -> list[Tensor | None]:
             with with_plan(self.backbone, plan_with(plan, values[n_batch : n_batch + n_plan])):

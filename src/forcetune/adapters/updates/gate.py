@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from forcetune.adapters.updates.base import ActivationUpdate, Update
 from forcetune.backbones.protocol import Site
-from forcetune.irreps import Block, parse_irreps
+from forcetune.irreps import Block, merge_neighbours, parse_irreps
 from forcetune.kernels.features import Features
 
 # Beyond this argument the exponential goes on as its tangent: gains of e^10 are met in no sane run, and
@@ -75,20 +75,20 @@ class _FixedGate(torch.autograd.Function):
             found.append(grad)
         if not ctx.needs_input_grad[1]:
             return None, None, *found
-        pulls: list[tuple[nn.Linear, Tensor]] = []
-        if gate.shift is not None:
-            pulls.append((gate.shift, _joined(by_shift)))
-        if gate.gain is not None:
-            assert slope is not None
-            pulls.append((gate.gain, _joined(by_gain) * slope))
-        (head, pull), *others = pulls
-        hidden = pull @ head.weight
-        for head, pull in others:
-            hidden = torch.addmm(hidden, pull, head.weight)
+        if slope is not None:
+            by_gain = [_joined(by_gain) * slope]
+        hidden = _joined([*by_shift, *by_gain]) @ gate.heads()[0]
         if gate.spec.activation:
-            sigmoid = before.sigmoid()
-            hidden = hidden * torch.addcmul(sigmoid, before * sigmoid, 1 - sigmoid)
+            hidden = _through_silu(hidden, before, again=again)
         return None, (hidden @ gate.down.weight).unsqueeze(1), *found
+
+
+def _through_silu(grad: Tensor, x: Tensor, *, again: bool) -> Tensor:
+    """The gradient by what goes into a SiLU; PyTorch's own way for that is one operation, but has no derivative."""
+    if not again:
+        return torch.ops.aten.silu_backward(grad, x)
+    sigmoid = x.sigmoid()
+    return grad * torch.addcmul(sigmoid, x * sigmoid, 1 - sigmoid)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -110,7 +110,7 @@ class GateActivation(ActivationUpdate):
         super().__init__()
         assert site.irreps_in is not None and site.irreps_out is not None
         self.spec = spec
-        blocks_in = parse_irreps(site.irreps_in)
+        blocks_in = merge_neighbours(parse_irreps(site.irreps_in))
         self.scalars_in = tuple(block for block in blocks_in if block.is_even_scalar)
         self.blocks_out = parse_irreps(site.irreps_out)
         self._layouts = tuple(tuple((b.dim, b.multiplicity) for b in blocks) for blocks in (blocks_in, self.blocks_out))
@@ -158,10 +158,19 @@ class GateActivation(ActivationUpdate):
         """Shifts, gains, the derivative of the gains, and the bottleneck before its activation, for (atoms, n₀)."""
         before = self.down(scalars)
         hidden = functional.silu(before) if self.spec.activation else before
-        shifts = None if self.shift is None else self.shift(hidden)
+        found = functional.linear(hidden, *self.heads())
         if self.gain is None:
-            return shifts, None, None, before
-        return shifts, *gain_and_slope(self.spec.gain, self.gain(hidden)), before
+            return found, None, None, before
+        n_shift = 0 if self.shift is None else self.shift.out_features
+        shifts = found[:, :n_shift] if n_shift else None
+        return shifts, *gain_and_slope(self.spec.gain, found[:, n_shift:] if n_shift else found), before
+
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """W↑ and b↑ of shifts and gains, shifts first."""
+        heads = [head for head in (self.shift, self.gain) if head is not None]
+        if len(heads) == 1:
+            return heads[0].weight, heads[0].bias
+        return torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
 
     def _can_be_fixed(self, inputs: Any, outputs: Any) -> bool:
         return (

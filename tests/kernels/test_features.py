@@ -1,0 +1,71 @@
+"""Features by blocks pass for the flat vector, without making it where nobody needs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from forcetune.adapters.attach import attach
+from forcetune.adapters.methods import method
+from forcetune.evaluation.metrics import graphs_of
+from forcetune.graphs.graph import collate
+from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.mace import install
+from systems import backbone, cluster, frames_of
+
+LAYOUT = ((1, 3), (3, 2), (1, 2))
+
+
+def features() -> tuple[torch.Tensor, Features]:
+    flat = torch.randn(4, 11, dtype=torch.float64)
+    return flat, features_of(flat, LAYOUT)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    "part",
+    [
+        slice(0, 3),
+        slice(1, 2),
+        slice(3, 9),
+        slice(9, 11),
+        slice(2, 10),
+        slice(None),
+        slice(3, None),
+        slice(9, None),
+        slice(-2, None),
+        slice(0, 99),
+    ],
+)
+def test_slices_are_those_of_the_flat_vector(part: slice, known: bool) -> None:
+    flat, found = features()
+    assert not known or torch.equal(found.flat, flat)
+    assert torch.equal(found[..., part], flat[..., part])
+    assert torch.equal(found[:, part], flat[:, part])
+
+
+def test_what_is_known_without_the_flat_vector_makes_none() -> None:
+    _, found = features()
+    assert (found.ndim, found.shape, len(found), found.layout) == (2, (4, 11), 4, LAYOUT)
+    assert found[..., 0:3].shape == (4, 3) and found[..., 3:9].shape == (4, 6)
+    assert found._flat is None
+
+
+def test_layers_hand_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is read out, and the features that the model gives back, become flat vectors."""
+    made: list[tuple[tuple[int, int], ...]] = []
+    original = Features.flat.fget
+    assert original is not None
+
+    def counted(self: Features) -> torch.Tensor:
+        if self._flat is None:
+            made.append(self.layout)
+        return original(self)
+
+    model = backbone()
+    attach(model, method("mmea"))
+    assert install(model).fast
+    monkeypatch.setattr(Features, "flat", property(counted))
+    model.predict(collate(graphs_of(model, frames_of(cluster(), cluster(seed=4)))), create_graph=True)
+    given_back = [layout for layout in made if len(layout) > 1]
+    assert len(given_back) <= 1, given_back
