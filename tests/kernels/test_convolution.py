@@ -16,10 +16,10 @@ from systems import cluster, crystal
 
 PATHS = Paths(
     (
-        Path(source=0, channels=2, dim_in=1, dim_out=1, odd=False, radial=0, group=0, column=0),
-        Path(source=1, channels=3, dim_in=3, dim_out=1, odd=True, radial=2, group=0, column=2),
-        Path(source=0, channels=2, dim_in=1, dim_out=3, odd=True, radial=5, group=1, column=0),
-        Path(source=1, channels=3, dim_in=3, dim_out=3, odd=False, radial=7, group=1, column=2),
+        Path(source=0, channels=2, dim_in=1, dim_out=1, odd=False, group=0, column=0),
+        Path(source=1, channels=3, dim_in=3, dim_out=1, odd=True, group=0, column=2),
+        Path(source=0, channels=2, dim_in=1, dim_out=3, odd=True, group=1, column=3),
+        Path(source=1, channels=3, dim_in=3, dim_out=3, odd=False, group=1, column=0),
     ),
     ((1, 5), (3, 5)),
 )
@@ -56,10 +56,10 @@ def plainly(plan: Plan, edge_index: Tensor, radial: Tensor, angular: list[Tensor
     against |= (plan.edge_of_pair[plan.edge_pair] != torch.arange(plan.n_edges)) & (sender == receiver)
     against |= plan.edge_of_pair[plan.edge_pair] != torch.arange(plan.n_edges)
     out = [radial.new_zeros(plan.n_atoms, *shape) for shape in PATHS.groups]
-    for path, turned in zip(PATHS.paths, angular, strict=True):
+    weights = radial[plan.edge_pair].split(PATHS.channels, dim=1)
+    for path, weight, turned in zip(PATHS.paths, weights, angular, strict=True):
         sign = torch.where(against & path.odd, -1.0, 1.0).to(radial.dtype)
         matrix = (turned[plan.edge_pair] * sign[:, None]).view(-1, path.dim_in, path.dim_out)
-        weight = radial[plan.edge_pair, path.radial : path.radial + path.channels]
         message = torch.einsum("ec,emk,emc->ekc", weight, matrix, x[path.source][sender])
         columns = slice(path.column, path.column + path.channels)
         out[path.group][:, :, columns] = out[path.group][:, :, columns].index_add(0, receiver, message)

@@ -31,7 +31,6 @@ class Path:
         channels: multiplicity.
         dim_in, dim_out: 2 l₁ + 1, 2 l₃ + 1.
         odd: whether l₂ is odd, so that T changes sign with the direction of an edge.
-        radial: first column of its radial weights.
         group: which output.
         column: first channel of the path in its output.
     """
@@ -41,7 +40,6 @@ class Path:
     dim_in: int
     dim_out: int
     odd: bool
-    radial: int
     group: int
     column: int
 
@@ -51,7 +49,7 @@ class Paths:
     """All paths of a tensor product.
 
     Attributes:
-        paths: in the order of their radial weights.
+        paths: in the order of their radial weights, which lie side by side.
         groups: (dim, channels) of each output; paths to one irrep lie side by side along the channels.
     """
 
@@ -180,24 +178,35 @@ class _Inputs:
     """R, T and x with access by chunk."""
 
     def __init__(self, setting: _Setting, radial: Tensor, rest: Sequence[Tensor]) -> None:
-        n_angular = len(setting.paths.paths)
+        paths = setting.paths.paths
         self.radial = radial
-        self.angular = [
-            torch.cat((t, -t if path.odd else t, t.new_zeros(1, t.shape[1])))
-            for path, t in zip(setting.paths.paths, rest[:n_angular], strict=True)
-        ]
-        self.features = list(rest[n_angular:])
+        self.features = list(rest[len(paths) :])
         self.channels = setting.paths.channels
+        # T of all paths from one input side by side, for edges along their pair, for those against it, and for none
+        self.angular: list[tuple[list[int], list[int], Tensor]] = []
+        for source in range(len(self.features)):
+            members = [index for index, path in enumerate(paths) if path.source == source]
+            shapes = [(len(radial), paths[index].dim_in, paths[index].dim_out) for index in members]
+            along = [rest[index].view(shape) for index, shape in zip(members, shapes, strict=True)]
+            if along:
+                against = [-t if paths[index].odd else t for index, t in zip(members, along, strict=True)]
+                table = torch.cat((torch.cat(along, dim=2), torch.cat(against, dim=2)))
+                table = torch.cat((table, table.new_zeros(1, *table.shape[1:])))
+                self.angular.append((members, [t.shape[2] for t in along], table))
 
     def at(self, chunk: Chunk) -> tuple[Sequence[Tensor], list[Tensor]]:
         """R of every path (slots, 1, channels), and x (slots, dim, channels) of every input."""
         radial = self.radial.index_select(0, chunk.pairs).unsqueeze(1).split(self.channels, dim=2)
         return radial, [x.index_select(0, chunk.senders) for x in self.features]
 
-    def angles(self, index: int, path: Path, chunk: Chunk) -> Tensor:
-        """T of a path, (receivers, width · dim_in, dim_out), 0 where there is no edge."""
-        shape = (chunk.receivers, chunk.width * path.dim_in, path.dim_out)
-        return self.angular[index].index_select(0, chunk.oriented).view(shape)
+    def angles(self, chunk: Chunk) -> list[Tensor]:
+        """T of every path, (receivers, width · dim_in, dim_out), 0 where there is no edge."""
+        found: dict[int, Tensor] = {}
+        for members, widths, table in self.angular:
+            shape = (chunk.receivers, chunk.width * table.shape[1], table.shape[2])
+            own = table.index_select(0, chunk.oriented).view(shape)
+            found.update(zip(members, own.split(widths, dim=2), strict=True))
+        return [found[index] for index in range(len(found))]
 
 
 def _products(path: Path, chunk: Chunk, radial: Tensor, features: Tensor) -> Tensor:
@@ -211,11 +220,10 @@ def _forward(setting: _Setting, inputs: _Inputs) -> tuple[Tensor, ...]:
     outputs = tuple(inputs.radial.new_empty(atoms, dim, channels) for dim, channels in setting.paths.groups)
     for chunk in setting.plan.chunks:
         radial, features = inputs.at(chunk)
-        parts = setting.paths.parts(chunk, outputs)
+        angles, parts = inputs.angles(chunk), setting.paths.parts(chunk, outputs)
         for index, path in enumerate(setting.paths.paths):
             products = _products(path, chunk, radial[index], features[path.source])
-            angles = inputs.angles(index, path, chunk)
-            parts[index].copy_(torch.bmm(angles.transpose(1, 2), products))
+            parts[index].copy_(torch.bmm(angles[index].transpose(1, 2), products))
     return outputs
 
 
@@ -260,7 +268,7 @@ class _ChunkGradients:
         self.radial_parts = () if self.radial is None else self.radial.split(whole.setting.paths.channels, dim=1)
         self.features: list[Tensor | None] = [None] * len(whole.features)
 
-    def add_radial(self, index: int, path: Path, *factors: tuple[Tensor, Tensor]) -> None:
+    def add_radial(self, index: int, *factors: tuple[Tensor, Tensor]) -> None:
         """Add products (slots, dim, channels) summed over the components; one path at a time."""
         if self.radial is None:
             return
@@ -306,12 +314,12 @@ def _backward(
     for chunk in setting.plan.chunks:
         radial, features = inputs.at(chunk)
         own = gradients.at(chunk)
-        pulls = setting.paths.parts(chunk, grads)
+        angles, pulls = inputs.angles(chunk), setting.paths.parts(chunk, grads)
         for index, path in enumerate(setting.paths.paths):
             x, g = features[path.source], pulls[index]
             if needs[0] or own.whole.features[path.source] is not None:
-                pulled = torch.bmm(inputs.angles(index, path, chunk), g).view(x.shape)
-                own.add_radial(index, path, (pulled, x))
+                pulled = torch.bmm(angles[index], g).view(x.shape)
+                own.add_radial(index, (pulled, x))
                 own.add_features(path, (pulled, radial[index]))
             if gradients.angular[index] is not None:
                 own.add_angular(index, _products(path, chunk, radial[index], x), g)
@@ -336,26 +344,25 @@ def _double_backward(
         radial, features = inputs.at(chunk)
         moved_radial, moved_features = moved.at(chunk)
         own = gradients.at(chunk)
+        angles, turned = inputs.angles(chunk), moved.angles(chunk)
         parts, pulls = setting.paths.parts(chunk, outputs), setting.paths.parts(chunk, grads)
         for index, path in enumerate(setting.paths.paths):
             x, hx, g = features[path.source], moved_features[path.source], pulls[index]
             r, hr = radial[index], moved_radial[index]
-            angles = inputs.angles(index, path, chunk)
             still = missing[1 + n_angular + path.source]
             change = hr * x if still else (hr * x).addcmul_(r, hx)
             change = change.view(chunk.receivers, chunk.width * path.dim_in, path.channels)
-            result = torch.bmm(angles.transpose(1, 2), change)
-            pulled = torch.bmm(angles, g).view(x.shape)
+            result = torch.bmm(angles[index].transpose(1, 2), change)
+            pulled = torch.bmm(angles[index], g).view(x.shape)
             factors = [] if still else [(pulled, hx)]
             factors_of_x = [(pulled, hr)]
             if not missing[1 + index]:
-                turned = moved.angles(index, path, chunk)
-                result += torch.bmm(turned.transpose(1, 2), (r * x).view(change.shape))
-                moved_pulled = torch.bmm(turned, g).view(pulled.shape)
+                result.baddbmm_(turned[index].transpose(1, 2), (r * x).view(change.shape))
+                moved_pulled = torch.bmm(turned[index], g).view(pulled.shape)
                 factors.append((moved_pulled, x))
                 factors_of_x.append((moved_pulled, r))
             parts[index].copy_(result)
-            own.add_radial(index, path, *factors)
+            own.add_radial(index, *factors)
             own.add_features(path, *factors_of_x)
             if gradients.angular[index] is not None:
                 own.add_angular(index, change, g)

@@ -207,7 +207,6 @@ class Convolution:
         self.paths: list[Path] = []
         self.couplings: list[Constant] = []
         symbols = {name.rpartition(".")[2]: buffer for name, buffer in product.named_buffers()}
-        radial = 0
         self.widths: list[int] = []
         columns: list[Tensor] = []
         for ins in product.instructions:
@@ -217,8 +216,7 @@ class Convolution:
             out = product.irreps_out[ins.i_out]
             group, column = places[ins.i_out]
             odd = second.ir.l % 2 == 1
-            self.paths.append(Path(ins.i_in1, first.mul, first.ir.dim, out.ir.dim, odd, radial, group, column))
-            radial += first.mul
+            self.paths.append(Path(ins.i_in1, first.mul, first.ir.dim, out.ir.dim, odd, group, column))
             coupling = ins.path_weight * _coupling(symbols, first.ir.l, second.ir.l, out.ir.l)
             placed = torch.zeros(product.irreps_in2.dim, coupling.shape[0], coupling.shape[2], dtype=torch.float64)
             placed[product.irreps_in2.slices()[ins.i_in2]] = coupling.transpose(0, 1)
