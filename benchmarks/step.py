@@ -210,13 +210,11 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def faults_of(run: Callable[[], object], rounds: int = 2) -> float:
-    """Page faults of a run."""
-    run()
+def faults_of(run: Callable[[], object]) -> int:
+    """Page faults of a run that is not the first."""
     before = page_faults()
-    for _ in range(rounds):
-        run()
-    return (page_faults() - before) / rounds
+    run()
+    return page_faults() - before
 
 
 def medians(runs: Runs, rounds: int, repeats: Mapping[str, int]) -> dict[str, float]:
