@@ -29,6 +29,15 @@ def reference_data() -> Path:
     pytest.skip(f"the reference data are not in {' or '.join(map(str, places))}; set FORCETUNE_DATA to their folder")
 
 
+@pytest.fixture(scope="session")
+def case_files(reference_data: Path) -> Path:
+    """Folder of small inputs from users' reports, beside the published data; not part of the package either."""
+    folder = reference_data.parent / "cases"
+    if not folder.is_dir():
+        pytest.skip(f"the case files are not in {folder}; they lie beside the folder that FORCETUNE_DATA names")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _no_forgetting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits of tests that are about something else leave the checks after the training out."""
