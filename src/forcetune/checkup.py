@@ -37,7 +37,6 @@ from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE, Label
 from forcetune.frames.stored import StoredFrames
 from forcetune.graphs.graph import Batch
-from forcetune.kernels.install import accelerate
 
 SAMPLE = 200
 """So many training frames are predicted; of other sets a quarter of that. A run has its own predictions."""
@@ -245,7 +244,6 @@ def _loaded(
         here = {int(z) for frames in sets.values() for frame in frames for z in frame.numbers} & set(backbone.elements)
         if here:
             backbone = load(model, head=head, elements=sorted(here), device=device, trust=trust)
-        accelerate(backbone)
     return backbone
 
 

@@ -40,7 +40,6 @@ from forcetune.frames.frame import Frame
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored import StoredGraphs
-from forcetune.kernels.install import accelerate
 from forcetune.records import (
     ENVIRONMENT_NAME,
     PREDICTIONS_NAME,
@@ -249,7 +248,7 @@ class Fitting:
                 "`forcetune models` lists larger ones for --model",
                 highlight=False,
             )
-        loaded = load(
+        return load(
             model.model,
             head=model.head,
             elements=sorted(set(elements)) if model.elements == "data" else None,
@@ -257,9 +256,6 @@ class Fitting:
             device=model.device,
             trust=model.trust,
         )
-        if model.kernels == "auto":
-            accelerate(loaded)
-        return loaded
 
     def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
         """What can be seen in the frames alone."""

@@ -67,3 +67,8 @@ def merge_neighbours(blocks: Sequence[Block]) -> tuple[Block, ...]:
         else:
             merged.append(block)
     return tuple(merged)
+
+
+def irreps_text(blocks: Sequence[Block]) -> str:
+    """Blocks written as text."""
+    return "+".join(f"{block.multiplicity}x{block.irrep}" for block in blocks)

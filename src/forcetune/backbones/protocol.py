@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from forcetune.graphs.graph import Batch
+from forcetune.kernels.site import Site, WeightPath
 
-PLAN: ContextVar[tuple[Any, Any]] = ContextVar("plan", default=(None, None))
-"""A backbone and how its kernels lay out the next batch, where that is known already; each thread has its own."""
+__all__ = ["Backbone", "Base", "Extension", "Extra", "Prediction", "Site", "WeightPath"]
 
 
 class Prediction(NamedTuple):
@@ -75,57 +73,6 @@ class Extension(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class WeightPath:
-    """One path of a site: a contiguous block of the flat weight that couples one irrep in to one irrep out.
-
-    Attributes:
-        name: unique within the site and independent of the library's layout, such as ``1o->1o``.
-        start: first element of the block in the flattened weight.
-        shape: (fan in, fan out); for contractions (elements, couplings, channels).
-    """
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One learnable weight of the backbone with its equivariant meaning.
-
-    Attributes:
-        name: dotted name of the weight in the backbone's module.
-        module: dotted name of the module that owns it.
-        parameter: the weight's name in that module.
-        reader: dotted name of the module whose call reads the weight; mostly the owner itself.
-        kind: ``linear``, ``tensor_product``, ``radial_mlp``, ``contraction``, ``contraction_lower``,
-            ``radial_basis``, ``readout`` or ``other``.
-        irreps_in, irreps_out: of the module's features, where it has some.
-        layers_behind: interaction layers between this weight and the output that come after its own: 0 for those of
-            the last layer and the readouts.
-        paths: blocks of the weight that updates act on.
-    """
-
-    name: str
-    module: str
-    parameter: str
-    reader: str
-    kind: str
-    paths: tuple[WeightPath, ...]
-    irreps_in: str | None = None
-    irreps_out: str | None = None
-    layers_behind: int = 0
-
-    @property
-    def numel(self) -> int:
-        return sum(path.size for path in self.paths)
-
-
-@dataclass(frozen=True, slots=True)
 class Base:
     """The identity of a foundation model, pinned by adapters.
 
@@ -154,6 +101,14 @@ class Backbone(Protocol):
     head: str
     extension: Extension | None
     """Set while an adapter with one is attached."""
+
+    @property
+    def paired(self) -> bool | None:
+        """Whether its plans have an edge and its reverse share a pair; None where it follows no plan.
+
+        A backbone that follows plans (:func:`forcetune.kernels.plan.with_plan`) can be recorded.
+        """
+        ...
 
     @property
     def n_scalars(self) -> int:
@@ -187,4 +142,8 @@ class Backbone(Protocol):
 
     def save(self, path: str | Path) -> None:
         """Write a plain model of the library, atomically."""
+        ...
+
+    def read_back(self, path: str | Path) -> Backbone:
+        """What :meth:`save` wrote, in the precision of this one, to be compared with it."""
         ...

@@ -22,7 +22,6 @@ from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, predict
 from forcetune.frames.frame import FloatArray
 from forcetune.graphs.graph import Batch
-from forcetune.kernels.install import accelerate
 from forcetune.magnetism.options import Magnetism
 
 
@@ -117,8 +116,6 @@ def load_ensemble(
         device=device,
         trust=trust,
     )
-    if not isinstance(named, Backbone):
-        accelerate(backbone)
     members = []
     for folder, config in zip(folders, configs, strict=True):
         adapter = load_adapter(backbone, folder)

@@ -12,7 +12,6 @@ from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, re
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
-from forcetune.kernels.install import accelerate
 from forcetune.parsing import parse_yaml, short
 
 
@@ -79,8 +78,6 @@ def deploy(
         if model is None:
             raise InputError("name a model, a run or an adapter.")
         backbone = load(model, head=head, dtype=dtype or "float64", device=device, trust=trust)
-        if isinstance(model, (str, Path)):
-            accelerate(backbone)
         return Deployed(backbone, None)
     folder = adapter_folder(adapter)
     if folder is None:
@@ -99,5 +96,4 @@ def deploy(
     load_adapter(backbone, folder)
     if own and fold:
         fold_weights(backbone)
-        accelerate(backbone)
     return Deployed(backbone, config)

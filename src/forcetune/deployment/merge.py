@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from forcetune.adapters.attach import check_mergeable, merge_weights
-from forcetune.backbones.loading import backbone_class
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import deploy
 from forcetune.errors import ForcetuneError, InputError
@@ -70,7 +69,7 @@ def merge(
     merge_weights(backbone)
     with atomic_path(output) as temporary:
         backbone.save(temporary)
-        again = backbone_class(backbone.library).load(temporary, dtype=backbone.dtype)
+        again = backbone.read_back(temporary)
         after = predict(again, graphs_of(again, probes), stress=True)
         energy, forces = _differences(backbone, before, after)
         allowed = PARITY["float64" if str(backbone.dtype) == "torch.float64" else "float32"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from forcetune.adapters.attach import adapter_of
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.graphs.graph import Batch
-from forcetune.kernels.install import is_accelerated, pairs_edges, with_plan
 from forcetune.kernels.layout import Layout, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.plan import with_plan
 from forcetune.kernels.recording import Recording, UntraceableError, record
 
 TRACED_AFTER = 30
@@ -92,7 +92,7 @@ class TracedPrediction:
                 return None
             backbone = self.backbone
             self._layout = layout_of(
-                list(self._seen), 1, backbone.elements, backbone.cutoff, pairs_edges(backbone), slack=SLACK
+                list(self._seen), 1, backbone.elements, backbone.cutoff, bool(backbone.paired), slack=SLACK
             )
         assert self._layout is not None
         fit = fitted(batch, self._layout, self.backbone.elements)
@@ -164,4 +164,4 @@ def _again(backbone: Backbone, untraced: str | None) -> TracedPrediction:
 
 
 def _is_covered(backbone: Backbone) -> bool:
-    return backbone.device.type == "cpu" and backbone.extension is None and is_accelerated(backbone)
+    return backbone.device.type == "cpu" and backbone.extension is None and backbone.paired is not None

@@ -19,3 +19,10 @@ class Constant:
         if key not in self._copies:
             self._copies[key] = self.value.to(dtype=other.dtype, device=other.device)
         return self._copies[key]
+
+    def on(self, device: torch.device) -> Tensor:
+        """On a device, in its own precision."""
+        key = (self.value.dtype, device)
+        if key not in self._copies:
+            self._copies[key] = self.value.to(device)
+        return self._copies[key]

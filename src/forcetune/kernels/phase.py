@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Phase:
@@ -40,3 +44,16 @@ class Phase:
     def forces_are_done(self) -> None:
         """From now on only gradients by the weights are wanted."""
         self.geometry = False
+
+
+class Cut(torch.autograd.Function):
+    """The identity; its gradient is passed on only while those by the geometry are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, phase: Phase) -> Tensor:
+        ctx.phase = phase
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return (grads[0] if ctx.phase.geometry else None), None

@@ -7,8 +7,12 @@ share one *pair*: their distance and radial features are the same, and spherical
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -237,3 +241,58 @@ def _table(
         np.where(real, oriented[edges] if len(pair) else 0, padding),
         np.where(real, sender[edges] if len(pair) else 0, 0),
     )
+
+
+class PlanCache:
+    """Plans of the batches seen last; a batch is recognised by its edge index.
+
+    Args:
+        paired: as :func:`make_plan`.
+        most: plans that are kept.
+    """
+
+    def __init__(self, paired: bool, most: int = 64) -> None:
+        self.paired = paired
+        self.most = most
+        self._kept: dict[int, tuple[Any, int, Plan]] = {}
+
+    def plan(self, edge_index: Tensor, unit_shifts: Tensor, species: Tensor) -> Plan:
+        """The plan of a batch, kept or made; arguments as :func:`make_plan`."""
+        found = self._kept.get(id(edge_index))
+        if found is not None and found[0]() is edge_index and found[1] == edge_index._version:
+            plan = found[2]
+            if torch.equal(plan.species, species[plan.order]):
+                return plan
+        plan = make_plan(edge_index, unit_shifts, species, paired=self.paired)
+        while len(self._kept) >= self.most:
+            del self._kept[next(iter(self._kept))]
+        self._kept[id(edge_index)] = (weakref.ref(edge_index), edge_index._version, plan)
+        return plan
+
+    def __deepcopy__(self, memo: object) -> PlanCache:
+        return PlanCache(self.paired, self.most)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanCache, (self.paired, self.most)
+
+
+_GIVEN: ContextVar[tuple[Any, Plan | None]] = ContextVar("given plan", default=(None, None))
+
+
+@contextmanager
+def with_plan(owner: Any, plan: Plan) -> Iterator[None]:
+    """Within this context ``owner`` lays out batches by this plan, and does not look at their integers.
+
+    Other threads that use the same owner go on as before.
+    """
+    token = _GIVEN.set((owner, plan))
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def given_plan(owner: Any) -> Plan | None:
+    """The plan that :func:`with_plan` gives to ``owner``, if any."""
+    found, plan = _GIVEN.get()
+    return plan if found is owner else None

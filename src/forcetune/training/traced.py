@@ -24,9 +24,8 @@ from forcetune.config import LossConfig, TrainingConfig
 from forcetune.graphs.graph import Batch, parts_of
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored import StoredGraphs
-from forcetune.kernels.install import is_accelerated, pairs_edges, with_plan
 from forcetune.kernels.layout import CUDA_CHUNK_COST, Layout, fitted, layout_of, plan_with, tensors_of
-from forcetune.kernels.plan import Plan
+from forcetune.kernels.plan import Plan, with_plan
 from forcetune.kernels.recording import Recording, UntraceableError, record
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead, objective
@@ -208,7 +207,7 @@ def layout_for(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, 
         raise UntraceableError("CUDA graphs have to be asked for, with training.compile=on")
     if device not in ("cpu", "cuda"):
         raise UntraceableError("it is for CPUs and CUDA only")
-    if not is_accelerated(backbone):
+    if backbone.paired is None:
         raise UntraceableError("the kernels do not cover this model")
     if parallel.joined():
         raise UntraceableError("several processes share its batches")
@@ -220,7 +219,7 @@ def layout_for(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, 
     if isinstance(graphs, StoredGraphs):
         raise UntraceableError("its frames are streamed")
     chunks = {"limit": None, "cost": CUDA_CHUNK_COST} if device == "cuda" else {}
-    layout = layout_of(graphs, frames, backbone.elements, backbone.cutoff, pairs_edges(backbone), **chunks)
+    layout = layout_of(graphs, frames, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
     if layout.fill < SMALLEST_FILL:
         raise UntraceableError(f"its frames differ so much that {1 - layout.fill:.0%} of each batch would be filling")
     return layout

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
-from torch import nn
-
-from forcetune.backbones.mace.tree import Node, UnfitError, function_name, irreps_text, node_from_module, number
+from forcetune.backbones.mace.tree import Node, function_name, irreps_text, number
 from forcetune.errors import InputError
+from forcetune.kernels.tensors import UnfitError
 
 GATES = ("silu", "tanh", "abs", "elu", "relu", "sigmoid", "gelu", "softplus")
 _RADIAL = {"BesselBasis": "bessel", "GaussianBasis": "gaussian", "ChebychevBasis": "chebyshev"}
@@ -92,18 +93,6 @@ class MaceArchitecture:
                 f"the description of a MACE model cannot be read ({error}); it was written by another version of "
                 "forcetune: write it again with this one."
             ) from error
-
-
-def architecture_of(model: nn.Module) -> MaceArchitecture:
-    """The architecture of a loaded model, adapters left out.
-
-    Raises:
-        InputError: it is no MACE model that can be described.
-    """
-    try:
-        return read_architecture(node_from_module(model))
-    except UnfitError as error:
-        raise InputError(f"this {type(model).__name__} cannot be described: {error}.") from error
 
 
 def read_architecture(root: Node) -> MaceArchitecture:
@@ -241,3 +230,57 @@ def _constants(root: Node) -> tuple[tuple[str, float], ...]:
         if name in node.attributes
     )
     return tuple(sorted(found))
+
+
+def check_sizes(plain: MaceArchitecture, elements: int) -> None:
+    """Refuse layers that are larger than all tensors of a file together: they would exhaust memory.
+
+    Args:
+        plain: an architecture.
+        elements: of all tensors of the file.
+
+    Raises:
+        UnfitError: there are such layers, or sizes or names that make no sense.
+    """
+    check_sane(plain)
+    parts = [part.partition("x") for part in plain.hidden_irreps.split("+")]
+    channels = max(int(count) for count, _, _ in parts)
+    widths = (plain.num_bessel, *plain.radial_MLP)
+    # every block joins channels of the same kind with each other; the species join them in at least one
+    needed = max(channels**2, len(plain.atomic_numbers) * channels, *map(math.prod, pairwise(widths)))
+    if needed > max(elements, 1 << 16) or len(widths) > 32:
+        raise UnfitError(f"its architecture does not fit its tensors ({needed:,} weights of {elements:,})")
+
+
+def check_sane(plain: MaceArchitecture) -> None:
+    """Refuse what would exhaust time or memory before the tensors are compared, and names that are no choices.
+
+    Raises:
+        UnfitError: there is such a number or name.
+    """
+    try:
+        for irreps in (plain.hidden_irreps, plain.MLP_irreps, plain.edge_irreps or "1x0e"):
+            parts = [part.partition("x") for part in irreps.split("+")]
+            if sum(int(count) for count, _, _ in parts) > 16384 or any(int(irrep[:-1]) > 12 for _, _, irrep in parts):
+                raise UnfitError(f"its architecture makes no sense (irreps {irreps})")
+        layers = len(plain.interactions)
+        sane = (
+            plain.kind in ("MACE", "ScaleShiftMACE")
+            and plain.readout in READOUTS
+            and (plain.gate is None or plain.gate in GATES)
+            and 0 < plain.r_max < 100
+            and 0 < plain.num_bessel <= 1024
+            and 0 <= plain.max_ell <= 8
+            and 0 < layers <= 16
+            and layers == len(plain.correlation) == len(plain.avg_num_neighbors)
+            and len(set(plain.interactions[1:])) <= 1
+            and all(0 < order <= 5 for order in plain.correlation)
+            and 0 < len(plain.heads) <= 1024
+            and all(0 < width <= 16384 for width in plain.radial_MLP)
+            and len(set(plain.atomic_numbers)) == len(plain.atomic_numbers) > 0
+            and all(0 < z < 119 for z in plain.atomic_numbers)
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnfitError(f"its architecture makes no sense ({error})") from error
+    if not sane:
+        raise UnfitError("its architecture makes no sense (a size or name is out of any range in use)")

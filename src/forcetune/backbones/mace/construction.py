@@ -3,77 +3,24 @@
 from __future__ import annotations
 
 import importlib
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forcetune.backbones.mace.architecture import GATES, READOUTS, MaceArchitecture
+from forcetune.backbones.mace.architecture import MaceArchitecture, check_sane
 from forcetune.backbones.mace.library import import_mace
-from forcetune.backbones.mace.tree import UnfitError
+from forcetune.backbones.mace.tree import node_from_module
 from forcetune.errors import InputError
+from forcetune.kernels.tensors import UnfitError
 
 # building swaps a function of the library and torch's default dtype for a moment
 _LOCK = RLock()
-
-
-def _check_covered(plain: MaceArchitecture, elements: int) -> None:
-    """Refuse layers that are larger than all tensors of a file together: its constructor would exhaust memory.
-
-    Args:
-        plain: a sane architecture.
-        elements: of all tensors of the file.
-
-    Raises:
-        UnfitError: there are such layers.
-    """
-    parts = [part.partition("x") for part in plain.hidden_irreps.split("+")]
-    channels = max(int(count) for count, _, _ in parts)
-    widths = (plain.num_bessel, *plain.radial_MLP)
-    # every block joins channels of the same kind with each other; the species join them in at least one
-    needed = max(channels**2, len(plain.atomic_numbers) * channels, *map(math.prod, pairwise(widths)))
-    if needed > max(elements, 1 << 16) or len(widths) > 32:
-        raise UnfitError(f"its architecture does not fit its tensors ({needed:,} weights of {elements:,})")
-
-
-def _check_sane(plain: MaceArchitecture) -> None:
-    """Refuse what would exhaust time or memory before the tensors are compared, and names that are no choices.
-
-    Raises:
-        UnfitError: there is such a number or name.
-    """
-    try:
-        for irreps in (plain.hidden_irreps, plain.MLP_irreps, plain.edge_irreps or "1x0e"):
-            parts = [part.partition("x") for part in irreps.split("+")]
-            if sum(int(count) for count, _, _ in parts) > 16384 or any(int(irrep[:-1]) > 12 for _, _, irrep in parts):
-                raise UnfitError(f"its architecture makes no sense (irreps {irreps})")
-        layers = len(plain.interactions)
-        sane = (
-            plain.kind in ("MACE", "ScaleShiftMACE")
-            and plain.readout in READOUTS
-            and (plain.gate is None or plain.gate in GATES)
-            and 0 < plain.r_max < 100
-            and 0 < plain.num_bessel <= 1024
-            and 0 <= plain.max_ell <= 8
-            and 0 < layers <= 16
-            and layers == len(plain.correlation) == len(plain.avg_num_neighbors)
-            and len(set(plain.interactions[1:])) <= 1
-            and all(0 < order <= 5 for order in plain.correlation)
-            and 0 < len(plain.heads) <= 1024
-            and all(0 < width <= 16384 for width in plain.radial_MLP)
-            and len(set(plain.atomic_numbers)) == len(plain.atomic_numbers) > 0
-            and all(0 < z < 119 for z in plain.atomic_numbers)
-        )
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UnfitError(f"its architecture makes no sense ({error})") from error
-    if not sane:
-        raise UnfitError("its architecture makes no sense (a size or name is out of any range in use)")
+_DERIVED = ("output_mask", "_zeroed")
 
 
 def _gate(name: str | None) -> Any:
@@ -137,7 +84,6 @@ def construct(
     architecture: MaceArchitecture,
     *,
     couplings: Mapping[str, Tensor] | None = None,
-    elements: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> nn.Module:
     """As :func:`build`, for parts of this package.
@@ -145,15 +91,12 @@ def construct(
     Args:
         architecture: what to build.
         couplings: coupling tensors ``products.….U_matrix_n`` to take; without them the full basis is computed.
-        elements: of all tensors that it is to have, where they come from a file; nothing larger is built.
         dtype: precision of parameters and constants.
 
     Raises:
         UnfitError: mace's constructor does not accept it.
     """
-    _check_sane(architecture)
-    if elements is not None:
-        _check_covered(architecture, elements)
+    check_sane(architecture)
     modules = import_mace()
     with _LOCK, _default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch on annotations in e3nn's scripted classes
@@ -221,3 +164,56 @@ def _arguments(architecture: MaceArchitecture, modules: Any) -> dict[str, Any]:
     if plain.kind == "ScaleShiftMACE":
         arguments |= {"atomic_inter_scale": [1.0] * len(plain.heads), "atomic_inter_shift": [0.0] * len(plain.heads)}
     return arguments
+
+
+def assemble(
+    architecture: MaceArchitecture, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Build a model of mace and give it these tensors, all of them.
+
+    Args:
+        architecture: what to build.
+        tensors: parameters (as ``nn.Parameter``) and buffers by dotted name; copied, with their dtype.
+        constants: 3j symbols by the name of their layer and their own; copied where they fit.
+
+    Raises:
+        UnfitError: a tensor has no place, has another shape, or one is missing.
+        InputError: mace-torch is not installed.
+    """
+    couplings = {name: tensor.detach().cpu() for name, tensor in tensors.items() if ".U_matrix_" in name}
+    model = construct(architecture, couplings=couplings, dtype=tensors["node_embedding.linear.weight"].dtype)
+    places = node_from_module(model).all_tensors()
+    for name, tensor in tensors.items():
+        if name in places:
+            _place(model, name, tensor, places[name])
+        elif tensor.numel() and not name.endswith(_DERIVED):
+            raise UnfitError(f"there is no place for its tensor {name}")
+    missing = sorted(n for n, t in places.items() if n not in tensors and t.numel() and not n.endswith(_DERIVED))
+    if missing:
+        raise UnfitError(f"it has no {', '.join(missing[:5])}")
+    _copy_constants(model, constants or {})
+    return model
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, current: Tensor) -> None:
+    """Put a tensor where its name says; whether it is a parameter follows the tensor."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    owner._parameters.pop(attribute, None)
+    owner._buffers.pop(attribute, None)
+    if isinstance(tensor, nn.Parameter):
+        # weights that the library holds at zero are parameters without gradient
+        trains = current.requires_grad or not isinstance(current, nn.Parameter)
+        owner.register_parameter(attribute, nn.Parameter(value, requires_grad=trains))
+    else:
+        owner.register_buffer(attribute, value)
+
+
+def _copy_constants(model: nn.Module, constants: Mapping[str, Tensor]) -> None:
+    """Carry over rounding: a model converted from float32 to float64 keeps 3j symbols of 7 digits."""
+    for name, place in model.named_buffers():
+        plain = ".".join(part for part in name.split(".") if not part.startswith("_compiled"))
+        tensor = constants.get(plain)
+        if tensor is not None and place.shape == tensor.shape:
+            place.copy_(tensor.detach())

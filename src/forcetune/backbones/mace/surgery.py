@@ -5,82 +5,72 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forcetune.backbones.mace.architecture import MaceArchitecture, read_architecture
-from forcetune.backbones.mace.rebuild import assemble
-from forcetune.backbones.mace.tree import Node, UnfitError, node_from_module
+from forcetune.backbones.mace.architecture import MaceArchitecture
+from forcetune.backbones.mace.content import MaceContent, build_network
+from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.errors import InputError
+from forcetune.kernels.layers import SpeciesLinear
+from forcetune.kernels.symmetric_contraction import Contraction
+from forcetune.kernels.tensors import UnfitError
+
+_ONE_HOT = ("node_embedding.linear", "source_embedding", "target_embedding")
 
 
-def select_head(model: nn.Module, head: str) -> nn.Module:
-    """A new model, on the CPU, with one head, which gives that head's energies, forces and stress.
+def select_head(content: MaceContent, head: str) -> MaceContent:
+    """The model with one head, which gives that head's energies, forces and stress.
 
     Raises:
-        InputError: the model has no such head, or cannot be rebuilt.
+        InputError: the model has no such head.
     """
-    heads = [str(name) for name in getattr(model, "heads", None) or ["Default"]]
+    heads = content.architecture.heads
     if head not in heads:
         raise InputError(f"the model has no head {head!r}; it has {', '.join(heads)}.")
-    node, architecture = _described(model)
-    tensors = node.all_tensors()
-    changed = _one_head(node, tensors, heads.index(head), len(heads)) if len(heads) > 1 else {}
-    return _assembled(replace(architecture, heads=(head,)), node, tensors, changed)
+    if len(heads) == 1:
+        return content
+    changed = _one_head(content.tensors, heads.index(head), len(heads))
+    return _changed(content, replace(content.architecture, heads=(head,)), changed)
 
 
-def cut_elements(model: nn.Module, numbers: Iterable[int]) -> nn.Module:
-    """A new model, on the CPU, that knows only these elements, in ascending order, and gives the same results.
+def cut_elements(content: MaceContent, numbers: Iterable[int]) -> MaceContent:
+    """The model that knows only these elements, in ascending order, and gives the same results.
 
     Args:
-        model: a MACE model.
+        content: of a model.
         numbers: atomic numbers.
 
     Raises:
-        InputError: no element is left, the model does not know one of them, or it cannot be rebuilt.
+        InputError: no element is left, or the model does not know one of them.
     """
-    node, architecture = _described(model)
-    table = list(architecture.atomic_numbers)
+    table = list(content.architecture.atomic_numbers)
     wanted = sorted({int(z) for z in numbers})
     unknown = [z for z in wanted if z not in table]
     if unknown or not wanted:
         found = f"does not know the atomic numbers {', '.join(map(str, unknown))}" if unknown else "needs an element"
         raise InputError(f"the model {found}; choose among {', '.join(map(str, table))}.")
-    tensors = node.all_tensors()
     keep = torch.tensor([table.index(z) for z in wanted])
-    changed = _some_elements(node, tensors, keep, len(table), architecture.use_agnostic_product)
-    changed["atomic_numbers"] = torch.tensor(wanted, dtype=tensors["atomic_numbers"].dtype)
-    return _assembled(replace(architecture, atomic_numbers=tuple(wanted)), node, tensors, changed)
-
-
-def _described(model: nn.Module) -> tuple[Node, MaceArchitecture]:
-    node = node_from_module(model)
     try:
-        return node, read_architecture(node)
-    except UnfitError as error:
-        raise InputError(f"this {type(model).__name__} cannot be cut: {error}; pass it uncut.") from error
-
-
-def _assembled(
-    architecture: MaceArchitecture, node: Node, tensors: dict[str, Tensor], changed: dict[str, Tensor]
-) -> nn.Module:
-    """The model with some tensors replaced; which are parameters stays as it is."""
-    result = {}
-    for name, tensor in tensors.items():
-        value = changed.get(name, tensor)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        result[name] = nn.Parameter(value.detach(), requires_grad=False) if is_parameter else value
-    # masks of irreps that are absent follow from the new irreps
-    kept = {name: tensor for name, tensor in result.items() if name in changed or not name.endswith("output_mask")}
-    try:
-        return assemble(architecture, kept, node.all_constants())
+        network = build_network(content)
     except UnfitError as error:
         raise InputError(f"the model cannot be cut: {error}; pass it uncut.") from error
+    changed = _some_elements(content, network, keep, len(table))
+    changed["atomic_numbers"] = torch.tensor(wanted, dtype=content.tensors["atomic_numbers"].dtype)
+    return _changed(content, replace(content.architecture, atomic_numbers=tuple(wanted)), changed)
 
 
-def _one_head(node: Node, tensors: dict[str, Tensor], head: int, heads: int) -> dict[str, Tensor]:
+def _changed(content: MaceContent, architecture: MaceArchitecture, tensors: dict[str, Tensor]) -> MaceContent:
+    """The model with some tensors replaced; which are parameters stays as it is."""
+    result = dict(content.tensors)
+    for name, value in tensors.items():
+        parameter = isinstance(content.tensors[name], nn.Parameter)
+        result[name] = nn.Parameter(value.detach(), requires_grad=False) if parameter else value.detach()
+    return replace(content, architecture=architecture, tensors=result)
+
+
+def _one_head(tensors: dict[str, Tensor], head: int, heads: int) -> dict[str, Tensor]:
     """Tensors of the readouts, scale, shift and reference energies that belong to one head.
 
     Hidden features of the readout are ordered by head and those of other heads are masked, so that only the block
@@ -90,82 +80,57 @@ def _one_head(node: Node, tensors: dict[str, Tensor], head: int, heads: int) -> 
     for name in ("scale_shift.scale", "scale_shift.shift"):
         if name in tensors:
             changed[name] = tensors[name][head : head + 1]
-    for index, readout in node.child("readouts").children.items():
-        if readout is None:
-            continue
+    readouts = sorted({name.split(".")[1] for name in tensors if name.startswith("readouts.")})
+    for index in readouts:
         prefix = f"readouts.{index}."
-        if "linear" in readout.children:
+        if f"{prefix}linear.weight" in tensors:
             name = f"{prefix}linear.weight"
             changed[name] = tensors[name].reshape(-1, heads)[:, head].flatten()
         else:
-            changed |= _one_head_of_mlp(readout, prefix, head, heads)
+            changed |= _one_head_of_mlp(tensors, prefix, head, heads)
     return changed
 
 
-def _one_head_of_mlp(readout: Node, prefix: str, head: int, heads: int) -> dict[str, Tensor]:
-    first, last = readout.child("linear_1").tensor("weight"), readout.child("linear_2")
-    width = last.tensor("weight").numel() // heads**2
+def _one_head_of_mlp(tensors: dict[str, Tensor], prefix: str, head: int, heads: int) -> dict[str, Tensor]:
+    first, last = tensors[f"{prefix}linear_1.weight"], tensors[f"{prefix}linear_2.weight"]
+    width = last.numel() // heads**2
     fewer_inputs = 1 / math.sqrt(heads)
     changed = {
         f"{prefix}linear_1.weight": first.reshape(-1, heads, width)[:, head].flatten(),
-        f"{prefix}linear_2.weight": last.tensor("weight").reshape(heads, width, heads)[head, :, head] * fewer_inputs,
+        f"{prefix}linear_2.weight": last.reshape(heads, width, heads)[head, :, head] * fewer_inputs,
     }
-    if last.tensor("bias").numel():
-        changed[f"{prefix}linear_2.bias"] = last.tensor("bias").reshape(heads)[head : head + 1]
-    if "linear_mid" in readout.children:
-        middle = readout.child("linear_mid")
-        block = middle.tensor("weight").reshape(heads, width, heads, width)[head, :, head]
+    if (bias := tensors.get(f"{prefix}linear_2.bias")) is not None:
+        changed[f"{prefix}linear_2.bias"] = bias.reshape(heads)[head : head + 1]
+    if (middle := tensors.get(f"{prefix}linear_mid.weight")) is not None:
+        block = middle.reshape(heads, width, heads, width)[head, :, head]
         changed[f"{prefix}linear_mid.weight"] = block.flatten() * fewer_inputs
-        changed[f"{prefix}linear_mid.bias"] = middle.tensor("bias").reshape(heads, width)[head]
+        changed[f"{prefix}linear_mid.bias"] = tensors[f"{prefix}linear_mid.bias"].reshape(heads, width)[head]
     return changed
 
 
-def _some_elements(
-    node: Node, tensors: dict[str, Tensor], keep: Tensor, total: int, agnostic: bool
-) -> dict[str, Tensor]:
+def _some_elements(content: MaceContent, network: MaceNetwork, keep: Tensor, total: int) -> dict[str, Tensor]:
     """Tensors with an axis of elements, cut.
 
     Layers that take one-hot elements divide by the root of the number of elements (e3nn's path normalisation), so
     their weights shrink by √(kept/total) when that number does.
     """
-    changed: dict[str, Tensor] = {}
+    tensors, changed = content.tensors, {}
     fewer_elements = math.sqrt(len(keep) / total)
-
-    def put(name: str, tensor: Tensor) -> None:
-        changed[name] = tensor
-
-    for prefix, module in node.walk():
-        part = prefix.rstrip(".").split(".")[-1]
-        if part in ("source_embedding", "target_embedding") or prefix == "node_embedding.linear.":
-            weight = module.tensor("weight").detach()
-            put(f"{prefix}weight", weight.reshape(total, -1)[keep.to(weight.device)].flatten() * fewer_elements)
-        elif module.kind == "FullyConnectedTensorProduct":
-            put(f"{prefix}weight", _cut_product(module, keep, total) * fewer_elements)
-        elif module.kind == "Contraction" and not agnostic:
-            put(
-                f"{prefix}weights_max",
-                module.tensor("weights_max").detach()[keep.to(tensors[f"{prefix}weights_max"].device)],
-            )
-            for name, weight in module.child("weights").tensors.items():
-                put(f"{prefix}weights.{name}", weight.detach()[keep.to(weight.device)])
+    for name, module in network.named_modules():
+        if name.endswith(_ONE_HOT):
+            weight = tensors[f"{name}.weight"].detach()
+            changed[f"{name}.weight"] = weight.reshape(total, -1)[keep].flatten() * fewer_elements
+        elif isinstance(module, SpeciesLinear):
+            weight = tensors[f"{name}.weight"].detach()
+            blocks = [
+                weight[path.start : path.start + path.size].reshape(-1, total, path.shape[1])[:, keep].flatten()
+                for site in module.sites(name)
+                for path in site.paths
+            ]
+            changed[f"{name}.weight"] = torch.cat(blocks) * fewer_elements if blocks else weight
+        elif isinstance(module, Contraction) and not content.architecture.use_agnostic_product:
+            for weight_name in ("weights_max", *(f"weights.{k}" for k in range(module.order - 1))):
+                changed[f"{name}.{weight_name}"] = tensors[f"{name}.{weight_name}"].detach()[keep]
     energies = tensors["atomic_energies_fn.atomic_energies"]
-    put("atomic_energies_fn.atomic_energies", energies[..., keep.to(energies.device)])
+    changed["atomic_energies_fn.atomic_energies"] = energies[..., keep]
     return changed
-
-
-def _cut_product(module: Node, keep: Tensor, total: int) -> Tensor:
-    """Weight of a fully connected tensor product of features with one-hot elements, of some elements only."""
-    weight = module.tensor("weight").detach()
-    blocks: list[Tensor] = []
-    start = 0
-    instructions: Any = module.attributes["instructions"]
-    for instruction in instructions:
-        if not instruction.has_weight:
-            continue
-        first, second, out = instruction.path_shape
-        if second != total:
-            raise InputError("the model's skip connection is not over its elements; it cannot be cut, pass it uncut.")
-        block = weight[start : start + first * second * out].reshape(first, second, out)
-        blocks.append(block[:, keep.to(weight.device)].flatten())
-        start += first * second * out
-    return torch.cat(blocks) if blocks else weight

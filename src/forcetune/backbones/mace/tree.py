@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from forcetune.backbones.inert import Global, Record, read_inert_bytes
+from forcetune.kernels.tensors import UnfitError
 
 ADAPTER = "forcetune_adapter"
 _MOST_MODULES = 20_000
 _DEEPEST = 40
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GRAPHS = frozenset(("reduce_graph_module", "reduce_package_graph_module", "reduce_deploy_graph_module"))
+# graphs of contractions, which evaluate the polynomials of their couplings and weights
+_CONTRACTION_GRAPHS = ("graph_opt_main", "contractions_weighting", "contractions_features")
 UNKNOWN = object()
-
-# attributes that do not tell one function from another, or that the architecture carries
-_NOT_COMPARED = frozenset(
-    ("training", "cst", "coeff", "r_max", "avg_num_neighbors", "heads", "use_reduced_cg", "lammps_mliap")
-)
-
-
-class UnfitError(Exception):
-    """The model cannot be rebuilt; says why, in words that complete "cannot be rebuilt: …"."""
 
 
 @dataclass(slots=True)
@@ -118,15 +111,21 @@ def _part(state: Mapping[Any, Any], name: str) -> Mapping[str, Any]:
     return found
 
 
-def node_from_record(record: Any, _budget: _Budget | None = None, _depth: int = 0) -> Node:
+def node_from_record(
+    record: Any, read_graph: Callable[[Record], Node], _budget: _Budget | None = None, _path: tuple[str, ...] = ()
+) -> Node:
     """The view of a module read by :func:`~forcetune.backbones.inert.read_inert`.
+
+    Args:
+        record: of the module.
+        read_graph: gives the node of a part that was traced into a graph.
 
     Raises:
         UnfitError: it is no module.
         InputError: compiled code in it is damaged.
     """
     budget = _budget or _Budget()
-    budget.spend(_depth)
+    budget.spend(len(_path))
     if not isinstance(record, Record) or not isinstance(record.state, dict):
         raise UnfitError(f"it holds a {getattr(record, 'name', type(record).__name__)} where a module should be")
     state = record.state
@@ -148,7 +147,9 @@ def node_from_record(record: Any, _budget: _Budget | None = None, _depth: int = 
         if child is None:
             node.children[name] = None
         elif not (isinstance(child, Record) and child.name in _GRAPHS):
-            node.children[name] = node_from_record(child, budget, _depth + 1)
+            node.children[name] = node_from_record(child, read_graph, budget, (*_path, name))
+        elif not any(part in _CONTRACTION_GRAPHS for part in (*_path[-1:], name)):
+            node.children[name] = read_graph(child)
     node.hooked = any(state.get(name) for name in _HOOKS)
     internal = nn.Module().__dict__.keys() | {"__codegen__"}
     node.attributes = {name: v for name, v in state.items() if isinstance(name, str) and name not in internal}
@@ -224,46 +225,6 @@ def canonical(name: str, value: Any) -> Any:
     return UNKNOWN
 
 
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, float) or isinstance(right, float):
-        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-        return numbers and math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
-    if isinstance(left, tuple) and isinstance(right, tuple):
-        return len(left) == len(right) and all(map(_equal, left, right))
-    return left == right
-
-
-def check_same(found: Node, built: Node, prefix: str = "") -> None:
-    """Check that two models compute the same function of their tensors, as far as their attributes tell.
-
-    Attributes that only one of them has come from another version of the library and are not looked at.
-
-    Raises:
-        UnfitError: they do not, or code of the file's own belongs to one.
-    """
-    where = prefix.rstrip(".") or "the model"
-    if (found.kind, found.package) != (built.kind, built.package):
-        raise UnfitError(f"{where} is a {found.package}…{found.kind}, not a {built.package}…{built.kind}")
-    if found.hooked or "forward" in found.attributes:
-        raise UnfitError(f"{where} has code of the file's own attached")
-    if set(found.children) != set(built.children):
-        different = ", ".join(sorted(set(found.children) ^ set(built.children)))
-        raise UnfitError(f"{where} differs in the parts {different}")
-    for name in found.attributes.keys() & built.attributes.keys() - _NOT_COMPARED:
-        left, right = canonical(name, found.attributes[name]), canonical(name, built.attributes[name])
-        private_text = name.startswith("_") and isinstance(left, str)  # descriptions for profilers
-        if left is UNKNOWN or right is UNKNOWN or private_text:
-            continue
-        if not _equal(left, right):
-            raise UnfitError(f"{where} has {name} = {left!r} where {right!r} was expected")
-    for name, child in found.children.items():
-        other = built.children[name]
-        if (child is None) != (other is None):
-            raise UnfitError(f"{prefix}{name} is missing")
-        if child is not None and other is not None:
-            check_same(child, other, f"{prefix}{name}.")
-
-
 def number(value: Any, what: str) -> float:
     """A number stored as such or as a tensor of one element.
 
@@ -275,11 +236,3 @@ def number(value: Any, what: str) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise UnfitError(f"its {what} is {type(value).__name__} and no finite number")
     return float(value)
-
-
-def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The precision of a model: that of its embedding."""
-    found = tensors.get("node_embedding.linear.weight")
-    if found is None or found.dtype not in (torch.float32, torch.float64):
-        raise UnfitError("it is neither in float32 nor in float64")
-    return found.dtype

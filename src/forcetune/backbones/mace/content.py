@@ -1,0 +1,119 @@
+"""What a MACE model is made of: plain values and tensors, whichever form it came in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.backbones.mace.architecture import MaceArchitecture, read_architecture
+from forcetune.backbones.mace.network import MaceNetwork
+from forcetune.backbones.mace.tree import Node, node_from_module
+from forcetune.kernels.tensors import TensorSource, UnfitError
+
+# what follows from the other tensors, and that files of older versions may lack
+_DERIVED = ("output_mask", "_zeroed")
+
+
+@dataclass(frozen=True, slots=True)
+class MaceContent:
+    """All that tells one model from another.
+
+    Attributes:
+        architecture: as plain values.
+        tensors: parameters (as ``nn.Parameter``) and buffers by dotted name, in the file's precision.
+        constants: 3j symbols that the file carries, by the name of their layer and their own.
+        rounded_charges: short-range repulsion is computed as by the version of forcetune that wrote the file, which
+            took mace's own with products of charges in float32.
+    """
+
+    architecture: MaceArchitecture
+    tensors: dict[str, Tensor]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    rounded_charges: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the model: that of its embedding.
+
+        Raises:
+            UnfitError: it has none, or neither float32 nor float64.
+        """
+        found = self.tensors.get("node_embedding.linear.weight")
+        if found is None or found.dtype not in (torch.float32, torch.float64):
+            raise UnfitError("it is neither in float32 nor in float64")
+        return found.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters, buffers and coupling tensors, as 64 hexadecimal digits.
+
+        Numbers enter as float64 (integers and flags as int64), so that a float32 model has the same fingerprint before
+        and after conversion to float64; conversion to float32 changes it where it rounds. Buffers that follow from
+        others are left out, so are 3j symbols, the device and whether a tensor is trainable.
+        """
+        return fingerprint_tensors(self.architecture.to_json(), self.tensors)
+
+
+def fingerprint_tensors(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a description and tensors by name."""
+    digest = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        if name.endswith(_DERIVED) or not tensor.numel():
+            continue
+        wide = torch.float64 if tensor.dtype.is_floating_point else torch.int64
+        values = tensor.detach().cpu().to(wide).contiguous().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {wide}".encode())
+        digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def content_from_node(node: Node) -> MaceContent:
+    """The content of a model in a file or in memory.
+
+    Raises:
+        UnfitError: it has parts that forcetune does not compute.
+    """
+    return content_from_tensors(read_architecture(node), node.all_tensors(), node.all_constants())
+
+
+def content_from_tensors(
+    architecture: MaceArchitecture, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> MaceContent:
+    """The content of a model from all tensors of a file, and what its compiled code holds."""
+    couplings = {}
+    for name, tensor in constants.items():
+        parts = [part for part in name.split(".") if not part.startswith("_compiled")]
+        if parts[-1].startswith("_w3j_"):
+            couplings[".".join(parts)] = tensor
+    return MaceContent(architecture, _kept(tensors), couplings)
+
+
+def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without empty tensors, and masks of irreps that are absent."""
+    return {name: t for name, t in tensors.items() if t.numel() and not name.endswith("output_mask")}
+
+
+def content_from_module(model: nn.Module) -> MaceContent:
+    """The content of mace's own module, or of a network of ours; an adapter on it is left out.
+
+    Raises:
+        UnfitError: as :func:`content_from_node`.
+    """
+    if isinstance(model, MaceNetwork):
+        tensors = _kept(node_from_module(model).all_tensors())
+        return MaceContent(model.architecture, tensors, model.constants(), model.rounded_charges)
+    return content_from_node(node_from_module(model))
+
+
+def build_network(content: MaceContent) -> MaceNetwork:
+    """The network of a model, on the CPU, in the precision of its tensors.
+
+    Raises:
+        UnfitError: tensors and architecture do not belong together.
+    """
+    source = TensorSource(content.tensors, content.constants)
+    return MaceNetwork(content.architecture, source, rounded_charges=content.rounded_charges)

@@ -1,0 +1,239 @@
+"""The part that all backbones with a network of ours have in common: from a batch to energies and their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from ase.data import chemical_symbols
+from torch import Tensor, nn
+
+from forcetune.backbones.protocol import Base, Extension, Prediction
+from forcetune.errors import InputError
+from forcetune.graphs.graph import Batch
+from forcetune.kernels.features import Features
+from forcetune.kernels.phase import Phase
+from forcetune.kernels.plan import Plan, PlanCache, given_plan
+from forcetune.kernels.site import Site, WeightPath
+
+ADAPTER = "forcetune_adapter"
+"""Name of an attached adapter among the modules of a network."""
+
+
+class NetworkBackbone:
+    """A network that gives the interaction energy of every atom for a plan, a phase and the vectors of all pairs.
+
+    Attributes:
+        model: the network; adapters are attached to it in place. Its ``paired`` says how plans are made.
+        base: identity of the file it was read from, before elements were cut.
+        elements: atomic numbers it knows, in the network's order.
+        cutoff: Å.
+        head: name of the head in use.
+    """
+
+    library = "none"
+
+    def __init__(self, model: nn.Module, base: Base, *, elements: Sequence[int], cutoff: float, head: str) -> None:
+        self.model: Any = model
+        self.base = base
+        self.extension: Extension | None = None
+        self.elements = tuple(elements)
+        self.cutoff = cutoff
+        self.head = head
+        self._references = self._stored_references()
+        species = torch.full((len(chemical_symbols) + 1,), -1, dtype=torch.int64)
+        species[torch.tensor(self.elements)] = torch.arange(len(self.elements))
+        self._species = species.to(self.device)
+        self._energies_of_species = self._reference_tensor()
+        self._plans = PlanCache(bool(self.paired))
+
+    # ---- what a library fills in -----------------------------------------------------------------------------------
+
+    def _stored_references(self) -> dict[int, float]:
+        """E0 of each element as the file has them, eV."""
+        raise NotImplementedError
+
+    def _store_references(self, energies: Tensor) -> None:
+        """Write E0 of all elements, (elements,) float64, into the network, for whoever reads its files."""
+        raise NotImplementedError
+
+    @property
+    def paired(self) -> bool | None:
+        return self.model.paired
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # ---- reference energies ----------------------------------------------------------------------------------------
+
+    @property
+    def reference_energies(self) -> dict[int, float]:
+        """E0 of each element, eV."""
+        return dict(self._references)
+
+    def _reference_tensor(self) -> Tensor:
+        return torch.tensor([self._references[z] for z in self.elements], dtype=torch.float64, device=self.device)
+
+    def set_reference_energies(self, energies: Mapping[int, float]) -> None:
+        """Set E0 of the elements given, eV; others stay."""
+        self._references.update({int(z): float(energies[z]) for z in energies if int(z) in self._references})
+        self._energies_of_species = self._reference_tensor()
+        with torch.no_grad():
+            self._store_references(self._energies_of_species)
+
+    # ---- prediction ------------------------------------------------------------------------------------------------
+
+    def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        """Energies, forces and on request stress of a batch on the model's device and in its dtype.
+
+        Reference energies are added in float64, so that a total energy of 10⁵ eV keeps its last meV when the model
+        runs in float32; the returned energy is float64.
+
+        Raises:
+            InputError: the model does not know one of the elements.
+        """
+        plan = given_plan(self)
+        species = self._species[batch.numbers]
+        if plan is None:
+            self._check_elements(batch, species)
+            plan = self._plans.plan(batch.edge_index, batch.unit_shifts, species)
+        with torch.enable_grad():
+            if self.extension is None:
+                found = self._differentiated(plan, batch, stress, create_graph)
+            else:
+                found = self._extended(self.extension, plan, batch, stress, create_graph)
+        per_atom = self._energies_of_species[species]
+        total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
+        total = total.index_add(0, batch.graph_index, per_atom)
+        return found._replace(energy=total + found.energy.double())
+
+    def _check_elements(self, batch: Batch, species: Tensor) -> None:
+        if bool((species < 0).any()):
+            unknown = sorted(set(batch.numbers[species < 0].tolist()))
+            names = ", ".join(chemical_symbols[z] for z in unknown)
+            raise InputError(f"{self.base.name} does not know the element {names}; choose a model that does.")
+
+    def _differentiated(self, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
+        """Interaction energies and their derivatives by the vectors of all pairs."""
+        phase = Phase()
+        graph_index = batch.graph_index[plan.order]
+        vectors = _vectors(plan, batch.positions, batch.cell, batch)
+        # somebody who differentiates with respect to the positions keeps the whole graph
+        own = not batch.positions.requires_grad
+        if own:
+            vectors = vectors.detach().requires_grad_()
+        atoms, _ = self.model(plan, phase, vectors)
+        energy = atoms.new_zeros(batch.n_graphs).index_add(0, graph_index, atoms)
+        with phase.forces():
+            (pull,) = torch.autograd.grad(
+                [energy],
+                [vectors],
+                [torch.ones_like(energy)],
+                create_graph=create_graph,
+                retain_graph=create_graph or not own,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        if own:
+            phase.forces_are_done()
+        forces = pull.new_zeros(plan.n_atoms, 3).index_add(0, plan.sender, pull).index_add(0, plan.receiver, -pull)
+        stresses = None
+        if stress:
+            outer = vectors.unsqueeze(2) * pull.unsqueeze(1)
+            strain = pull.new_zeros(batch.n_graphs, 3, 3).index_add(0, graph_index[plan.receiver], outer)
+            stresses = per_volume((strain + strain.transpose(1, 2)) / 2, batch.cell)
+        if not create_graph:
+            energy = energy.detach()
+        return Prediction(energy, forces[plan.place], stresses)
+
+    def _extended(self, extension: Extension, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
+        """Interaction energy of the model and its extension, differentiated together."""
+        positions = batch.positions.detach().clone().requires_grad_()
+        leaves, moved, cell = [positions], positions, batch.cell
+        strain = torch.zeros_like(batch.cell)
+        if stress:
+            leaves.append(strain.requires_grad_())
+            symmetric = (strain + strain.transpose(1, 2)) / 2
+            moved = positions + torch.einsum("ai,aij->aj", positions, symmetric[batch.graph_index])
+            cell = batch.cell + batch.cell @ symmetric
+        if batch.spins.requires_grad:
+            leaves.append(batch.spins)
+        phase = Phase()
+        atoms, features = self.model(plan, phase, _vectors(plan, moved, cell, batch))
+        energy = atoms.new_zeros(batch.n_graphs).index_add(0, batch.graph_index[plan.order], atoms)
+        sender, receiver = batch.edge_index
+        shifts = torch.einsum("ei,eij->ej", batch.unit_shifts, cell[batch.graph_index[sender]])
+        scalars = self._invariants(features)[plan.place]
+        extra = extension(scalars, moved[receiver] - moved[sender] + shifts, batch)
+        if extra.energy is not None:
+            energy = energy + extra.energy
+        # the kernels leave out what nobody waits for: weights now, the geometry afterwards
+        with phase.forces():
+            slopes = torch.autograd.grad(
+                energy.sum(), leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        phase.forces_are_done()
+        stresses = per_volume(slopes[1], batch.cell) if stress else None
+        fields = -slopes[-1] if batch.spins.requires_grad else None
+        return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
+
+    def _invariants(self, features: Sequence[Features]) -> Tensor:
+        """Even scalars of all layers, (atoms, n_scalars), atoms in the plan's order."""
+        raise NotImplementedError
+
+    # ---- sites -----------------------------------------------------------------------------------------------------
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every learnable weight, in the order of the modules; weights without a meaning of their own come last."""
+        return network_sites(self.model, self._layers_behind)
+
+    def _layers_behind(self, name: str) -> int:
+        """Interaction layers between a weight and the output that come after its own."""
+        raise NotImplementedError
+
+
+def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tuple[Site, ...]:
+    """Sites that layers declare themselves, and one for each parameter that no layer declares."""
+    sites: list[Site] = []
+    modules = [(name, module) for name, module in model.named_modules() if name.split(".")[0] != ADAPTER]
+    for name, module in modules:
+        declared = getattr(module, "sites", None)
+        if declared is not None:
+            sites.extend(declared(name))
+        elif isinstance(module, nn.Linear):
+            path = WeightPath("out->in", 0, tuple(module.weight.shape))
+            sites.append(Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,)))
+    found = {site.name for site in sites}
+    for name, module in modules:
+        if isinstance(module, nn.ParameterList) or hasattr(module, "zeroed"):
+            continue  # weights without any coupling are held at zero
+        for parameter, tensor in module.named_parameters(recurse=False):
+            full = f"{name}.{parameter}".lstrip(".")
+            if full not in found:
+                whole = WeightPath("all", 0, tuple(tensor.shape) or (1,))
+                kind = "radial_basis" if "bessel" in parameter or "gaussian" in parameter else "other"
+                sites.append(Site(full, name, parameter, name, kind, (whole,)))
+    return tuple(replace(site, layers_behind=layers_behind(site.name)) for site in sites)
+
+
+def _vectors(plan: Plan, positions: Tensor, cell: Tensor, batch: Batch) -> Tensor:
+    """(pairs, 3) from sender to receiver, Å."""
+    ordered = positions[plan.order]
+    graph = batch.graph_index[plan.order][plan.sender]
+    shifts = torch.einsum("ei,eij->ej", batch.unit_shifts[plan.edge_of_pair], cell[graph])
+    return ordered[plan.receiver] - ordered[plan.sender] + shifts
+
+
+def per_volume(strain: Tensor, cell: Tensor) -> Tensor:
+    """Derivatives by the strain over the volumes; graphs without a cell have no stress."""
+    volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
+    # a quotient by 0 would spoil the gradients of all others
+    found = strain / torch.where(volume > 0, volume, torch.inf)
+    return torch.where(found.abs() < 1e10, found, torch.zeros_like(found))
