@@ -35,6 +35,7 @@ KINDS = (
     "contraction_lower",
     "radial_basis",
     "readout",
+    "modality",
     "other",
 )
 
@@ -228,6 +229,7 @@ def mmea(rank: int = 16, skip: bool = False, **gate: Any) -> Method:
             "contraction": (low_rank,),
             "contraction_lower": (Dense(),),
             "radial_basis": (Dense(),),
+            "modality": (Dense(),),
         },
         "gates on linears, low rank elsewhere, as published (AAAI 2026)",
     )
@@ -258,7 +260,12 @@ def elora(
     kinds = ("linear", "readout", "tensor_product", "radial_mlp", "contraction")
     return Method(
         "elora",
-        {**dict.fromkeys(kinds, (low_rank,)), "contraction_lower": (Dense(),), "radial_basis": (Dense(),)},
+        {
+            **dict.fromkeys(kinds, (low_rank,)),
+            "contraction_lower": (Dense(),),
+            "radial_basis": (Dense(),),
+            "modality": (Dense(),),
+        },
         "low rank on every path (ICML 2025)",
         budget=budget,
     )
