@@ -149,7 +149,9 @@ class SpeciesLinear(nn.Module):
             for k, target in enumerate(outputs):
                 if block.irrep != target.irrep:
                     continue
-                fan_in = (counted_species or n_species) * sum(other.multiplicity for other in inputs if other.irrep == target.irrep)
+                fan_in = (counted_species or n_species) * sum(
+                    other.multiplicity for other in inputs if other.irrep == target.irrep
+                )
                 rows, columns = block.multiplicity, target.multiplicity
                 coupling = float(take_coupling(source, block.order, 0, block.order, self.couplings)[0, 0, 0])
                 factor = math.sqrt(block.dim / fan_in) * coupling
@@ -348,4 +350,3 @@ class GatedActivation(nn.Module):
 def sorted_blocks(blocks: Sequence[IrrepsBlock]) -> list[IrrepsBlock]:
     """By order, odd before even, as they were among equals."""
     return sorted(blocks, key=lambda block: (block.order, block.parity == "e"))
-

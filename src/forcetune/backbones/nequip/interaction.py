@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,9 @@ def interact(
     """
     skip = None
     if self_connection is not None:
-        skip = self_connection(features, step) if isinstance(self_connection, SpeciesLinear) else self_connection(features)
+        skip = (
+            self_connection(features, step) if isinstance(self_connection, SpeciesLinear) else self_connection(features)
+        )
     weights = radial(step.radial)
     if step.cutoff is not None:
         weights = weights * step.cutoff

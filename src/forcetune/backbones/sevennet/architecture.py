@@ -19,31 +19,58 @@ _LARGEST = 16384
 
 # what sevenn's configurations say of data, training and logs; it changes nothing about what a model computes
 _TRAINING_KEYS = frozenset(
-    """
-    preprocess_num_cores save_dataset_path save_dataset save_by_label save_by_train_valid data_format data_format_args
-    structure_list load_dataset_path load_dataset load_trainset_path load_validset_path load_validset load_testset_path
-    load_memory_path rehearsal mem_batch_size mem_ratio format_outputs_for_ase compute_statistics dataset_type random_seed
-    data_divide_ratio use_testset epoch loss loss_param optimizer optim_param scheduler scheduler_param
-    force_loss_weight stress_loss_weight device dtype train_shuffle is_train_stress continue checkpoint reset_optimizer
-    reset_scheduler reset_epoch use_statistic_values_of_checkpoint opt_params fisher_information ewc_lambda csv_log
-    error_record best_metric num_workers _num_workers rank local_rank world_size is_ddp ddp_backend per_epoch use_weight
-    default_modal batch_size data_shuffle shift_cp scale_cp avg_num_neigh_cp conv_denominator_cp _modal_map_cp
-    use_modality_cp _number_of_modalities_cp modal_list version _model_type model_type data_weight skip_output_until
-    draw_learning_curve draw_parity output_per_epoch wandb_project modal_map_cp use_train_valid train_denominator_cp
-    _is_trace_stress train_shift_scale train_denominator train_avg_num_neigh chemical_species data_info
-    _chemical_species_by_atomic_number use_species_wise_shift_scale avg_num_neigh conv_denominator _data_info
-    scaled_energy use_mliap _flash_lammps sevennet_version hash time plot_parity
-    """.split()
+    (
+        *("preprocess_num_cores", "save_dataset_path", "save_dataset", "save_by_label", "save_by_train_valid"),
+        *(
+            "data_format",
+            "data_format_args",
+            "structure_list",
+            "load_dataset_path",
+            "load_dataset",
+            "load_trainset_path",
+        ),
+        *(
+            "load_validset_path",
+            "load_validset",
+            "load_testset_path",
+            "load_memory_path",
+            "rehearsal",
+            "mem_batch_size",
+        ),
+        *("mem_ratio", "format_outputs_for_ase", "compute_statistics", "dataset_type", "random_seed"),
+        *("data_divide_ratio", "use_testset", "epoch", "loss", "loss_param", "optimizer", "optim_param", "scheduler"),
+        *("scheduler_param", "force_loss_weight", "stress_loss_weight", "device", "dtype", "train_shuffle"),
+        *("is_train_stress", "continue", "checkpoint", "reset_optimizer", "reset_scheduler", "reset_epoch"),
+        *("use_statistic_values_of_checkpoint", "opt_params", "fisher_information", "ewc_lambda", "csv_log"),
+        *("error_record", "best_metric", "num_workers", "_num_workers", "rank", "local_rank", "world_size", "is_ddp"),
+        *("ddp_backend", "per_epoch", "use_weight", "default_modal", "batch_size", "data_shuffle", "shift_cp"),
+        *("scale_cp", "avg_num_neigh_cp", "conv_denominator_cp", "_modal_map_cp", "use_modality_cp"),
+        *("_number_of_modalities_cp", "modal_list", "version", "_model_type", "model_type", "data_weight"),
+        *(
+            "skip_output_until",
+            "draw_learning_curve",
+            "draw_parity",
+            "output_per_epoch",
+            "wandb_project",
+            "modal_map_cp",
+        ),
+        *("use_train_valid", "train_denominator_cp", "_is_trace_stress", "train_shift_scale", "train_denominator"),
+        *("train_avg_num_neigh", "chemical_species", "data_info", "_chemical_species_by_atomic_number"),
+        *("use_species_wise_shift_scale", "avg_num_neigh", "conv_denominator", "_data_info", "scaled_energy"),
+        *("use_mliap", "_flash_lammps", "sevennet_version", "hash", "time", "plot_parity"),
+    )
 )
 _MODEL_KEYS = frozenset(
-    """
-    cutoff channel radial_basis cutoff_function interaction_type lmax lmax_edge lmax_node is_parity
-    num_convolution_layer weight_nn_hidden_neurons act_radial act_scalar act_gate self_connection_type irreps_manual
-    readout_as_fcn readout_fcn_hidden_neurons readout_fcn_activation use_bias_in_linear _normalize_sph shift scale
-    _number_of_species _type_map optimize_by_reduce use_modality _number_of_modalities _modal_map
-    use_modal_node_embedding use_modal_self_inter_intro use_modal_self_inter_outro use_modal_output_block
-    use_modal_wise_shift use_modal_wise_scale use_flash_tp cuequivariance_config use_oeq
-    """.split()
+    (
+        *("cutoff", "channel", "radial_basis", "cutoff_function", "interaction_type", "lmax", "lmax_edge", "lmax_node"),
+        *("is_parity", "num_convolution_layer", "weight_nn_hidden_neurons", "act_radial", "act_scalar", "act_gate"),
+        *("self_connection_type", "irreps_manual", "readout_as_fcn", "readout_fcn_hidden_neurons"),
+        *("readout_fcn_activation", "use_bias_in_linear", "_normalize_sph", "shift", "scale", "_number_of_species"),
+        *("_type_map", "optimize_by_reduce", "use_modality", "_number_of_modalities", "_modal_map"),
+        *("use_modal_node_embedding", "use_modal_self_inter_intro", "use_modal_self_inter_outro"),
+        *("use_modal_output_block", "use_modal_wise_shift", "use_modal_wise_scale", "use_flash_tp"),
+        *("cuequivariance_config", "use_oeq"),
+    )
 )
 
 
@@ -211,9 +238,7 @@ def _features(config: Mapping[str, Any], layers: int, harmonics: str, highest: i
     for layer in range(layers):
         last = layer == layers - 1
         order = 0 if last else (node if node > 0 else highest)
-        features.append(
-            product_irreps(features[-1], harmonics, highest=order, only_even=last, multiplicity=channels)
-        )
+        features.append(product_irreps(features[-1], harmonics, highest=order, only_even=last, multiplicity=channels))
     return tuple(features)
 
 
@@ -256,6 +281,11 @@ def _whole(value: Any, what: str, largest: int = _LARGEST) -> int:
 def _number(value: Any, what: str) -> float:
     if isinstance(value, (np.ndarray, Tensor)):
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value < 100:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not 0 < value < 100
+    ):
         raise UnfitError(f"its {what} is {value!r}")
     return float(value)

@@ -29,9 +29,7 @@ class SevenNetBackbone(NetworkBackbone):
 
     def __init__(self, content: SevenNetContent, cut: Cut, model: SevenNetNetwork, base: Base, head: str) -> None:
         self.content, self._cut = content, cut
-        super().__init__(
-            model, base, elements=model.elements, cutoff=content.architecture.cutoff, head=head
-        )
+        super().__init__(model, base, elements=model.elements, cutoff=content.architecture.cutoff, head=head)
 
     @classmethod
     def load(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from forcetune.backbones.sevennet.architecture import SevenNetArchitecture
 from forcetune.backbones.sevennet.network import SevenNetNetwork
 from forcetune.irreps import parse_irreps
+from forcetune.kernels.layers import GatedActivation
 from forcetune.kernels.tensors import TensorSource, UnfitError
 
 # names in checkpoints from before April 2024
@@ -201,30 +202,30 @@ class Cut:
         for name, tensor in self.content.tensors.items():
             value = tensor.detach().clone()
             if name.startswith("rescale_atomic_energy."):
-                value = self._element_written(value, own[name])
+                value = self._with_elements(value, own[name])
             else:
-                for key, view in self._weights(name, value).items():
-                    # where elements are cut the view is a copy, and what was trained is put in row by row
-                    if view.data_ptr() == value.data_ptr() or view._base is not None:
-                        view.copy_(own[key])
-                self._rows_written(name, value, own)
+                self._write(name, value, own)
             found[self.content.names[name]] = value
         return found
 
-    def _element_written(self, value: Tensor, own: Tensor) -> Tensor:
+    def _with_elements(self, value: Tensor, own: Tensor) -> Tensor:
+        """Shift or scale with those of the network's elements; one number for all becomes one for each where needed."""
         chosen = value[self.modality] if value.ndim == 2 and self.modality is not None else value
         if len(chosen) == self.n_species:
             chosen[self.rows] = own.to(value.dtype)
             return value
-        if torch.all(own == own[0]):
-            chosen.copy_(own[:1])
-            return value
         whole = chosen.expand(self.n_species).clone()
         whole[self.rows] = own.to(value.dtype)
-        return whole
+        return whole if bool((whole != whole[0]).any()) else whole[:1]
 
-    def _rows_written(self, name: str, value: Tensor, own: Mapping[str, Tensor]) -> None:
-        if name == "onehot_to_feature_x.linear.weight" and self._modal_place(name) is None:
+    def _write(self, name: str, value: Tensor, own: Mapping[str, Tensor]) -> None:
+        """Put the network's weights into their places."""
+        place = self._modal_place(name)
+        if place is not None:
+            value[: place[0]] = own[name].to(value.dtype)
+            rows = value[place[0] :].view(self.n_modalities, place[1])
+            rows[self.modality] = own[f"{name.removesuffix('.weight')}.modality"].to(value.dtype)
+        elif name == "onehot_to_feature_x.linear.weight":
             value.view(self.n_species, -1)[self.rows] = own[name].view(len(self.rows), -1).to(value.dtype)
         elif name.endswith("fc_tensor_product.weight"):
             start = 0
@@ -233,12 +234,12 @@ class Cut:
                 part = own[name][start : start + size].view(block.shape[0], len(self.rows), block.shape[2])
                 block[:, self.rows] = part.to(value.dtype)
                 start += size
+        else:
+            value.copy_(own[name].view(value.shape))
 
 
 def _gate_inputs(irreps_out: str) -> list[tuple[str, int]]:
     """Irreps and widths of what goes into a gate."""
-    from forcetune.kernels.layers import GatedActivation
-
     odd = any(block.irrep == "0o" for block in parse_irreps(irreps_out))
     gate = GatedActivation(irreps_out, odd_scalar=torch.tanh if odd else None)
     return [(block.irrep, block.multiplicity) for block in parse_irreps(gate.irreps_in)]

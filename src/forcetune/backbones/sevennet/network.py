@@ -1,4 +1,4 @@
-"""SevenNet as a network of our own (Park et al., J. Chem. Theory Comput. 2024), with the parameter names of its files."""
+"""SevenNet as a network of our own (Park et al., J. Chem. Theory Comput. 2024), with the names of its files."""
 
 from __future__ import annotations
 
@@ -128,9 +128,7 @@ class IrrepsConvolution(nn.Module):
 
     denominator: Tensor
 
-    def __init__(
-        self, architecture: SevenNetArchitecture, irreps_in: str, targets: str, source: TensorSource
-    ) -> None:
+    def __init__(self, architecture: SevenNetArchitecture, irreps_in: str, targets: str, source: TensorSource) -> None:
         super().__init__()
         paths, irreps_mid = channelwise_paths(irreps_in, architecture.harmonics, targets)
         if not architecture.sorted_paths:
@@ -160,9 +158,7 @@ class SevenNetNetwork(nn.Module):
         source: of its tensors, cut to these elements and one modality (:mod:`.content`).
     """
 
-    def __init__(
-        self, architecture: SevenNetArchitecture, elements: tuple[int, ...], source: TensorSource
-    ) -> None:
+    def __init__(self, architecture: SevenNetArchitecture, elements: tuple[int, ...], source: TensorSource) -> None:
         super().__init__()
         self.architecture, self.elements = architecture, elements
         known, counted = len(elements), len(architecture.type_map)
@@ -224,7 +220,11 @@ class SevenNetNetwork(nn.Module):
             modalities=modal.get("self_interaction_2", 0),
             biases=biases,
         )
-        for name, module in (("self_interaction_1", first), ("convolution", convolution), ("self_interaction_2", second)):
+        for name, module in (
+            ("self_interaction_1", first),
+            ("convolution", convolution),
+            ("self_interaction_2", second),
+        ):
             self.add_module(f"{index}_{name}", module)
         self.add_module(f"{index}_equivariant_gate", gate)
         self.layers.append((connection, first, convolution, second, gate))

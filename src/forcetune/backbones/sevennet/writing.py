@@ -30,9 +30,8 @@ def write_checkpoint(content: SevenNetContent, tensors: Mapping[str, Tensor], pa
         InputError: the folder cannot be written.
     """
     state = OrderedDict()
-    replaced = {name: tensor for name, tensor in tensors.items()}
     for name, tensor in content.state.items():
-        state[name] = replaced.get(name, tensor).detach().cpu().clone()
+        state[name] = tensors.get(name, tensor).detach().cpu().clone()
     config = {key: plain(value) for key, value in content.config.items()}
     for key in ("shift", "scale"):
         found = next((t for name, t in state.items() if present_name(name) == f"rescale_atomic_energy.{key}"), None)
