@@ -15,6 +15,7 @@ from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.file import AdapterConfig
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
+from forcetune.config import as_word
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.deployment.traced import TracedPrediction
@@ -56,6 +57,7 @@ class ForcetuneCalculator(Calculator):
             InputError: ``compile`` is neither ``auto`` nor ``off``.
         """
         super().__init__()
+        compile = as_word(compile)
         if compile not in ("auto", "off"):
             raise InputError(f"compile={compile!r}: a calculator's is 'auto' or 'off'.")
         self.backbone = backbone
