@@ -99,9 +99,10 @@ class ModelConfig(Section):
 
     model: str = Field(default="mini", description="Name of a model (`forcetune models`) or a path.")
     head: str | None = Field(default=None, description="Head of a multi-head model; needed when it has several.")
-    elements: Literal["data", "keep"] = Field(
+    elements: Literal["data", "keep"] | list[str] = Field(
         default="data",
-        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole.",
+        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole, a list of "
+        "symbols cuts it to these.",
     )
     dtype: Literal["float64", "float32"] = Field(
         default="float64", description="Precision of the model during training."
@@ -531,7 +532,9 @@ def _explain(error: ValidationError) -> str:
     """The first few problems in one line, each with its key."""
     problems = []
     for item in error.errors()[:3]:
-        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "float", "int")))
+        key = ".".join(
+            str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "float", "int"))
+        )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such option"

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, detach
+from forcetune.adapters.attach import Adapter, attach, attached, detach, folded_note
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+FILE_NAMES = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
+"""All that an adapter folder has."""
 UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
 LARGEST_CONFIG = 16 * 2**20
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32)
@@ -138,7 +140,7 @@ def save_adapter(
     training_data_sha256: str | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> AdapterConfig:
-    """Write the attached adapter as a folder; an existing one is replaced in one step.
+    """Write the attached adapter as a folder; an existing one is replaced in one step, other files in it stay.
 
     Args:
         backbone: carries the adapter.
@@ -148,9 +150,16 @@ def save_adapter(
         metrics: errors and the like, kept in the configuration and the card.
 
     Raises:
-        InputError: no adapter is attached, or the place cannot be written.
+        InputError: no adapter is attached, or the place cannot be written, such as a folder of something else with a
+            file of the same name.
     """
     adapter = attached(backbone)
+    if adapter.folded:
+        raise InputError(
+            "the weight updates of this adapter are folded into the weights of the model, so that it can no longer be "
+            "saved; load it again without folding (forcetune.load_adapter)."
+        )
+    check_adapter_place(Path(folder))
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         forcetune=__version__,
@@ -170,6 +179,20 @@ def save_adapter(
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         (temporary / CARD_NAME).write_text(_card(config), encoding="utf-8")
     return config
+
+
+def check_adapter_place(folder: Path) -> None:
+    """
+    Raises:
+        InputError: an adapter written to this folder would replace a file of something else.
+    """
+    if not (folder / CONFIG_NAME).exists():
+        taken = [name for name in FILE_NAMES if (folder / name).exists()]
+        if taken:
+            raise InputError(
+                f"{folder}: is no adapter folder (no {CONFIG_NAME}), and its {taken[0]} would be replaced; choose "
+                "another folder."
+            )
 
 
 def read_adapter_config(folder: str | Path) -> AdapterConfig:
@@ -233,8 +256,8 @@ def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) ->
         differences.insert(0, f"fingerprint {wanted.fingerprint[:12]} there, {given.fingerprint[:12]} here")
     if differences:
         raise InputError(
-            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({given.name}): "
-            f"{'; '.join(differences)}. Load the adapter on its own base."
+            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({given.name}"
+            f"{folded_note(backbone.base)}): {'; '.join(differences)}. Load the adapter on its own base."
         )
 
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from forcetune.graphs.graph import Batch
 
+ADAPTER = "forcetune_adapter"
+"""Name of the submodule that holds an attached adapter."""
+
 PLAN: ContextVar[tuple[Any, Any]] = ContextVar("plan", default=(None, None))
 """A backbone and how its kernels lay out the next batch, where that is known already; each thread has its own."""
 
@@ -134,12 +137,18 @@ class Base:
         sha256: of the file.
         fingerprint: SHA-256 over architecture, parameters and coupling tensors as they were loaded.
         licence: SPDX identifier or ``unknown``.
+        source: the name or path it was loaded by; empty for what came from memory.
+        trusted: its file was allowed to run code.
+        folded: names of the methods whose adapters were written into its weights since it was loaded.
     """
 
     name: str
     sha256: str
     fingerprint: str
     licence: str
+    source: str = ""
+    trusted: bool = False
+    folded: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -183,6 +192,10 @@ class Backbone(Protocol):
 
     def fresh_weights(self, seed: int | None) -> dict[str, Tensor]:
         """Random values for its parameters by dotted name, as the library draws them; None takes the global state."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters and coupling tensors as they are now, without an adapter."""
         ...
 
     def save(self, path: str | Path) -> None:

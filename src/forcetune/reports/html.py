@@ -39,6 +39,8 @@ from forcetune.reports.tables import (
     share_text,
 )
 
+REPORT_NAME = "report.html"
+
 
 def write_report(run: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` into a run folder, finished or not, and return its path.
@@ -77,7 +79,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         f"Written by forcetune {results.forcetune}. Energies in meV, forces in meV/Å, stresses in meV/Å³; "
         "force and stress errors over all components."
     )
-    target = run / "report.html"
+    target = run / REPORT_NAME
     write_text(target, page(title, _header(results), sections, footer=footer))
     return target
 

@@ -27,6 +27,9 @@ from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning
 from forcetune.training.replay import Replay
 
+TENSORBOARD_NAME = "tensorboard"
+"""Folder of its logs, in the run folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingOutcome:
@@ -190,7 +193,7 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(str(folder), name="tensorboard", version="") if tensorboard else False,
+        logger=TensorBoardLogger(str(folder), name=TENSORBOARD_NAME, version="") if tensorboard else False,
         callbacks=callbacks,
     )
 

@@ -58,6 +58,7 @@ class MaceBackbone:
         name: str | None = None,
         licence: str = "unknown",
         sha256: str = "",
+        source: str | None = None,
         head: str | None = None,
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
@@ -69,6 +70,7 @@ class MaceBackbone:
         Args:
             path: file of mace-torch.
             name, licence, sha256: identity, recorded in adapters.
+            source: the name it is known by; its path where there is none.
             head: which head of a multi-head model.
             elements: cut the element table to these atomic numbers; None keeps it.
             dtype: precision to compute in.
@@ -79,7 +81,8 @@ class MaceBackbone:
             InputError: the file cannot be read or rebuilt, the head is unknown or missing, an element is unknown.
         """
         model = read_mace(path, trust=trust)
-        base = Base(name or Path(path).stem, sha256, fingerprint(model), licence)
+        place = str(path) if source is None else source
+        base = Base(name or Path(path).stem, sha256, fingerprint(model), licence, place, trust)
         return cls.from_module(model, base=base, head=head, elements=elements, dtype=dtype, device=device)
 
     @classmethod
@@ -150,8 +153,9 @@ class MaceBackbone:
         else:
             data = self._inputs(batch, species)
             with torch.enable_grad():
-                out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
-            found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
+                out = self.model(data, training=create_graph, compute_force=True, compute_virials=stress)
+                stresses = per_volume(-out["virials"], batch.cell) if stress else None
+            found = Prediction(self._interaction_energy(out), out["forces"], stresses)
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
@@ -188,11 +192,7 @@ class MaceBackbone:
             )
         if phase is not None:
             phase.forces_are_done()
-        stresses = None
-        if stress:
-            volume = torch.linalg.det(batch.cell).abs().view(-1, 1, 1)
-            # graphs without a cell have no stress; a quotient by 0 would spoil the gradients of all others
-            stresses = slopes[1] / torch.where(volume > 0, volume, torch.inf)
+        stresses = per_volume(slopes[1], batch.cell) if stress else None
         fields = -slopes[-1] if batch.spins.requires_grad else None
         return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
 
@@ -253,9 +253,23 @@ class MaceBackbone:
             drawn = build(architecture_of(self.model), dtype=self.dtype)
         return {name: parameter.detach().to(self.device) for name, parameter in drawn.named_parameters()}
 
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters and coupling tensors as they are now, without an adapter."""
+        return fingerprint(self.model)
+
     def save(self, path: str | Path) -> None:
         """Write a plain ``.model`` file that mace's own calculator reads, atomically."""
         save_mace(self.model, path)
+
+
+def per_volume(slopes: Tensor, cell: Tensor) -> Tensor:
+    """Stress (graphs, 3, 3), eV/Å³, of derivatives by the strain, eV, in cells (graphs, 3, 3), Å; 0 without a cell.
+
+    The library divides by a volume of 0 and then replaces the result, whose gradient is not finite and spoils those of
+    all graphs.
+    """
+    volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
+    return slopes / torch.where(volume > 0, volume, torch.inf)
 
 
 def _atomic_numbers(model: Any) -> tuple[int, ...]:
