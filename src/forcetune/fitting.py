@@ -373,6 +373,7 @@ class Fitting:
             observe=self.observe,
             console=self.console,
             replay=start.replay,
+            frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
 
     def _refine(self, start: Start) -> Refinement:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from forcetune.adapters.magnetic import MagneticPart
 from forcetune.adapters.methods import Method
-from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.adapters.updates.soft_threshold import SparseWeight
@@ -117,6 +117,15 @@ class Adapter(nn.Module):
         if self.magnetic is not None:
             yield "magnetism|layer", self.magnetic
 
+    @property
+    def equivariant(self) -> bool:
+        """Whether everything it does keeps rotational symmetry."""
+        return self.method.equivariant
+
+    def updates_at(self, site: Site) -> tuple[Update, ...]:
+        """The updates made at ``site``."""
+        return self.method.updates_at(site)
+
     def effective_weight(self, site: Site, weight: Tensor) -> Tensor:
         """W' at ``site`` for the frozen W."""
         part = self.part(site, WeightUpdate)
@@ -138,7 +147,7 @@ class Adapter(nn.Module):
                 site.name: [p for k in (WeightUpdate, ActivationUpdate) if (p := self.part(site, k))] for site in sites
             }
             covered = [site for site in sites if parts[site.name]]
-            updates = dict.fromkeys(update.describe() for site in covered for update in self.method.updates_at(site))
+            updates = dict.fromkeys(update.describe() for site in covered for update in self.updates_at(site))
             result.append(
                 Coverage(
                     kind=kind,

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, detach, folded_note
+from forcetune.adapters.attach import Adapter, attach, attached, detach, folded_note, reattach
+from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
@@ -58,8 +59,15 @@ class BaseRecord(_Part):
     parameters: int
 
 
+class MemberRecord(_Part):
+    """One of several adapters in one folder."""
+
+    method: dict[str, Any]
+    scale: float
+
+
 class AdapterConfig(_Part):
-    """Content of ``adapter_config.json``."""
+    """Content of ``adapter_config.json``; only combinations have the field of that name."""
 
     format_version: int
     forcetune: str
@@ -72,6 +80,18 @@ class AdapterConfig(_Part):
     trainable: int
     training_data_sha256: str | None = None
     metrics: dict[str, Any] = Field(default={})
+    combination: dict[str, MemberRecord] | None = None
+
+    @property
+    def methods(self) -> list[Method]:
+        """The method, or those of a combination's adapters.
+
+        Raises:
+            InputError: one of them cannot be read.
+        """
+        if self.combination is None:
+            return [Method.from_json(self.method)]
+        return [Method.from_json(member.method) for member in self.combination.values()]
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -171,14 +191,30 @@ def save_adapter(
         trainable=adapter.trainable,
         training_data_sha256=training_data_sha256,
         metrics=dict(metrics or {}),
+        combination=_members_of(adapter),
     )
     tensors = {name: stored_as(tensor, stored_dtype) for name, tensor in adapter_tensors(adapter).items()}
     with atomic_folder(folder) as temporary:
         (temporary / TENSORS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-        text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        unused = {"combination"} if config.combination is None else None
+        text = json.dumps(config.model_dump(mode="json", exclude=unused), indent=2, sort_keys=True, ensure_ascii=False)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         (temporary / CARD_NAME).write_text(_card(config), encoding="utf-8")
     return config
+
+
+def _members_of(adapter: Adapter) -> dict[str, MemberRecord] | None:
+    if not isinstance(adapter, CombinedAdapter):
+        return None
+    return {
+        name: MemberRecord(method=method.to_json(), scale=adapter.scales[name])
+        for name, method in adapter.methods.items()
+    }
+
+
+def is_member_name(name: str) -> bool:
+    """Whether an adapter of a combination can be called that."""
+    return bool(name) and not set(name) & set("./\\|")
 
 
 def check_adapter_place(folder: Path) -> None:
@@ -270,7 +306,7 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     config = read_adapter_config(folder)
     check_base(config, backbone, folder)
     try:
-        adapter = attach(backbone, Method.from_json(config.method))
+        adapter = _attach_for(config, backbone)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: the method of this adapter cannot be built ({error}).") from error
     try:
@@ -280,6 +316,25 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     except BaseException:
         detach(backbone)
         raise
+    return adapter
+
+
+def _attach_for(config: AdapterConfig, backbone: Backbone) -> Adapter:
+    """Attach what a configuration describes, whose tensors are to follow."""
+    if config.combination is None:
+        return attach(backbone, Method.from_json(config.method))
+    methods = dict(zip(config.combination, config.methods, strict=True))
+    if not methods or not all(map(is_member_name, methods)):
+        raise ValueError("a combination needs adapters, with names without dots and slashes")
+    if any(method.magnetism is not None for method in methods.values()):
+        raise ValueError("adapters with a magnetic layer cannot be combined")
+    with torch.random.fork_rng(devices=[]):
+        members = {name: Adapter(method, backbone) for name, method in methods.items()}
+    scales = {name: member.scale for name, member in config.combination.items()}
+    if not all(map(math.isfinite, scales.values())):
+        raise ValueError("a scale is not finite")
+    adapter = CombinedAdapter(backbone, members, scales)
+    reattach(backbone, adapter)
     return adapter
 
 

@@ -104,10 +104,19 @@ def _check_output(output: Path, run: str | Path, base: str) -> None:
         raise InputError(f"{target}: is a folder; name a file, such as {target / 'tuned.model'}.")
     if not target.exists():
         return
-    if base and target.samefile(resolve(base).path):
+    source = _file_of(base)
+    if source is not None and target.samefile(source):
         raise InputError(f"{target}: is the base of this adapter and stays as it is; choose another name.")
     if target.suffix not in MODEL_SUFFIXES or target.name == BASE_NAME:
         raise InputError(f"{target}: exists and is no merged model; choose another name, such as tuned.model.")
+
+
+def _file_of(base: str) -> Path | None:
+    """The file that a name or path stands for; None where it is no longer there."""
+    try:
+        return resolve(base).path if base else None
+    except ForcetuneError:
+        return None
 
 
 def _reference_differences(backbone: Backbone, written: Backbone) -> tuple[float, float]:
@@ -126,7 +135,9 @@ def _differences(
     parameters of a float32 model keep no more than some meV, which says nothing about the merged weights.
     """
     one, other = (_interaction(found, energies) for found, energies in ((before, references), (after, written)))
-    energy = np.abs(other - one).max() / max(np.abs(one).max(), 1e-12)
+    # total energies are float64 numbers, too
+    rounding = 4 * np.finfo(np.float64).eps * np.abs(before.energy).max()
+    energy = max(np.abs(other - one).max() - rounding, 0.0) / max(np.abs(one).max(), 1e-12)
     pairs = [(before.forces, after.forces)]
     if before.stress is not None and after.stress is not None:
         pairs.append((before.stress, after.stress))
