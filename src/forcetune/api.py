@@ -18,7 +18,7 @@ from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import load_config
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
-from forcetune.deployment.loading import adapter_folder, deploy
+from forcetune.deployment.loading import adapter_folder, deploy, deploy_copy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of, predict
 from forcetune.frames.frame import Frame, LabelKeys
@@ -33,7 +33,7 @@ def evaluate(
     data: str | Path | Sequence[str | Path],
     *,
     adapter: str | Path | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Backbone | None = None,
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
@@ -153,7 +153,7 @@ def inspect(
     *,
     data: str | Path | Sequence[str | Path] | None = None,
     against: str | Path | None = None,
-    model: str | Path | None = None,
+    model: str | Path | Backbone | None = None,
     trust: bool = False,
 ) -> Inspection:
     """What a run's adapter changed.
@@ -162,13 +162,14 @@ def inspect(
         run: run folder or adapter folder.
         data: frames over which gates are watched; by default the run's training frames, if they are still there.
         against: another run or adapter on the same base, to compare the changes with.
-        model: the base, when it is no longer where the run found it.
+        model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
+            is.
         trust: as :func:`forcetune.load`.
 
     Raises:
         InputError: no adapter there, bad data, or ``against`` belongs to another base.
     """
-    backbone = deploy(model, run, device="cpu", trust=trust, fold=False).backbone
+    backbone = deploy_copy(model, run, trust=trust).backbone
     adapter = attached(backbone)
     gates: tuple[GateChange, ...] = ()
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
@@ -178,7 +179,7 @@ def inspect(
         gates = tuple(seen)
     alike = None
     if against is not None:
-        alike = likeness(backbone, deploy(model, against, device="cpu", trust=trust, fold=False).backbone)
+        alike = likeness(backbone, deploy_copy(model, against, trust=trust).backbone)
     return Inspection(Changes(adapter.method.name, weight_changes(backbone), gates), alike)
 
 

@@ -15,6 +15,7 @@ from ase.data import chemical_symbols
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from forcetune.adapters.attach import adapter_of
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
@@ -239,11 +240,10 @@ def _loaded(
     model: str | Path | Backbone, sets: Mapping[str, Sequence[Frame]], head: str | None, device: str, trust: bool
 ) -> Backbone:
     backbone = load(model, head=head, device=device, trust=trust)
-    if isinstance(model, str | Path):
-        # a table cut to the elements of the data makes a large model smaller, as a fit does
-        here = {int(z) for frames in sets.values() for frame in frames for z in frame.numbers} & set(backbone.elements)
-        if here:
-            backbone = load(model, head=head, elements=sorted(here), device=device, trust=trust)
+    # a table cut to the elements of the data makes a large model smaller, as a fit does
+    here = {int(z) for frames in sets.values() for frame in frames for z in frame.numbers} & set(backbone.elements)
+    if here and adapter_of(backbone) is None:
+        backbone = load(backbone, elements=sorted(here))
     return backbone
 
 

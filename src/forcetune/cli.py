@@ -165,7 +165,7 @@ def fit(
     resolved = configuration.load_config(config, settings or (), given)
     from forcetune.run import run_fit
 
-    _say_run(run_fit(resolved))
+    _say_run(run_fit(resolved, inputs=() if config is None else (config,)))
 
 
 def _say_run(run: Run) -> None:
@@ -232,7 +232,8 @@ def compare(
     from forcetune.reports.comparison import table, target_note
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    found = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search)
+    inputs = () if config is None else (config,)
+    found = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search, inputs=inputs)
     if as_json:
         print(json.dumps(found.comparison.to_json()))
         return
@@ -309,8 +310,10 @@ def doctor(
 ) -> None:
     """Examine frames and labels before training: units, signs, order, duplicates, outliers, cells, memory."""
     from forcetune.checkup import doctor as examine
-    from forcetune.reports.doctor import print_checkup, write_checkup
+    from forcetune.reports.doctor import check_page, print_checkup, write_checkup
 
+    if page is not None:
+        check_page(page)
     checkup = examine(
         data,
         model=model,
@@ -401,6 +404,11 @@ def merge(
         f"{merged.path}: differs from base + adapter on {merged.n_probes} random structures by at most "
         f"{merged.energy_difference:.1e} in energy and {merged.forces_difference:.1e} in forces and stress (relative)"
     )
+    if merged.references_difference > 1e-6:
+        print(
+            f"reference energies differ by at most {merged.references_difference:.1e} eV an atom, as float32 rounds "
+            "them; --dtype float64 keeps them"
+        )
 
 
 @app.command()

@@ -23,15 +23,15 @@ LARGEST_CHANNELS = 4096
 SpinInputs = Literal["auto", "initial", "unit", "directions", "moments"]
 
 
-def _as_word(value: Any) -> Any:
+def as_word(value: Any) -> Any:
     """YAML 1.1 reads ``on`` and ``off`` as true and false; people mean the words."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(_as_word)]
-Switch = Annotated[Literal["on", "off"], BeforeValidator(_as_word)]
-StreamSwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)]
-AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(_as_word)]
+Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(as_word)]
+Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
+ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
+AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(as_word)]
 
 
 class Section(BaseModel):
@@ -69,7 +69,7 @@ class DataConfig(Section):
         description="`on` examines frames and labels before the training as `forcetune doctor` does and stops at "
         "errors; `off` trains on them as they are.",
     )
-    stream: StreamSwitch = Field(
+    stream: ThreeWaySwitch = Field(
         default="auto",
         description="`on` keeps frames and graphs on disk instead of in memory, with the same result; `auto` does so "
         "for files of 256 MiB and more together.",
@@ -99,9 +99,10 @@ class ModelConfig(Section):
 
     model: str = Field(default="mini", description="Name of a model (`forcetune models`) or a path.")
     head: str | None = Field(default=None, description="Head of a multi-head model; needed when it has several.")
-    elements: Literal["data", "keep"] = Field(
+    elements: Literal["data", "keep"] | list[str] = Field(
         default="data",
-        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole.",
+        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole, a list of "
+        "symbols cuts it to these.",
     )
     dtype: Literal["float64", "float32"] = Field(
         default="float64", description="Precision of the model during training."
@@ -240,14 +241,31 @@ class LossConfig(Section):
     )
 
 
+class SecondStageLossConfig(LossConfig):
+    """Weights and form of the second stage's loss; what is not given has the defaults of this section."""
+
+    energy: float = Field(default=1000.0, ge=0, description="Weight of the energy term.")
+    forces: float = Field(default=100.0, ge=0, description="Weight of the force term.")
+    energy_per_atom: bool = Field(
+        default=True, description="Energy error divided by the number of atoms before the loss."
+    )
+
+
+def _of_second_stage(value: Any) -> Any:
+    """A first stage's loss given in Python stands for the options that were given to it."""
+    if isinstance(value, LossConfig) and not isinstance(value, SecondStageLossConfig):
+        return value.model_dump(exclude_unset=True)
+    return value
+
+
 class SecondStageConfig(Section):
     """A last part of the training with other weights and learning rate."""
 
     start: int | None = Field(
         default=None, ge=1, description="Epoch (counted from 1) at which it starts; none by default."
     )
-    loss: LossConfig = Field(
-        default=LossConfig(energy=1000.0, forces=100.0, energy_per_atom=True), description="Its loss."
+    loss: Annotated[SecondStageLossConfig, BeforeValidator(_of_second_stage)] = Field(
+        default=SecondStageLossConfig(), description="Its loss."
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="Its learning rate.")
 
@@ -296,7 +314,7 @@ class TrainingConfig(Section):
     refine: int | None = Field(
         default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
     )
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: ThreeWaySwitch = Field(
         default="auto",
         description="Record the step as one graph without Python between its operations: `auto` in runs on a CPU that "
         "are long enough for it to pay, where it is possible; `on` also as a CUDA graph on a GPU.",
@@ -514,7 +532,9 @@ def _explain(error: ValidationError) -> str:
     """The first few problems in one line, each with its key."""
     problems = []
     for item in error.errors()[:3]:
-        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "float", "int")))
+        key = ".".join(
+            str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "float", "int"))
+        )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such option"

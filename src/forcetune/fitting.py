@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import atomic_numbers
 from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import attached, detach
+from forcetune.adapters.attach import adapter_of, attached, detach, disable_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
 from forcetune.adapters.methods import method_of
-from forcetune.backbones.loading import load
+from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames, check_predictions
 from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
+from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
 from forcetune.evaluation.streamed import (
@@ -60,6 +62,7 @@ from forcetune.run_folder import (
     CONFIG_NAME,
     UNREFINED,
     check_folder,
+    input_files,
     prepare_folder,
     read_checkpoint,
     recover_adapter,
@@ -131,6 +134,7 @@ class Fitting:
         console: Console,
         told: list[str],
         observe: Callable[[int, Errors], None] | None = None,
+        inputs: Sequence[str | Path] = (),
     ) -> None:
         self.method = method_of(config.method)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
@@ -138,15 +142,30 @@ class Fitting:
         self.told = told
         self.observe = observe
         self.folder = Path(config.output.run)
+        self.inputs = inputs
+        self._stores_base = False
         assert self.config.training.learning_rate is not None
         self.rate = self.config.training.learning_rate
 
-    def carry_out(self, backbone: Backbone | None) -> Run:
-        check_folder(self.folder, self.config.output.overwrite)
+    def carry_out(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
+        """The whole run.
+
+        Args:
+            backbone: a loaded model instead of the one that the configuration names.
+            from_the_beginning: the folder is that of this very run, which died early; its base stays.
+        """
+        overwrite = self.config.output.overwrite
+        keep, inputs = ({BASE_NAME}, []) if from_the_beginning else (set(), input_files(self.config, self.inputs))
+        check_folder(self.folder, overwrite, inputs)
         start = self._start(backbone)
-        prepare_folder(self.folder, self.config.output.overwrite)
-        self.config.save(self.folder / CONFIG_NAME)
+        others = prepare_folder(self.folder, overwrite, inputs, keep=keep)
+        if others:
+            self.console.print(f"{self.folder}: what forcetune did not write stays: {', '.join(others)}")
         write_json(self.folder / ENVIRONMENT_NAME, environment(start.backbone.device))
+        if self._stores_base:
+            with disable_adapter(start.backbone):
+                store_base(start.backbone, self.folder / BASE_NAME)
+        self.config.save(self.folder / CONFIG_NAME)
         return self._finish(start, None)
 
     def go_on(self) -> Run:
@@ -239,23 +258,54 @@ class Fitting:
         )
 
     def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
-        if backbone is not None:
-            return backbone
         model = self.config.model
-        if "model" not in model.model_fields_set:
+        if "model" not in model.model_fields_set and backbone is None:
             self.console.print(
                 "no model named: starting from mini, the small one in this package (H, C, N, O, F, S, Cl at GFN2-xTB); "
                 "`forcetune models` lists larger ones for --model",
                 highlight=False,
             )
-        return load(
-            model.model,
-            head=model.head,
-            elements=sorted(set(elements)) if model.elements == "data" else None,
-            dtype=model.dtype,
-            device=model.device,
-            trust=model.trust,
-        )
+        wanted = self._element_table(elements)
+        if backbone is None:
+            loaded = load(
+                model.model,
+                head=model.head,
+                elements=wanted,
+                dtype=model.dtype,
+                device=model.device,
+                trust=model.trust,
+            )
+        else:
+            loaded = self._take(backbone, wanted)
+        return loaded
+
+    def _element_table(self, elements: Sequence[int]) -> list[int] | None:
+        """What the element table is cut to, for frames with these elements; None keeps it whole.
+
+        Raises:
+            InputError: an element that was asked for is none.
+        """
+        asked = self.config.model.elements
+        if isinstance(asked, str):
+            return sorted(set(elements)) if asked == "data" else None
+        unknown = [symbol for symbol in asked if symbol not in atomic_numbers]
+        if unknown:
+            raise InputError(f"model.elements: {unknown[0]!r} is no element; write symbols such as [H, C, O].")
+        return sorted({atomic_numbers[symbol] for symbol in asked})
+
+    def _take(self, backbone: Backbone, elements: Sequence[int] | None) -> Backbone:
+        """A loaded model for this run; its element table is cut only where that was asked for.
+
+        Raises:
+            InputError: it carries an adapter, or is not what the configuration asks for.
+        """
+        model = self.config.model
+        wanted = elements if "elements" in model.model_fields_set else None
+        loaded = load(backbone, elements=wanted, **asked_of_loaded(model))
+        if adapter_of(loaded) is not None:
+            raise InputError("this model already carries an adapter; detach it first.")
+        self.config, self._stores_base = with_loaded(self.config, loaded, self.folder / BASE_NAME)
+        return loaded
 
     def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
         """What can be seen in the frames alone."""
@@ -318,6 +368,7 @@ class Fitting:
             observe=self.observe,
             console=self.console,
             replay=start.replay,
+            frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
 
     def _refine(self, start: Start) -> Refinement:

@@ -10,16 +10,13 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from forcetune.backbones.protocol import Base, Extension, Prediction
+from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.features import Features
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.plan import Plan, PlanCache, given_plan
 from forcetune.kernels.site import Site, WeightPath
-
-ADAPTER = "forcetune_adapter"
-"""Name of an attached adapter among the modules of a network."""
 
 
 class NetworkBackbone:

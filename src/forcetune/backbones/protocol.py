@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.site import Site, WeightPath
 
-__all__ = ["Backbone", "Base", "Extension", "Extra", "Prediction", "Site", "WeightPath"]
+__all__ = ["ADAPTER", "Backbone", "Base", "Extension", "Extra", "Prediction", "Site", "WeightPath"]
+
+ADAPTER = "forcetune_adapter"
+"""Name of the submodule that holds an attached adapter."""
 
 
 class Prediction(NamedTuple):
@@ -81,12 +84,18 @@ class Base:
         sha256: of the file.
         fingerprint: SHA-256 over architecture, parameters and coupling tensors as they were loaded.
         licence: SPDX identifier or ``unknown``.
+        source: the name or path it was loaded by; empty for what came from memory.
+        trusted: its file was allowed to run code.
+        folded: names of the methods whose adapters were written into its weights since it was loaded.
     """
 
     name: str
     sha256: str
     fingerprint: str
     licence: str
+    source: str = ""
+    trusted: bool = False
+    folded: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -138,6 +147,14 @@ class Backbone(Protocol):
 
     def fresh_weights(self, seed: int | None) -> dict[str, Tensor]:
         """Random values for its parameters by dotted name, as the library draws them; None takes the global state."""
+        ...
+
+    def cut_to(self, elements: Sequence[int]) -> Backbone:
+        """The model as it is now, without an adapter, with these elements only."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters and coupling tensors as they are now, without an adapter."""
         ...
 
     def save(self, path: str | Path) -> None:

@@ -13,8 +13,8 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.file import AdapterConfig
-from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
+from forcetune.config import as_word
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.deployment.traced import TracedPrediction
@@ -56,6 +56,7 @@ class ForcetuneCalculator(Calculator):
             InputError: ``compile`` is neither ``auto`` nor ``off``.
         """
         super().__init__()
+        compile = as_word(compile)
         if compile not in ("auto", "off"):
             raise InputError(f"compile={compile!r}: a calculator's is 'auto' or 'off'.")
         self.backbone = backbone
@@ -217,8 +218,9 @@ def _check_equivariant(config: AdapterConfig, place: object) -> None:
     Raises:
         InputError: its method breaks rotational symmetry.
     """
-    if not Method.from_json(config.method).equivariant:
+    broken = [method.name for method in config.methods if not method.equivariant]
+    if broken:
         raise InputError(
-            f"{place}: method {config.method['name']} breaks rotational symmetry: turning a molecule changes its "
+            f"{place}: method {broken[0]} breaks rotational symmetry: turning a molecule changes its "
             "energy. It is a baseline for comparisons and not for use; train with mmea or elora."
         )

@@ -39,6 +39,8 @@ from forcetune.reports.tables import (
     share_text,
 )
 
+REPORT_NAME = "report.html"
+
 
 def write_report(run: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` into a run folder, finished or not, and return its path.
@@ -51,6 +53,9 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"{run}: is not a run folder (it has no config.yaml); name the folder that `forcetune fit` wrote."
         )
+    target = run / REPORT_NAME
+    if target.exists() and not any((run / name).is_file() for name in ("results.json", "environment.json")):
+        raise InputError(f"{target}: is no report of a run, as {run} holds none; move it away first.")
     config = load_config(run / "config.yaml")
     results = read_results(run, config)
     metrics = read_metrics(run / "metrics.csv")
@@ -77,7 +82,6 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         f"Written by forcetune {results.forcetune}. Energies in meV, forces in meV/Å, stresses in meV/Å³; "
         "force and stress errors over all components."
     )
-    target = run / "report.html"
     write_text(target, page(title, _header(results), sections, footer=footer))
     return target
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import lightning
@@ -17,9 +18,10 @@ from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.recording import UntraceableError
+from forcetune.training.failure import Cause, cause_in, copies_of, describe_failure, put_back
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from forcetune.training.replay_head import ReplayHead, objective
@@ -46,6 +48,7 @@ class FineTuning(lightning.LightningModule):
         untraced: why they are.
         shares_validation: every process validates on other frames.
         keeps_validation: predictions are kept until a validation ends; otherwise only sums of them.
+        frame_name: what to call the training frame of a number, for messages.
     """
 
     def __init__(
@@ -85,10 +88,12 @@ class FineTuning(lightning.LightningModule):
         self.untraced: str | None = None
         self.shares_validation = False
         self.keeps_validation = True
+        self.frame_name: Callable[[int], str] | None = None
         self._epochs_before = 0
         self._optimizer_state: dict[str, Any] | None = None
         self._n_batches = 0
         self._losses: list[Tensor] = []
+        self._began_with: list[Tensor] = []
         self._validated: list[tuple[Batch, Prediction]] = []
         self._counted = (LossSums(self.loss_config), Tally())
         self._during_validation = ExitStack()
@@ -179,6 +184,9 @@ class FineTuning(lightning.LightningModule):
             if optimizer is not None:
                 optimizer.train()
 
+    def on_train_start(self) -> None:
+        self._began_with = copies_of(self._trained())
+
     def on_train_epoch_start(self) -> None:
         self.loader.epoch = self.epoch - 1
         self._n_batches = self.loader.n_batches
@@ -203,10 +211,8 @@ class FineTuning(lightning.LightningModule):
 
     def trace(self, tell: Callable[[str], None]) -> None:
         """Let the steps be traced where the run asks for it and it can be done."""
-        parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
         try:
-            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, trained)
+            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, self._trained())
         except UntraceableError as error:
             self.untraced = str(error)
             if not error.wanted:
@@ -240,10 +246,34 @@ class FineTuning(lightning.LightningModule):
             # here and not at the end of the epoch: Lightning validates before that
             self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
             if not math.isfinite(self.train_loss):
-                raise ForcetuneError(
-                    f"the training loss became {self.train_loss} in epoch {self.epoch}; lower training.learning_rate "
-                    f"(now {self.learning_rate:g}) or training.clip. The best adapter so far is kept."
-                )
+                raise ForcetuneError(self._why_not_finite())
+
+    def _why_not_finite(self) -> str:
+        """What to say of an epoch whose loss is not finite, judged with the weights that the training began with."""
+        step = next((k for k, loss in enumerate(self._losses) if not bool(loss.isfinite())), 0)
+        put_back(self._trained(), self._began_with)
+        cause: Cause | None = None
+        name_of = None
+        # weights that are not finite come from the step before
+        for index in range(max(0, step - 1), step + 1) if not parallel.joined() else ():
+            numbers = self.loader.numbers(index)
+            graphs = [self.loader.graph(number).to(device=self.backbone.device) for number in numbers]
+            cause = cause_in(self.backbone, self.head, self.loss_config, graphs, collate(graphs))
+            if cause is not None:
+                name_of = partial(self._name_of, numbers)
+                break
+        return describe_failure(cause, self.train_loss, self.epoch, self.learning_rate, name_of)
+
+    def _name_of(self, numbers: Sequence[int], index: int) -> str:
+        number = numbers[index]
+        own = number < self.loader.n_own
+        if own and self.frame_name is not None:
+            return self.frame_name(number)
+        return f"training frame {number}" if own else f"replay frame {number - self.loader.n_own}"
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def on_train_epoch_end(self) -> None:
         self.epochs_done += 1

@@ -27,6 +27,9 @@ from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning
 from forcetune.training.replay import Replay
 
+TENSORBOARD_NAME = "tensorboard"
+"""Folder of its logs, in the run folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingOutcome:
@@ -67,6 +70,7 @@ def train(
     observe: Callable[[int, Errors], None] | None = None,
     console: Console | None = None,
     replay: Replay | None = None,
+    frame_name: Callable[[int], str] | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
 
@@ -84,6 +88,7 @@ def train(
         observe: called with epoch and errors of every validation; what it raises ends the training.
         console: where progress is told; standard error by default.
         replay: graphs that every epoch has some of between those of ``training``.
+        frame_name: what to call the frame of a number among ``training``, for messages.
 
     Raises:
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
@@ -95,6 +100,7 @@ def train(
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head)
     module.shares_validation = _shares_validation(validation)
     module.keeps_validation = not isinstance(validation, StoredGraphs)
+    module.frame_name = frame_name
     if state is not None:
         module.load_training_state(state)
     callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
@@ -190,7 +196,7 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(str(folder), name="tensorboard", version="") if tensorboard else False,
+        logger=TensorBoardLogger(str(folder), name=TENSORBOARD_NAME, version="") if tensorboard else False,
         callbacks=callbacks,
     )
 

@@ -53,6 +53,7 @@ class MaceBackbone(NetworkBackbone):
         name: str | None = None,
         licence: str = "unknown",
         sha256: str = "",
+        source: str | None = None,
         head: str | None = None,
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
@@ -64,6 +65,7 @@ class MaceBackbone(NetworkBackbone):
         Args:
             path: a ``.model`` file of mace-torch, or a ``.safetensors`` file of :meth:`save`.
             name, licence, sha256: identity, recorded in adapters.
+            source: the name it is known by; its path where there is none.
             head: which head of a multi-head model.
             elements: cut the element table to these atomic numbers; None keeps it.
             dtype: precision to compute in.
@@ -73,7 +75,7 @@ class MaceBackbone(NetworkBackbone):
         Raises:
             InputError: the file cannot be read or understood, the head is unknown or missing, an element is unknown.
         """
-        file = Path(path)
+        file, place = Path(path), str(path) if source is None else source
         chosen = {"head": head, "elements": elements, "dtype": dtype, "device": device}
         try:
             content = read_content(file)
@@ -85,9 +87,9 @@ class MaceBackbone(NetworkBackbone):
                 ) from error
             warn(f"{file} cannot be rebuilt ({error}); it is loaded as pickled code, as --trust allows.")
             model = load_pickled(file)
-            base = Base(name or file.stem, sha256, library_fingerprint(model), licence)
+            base = Base(name or file.stem, sha256, library_fingerprint(model), licence, place, trusted=True)
             return cls.from_module(model, base=base, **chosen)  # pyright: ignore[reportArgumentType]
-        base = Base(name or file.stem, sha256, content.fingerprint, licence)
+        base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
         return cls._from_content(content, base, **chosen)  # pyright: ignore[reportArgumentType]
 
     @classmethod
@@ -154,6 +156,15 @@ class MaceBackbone(NetworkBackbone):
         """Architecture and tensors as they are now, an adapter left out."""
         return content_from_module(self.model)
 
+    def cut_to(self, elements: Sequence[int]) -> MaceBackbone:
+        """The model as it is now, with these elements only.
+
+        Raises:
+            InputError: it does not know one of them.
+        """
+        chosen = {"dtype": self.dtype, "device": self.device}
+        return self._from_content(self.content, self.base, head=None, elements=elements, **chosen)  # pyright: ignore[reportArgumentType]
+
     @property
     def dtype(self) -> torch.dtype:
         return self.model.atomic_energies_fn.atomic_energies.dtype
@@ -201,6 +212,10 @@ class MaceBackbone(NetworkBackbone):
                 torch.manual_seed(seed)
             drawn = MaceNetwork(content.architecture, TensorSource(content.tensors, content.constants, redraw=True))
         return {name: parameter.detach().to(self.device) for name, parameter in drawn.named_parameters()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters and coupling tensors as they are now, without an adapter."""
+        return self.content.fingerprint
 
     def save(self, path: str | Path) -> None:
         """Write a plain model, atomically: ``.safetensors`` without pickle, others as mace's calculator reads it.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from forcetune.backbones.mace.content import fingerprint_tensors
 from forcetune.backbones.mace.library import import_mace
 from forcetune.backbones.mace.tree import node_from_module
-from forcetune.backbones.network import ADAPTER, NetworkBackbone, per_volume
-from forcetune.backbones.protocol import Base, Extension, Prediction
+from forcetune.backbones.network import NetworkBackbone, per_volume
+from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.files import atomic_path
 from forcetune.graphs.graph import Batch
@@ -192,6 +192,18 @@ class LibraryMace(NetworkBackbone):
             "ptr": batch.ptr,
             "head": head,
         }
+
+    def cut_to(self, elements: Sequence[int]) -> LibraryMace:
+        """A copy: the elements of such a model cannot be cut.
+
+        Raises:
+            InputError: it does not know one of them.
+        """
+        options = {"head": self.head, "elements": elements, "dtype": self.dtype, "device": self.device}
+        return LibraryMace(copy.deepcopy(self.model), self.base, reason=self.reason, **options)  # pyright: ignore[reportArgumentType]
+
+    def fingerprint(self) -> str:
+        return library_fingerprint(self.model)
 
     def sites(self) -> tuple[Site, ...]:
         return library_sites(self.model)
