@@ -39,7 +39,7 @@ from forcetune.frames.dataset import Dataset, read_dataset
 from forcetune.frames.frame import Frame
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored import StoredGraphs
+from forcetune.graphs.stored import StoredGraphs, any_label
 from forcetune.kernels.install import accelerate
 from forcetune.records import (
     ENVIRONMENT_NAME,
@@ -176,6 +176,8 @@ class Fitting:
         if examined:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
+        if not any_label(graphs["train"], "stress"):
+            self.config = self.config.without_stress()
         check_labels(self.config.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():

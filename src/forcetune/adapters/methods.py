@@ -423,13 +423,19 @@ def method_of(config: MethodConfig) -> Method:
     """The method a configuration asks for.
 
     Raises:
-        InputError: unknown method, or an option it has no use for.
+        InputError: unknown method, an option it has no use for, or a table under the name of a method.
     """
     if config.table is None:
         return method(config.name, target=config.target, **config.options())
     if config.options():
         raise InputError(f"method.{next(iter(config.options()))}: has no meaning beside method.table; put it in there.")
-    name = config.name if "name" in config.model_fields_set else "custom"
+    named = "name" in config.model_fields_set
+    if named and config.name in METHODS:
+        raise InputError(
+            f"method.name is {config.name}, but method.table is a method of its own: leave the table out "
+            "(--set method.table=null), or give it another name."
+        )
+    name = config.name if named else "custom"
     return custom_method(name, config.table, target=config.target)
 
 
