@@ -305,7 +305,10 @@ class TrainingConfig(Section):
     clip: float | None = Field(default=100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
     valid_every: int = Field(default=1, ge=1, description="Validate every so many epochs.")
     early_stopping: int | None = Field(
-        default=None, ge=1, description="Validations without improvement before the run stops."
+        default=None,
+        ge=1,
+        description="Validations without improvement before the run stops, or before a second stage that is "
+        "still to come begins.",
     )
     refine: int | None = Field(
         default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
@@ -385,6 +388,12 @@ class RunConfig(Section):
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
         if training.second_stage.start is not None and training.second_stage.start > training.epochs:
             raise ValueError("training.second_stage.start lies after the last epoch")
+        last = training.epochs - training.epochs % training.valid_every
+        if training.second_stage.start is not None and training.second_stage.start > last:
+            raise ValueError(
+                f"training.second_stage.start lies after the last validation (epoch {last}), so no adapter of that "
+                "stage could be chosen; let it start earlier, or lower training.valid_every"
+            )
         if self.data.stress_key == "none" and training.loss.stress > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
