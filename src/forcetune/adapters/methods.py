@@ -143,7 +143,7 @@ class Method:
         """
         try:
             table = {
-                str(kind): tuple(_update_from_json(entry) for entry in entries)
+                str(kind): tuple(_update_from_json(entry, of_file=True) for entry in entries)
                 for kind, entries in data["table"].items()
             }
             target = data.get("target")
@@ -177,9 +177,11 @@ def _rate(value: Any) -> float:
     return float(value)
 
 
-def _update_from_json(entry: Mapping[str, Any]) -> Update:
-    options = {key: value for key, value in entry.items() if key != "update"}
+def _update_from_json(entry: Mapping[str, Any], *, of_file: bool = False) -> Update:
+    """The update of a table; that of an adapter file may be of an earlier version."""
     kind = UPDATES[entry["update"]]
+    options = {key: value for key, value in entry.items() if key != "update"}
+    options = kind.earlier_options(options) if of_file else options
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} of {entry['update']} is {value}")

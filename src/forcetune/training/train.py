@@ -128,14 +128,14 @@ def train(
 def _restore(module: FineTuning, state: dict[str, Any], folder: Path) -> None:
     """
     Raises:
-        InputError: the state is of a run with other options.
+        InputError: the state is of a run with other options, or of another version.
     """
     try:
         module.load_training_state(state)
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(
-            f"{folder}: its checkpoint does not fit config.yaml, which has changed since the run began; undo the "
-            "changes, or start a new run with `fit`."
+            f"{folder}: its checkpoint does not fit config.yaml, which has changed since the run began (or forcetune "
+            "has); undo the changes, or start a new run with `fit`."
         ) from error
 
 

@@ -123,7 +123,7 @@ def _tensor_product(name: str, module: Any) -> Site:
 def _radial_layer(name: str, module: Any, transposed: bool) -> Site:
     shape = tuple(module._parameters["weight"].shape)
     label = "out->in" if transposed else "in->out"
-    return Site(f"{name}.weight", name, "weight", name, "radial_mlp", (WeightPath(label, 0, shape),))
+    return Site(f"{name}.weight", name, "weight", name, "radial_mlp", (WeightPath(label, 0, shape, transposed),))
 
 
 def _contraction(name: str, module: Any) -> Iterator[Site]:
