@@ -148,6 +148,7 @@ def test_setting_values(text: str, expected: object) -> None:
         ({"training": {"ema": 1.5}}, "training.ema"),
         ({"training": {"epochs": 5, "second_stage": {"start": 9}}}, "lies after the last epoch"),
         ({"training": {"epochs": 5, "valid_every": 9}}, "valid_every is larger"),
+        ({"training": {"epochs": 9, "valid_every": 4, "second_stage": {"start": 9}}}, r"last validation \(epoch 8\)"),
         ({"training": {"optimizer": "schedulefree", "schedule": {"name": "cosine"}}}, "takes warmup_epochs only"),
         ({"references": {"mode": "table"}}, "go together"),
         ({"references": {"table": {"H": 1.0}}}, "go together"),

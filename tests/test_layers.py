@@ -8,7 +8,10 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-FOUNDATION = ("_version", "parallel", "errors", "files", "parsing", "irreps", "download", "config", "workers")
+FOUNDATION = (
+    *("_version", "parallel", "errors", "files", "parsing", "irreps", "download"),
+    *("defaults", "config", "workers"),
+)
 ORDER = (
     *("frames", "graphs", "backbones", "kernels", "magnetism", "adapters"),
     *("evaluation", "training", "reports", "deployment"),

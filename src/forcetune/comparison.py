@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,7 +16,8 @@ from forcetune.adapters.methods import METHODS, method_of, options_of
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames
-from forcetune.config import RunConfig
+from forcetune.config import RunConfig, load_config
+from forcetune.defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.files import is_inside
 from forcetune.frames.dataset import read_dataset
@@ -168,9 +168,15 @@ def _config_of(
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
-    """What :func:`run_fit` writes for this configuration."""
+    """All that decides the result of a run of this configuration."""
     chosen = method_of(config.method)
-    return config.with_defaults_of(chosen.learning_rate, chosen.optimizer).model_dump(mode="json")
+    full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
+    content = full.model_dump(mode="json")
+    content["training"].pop("threads", None)
+    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress"):
+        if not is_given(full, name):
+            remove_value(content, name)  # the labels decide
+    return content
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -182,11 +188,7 @@ def _is_begun(config: RunConfig) -> bool:
     run = Path(config.output.run)
     if not (run / CONFIG_NAME).is_file():
         return False
-    stored = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
-    wanted = _resolved(config)
-    for one in (stored, wanted):
-        one["training"].pop("threads", None)
-    return stored == wanted
+    return _resolved(load_config(run / CONFIG_NAME)) == _resolved(config)
 
 
 def _check_folder(folder: Path) -> None:

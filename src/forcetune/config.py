@@ -12,6 +12,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from forcetune.defaults import (
+    LOSS,
+    RECORD,
+    SECOND_LOSS,
+    is_given,
+    leaf_names,
+    record_of,
+    remove_value,
+    set_value,
+    take_record,
+    value_of,
+    with_given_as_in,
+    with_unset,
+)
 from forcetune.errors import InputError
 from forcetune.files import write_text
 from forcetune.parsing import parse_yaml, short
@@ -205,8 +219,8 @@ class MethodConfig(Section):
 class MagnetismConfig(Section):
     """A magnetic layer beside the updates of any method.
 
-    With it the loss is Huber by default, energies per atom, and energy, forces and moments weigh 1 each; in a second
-    stage energies weigh 10.
+    With it the loss is Huber by default, energies per atom, and energy, forces, stress and moments weigh 1 each; in a
+    second stage energies weigh 10. Stress counts where training frames have it.
     """
 
     layer: Layer = Field(
@@ -309,7 +323,10 @@ class TrainingConfig(Section):
     clip: float | None = Field(default=100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
     valid_every: int = Field(default=1, ge=1, description="Validate every so many epochs.")
     early_stopping: int | None = Field(
-        default=None, ge=1, description="Validations without improvement before the run stops."
+        default=None,
+        ge=1,
+        description="Validations without improvement before the run stops, or before a second stage that is "
+        "still to come begins.",
     )
     refine: int | None = Field(
         default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
@@ -389,6 +406,12 @@ class RunConfig(Section):
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
         if training.second_stage.start is not None and training.second_stage.start > training.epochs:
             raise ValueError("training.second_stage.start lies after the last epoch")
+        last = training.epochs - training.epochs % training.valid_every
+        if training.second_stage.start is not None and training.second_stage.start > last:
+            raise ValueError(
+                f"training.second_stage.start lies after the last validation (epoch {last}), so no adapter of that "
+                "stage could be chosen; let it start earlier, or lower training.valid_every"
+            )
         if self.data.stress_key == "none" and training.loss.stress > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
@@ -396,33 +419,59 @@ class RunConfig(Section):
         return self
 
     def with_defaults_of(self, learning_rate: float, optimizer: str) -> RunConfig:
-        """With the method's own learning rate and optimizer where none was given.
+        """With the method's own learning rate and optimizer where none was given, and what follows from them.
+
+        These values do not count as given: another method has others.
 
         Raises:
             InputError: an option that was given does not go with the method's optimizer.
         """
-        given = self.model_dump(exclude_unset=True)
-        training = given.setdefault("training", {})
-        for name, value in (("learning_rate", learning_rate), ("optimizer", optimizer)):
-            if training.get(name) is None:
-                training[name] = value
-        if training["optimizer"] == "schedulefree":
-            training.setdefault("ema", None)
-        if self.magnetism.layer != "off":
-            # Huber, all terms alike, energies per atom: as published for the spin-aware layer
-            usual = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
-            training["loss"] = usual | training.get("loss", {})
-            if self.training.second_stage.start is not None:
-                second = training["second_stage"]
-                second["loss"] = usual | {"energy": 10.0} | second.get("loss", {})
+        values = self.model_dump()
+        for name, value in self._defaults(learning_rate, optimizer).items():
+            # a default that stands in a stored configuration repeats that run, even if it has changed since
+            if not is_given(self, name) and value_of(values, name) in _plain_defaults(name):
+                set_value(values, name, value)
         try:
-            return RunConfig.model_validate(given)
+            return with_given_as_in(RunConfig.model_validate(values), self)
         except ValidationError as error:
             raise InputError(_explain(error)) from error
 
+    def _defaults(self, learning_rate: float, optimizer: str) -> dict[str, Any]:
+        """Defaults that follow from other options, by dotted name."""
+        training = self.training
+        values: dict[str, Any] = {"training.learning_rate": learning_rate, "training.optimizer": optimizer}
+        if (training.optimizer or optimizer) == "schedulefree":
+            values["training.ema"] = None
+        if self.magnetism.layer != "off":
+            # Huber, all terms alike, energies per atom: as published for the spin-aware layer
+            loss = {"energy": 1.0, "forces": 1.0, "stress": 1.0, "moments": 1.0, "form": "huber"}
+            loss |= {"energy_per_atom": True} | ({"stress": 0.0} if self.data.stress_key == "none" else {})
+            values |= {f"{LOSS}.{name}": value for name, value in loss.items()}
+            if training.second_stage.start is not None:
+                values |= {f"{SECOND_LOSS}.{name}": value for name, value in (loss | {"energy": 10.0}).items()}
+        return values
+
+    def without_stress(self) -> RunConfig:
+        """For training frames without stress labels: its weight is 0 unless it was given."""
+        values = self.model_dump()
+        for loss in (LOSS, SECOND_LOSS):
+            if not is_given(self, f"{loss}.stress"):
+                set_value(values, f"{loss}.stress", 0.0)
+        return with_given_as_in(RunConfig.model_validate(values), self)
+
     def save(self, path: str | Path) -> None:
-        """Write the complete configuration as YAML, atomically."""
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        """Write the complete configuration as YAML, atomically; :func:`load_config` knows which options were given."""
+        content = self.model_dump(mode="json") | {RECORD: record_of(self)}
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _plain_defaults(name: str) -> tuple[Any, Any]:
+    """The default of an option by itself: in the whole configuration, and in its section alone."""
+    section: Any = RunConfig(data=DataConfig(train=["-"]))
+    *sections, last = name.split(".")
+    for key in sections:
+        section = getattr(section, key)
+    return getattr(section, last), type(section).model_fields[last].default
 
 
 def parse_setting(text: str) -> tuple[list[str], Any]:
@@ -482,21 +531,45 @@ def load_config(
         InputError: unreadable file, unknown key or value out of range; names the key.
     """
     merged: dict[str, Any] = _read_yaml(path) if path is not None else {}
-    _merge(merged, given or {})
-    chosen = [(text, *parse_setting(text)) for text in settings]
-    chosen += [(name, _section_and_key(name), value) for name, value in (overrides or {}).items()]
-    for text, keys, value in chosen:
-        nested: Any = value
-        for key in reversed(keys):
-            nested = {key: nested}
-        if not isinstance(nested, dict):
-            raise InputError(f"setting {short(text)}: name a section and a key, as in training.epochs.")
-        _merge(merged, nested, keep_none=True)
     source = f"{path}: " if path is not None else ""
     try:
-        return RunConfig.model_validate(merged)
+        record = take_record(merged)
+    except ValueError as error:
+        raise InputError(f"{source}{error}.") from error
+    _merge(merged, given or {})
+    changes = [_nested(text, *parse_setting(text)) for text in settings]
+    changes += [_nested(name, _section_and_key(name), value) for name, value in (overrides or {}).items()]
+    for change in changes:
+        _merge(merged, change, keep_none=True)
+    unset: set[str] = set()
+    if record is not None:
+        now = {name for change in changes for name in leaf_names(change)}
+        now |= {name for name in leaf_names(given or {}) if value_of(given or {}, name) is not None}
+        for name in record.outdated(merged, now):
+            whole, alone = _plain_defaults(name)
+            if whole == alone:
+                remove_value(merged, name)
+            else:  # what is left of the section would not have the default
+                set_value(merged, name, whole)
+        unset = set(record.names) - now
+    try:
+        return with_unset(RunConfig.model_validate(merged), unset)
     except ValidationError as error:
         raise InputError(source + _explain(error)) from error
+
+
+def _nested(text: str, keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A setting as nested mappings.
+
+    Raises:
+        InputError: it names no key of a section.
+    """
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    if not isinstance(nested, dict):
+        raise InputError(f"setting {short(text)}: name a section and a key, as in training.epochs.")
+    return nested
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from forcetune.frames.dataset import Dataset, read_dataset
 from forcetune.frames.frame import Frame
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored import StoredGraphs
+from forcetune.graphs.stored import StoredGraphs, any_label
 from forcetune.records import (
     ENVIRONMENT_NAME,
     PREDICTIONS_NAME,
@@ -171,6 +171,7 @@ class Fitting:
     def go_on(self) -> Run:
         """The rest of a run that was interrupted; the configuration is that of its folder."""
         checkpoint = read_checkpoint(self.folder)
+        self._progress(checkpoint)
         start = self._start(None, checkpoint)
         for name, found, stored in (
             ("the training frames", start.data, checkpoint["data"]),
@@ -179,9 +180,27 @@ class Fitting:
             if found != stored:
                 raise InputError(f"{self.folder}: {name} changed since the run began; start a new run with `fit`.")
         recover_adapter(self.folder / ADAPTER_NAME)
-        epochs = checkpoint["training"]["epochs_done"]
-        self.console.print(f"going on after epoch {epochs} of {self.config.training.epochs}", highlight=False)
+        epochs, planned = self._progress(checkpoint)
+        over = epochs == planned or checkpoint["training"]["stopped"]
+        text = f"training ended after epoch {epochs}: " if over else f"going on after epoch {epochs} of {planned}"
+        self.console.print(text + ("making the results" if over else ""), highlight=False)
         return self._finish(start, checkpoint["training"])
+
+    def _progress(self, checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+        """Epochs done, and those of the whole run.
+
+        Raises:
+            InputError: more are done than there shall be.
+        """
+        done, skipped = checkpoint["training"]["epochs_done"], checkpoint["training"].get("skipped", 0)
+        planned = self.config.training.epochs
+        # a second stage that began early goes on to its next validation
+        if done + skipped > planned + (self.config.training.valid_every - 1 if skipped else 0):
+            raise InputError(
+                f"{self.folder / CONFIG_NAME}: training.epochs is {planned}, but {done + skipped} epochs are behind "
+                f"the run; set it to {done + skipped} to end the run there, or to more to go on."
+            )
+        return done, max(done, planned - skipped)
 
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
         """Everything before the training; nothing is written."""
@@ -194,6 +213,8 @@ class Fitting:
         if examined:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
+        if not any_label(graphs["train"], "stress"):
+            self.config = self.config.without_stress()
         check_labels(self.config.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():

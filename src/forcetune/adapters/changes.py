@@ -135,7 +135,7 @@ def _path_change(
         changed=float((delta != 0).double().mean()),
         singular=tuple(float(value) / norm for value in values[:SINGULAR_VALUES]),
         stable_rank=(size / largest) ** 2 if largest > 0 else 0.0,
-        channels=float((matrix != 0).any(dim=0).double().mean()),
+        channels=float((matrix != 0).any(dim=1 if path.transposed else 0).double().mean()),
         elements=_by_element(path, site.kind, weight, delta, elements),
     )
 

@@ -205,7 +205,7 @@ def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tupl
         if declared is not None:
             sites.extend(declared(name))
         elif isinstance(module, nn.Linear):
-            path = WeightPath("out->in", 0, tuple(module.weight.shape))
+            path = WeightPath("out->in", 0, tuple(module.weight.shape), transposed=True)
             sites.append(Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,)))
     found = {site.name for site in sites}
     for name, module in modules:

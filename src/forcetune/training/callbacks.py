@@ -120,7 +120,7 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console)
-        done, epochs = pl_module.epochs_done, pl_module.config.epochs
+        done, epochs = pl_module.epochs_done, pl_module.epochs
         self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, told="")
         self.bar.start()
 
@@ -134,14 +134,21 @@ class ProgressBar(Callback):
     ) -> None:
         assert isinstance(pl_module, FineTuning)
         if self.bar is not None:
-            self.bar.update(self.task, completed=pl_module.progress, epoch=pl_module.epoch, told=_told(pl_module))
+            self.bar.update(
+                self.task,
+                total=pl_module.epochs,
+                epochs=pl_module.epochs,
+                completed=pl_module.progress,
+                epoch=pl_module.epoch,
+                told=_told(pl_module),
+            )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, FineTuning)
         every = max(1, math.ceil(pl_module.config.epochs / 20))
         if self.bar is None and pl_module.epoch % every == 0:
             told = _told(pl_module)
-            self.console.print(f"epoch {pl_module.epoch}/{pl_module.config.epochs} {told}", highlight=False)
+            self.console.print(f"epoch {pl_module.epoch}/{pl_module.epochs} {told}", highlight=False)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.close()

@@ -29,7 +29,7 @@ from forcetune.training.traced import TracedTraining
 
 _COUNTERS = (
     *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
-    *("epochs_done", "steps_done", "stopped"),
+    *("epochs_done", "steps_done", "stopped", "skipped"),
 )
 
 
@@ -44,6 +44,8 @@ class FineTuning(lightning.LightningModule):
         waited: validations since the last improvement.
         epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
         stopped: early stopping ended the run.
+        skipped: epochs of the first stage that early stopping left out; the second stage begins so much earlier.
+        tell: shows a line of text.
         traced: steps without Python between their operations, or None where they are eager.
         untraced: why they are.
         shares_validation: every process validates on other frames.
@@ -84,6 +86,8 @@ class FineTuning(lightning.LightningModule):
         self.epochs_done = 0
         self.steps_done = 0
         self.stopped = False
+        self.skipped = 0
+        self.tell: Callable[[str], None] = lambda text: None
         self.traced: TracedTraining | None = None
         self.untraced: str | None = None
         self.shares_validation = False
@@ -106,6 +110,11 @@ class FineTuning(lightning.LightningModule):
     def epoch(self) -> int:
         """The epoch in progress, counted from 1 over the whole run."""
         return self._epochs_before + self.current_epoch + 1
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run; early stopping before the second stage leaves some out."""
+        return self.config.epochs - self.skipped
 
     @property
     def progress(self) -> float:
@@ -160,7 +169,8 @@ class FineTuning(lightning.LightningModule):
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         for name in _COUNTERS:
-            setattr(self, name, state[name])
+            if name in state or name != "skipped":  # which checkpoints of earlier versions do not have
+                setattr(self, name, state[name])
         self._epochs_before = self.epochs_done
         # Lightning takes the first batch before it says that an epoch starts
         self.loader.epoch = self.epochs_done
@@ -195,7 +205,7 @@ class FineTuning(lightning.LightningModule):
             optimizer: Any = self._optimizer
             optimizer.train()
         second = self.config.second_stage
-        if self.stage == 1 and second.start is not None and self.epoch >= second.start:
+        if self.stage == 1 and second.start is not None and self.epoch + self.skipped >= second.start:
             self.stage = 2
             self.schedule.restart(second.learning_rate)
             self._set_rate(second.learning_rate)
@@ -203,7 +213,7 @@ class FineTuning(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.config.optimizer != "schedulefree":
-            self._set_rate(self.schedule.at(self.epoch - 1 + (batch_idx + 1) / self._n_batches))
+            self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (batch_idx + 1) / self._n_batches))
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -277,6 +287,9 @@ class FineTuning(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.epochs_done += 1
+        # the last epoch of a stage that began early is one that was validated
+        if self.epochs_done >= self.epochs and self.epochs_done % self.config.valid_every == 0:
+            self.trainer.should_stop = True
 
     def on_validation_start(self) -> None:
         self._validated.clear()
@@ -316,7 +329,20 @@ class FineTuning(lightning.LightningModule):
         if self.observe is not None:
             self.observe(self.epoch, self.valid_errors)
         if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
+            self._end_stage()
+
+    def _end_stage(self) -> None:
+        """Early stopping ends the stage: the second one begins, with as many epochs as planned, or the run is over."""
+        second = self.config.second_stage.start
+        if self.stage == 2 or second is None:
             self.trainer.should_stop = self.stopped = True
+            return
+        self.skipped = second - 1 - self.epoch
+        if self.skipped:
+            self.tell(
+                f"no improvement in {self.waited} validations: the second stage begins in epoch {self.epoch + 1} "
+                f"instead of {second}"
+            )
 
     def on_validation_end(self) -> None:
         self._during_validation.close()

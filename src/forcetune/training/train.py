@@ -38,6 +38,7 @@ class TrainingOutcome:
     Attributes:
         status: ``finished``, ``stopped early`` or ``interrupted`` (by Ctrl-C; the best adapter so far is kept).
         epochs_done, steps: what was done.
+        epochs_skipped: of the first stage, which early stopping ended; the second one was whole.
         best_epoch, best_valid_loss: of the adapter that was kept.
         seconds, seconds_per_step: wall time of the training, validation included, and its share of one step.
         traced_operations: of the graph that computed the steps; 0 where they were eager.
@@ -53,6 +54,7 @@ class TrainingOutcome:
     seconds_per_step: float
     traced_operations: int = 0
     untraced: str | None = None
+    epochs_skipped: int = 0
 
 
 def train(
@@ -101,16 +103,17 @@ def train(
     module.shares_validation = _shares_validation(validation)
     module.keeps_validation = not isinstance(validation, StoredGraphs)
     module.frame_name = frame_name
+    module.tell = _teller(console)
     if state is not None:
-        module.load_training_state(state)
+        _restore(module, state, folder)
     callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
     if save_state is not None:
         callbacks.append(Checkpoint(save_state))
     began, steps_before = time.monotonic(), module.steps_done
-    if module.stopped or module.epochs_done >= config.epochs:
-        status = "finished" if module.epochs_done == config.epochs else "stopped early"
+    if module.stopped or module.epochs_done >= module.epochs:
+        status = _status(module)
     else:
-        module.trace(_teller(console))
+        module.trace(module.tell)
         trainer = _trainer(backbone, config, folder, tensorboard, callbacks, config.epochs - module.epochs_done)
         status = _carry_out(trainer, module, valid_loader)
     seconds = time.monotonic() - began
@@ -124,7 +127,22 @@ def train(
         seconds_per_step=seconds / max(1, module.steps_done - steps_before),
         traced_operations=0 if module.traced is None else module.traced.operations,
         untraced=module.untraced,
+        epochs_skipped=module.skipped,
     )
+
+
+def _restore(module: FineTuning, state: dict[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        InputError: the state is of a run with other options, or of another version.
+    """
+    try:
+        module.load_training_state(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: its checkpoint does not fit config.yaml, which has changed since the run began (or forcetune "
+            "has); undo the changes, or start a new run with `fit`."
+        ) from error
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:
@@ -170,7 +188,11 @@ def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: Batch
         if not trainer.interrupted or module.best_epoch == 0:
             raise
         return "interrupted"
-    return "finished" if module.epochs_done == module.config.epochs else "stopped early"
+    return _status(module)
+
+
+def _status(module: FineTuning) -> str:
+    return "stopped early" if module.stopped and module.epochs_done < module.epochs else "finished"
 
 
 def _trainer(

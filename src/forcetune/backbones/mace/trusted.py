@@ -282,8 +282,9 @@ def _sites_of(name: str, module: Any) -> Iterator[Site]:
     elif kind == "FullyConnectedTensorProduct" and "weight" in module._parameters:
         yield _tensor_product(name, module)
     elif kind == "_Layer" or isinstance(module, nn.Linear):
-        label = "out->in" if isinstance(module, nn.Linear) else "in->out"
-        path = WeightPath(label, 0, tuple(module._parameters["weight"].shape))
+        transposed = isinstance(module, nn.Linear)
+        label = "out->in" if transposed else "in->out"
+        path = WeightPath(label, 0, tuple(module._parameters["weight"].shape), transposed)
         yield Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,))
     elif kind == "Contraction":
         yield from _contraction(name, module)
