@@ -50,7 +50,9 @@ class DataConfig(Section):
     )
     test: list[str] = Field(default=[], description="Test files; evaluated before and after, never trained on.")
     energy_key: str = Field(
-        default="auto", description="Key of the energy; `auto` detects it, `calculator` takes ASE results."
+        default="auto",
+        description="Key of the energy; `auto` detects it, `calculator` takes ASE results, `none` trains on forces "
+        "alone.",
     )
     forces_key: str = Field(default="auto", description="Key of the forces; `none` trains on energies alone.")
     stress_key: str = Field(default="auto", description="Key of the stress or virial; `none` ignores it.")
@@ -231,13 +233,23 @@ class LossConfig(Section):
 
     energy: float = Field(default=1.0, ge=0, description="Weight of the energy term.")
     forces: float = Field(default=1000.0, ge=0, description="Weight of the force term.")
-    stress: float = Field(default=0.0, ge=0, description="Weight of the stress term; needs stress labels.")
+    stress: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the stress term. When not given: 1000 times that of the forces (10 times for huber and "
+        "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
+    )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
     form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
     huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
     energy_per_atom: bool = Field(
         default=False, description="Energy error divided by the number of atoms before the loss."
     )
+
+    @property
+    def stress_weight(self) -> float:
+        """Weight of the stress term; 0 until :func:`forcetune.training.weights.settle` chose one."""
+        return self.stress or 0.0
 
 
 class SecondStageConfig(Section):
@@ -371,7 +383,7 @@ class RunConfig(Section):
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
         if training.second_stage.start is not None and training.second_stage.start > training.epochs:
             raise ValueError("training.second_stage.start lies after the last epoch")
-        if self.data.stress_key == "none" and training.loss.stress > 0:
+        if self.data.stress_key == "none" and training.loss.stress_weight > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
             raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")

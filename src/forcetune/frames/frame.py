@@ -39,6 +39,9 @@ class Frame:
         origin: file and position, for error messages.
         moments: (atoms, 3), magnetic moments, μB (a number per atom in the file stands for its z component), or None.
         spins: (atoms, 3), the magnetic state that the labels belong to, as a spin-aware layer takes it, or None.
+        energy_weight, forces_weight, stress_weight, moments_weight: how much each label counts in the loss, positive;
+            from the file (:mod:`forcetune.frames.weights`).
+        charge, multiplicity: total charge and spin as the file names them, or None; no model here knows them.
     """
 
     numbers: IntArray
@@ -51,6 +54,12 @@ class Frame:
     origin: Origin
     moments: FloatArray | None = None
     spins: FloatArray | None = None
+    energy_weight: float = 1.0
+    forces_weight: float = 1.0
+    stress_weight: float = 1.0
+    moments_weight: float = 1.0
+    charge: float | None = None
+    multiplicity: float | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
