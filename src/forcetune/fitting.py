@@ -40,9 +40,8 @@ from forcetune.frames.frame import FloatArray, Frame
 from forcetune.frames.isolated import compare_isolated
 from forcetune.frames.labels import NONE
 from forcetune.frames.references import ReferenceEnergies, reference_energies
-from forcetune.frames.stored import has_label
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored import StoredGraphs
+from forcetune.graphs.stored import StoredGraphs, any_label
 from forcetune.kernels.install import accelerate
 from forcetune.records import (
     ENVIRONMENT_NAME,
@@ -181,7 +180,7 @@ class Fitting:
         if examined:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
-        self._settle_weights(dataset)
+        self._settle_weights(graphs["train"])
         check_labels(self.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
@@ -257,16 +256,14 @@ class Fitting:
         say_isolated(self.console, found, references)
         return references
 
-    def _settle_weights(self, dataset: Dataset) -> None:
+    def _settle_weights(self, graphs: Sequence[Batch]) -> None:
         """Weights of the loss for the labels there are, and a line about what is not trained on."""
-        frames, keys = dataset.train.frames, self.config.data
-        asked = {label: getattr(keys, f"{label}_key") for label in ("energy", "forces", "stress")}
-        # without a word of the user, a loss without the labels it needs is a mistake that is told
-        labelled = {label for label, key in asked.items() if has_label(frames, label) or key != NONE}
-        if not has_label(frames, "stress"):
-            labelled -= {"stress"}
-        magnetic = self.config.magnetism.layer != "off"
-        self.training = settle(self.config.training, labelled, magnetic)
+        data = self.config.data
+        # energies and forces that are not there although nobody said so are a mistake, which is told later
+        labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
+        if any_label(graphs, "stress"):
+            labelled.add("stress")
+        self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
         say_weights(self.console, self.config.training, self.training, labelled)
 
     def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:

@@ -13,6 +13,15 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
+SMALLEST_VOLUME = 1e-6
+"""Å³; a cell below it is none."""
+
+
+def volume_of(cell: FloatArray) -> float:
+    """Å³, of (3, 3) lattice vectors in rows."""
+    return abs(float(np.linalg.det(cell)))
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a frame was read: file and zero-based position in it. ``str()`` is what errors print."""
@@ -63,6 +72,11 @@ class Frame:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def has_volume(self) -> bool:
+        """Whether the cell has one; a stress is a share of it."""
+        return volume_of(self.cell) >= SMALLEST_VOLUME
 
 
 class LabelKeys(NamedTuple):

@@ -27,7 +27,7 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.frame import FloatArray, LabelKeys, Origin
+from forcetune.frames.frame import SMALLEST_VOLUME, FloatArray, LabelKeys, Origin, volume_of
 
 Label = Literal["energy", "forces", "stress", "moments", "spins"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -251,8 +251,8 @@ def stress_tensor(raw: RawFrame, key: str, values: Any) -> FloatArray:
         )
     if "virial" not in key.lower():
         return matrix
-    volume = abs(float(np.linalg.det(raw.atoms.cell.array)))
-    if volume < 1e-6:
+    volume = volume_of(raw.atoms.cell.array)
+    if volume < SMALLEST_VOLUME:
         raise InputError(
             f"{raw.origin}: the virial under '{key}' cannot become a stress because the cell has no volume; "
             "give the frame a cell or set stress_key to 'none'."

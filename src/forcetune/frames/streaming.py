@@ -62,7 +62,7 @@ class _Task:
 
 @dataclass(slots=True)
 class _Part:
-    """What was read of a chunk: frames as rows, or why a label cannot be used; frames with weight 0 are only counted."""
+    """What was read of a chunk: frames as rows, or why a label cannot be used; those with weight 0 are only counted."""
 
     count: int
     witnesses: list[RawFrame]

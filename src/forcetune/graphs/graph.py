@@ -119,7 +119,8 @@ def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtyp
         ptr=torch.tensor([0, atoms]),
         energy=label(frame.energy, (1,), torch.float64),
         forces=label(frame.forces, (atoms, 3)),
-        stress=label(frame.stress, (1, 3, 3)),
+        # without a volume there is no stress to compare a label with
+        stress=label(frame.stress if frame.has_volume else None, (1, 3, 3)),
         moments=label(frame.moments, (atoms, 3)),
         spins=label(frame.spins, (atoms, 3)),
         weight=torch.ones(1, dtype=torch.float64),

@@ -10,9 +10,9 @@ STRESS_PER_FORCES = {"mse": 1000.0, "huber": 10.0, "mae": 10.0}
 """Weight of stress over that of forces, for each form of the loss.
 
 Errors of stress, in eV/Å³, are about a hundred times smaller than those of forces, in eV/Å, so that squares need a
-larger factor than absolute values. 10 for Huber is what mace's foundation models were trained with (``--loss universal``, forces 10,
-stress 100); mace's ``--loss stress`` has squares with a hundredth of the weight of forces, where stress counts for next
-to nothing.
+larger factor than absolute values. 10 for Huber is what mace's foundation models were trained with (``--loss
+universal``, forces 10, stress 100); mace's ``--loss stress`` has squares with a hundredth of the weight of forces,
+where stress counts for next to nothing.
 """
 
 

@@ -14,7 +14,16 @@ from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.chunks import structures_of
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames
 from forcetune.frames.frame import Frame, LabelKeys, Origin
-from forcetune.frames.labels import LABELS, NONE, Label, RawFrame, choose_key, label_under, lacking, raw_frame
+from forcetune.frames.labels import (
+    LABELS,
+    NONE,
+    Label,
+    RawFrame,
+    choose_key,
+    label_under,
+    lacking,
+    raw_frame,
+)
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
 from forcetune.frames.unread import tell_unread
