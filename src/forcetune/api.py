@@ -85,7 +85,7 @@ def _labelled_frames(
         "forces_key": keys.forces or AUTO,
         "stress_key": keys.stress or AUTO,
     }
-    frames = read_frames(data, **usual, **magnetic, name="evaluation data").frames
+    frames = read_frames(data, **usual, **magnetic, require=(), expect=("energy",), name="evaluation data").frames
     if magnetism is not None and magnetism.layer == "spin":
         return with_spins(frames, magnetism.inputs)
     return tuple(frames)
@@ -173,7 +173,9 @@ def inspect(
     adapter = attached(backbone)
     gates: tuple[GateChange, ...] = ()
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
-        frames = read_frames(data if data is not None else _training_files(run), name="data to watch gates on").frames
+        frames = read_frames(
+            data if data is not None else _training_files(run), require=(), name="data to watch gates on"
+        ).frames
         with recorded_gates(backbone) as seen:
             predict(backbone, graphs_of(backbone, frames))
         gates = tuple(seen)

@@ -35,7 +35,9 @@ from forcetune.frames.doctor.examine import TRAIN, Examined, examine_frames
 from forcetune.frames.doctor.finding import Finding, in_frames, in_order
 from forcetune.frames.doctor.reading import read_leniently
 from forcetune.frames.frame import Frame, LabelKeys
-from forcetune.frames.labels import AUTO, NONE, Label
+from forcetune.frames.isolated import compare_isolated
+from forcetune.frames.labels import AUTO, Label
+from forcetune.frames.splits import separate_isolated
 from forcetune.frames.stored import StoredFrames
 from forcetune.graphs.graph import Batch
 
@@ -141,6 +143,7 @@ def doctor(
         facts["model"] = {"name": backbone.base.name, "cutoff_ang": backbone.cutoff, "licence": backbone.base.licence}
         facts["agreement"] = {name: _agreement(found) for name, found in compared.items()}
         facts["memory"] = _memory(backbone, graphs, batch_size or TrainingConfig().batch_size, findings)
+        findings += _isolated(known.get(TRAIN, ()), compared.get(TRAIN), backbone)
         for found in compared.values():
             findings += diagnose(found) + find_outliers(found)
         arrays = {f"{name}/{key}": own for name, found in compared.items() for key, own in found.arrays().items()}
@@ -225,9 +228,8 @@ def _read(
     findings: list[Finding] = []
     for name, sources in named.items():
         if sources is not None:
-            without = name == "test" or asked.forces == NONE
-            needed: tuple[Label, ...] = ("energy",) if without else ("energy", "forces")
-            sets[name], keys[name], found = read_leniently(_listed(sources), asked, needed, NAMES[name])
+            expect: tuple[Label, ...] = ("energy",) if name == "test" else ("energy", "forces")
+            sets[name], keys[name], found = read_leniently(_listed(sources), asked, expect, NAMES[name])
             findings += found
     return sets, keys, findings
 
@@ -313,6 +315,17 @@ def sample(indices: Sequence[int], most: int) -> list[int]:
     length = max(1, most // 10)
     starts = np.linspace(0, len(indices) - length, most // length).astype(int)
     return [indices[k] for k in sorted({int(start) + i for start in starts for i in range(length)})]
+
+
+def _isolated(frames: Sequence[Frame], compared: Compared | None, backbone: Backbone) -> list[Finding]:
+    """What isolated atoms among the training frames say against the others."""
+    _, alone = separate_isolated(frames)
+    others, energies = ((), ()) if compared is None else (compared.frames, compared.energy)
+    found = compare_isolated(alone, others, energies, backbone.reference_energies)
+    if found is None:
+        return []
+    severity = "warning" if found.disagree else "note"
+    return [Finding("isolated-energies", severity, found.sentence("estimate"), alone[0].origin.file)]
 
 
 def _without_copies(findings: Sequence[Finding]) -> list[Finding]:

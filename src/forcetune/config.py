@@ -64,7 +64,9 @@ class DataConfig(Section):
     )
     test: list[str] = Field(default=[], description="Test files; evaluated before and after, never trained on.")
     energy_key: str = Field(
-        default="auto", description="Key of the energy; `auto` detects it, `calculator` takes ASE results."
+        default="auto",
+        description="Key of the energy; `auto` detects it, `calculator` takes ASE results, `none` trains on forces "
+        "alone.",
     )
     forces_key: str = Field(default="auto", description="Key of the forces; `none` trains on energies alone.")
     stress_key: str = Field(default="auto", description="Key of the stress or virial; `none` ignores it.")
@@ -246,13 +248,23 @@ class LossConfig(Section):
 
     energy: float = Field(default=1.0, ge=0, description="Weight of the energy term.")
     forces: float = Field(default=1000.0, ge=0, description="Weight of the force term.")
-    stress: float = Field(default=0.0, ge=0, description="Weight of the stress term; needs stress labels.")
+    stress: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the stress term. When not given: 1000 times that of the forces (10 times for huber and "
+        "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
+    )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
     form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
     huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
     energy_per_atom: bool = Field(
         default=False, description="Energy error divided by the number of atoms before the loss."
     )
+
+    @property
+    def stress_weight(self) -> float:
+        """Weight of the stress term; 0 until :func:`forcetune.training.weights.settle` chose one."""
+        return self.stress or 0.0
 
 
 class SecondStageLossConfig(LossConfig):
@@ -412,7 +424,7 @@ class RunConfig(Section):
                 f"training.second_stage.start lies after the last validation (epoch {last}), so no adapter of that "
                 "stage could be chosen; let it start earlier, or lower training.valid_every"
             )
-        if self.data.stress_key == "none" and training.loss.stress > 0:
+        if self.data.stress_key == "none" and training.loss.stress_weight > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
             raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
@@ -444,20 +456,11 @@ class RunConfig(Section):
             values["training.ema"] = None
         if self.magnetism.layer != "off":
             # Huber, all terms alike, energies per atom: as published for the spin-aware layer
-            loss = {"energy": 1.0, "forces": 1.0, "stress": 1.0, "moments": 1.0, "form": "huber"}
-            loss |= {"energy_per_atom": True} | ({"stress": 0.0} if self.data.stress_key == "none" else {})
+            loss = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
             values |= {f"{LOSS}.{name}": value for name, value in loss.items()}
             if training.second_stage.start is not None:
                 values |= {f"{SECOND_LOSS}.{name}": value for name, value in (loss | {"energy": 10.0}).items()}
         return values
-
-    def without_stress(self) -> RunConfig:
-        """For training frames without stress labels: its weight is 0 unless it was given."""
-        values = self.model_dump()
-        for loss in (LOSS, SECOND_LOSS):
-            if not is_given(self, f"{loss}.stress"):
-                set_value(values, f"{loss}.stress", 0.0)
-        return with_given_as_in(RunConfig.model_validate(values), self)
 
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML, atomically; :func:`load_config` knows which options were given."""

@@ -38,7 +38,9 @@ from forcetune.evaluation.streamed import (
 )
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, read_dataset
-from forcetune.frames.frame import Frame
+from forcetune.frames.frame import FloatArray, Frame
+from forcetune.frames.isolated import compare_isolated
+from forcetune.frames.labels import NONE
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored import StoredGraphs, any_label
@@ -68,11 +70,12 @@ from forcetune.run_folder import (
     recover_adapter,
     write_checkpoint,
 )
-from forcetune.telling import say_adapter, say_data
+from forcetune.telling import say_adapter, say_data, say_isolated, say_weights
 from forcetune.training.refine import Refinement, refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
+from forcetune.training.weights import settle
 from forcetune.workers import worker_count
 
 
@@ -146,6 +149,7 @@ class Fitting:
         self._stores_base = False
         assert self.config.training.learning_rate is not None
         self.rate = self.config.training.learning_rate
+        self.training = self.config.training
 
     def carry_out(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
         """The whole run.
@@ -213,9 +217,8 @@ class Fitting:
         if examined:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
-        if not any_label(graphs["train"], "stress"):
-            self.config = self.config.without_stress()
-        check_labels(self.config.training, graphs["train"])
+        self._settle_weights(graphs["train"])
+        check_labels(self.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
             if isinstance(found := raw[name], Predictions):
@@ -223,30 +226,17 @@ class Fitting:
         if examined:
             check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
         own_references = backbone.reference_energies
-        table = self.config.references.table
-        references = reference_energies(
-            self.config.references.mode,
-            dataset.train.frames,
-            dataset.isolated,
-            raw["train"].energy,
-            own_references,
-            None if table is None else {**table},
-        )
+        references = self._references(dataset, raw["train"].energy, own_references)
         if checkpoint is not None:
             references = replace(references, energies=checkpoint["reference_energies"])
-        self.console.print(
-            f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
-            f"{references.offset_after_mev_per_atom:.1f} meV/atom",
-            highlight=False,
-        )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
         # errors of streamed training frames are those of a sample, before and after
         raw["train"] = shown(raw["train"])
         before = {name: found.shifted(shift) for name, found in raw.items()}
         prepared = None
         if replay is not None:
-            prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
-        adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
+            prepared = prepare_replay(replay, self.config.replay, self.training, backbone, references.energies)
+        adapter = attach_for_training(backbone, self.method, self.training, graphs["train"], references.energies)
         backbone.set_reference_energies(references.energies)
         say_adapter(self.console, self.method, backbone, adapter)
         parameters = describe_parameters(adapter)
@@ -277,6 +267,41 @@ class Fitting:
             results,
             start.backbone,
         )
+
+    def _references(
+        self, dataset: Dataset, model_energies: FloatArray, own_references: dict[int, float]
+    ) -> ReferenceEnergies:
+        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
+        mode, table = self.config.references.mode, self.config.references.table
+        if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
+            mode = "model"
+        references = reference_energies(
+            mode,
+            dataset.train.frames,
+            dataset.isolated,
+            model_energies,
+            own_references,
+            None if table is None else {**table},
+        )
+        if references.offset_before_mev_per_atom is not None:
+            self.console.print(
+                f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
+                f"{references.offset_after_mev_per_atom:.1f} meV/atom",
+                highlight=False,
+            )
+        found = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, own_references)
+        say_isolated(self.console, found, references)
+        return references
+
+    def _settle_weights(self, graphs: Sequence[Batch]) -> None:
+        """Weights of the loss for the labels there are, and a line about what is not trained on."""
+        data = self.config.data
+        # energies and forces that are not there although nobody said so are a mistake, which is told later
+        labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
+        if any_label(graphs, "stress"):
+            labelled.add("stress")
+        self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
+        say_weights(self.console, self.config.training, self.training, labelled)
 
     def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
         model = self.config.model
@@ -377,7 +402,7 @@ class Fitting:
 
         return train(
             start.backbone,
-            self.config.training,
+            self.training,
             self.rate,
             start.graphs["train"],
             start.graphs["valid"],
@@ -405,7 +430,7 @@ class Fitting:
             task = bar.add_task("refining", total=self.config.training.refine)
             found = refine(
                 start.backbone,
-                self.config.training,
+                self.training,
                 start.graphs["train"],
                 start.graphs["valid"],
                 replay=start.replay,
@@ -446,7 +471,7 @@ class Fitting:
         return self._predict(start.backbone, graphs, label, finite=False)
 
     def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
-        training, backbone = self.config.training, start.backbone
+        training, backbone = self.training, start.backbone
         results: dict[str, Any] = {
             "forcetune": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -463,6 +488,7 @@ class Fitting:
                 "learning_rate": self.rate,
                 "batch_size": training.batch_size,
                 "seed": training.seed,
+                "loss": training.loss.model_dump(),
             },
             "environment": environment(backbone.device),
             "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,

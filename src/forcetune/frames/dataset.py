@@ -91,8 +91,9 @@ def read_dataset(
 ) -> Dataset:
     """Read, check and split the frames of a run.
 
-    Every training and validation frame needs an energy and, unless ``forces_key`` is ``none``, forces; test frames
-    need an energy. With a magnetic layer moments are read, too, and every frame needs the state that it is given.
+    Some training and validation frame needs an energy and some needs forces, unless ``energy_key`` or ``forces_key``
+    is ``none``; some test frame needs an energy. Labels that a frame lacks do not count. With a magnetic layer moments
+    are read, too, and every frame needs the state that it is given.
 
     Args:
         config: which, and whether they stay on disk.
@@ -102,7 +103,7 @@ def read_dataset(
     Raises:
         InputError: as :func:`forcetune.frames.read.read_frames`, or a split leaves nothing.
     """
-    needed: tuple[Label, ...] = ("energy",) if config.forces_key == NONE else ("energy", "forces")
+    needed: tuple[Label, ...] = ("energy", "forces")
     magnetic = magnetism is not None and magnetism.layer != "off"
     streamed = is_streamed(config)
     read = partial(_read, config, _streamed(config, progress) if streamed else _in_memory, magnetic)
@@ -150,14 +151,19 @@ def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:
 _Reader = Callable[[Sequence[str], LabelKeys, Sequence[Label], str], FrameSet]
 
 
-def _in_memory(sources: Sequence[str], asked: LabelKeys, require: Sequence[Label], name: str) -> FrameSet:
+def _in_memory(sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str) -> FrameSet:
     keys = {f"{label}_key": key for label, key in asked._asdict().items()}
-    return read_frames(list(sources), **keys, require=require, name=name)
+    return read_frames(list(sources), **keys, require=(), expect=expect, name=name)
 
 
 def _streamed(config: DataConfig, progress: Callable[[int], None] | None) -> _Reader:
     folder = path_of(config.store) if config.store is not None else cache_folder("streams")
-    return partial(stream_frames, folder=folder, workers=worker_count(config.workers), progress=progress)
+    workers = worker_count(config.workers)
+
+    def read(sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str) -> FrameSet:
+        return stream_frames(sources, asked, (), name, folder=folder, workers=workers, progress=progress, expect=expect)
+
+    return read
 
 
 def _read(
@@ -165,13 +171,13 @@ def _read(
     reader: _Reader,
     magnetic: bool,
     sources: Sequence[str],
-    require: Sequence[Label],
+    expect: Sequence[Label],
     name: str,
     expected: LabelKeys | None = None,
 ) -> FrameSet:
     unasked = () if magnetic else ("moments", "spins")
     asked = LabelKeys(*(NONE if name in unasked else getattr(config, f"{name}_key") for name in LabelKeys._fields))
-    found = reader(sources, asked, require, name)
+    found = reader(sources, asked, expect, name)
     for label, ours, theirs in zip(LabelKeys._fields, found.keys, expected or found.keys, strict=True):
         if ours != theirs and None not in (ours, theirs):
             warn(

@@ -22,6 +22,7 @@ from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
 from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.files import path_of
 from forcetune.frames import mptrj
+from forcetune.frames.comment_line import parse_comment
 from forcetune.frames.frame import Origin
 from forcetune.frames.mptrj import is_mptrj
 from forcetune.parsing import check_archive, check_unpacked
@@ -183,7 +184,7 @@ def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
         return chain.from_iterable(xyz_structures(text, format_name) for text in xyz_texts(path))
     # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
     found: Iterable[Atoms] = ase.io.iread(
-        str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True
+        str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True, **_options(format_name)
     )
     return iter(found)
 
@@ -202,8 +203,13 @@ def structure_of(row: AtomsRow) -> Atoms:
 
 def xyz_structures(text: str, format_name: str) -> Iterator[Atoms]:
     """The structures in the text of an XYZ file."""
-    found: Any = ase.io.iread(io.StringIO(text), ":", format=format_name, parallel=False)
+    found: Any = ase.io.iread(io.StringIO(text), ":", format=format_name, parallel=False, **_options(format_name))
     return iter(found)
+
+
+def _options(format_name: str) -> dict[str, Any]:
+    """Of ASE's reader of this format."""
+    return {"properties_parser": parse_comment} if format_name == "extxyz" else {}
 
 
 def check_xyz(path: Path) -> None:

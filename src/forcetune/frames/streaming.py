@@ -36,6 +36,8 @@ from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, refusing
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.stored import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.survey import Survey, survey_of
+from forcetune.frames.unread import tell_unread
+from forcetune.frames.weights import WeightTally, is_left_out
 from forcetune.workers import WorkerDiedError, in_order
 
 try:
@@ -43,7 +45,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 2
+VERSION = 3
 _LOCK = "lock"
 Progress = Callable[[int], None]
 
@@ -60,10 +62,11 @@ class _Task:
 
 @dataclass(slots=True)
 class _Part:
-    """What was read of a chunk: frames as rows, or why a label cannot be used."""
+    """What was read of a chunk: frames as rows, or why a label cannot be used; those with weight 0 are only counted."""
 
     count: int
     witnesses: list[RawFrame]
+    weights: WeightTally = field(default_factory=WeightTally)
     rows: list[bytes] = field(default_factory=list)
     atoms: list[int] = field(default_factory=list)
     alone: list[bool] = field(default_factory=list)
@@ -81,12 +84,13 @@ def stream_frames(
     folder: Path,
     workers: int,
     progress: Progress | None = None,
+    expect: Sequence[Label] = (),
 ) -> FrameSet:
     """As :func:`forcetune.frames.read.read_frames`, but with frames that stay on disk.
 
     Args:
         sources: files and patterns.
-        asked, require, name: as there.
+        asked, require, expect, name: as there.
         folder: of all stores.
         workers: processes that read.
         progress: called with the number of frames done.
@@ -100,12 +104,13 @@ def stream_frames(
     columns = [asdict(column) for column in FRAME_COLUMNS]
     # other versions of ASE may read other numbers, and other candidates may choose other labels
     read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
-    identity = [*read_by, digest, [str(file) for file in files], asked, list(require), name, columns]
+    needed = [list(require), list(expect)]
+    identity = [*read_by, digest, [str(file) for file in files], asked, needed, name, columns]
     place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
 
     def make() -> None:
         with new_store(place) as temporary:
-            building = _Building(files, asked, require, name, workers, progress or (lambda _: None))
+            building = _Building(files, asked, require, expect, name, workers, progress or (lambda _: None))
             try:
                 building.carry_out(temporary)
             except ForcetuneError:
@@ -218,6 +223,7 @@ class _Building:
         files: Sequence[Path],
         asked: LabelKeys,
         require: Sequence[Label],
+        expect: Sequence[Label],
         name: str,
         workers: int,
         progress: Progress,
@@ -225,6 +231,7 @@ class _Building:
         self.files = [(file, file_format(file)) for file in files]
         self.asked = asked
         self.require = require
+        self.expect = expect
         self.name = name
         self.least = int(bool(DANGEROUS & {kind for _, kind in self.files}))
         self.workers = max(workers, self.least)
@@ -236,21 +243,25 @@ class _Building:
             InputError: as :func:`stream_frames`.
         """
         guess = self._guess()
-        survey, error = self._write(folder, guess)
-        keys, told = self._choice(survey)
+        survey, weights, error = self._write(folder, guess)
+        weights.check(self.name, self.files[0][0])
+        keys, told = self._choice(survey, weights)
         if keys != guess:
-            _, error = self._write(folder, keys)
+            *_, error = self._write(folder, keys)
         if error is not None:
             raise error
         add_facts(folder, {"keys": keys._asdict(), "warnings": told})
 
-    def _choice(self, survey: Survey) -> tuple[LabelKeys, list[str]]:
+    def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told whenever the store is opened."""
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
-                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
+                keys = self._chosen(survey)
+                for text in (weights.sentence(), tell_unread(survey.witnesses, keys, self.asked)):
+                    if text is not None:
+                        warn(f"{self.name}: {text}")
             except InputError as error:
                 refusal = error
         texts = [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
@@ -260,6 +271,9 @@ class _Building:
             raise refusal
         return keys, texts
 
+    def _chosen(self, survey: Survey) -> LabelKeys:
+        return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files, self.expect)
+
     def _guess(self) -> LabelKeys | None:
         """The keys by the first frames; None where they do not tell."""
         survey = Survey(self.asked)
@@ -268,17 +282,17 @@ class _Building:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
+                return self._chosen(survey)
             except InputError:
                 return None
 
-    def _write(self, folder: Path, keys: LabelKeys | None) -> tuple[Survey, InputError | None]:
+    def _write(self, folder: Path, keys: LabelKeys | None) -> tuple[Survey, WeightTally, InputError | None]:
         """Read everything; write the frames unless there is an error.
 
         Returns:
-            what labels there are, and the first error in one.
+            what labels there are, what weights, and the first error in a label.
         """
-        survey, writer = Survey(self.asked), RowWriter(folder, FRAME_COLUMNS)
+        survey, weights, writer = Survey(self.asked), WeightTally(), RowWriter(folder, FRAME_COLUMNS)
         error: InputError | None = None
         atoms, alone, kinds = array("i"), array("b"), array("i")
         sets: dict[tuple[int, ...], int] = {}
@@ -286,6 +300,7 @@ class _Building:
         try:
             for part in self._parts(keys, self.workers):
                 survey.add(part.witnesses)
+                weights.merge(part.weights)
                 error = error or part.error
                 if error is None:
                     writer.write(part.rows)
@@ -303,7 +318,7 @@ class _Building:
             writer.close(facts, numbers)
         finally:
             writer.abandon()
-        return survey, error
+        return survey, weights, error
 
     def _parts(self, keys: LabelKeys | None, workers: int) -> Iterator[_Part]:
         tasks = (
@@ -322,12 +337,14 @@ class _Building:
 def _read(task: _Task) -> _Part:
     """Read a chunk; runs in a worker."""
     chunk = task.chunk
-    raws = []
+    raws, weights = [], WeightTally()
     for index, atoms in enumerate(chunk.structures(), chunk.start):
         raw = raw_frame(atoms, Origin(str(chunk.path), index), moved=chunk.format_name in XYZ_FORMATS)
         check_structure(raw)
-        raws.append(raw)
-    part = _Part(len(raws), survey_of(raws, task.asked))
+        weights.add(raw)
+        if not is_left_out(raw):
+            raws.append(raw)
+    part = _Part(weights.frames, survey_of(raws, task.asked), weights)
     if task.keys is None:
         return part
     try:

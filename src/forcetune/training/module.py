@@ -297,7 +297,7 @@ class FineTuning(lightning.LightningModule):
         self._during_validation.enter_context(self.averaged())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        found = self.backbone.predict(batch, stress=self.loss_config.stress > 0)
+        found = self.backbone.predict(batch, stress=self.loss_config.stress_weight > 0)
         batch, found = batch.to(device="cpu"), found.detached().to(torch.device("cpu"))
         if self.keeps_validation:
             self._validated.append((batch, found))

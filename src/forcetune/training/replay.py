@@ -85,13 +85,14 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
     if not config.data:
         return None
     own = config.labels == "file"
-    needed: tuple[Label, ...] = ("energy",) if data.forces_key == NONE else ("energy", "forces")
+    expected: tuple[Label, ...] = ("energy", "forces")
     found = read_frames(
         config.data,
-        energy_key=AUTO if own else NONE,
+        energy_key=(NONE if data.energy_key == NONE else AUTO) if own else NONE,
         forces_key=(NONE if data.forces_key == NONE else AUTO) if own else NONE,
         stress_key=(NONE if data.stress_key == NONE else AUTO) if own else NONE,
-        require=needed if own else (),
+        require=(),
+        expect=expected if own else (),
         name="replay data",
     )
     frames, _ = separate_isolated(found.frames)
@@ -125,7 +126,7 @@ def prepare_replay(
     """
     frames = (*found.frames, *found.held)
     graphs = graphs_of(backbone, frames)
-    stress = max(training.loss.stress, training.second_stage.loss.stress) > 0 and config.labels == "base"
+    stress = max(training.loss.stress_weight, training.second_stage.loss.stress_weight) > 0 and config.labels == "base"
     predicted = predict(backbone, graphs, stress=stress)
     check_finite(predicted, frames)
     own = backbone.reference_energies

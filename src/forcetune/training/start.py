@@ -51,13 +51,13 @@ def attach_for_training(
     )
     # the foundation model has no moments yet
     loss = config.loss.model_copy(update={"moments": 0.0})
-    if loss.energy == loss.forces == loss.stress == 0:
+    if loss.energy == loss.forces == loss.stress_weight == 0:
         raise InputError(
             "a start from the gradient (method.init, method.budget) needs a loss of energies, forces or stresses; "
             "moments alone have no gradient yet."
         )
     gradients = weight_gradients(
-        backbone, loader, lambda found, batch: loss_of(loss, found, batch), stress=loss.stress > 0
+        backbone, loader, lambda found, batch: loss_of(loss, found, batch), stress=loss.stress_weight > 0
     )
     backbone.set_reference_energies(own)
     if method.budget is not None:

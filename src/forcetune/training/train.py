@@ -230,11 +230,11 @@ def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
     """
     stages = [config.loss] + ([config.second_stage.loss] if config.second_stage.start is not None else [])
     for name in ("energy", "forces", "stress", "moments"):
-        weight = max(getattr(stage, name) for stage in stages)
+        weight = max(getattr(stage, name) or 0.0 for stage in stages)
         if weight > 0 and not any_label(graphs, name):
             raise InputError(
                 f"the loss weighs {name} by {weight:g}, but no training frame has {name} labels; "
                 f"set data.{name}_key, or training.loss.{name}=0."
             )
-    if all(stage.energy == stage.forces == stage.stress == stage.moments == 0 for stage in stages):
+    if all(stage.energy == stage.forces == stage.stress_weight == stage.moments == 0 for stage in stages):
         raise InputError("every weight of the loss is zero; set training.loss.energy or training.loss.forces.")

@@ -8,7 +8,7 @@ import numpy as np
 
 from forcetune.frames.doctor.composition import composition_residual
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames, in_set
-from forcetune.frames.doctor.shape import Shape
+from forcetune.frames.doctor.shape import Shape, by_composition
 from forcetune.frames.frame import FloatArray, Frame
 
 NET_SHARE = 0.1
@@ -26,6 +26,8 @@ COARSE_ENERGY = (1e-3, 5e-5)
 COARSE_FORCE = 0.01
 ENERGY_OUTLIER = (12.0, 0.2)
 """Robust standard deviations, and eV an atom, by which an energy must lie off to be an outlier without a model."""
+REPEATED_BY_CHANCE = 4.0
+"""So many times as often as rounding makes them so, energies of different structures may be equal."""
 UNEXPLAINED = 2.0
 """eV an atom; composition alone explains energies of one level of theory better than this."""
 
@@ -61,7 +63,7 @@ def _check_energies(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> 
             "learn through; write them with all digits (single precision has 7)."
         )
         findings.append(in_set("energy-rounded", "warning", text, [frames[k] for k in labelled]))
-    elif len(repeated) >= 2:
+    elif len(repeated) >= 2 + REPEATED_BY_CHANCE * _chance_repeats([frames[k] for k in labelled], step):
         findings += in_frames(
             "energy-repeated",
             "warning",
@@ -119,6 +121,19 @@ def _repeated(
         if earlier != k and one is not None and other is not None and _is_other(one.descriptor, other.descriptor):
             found.append(k)
     return found
+
+
+def _chance_repeats(frames: Sequence[Frame], step: float) -> float:
+    """Pairs of equal energies that are expected among frames of one composition whose energies have this step.
+
+    For a normal distribution of width s two values fall into one step with the probability step / (2 √π s).
+    """
+    expected = 0.0
+    for members in by_composition(frames).values():
+        energies = np.array([frames[k].energy for k in members], dtype=np.float64)
+        width = max(1.4826 * float(np.median(np.abs(energies - np.median(energies)))), step)
+        expected += len(members) * (len(members) - 1) / 2 * step / (2 * np.sqrt(np.pi) * width)
+    return expected
 
 
 def _is_other(one: FloatArray, other: FloatArray) -> bool:

@@ -14,35 +14,52 @@ from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.chunks import structures_of
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames
 from forcetune.frames.frame import Frame, LabelKeys, Origin
-from forcetune.frames.labels import LABELS, NONE, Label, RawFrame, choose_key, label_under, lacking, raw_frame
+from forcetune.frames.labels import (
+    LABELS,
+    NONE,
+    Label,
+    RawFrame,
+    choose_key,
+    label_under,
+    lacking,
+    raw_frame,
+)
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.unread import tell_unread
+from forcetune.frames.weights import WeightTally, is_left_out
 
 Source = str | Path
 
 
 def read_leniently(
-    sources: Sequence[Source] | Sequence[Atoms], asked: LabelKeys, require: Sequence[Label], name: str
+    sources: Sequence[Source] | Sequence[Atoms], asked: LabelKeys, expect: Sequence[Label], name: str
 ) -> tuple[tuple[Frame, ...], LabelKeys, list[Finding]]:
     """Read what can be read.
 
     Args:
         sources: files and patterns, or structures in memory.
         asked: for each label a key, ``auto``, ``none`` or ``calculator``.
-        require: labels that every frame must have; a frame without one is an error and still returned.
+        expect: labels that some frame must have, unless their key is ``none``; it is an error where none has, and a
+            warning where one lacks it.
         name: what the data are, for messages.
 
     Returns:
         the frames that could be read, the label keys, and what was wrong with the others.
     """
     findings: list[Finding] = []
-    raws = []
+    raws, tally = [], WeightTally()
     for raw in _raw_frames(sources, findings):
         found = _refusal("structure-broken", raw.origin, lambda raw=raw: check_structure(raw))
+        found += _refusal("weight-broken", raw.origin, lambda raw=raw: tally.add(raw))
         findings += found
-        if not found:
+        if not found and not is_left_out(raw):
             raws.append(raw)
-    keys = _keys(raws, asked, require, name, findings)
+    keys = _keys(raws, asked, expect, name, findings)
+    for code, text in (("weights", tally.sentence()), ("labels-unread", tell_unread(raws, keys, asked))):
+        if text is not None:
+            severity: Severity = "note" if code == "weights" else "warning"
+            findings.append(Finding(code, severity, f"{name}: {text}", _file_of(raws)))
     frames = []
     for raw in raws:
         own, broken = _sound_labels(raw, keys)
@@ -83,27 +100,28 @@ def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Find
 
 
 def _keys(
-    raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str, findings: list[Finding]
+    raws: Sequence[RawFrame], asked: LabelKeys, expect: Sequence[Label], name: str, findings: list[Finding]
 ) -> LabelKeys:
     chosen: dict[str, str | None] = {}
     for label in LABELS:
-        required = label in require
+        wanted = getattr(asked, label) or NONE
+        expected = label in expect and wanted != NONE
         key = None
         with _told("label-keys", findings):
             try:
-                key = choose_key(label, getattr(asked, label) or NONE, raws, required, name) if raws else None
+                key = choose_key(label, wanted, raws, expected, name) if raws else None
             except InputError as error:
                 findings.append(Finding(f"{label}-missing", "error", str(error), _file_of(raws), (), len(raws)))
         chosen[label] = key
         if key is None:
             continue
-        severity: Severity = "error" if required else "note"
+        severity: Severity = "warning" if expected else "note"
         without = lacking(label, key, raws)
         findings += in_frames(
             f"{label}-missing",
             severity,
-            f"No {label} under '{key}' ({len(without)} of {len(raws)} frames of the {name}); remove these frames, "
-            f"repeat their calculation or set {label}_key.",
+            f"No {label} under '{key}' ({len(without)} of {len(raws)} frames of the {name}); they count by the labels "
+            f"that they have. If some were to have it, repeat their calculation or set {label}_key.",
             [raw.origin for raw in without],
         )
     return LabelKeys(**chosen)
