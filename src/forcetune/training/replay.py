@@ -93,6 +93,7 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
         stress_key=(NONE if data.stress_key == NONE else AUTO) if own else NONE,
         require=needed if own else (),
         name="replay data",
+        type_map=data.type_map,
     )
     frames, _ = separate_isolated(found.frames)
     frames = tuple(frame for frame in frames if len(frame) > 1)
