@@ -39,6 +39,7 @@ def evaluate(
     stress_key: str = AUTO,
     moments_key: str = AUTO,
     spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
     head: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         base: the base, when ``model`` is a run or adapter whose base has moved.
         energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
         moments_key, spins_key: the same, looked for only where there is a magnetic layer.
+        type_map: the same.
         head, device, dtype, trust: as :func:`forcetune.deployment.calculator.calculator`.
 
     Raises:
@@ -61,13 +63,14 @@ def evaluate(
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
     magnetism = _magnetism_of(model if adapter is None else adapter)
-    frames = _labelled_frames(data, LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key), magnetism)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames = _labelled_frames(data, keys, magnetism, type_map)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     return evaluate_frames(deployed.backbone, frames).errors()
 
 
 def _labelled_frames(
-    data: str | Path | Sequence[str | Path], keys: LabelKeys, magnetism: Magnetism | None
+    data: str | Path | Sequence[str | Path], keys: LabelKeys, magnetism: Magnetism | None, type_map: Sequence[str]
 ) -> tuple[Frame, ...]:
     """Frames to evaluate on, with the state that a spin layer is given.
 
@@ -85,7 +88,9 @@ def _labelled_frames(
         "forces_key": keys.forces or AUTO,
         "stress_key": keys.stress or AUTO,
     }
-    frames = read_frames(data, **usual, **magnetic, require=(), expect=("energy",), name="evaluation data").frames
+    frames = read_frames(
+        data, **usual, **magnetic, require=(), expect=("energy",), name="evaluation data", type_map=type_map
+    ).frames
     if magnetism is not None and magnetism.layer == "spin":
         return with_spins(frames, magnetism.inputs)
     return tuple(frames)
@@ -110,6 +115,7 @@ def evaluate_ensemble(
     stress_key: str = AUTO,
     moments_key: str = AUTO,
     spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
     device: str = "auto",
     dtype: str | None = None,
     trust: bool = False,
@@ -120,7 +126,7 @@ def evaluate_ensemble(
         members: run folders, adapter folders or folders of comparisons.
         data: files or patterns.
         base: the base, where it has moved.
-        energy_key, forces_key, stress_key, moments_key, spins_key, device, dtype, trust: as :func:`evaluate`.
+        energy_key, forces_key, stress_key, moments_key, spins_key, type_map, device, dtype, trust: as :func:`evaluate`.
 
     Returns:
         As ``forcetune evaluate --ensemble --json`` prints it.
@@ -130,7 +136,7 @@ def evaluate_ensemble(
     """
     ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
     keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
-    frames = _labelled_frames(data, keys, ensemble.magnetism)
+    frames = _labelled_frames(data, keys, ensemble.magnetism, type_map)
     found = ensemble.predict(graphs_of(ensemble.backbone, frames))
     for one in found:
         check_finite(one, frames)

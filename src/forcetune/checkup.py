@@ -104,6 +104,7 @@ def doctor(
     forces_key: str = AUTO,
     stress_key: str = AUTO,
     spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
     batch_size: int | None = None,
     head: str | None = None,
     device: str = "auto",
@@ -120,6 +121,7 @@ def doctor(
         valid, test: files or structures that are not trained on; examined, and compared with the training frames.
         energy_key, forces_key, stress_key: as :func:`forcetune.read_frames`.
         spins_key: the same; frames that differ in their spins are no duplicates.
+        type_map: the same.
         batch_size: frames a batch, for the estimate of memory; by default that of a fit.
         head, device, trust: as :func:`forcetune.load`.
         console: where progress is told; standard error by default.
@@ -129,7 +131,7 @@ def doctor(
     """
     console = console or Console(stderr=True, soft_wrap=True)
     named = {TRAIN: data, "valid": valid, "test": test}
-    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key, None, spins_key))
+    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key, None, spins_key), type_map)
     backbone = None if model is None else _loaded(model, sets, head, device, trust)
     known, unknown = _known(backbone, sets)
     findings += unknown
@@ -220,7 +222,7 @@ def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Findi
 
 
 def _read(
-    named: Mapping[str, Sources | None], asked: LabelKeys
+    named: Mapping[str, Sources | None], asked: LabelKeys, type_map: Sequence[str]
 ) -> tuple[dict[str, tuple[Frame, ...]], dict[str, LabelKeys], list[Finding]]:
     """Frames and label keys of every set that was named, and what was wrong in reading them."""
     sets: dict[str, tuple[Frame, ...]] = {}
@@ -229,7 +231,7 @@ def _read(
     for name, sources in named.items():
         if sources is not None:
             expect: tuple[Label, ...] = ("energy",) if name == "test" else ("energy", "forces")
-            sets[name], keys[name], found = read_leniently(_listed(sources), asked, expect, NAMES[name])
+            sets[name], keys[name], found = read_leniently(_listed(sources), asked, expect, NAMES[name], type_map)
             findings += found
     return sets, keys, findings
 

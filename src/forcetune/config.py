@@ -42,6 +42,12 @@ def as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _as_names(value: Any) -> Any:
+    """Names separated by commas, as on the command line, are a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_as_names)]
 Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(as_word)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
 ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
@@ -75,6 +81,11 @@ class DataConfig(Section):
     )
     spins_key: str = Field(
         default="auto", description="Key of the magnetic state that the spin layer is given; `none` ignores it."
+    )
+    type_map: Names = Field(
+        default=[],
+        description="Elements of the types of atoms that MTP's .cfg and deepmd data without type_map.raw number, type "
+        "0 first; separated by commas on the command line.",
     )
     split_seed: int = Field(
         default=123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split."

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from forcetune.config import DataConfig, MagnetismConfig, SpinInputs
 from forcetune.errors import InputError, warn
@@ -15,7 +15,7 @@ from forcetune.files import cache_folder, path_of
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
-from forcetune.frames.sources import expand
+from forcetune.frames.sources import content_size, expand
 from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
 from forcetune.frames.stored import StoredFrames, elements_of
@@ -83,7 +83,7 @@ def is_streamed(config: DataConfig) -> bool:
     named = (config.train, config.valid if isinstance(config.valid, list) else [], config.test)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reader says what is named twice
-        return sum(file.stat().st_size for part in named if part for file in expand(list(part))) >= STREAM_FROM
+        return sum(content_size(file) for part in named if part for file in expand(list(part))) >= STREAM_FROM
 
 
 def read_dataset(
@@ -106,7 +106,12 @@ def read_dataset(
     needed: tuple[Label, ...] = ("energy", "forces")
     magnetic = magnetism is not None and magnetism.layer != "off"
     streamed = is_streamed(config)
-    read = partial(_read, config, _streamed(config, progress) if streamed else _in_memory, magnetic)
+    read = partial(
+        _read,
+        config,
+        _streamed(config, progress) if streamed else partial(_in_memory, type_map=config.type_map),
+        magnetic,
+    )
     found = read(config.train, needed, "training data")
     frames, isolated = separate_isolated(found.frames)
     if not frames:
@@ -151,9 +156,11 @@ def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:
 _Reader = Callable[[Sequence[str], LabelKeys, Sequence[Label], str], FrameSet]
 
 
-def _in_memory(sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str) -> FrameSet:
-    keys = {f"{label}_key": key for label, key in asked._asdict().items()}
-    return read_frames(list(sources), **keys, require=(), expect=expect, name=name)
+def _in_memory(
+    sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str, *, type_map: Sequence[str] = ()
+) -> FrameSet:
+    keys: dict[str, Any] = {f"{label}_key": key for label, key in asked._asdict().items()}
+    return read_frames(list(sources), **keys, require=(), expect=expect, name=name, type_map=type_map)
 
 
 def _streamed(config: DataConfig, progress: Callable[[int], None] | None) -> _Reader:
@@ -161,7 +168,8 @@ def _streamed(config: DataConfig, progress: Callable[[int], None] | None) -> _Re
     workers = worker_count(config.workers)
 
     def read(sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str) -> FrameSet:
-        return stream_frames(sources, asked, (), name, folder=folder, workers=workers, progress=progress, expect=expect)
+        options: dict[str, Any] = {"folder": folder, "workers": workers, "progress": progress}
+        return stream_frames(sources, asked, (), name, **options, expect=expect, type_map=config.type_map)
 
     return read
 

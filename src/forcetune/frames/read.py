@@ -11,9 +11,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from forcetune.errors import InputError, warn
-from forcetune.files import sha256_of
 from forcetune.frames.chunks import structures_of
 from forcetune.frames.comment_line import numbers_in
+from forcetune.frames.formats import say_conversions
 from forcetune.frames.frame import FloatArray, Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import (
     AUTO,
@@ -27,9 +27,10 @@ from forcetune.frames.labels import (
     raw_frame,
     stress_tensor,
 )
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.sources import content_hash, expand, file_format
 from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS, scalar_under, tell_unread
 from forcetune.frames.weights import WeightTally, is_left_out, weights_of
+from forcetune.frames.xyz import XYZ_FORMATS
 
 _USUAL: tuple[Label, ...] = ("energy", "forces", "stress")
 
@@ -45,14 +46,16 @@ def read_frames(
     require: Sequence[Label] = ("energy",),
     expect: Sequence[Label] = (),
     name: str = "training data",
+    type_map: Sequence[str] = (),
 ) -> FrameSet:
-    """Read frames and labels from files that ASE reads: extended XYZ, trajectories, databases, ….
+    """Read frames and labels from files that ASE reads: extended XYZ, trajectories, databases, …, and from those of
+    other programs (:mod:`forcetune.frames.formats`).
 
     Forces of constrained atoms keep the values of the file: ASE's constraints are not applied. Frames and labels whose
     weight in the file is 0 are left out (:mod:`forcetune.frames.weights`).
 
     Args:
-        sources: a file, a pattern such as ``"runs/*/vasprun.xml"``, or several of either.
+        sources: a file, a folder of deepmd data, a pattern such as ``"runs/*/vasprun.xml"``, or several of them.
         energy_key: the key of the energy, eV; ``auto`` looks for it (see :mod:`forcetune.frames.labels`),
             ``calculator`` takes the results of an attached calculator, ``none`` leaves the label out.
         forces_key: as above for forces, (atoms, 3), eV/Å.
@@ -65,6 +68,7 @@ def read_frames(
         expect: labels that some frame must have, unless their key is ``none``; where one lacks it, it simply does not
             count.
         name: what the data are, for messages about all of them.
+        type_map: elements of numbered types, type 0 first, for files that name none (MTP's ``.cfg``).
 
     Raises:
         InputError: a file is missing, empty, damaged or of unknown format; a required label or a key that was
@@ -72,15 +76,16 @@ def read_frames(
             shape.
     """
     files = expand(sources)
+    kinds = [(file, file_format(file)) for file in files]
     raws: list[RawFrame] = []
-    for file in files:
-        format_name = file_format(file)
+    for file, format_name in kinds:
         moved = format_name in XYZ_FORMATS
-        for index, atoms in enumerate(structures_of(file, format_name)):
+        for index, atoms in enumerate(structures_of(file, format_name, type_map)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
+    say_conversions(kinds)
     asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
     frames, keys = _label(raws, asked, require, name, expect)
-    digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    digest = hashlib.sha256("".join(content_hash(file) for file in files).encode()).hexdigest()
     return FrameSet(frames, keys, tuple(str(file) for file in files), digest)
 
 

@@ -28,16 +28,18 @@ from forcetune import parallel
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
 from forcetune.files import sha256_of
 from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
+from forcetune.frames.formats import parts_of, say_conversions
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, refusing
+from forcetune.frames.sources import content_hash, expand, file_format, refusing
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.stored import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.survey import Survey, survey_of
 from forcetune.frames.unread import tell_unread
 from forcetune.frames.weights import WeightTally, is_left_out
+from forcetune.frames.xyz import XYZ_FORMATS
 from forcetune.workers import WorkerDiedError, in_order
 
 try:
@@ -85,6 +87,7 @@ def stream_frames(
     workers: int,
     progress: Progress | None = None,
     expect: Sequence[Label] = (),
+    type_map: Sequence[str] = (),
 ) -> FrameSet:
     """As :func:`forcetune.frames.read.read_frames`, but with frames that stay on disk.
 
@@ -94,6 +97,7 @@ def stream_frames(
         folder: of all stores.
         workers: processes that read.
         progress: called with the number of frames done.
+        type_map: as there.
 
     Raises:
         InputError: as there, a file changed while it was read, or the folder cannot be written.
@@ -105,12 +109,13 @@ def stream_frames(
     # other versions of ASE may read other numbers, and other candidates may choose other labels
     read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
     needed = [list(require), list(expect)]
-    identity = [*read_by, digest, [str(file) for file in files], asked, needed, name, columns]
+    identity = [*read_by, digest, [str(file) for file in files], asked, needed, name, columns, *type_map]
     place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
 
     def make() -> None:
         with new_store(place) as temporary:
-            building = _Building(files, asked, require, expect, name, workers, progress or (lambda _: None))
+            shown = progress or (lambda _: None)
+            building = _Building(files, asked, require, expect, name, workers, shown, type_map)
             try:
                 building.carry_out(temporary)
             except ForcetuneError:
@@ -122,22 +127,23 @@ def stream_frames(
     rows = RowReader(place)
     for text in rows.facts["warnings"]:
         warn(text)
+    say_conversions((file, file_format(file)) for file in files)
     keys = LabelKeys(**rows.facts["keys"])
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
 
 
 def _hash_of(file: Path) -> str:
     with refusing(file):
-        return sha256_of(file)
+        return sha256_of(file) if parts_of(file) == [file] else content_hash(file)
 
 
-def _signature(file: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written or replaced."""
+def _signature(file: Path) -> list[tuple[int, int, int]] | None:
+    """What changes when a file, or one that is read with it, is written or replaced."""
     try:
-        status = file.stat()
+        found = [part.stat() for part in parts_of(file)]
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in found]
 
 
 def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
@@ -227,6 +233,7 @@ class _Building:
         name: str,
         workers: int,
         progress: Progress,
+        type_map: Sequence[str] = (),
     ) -> None:
         self.files = [(file, file_format(file)) for file in files]
         self.asked = asked
@@ -236,12 +243,27 @@ class _Building:
         self.least = int(bool(DANGEROUS & {kind for _, kind in self.files}))
         self.workers = max(workers, self.least)
         self.progress = progress
+        self.type_map = type_map
 
     def carry_out(self, folder: Path) -> None:
         """
         Raises:
             InputError: as :func:`stream_frames`.
         """
+        heard: list[warnings.WarningMessage] = []
+        try:
+            # files are read twice or thrice, and what their readers warn of is told whenever the store is opened
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always", ForcetuneWarning)
+                keys, told = self._read_and_write(folder)
+        except ForcetuneError:
+            for text in _texts(heard):
+                warn(text)
+            raise
+        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *told]})
+
+    def _read_and_write(self, folder: Path) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and what is to be told about them."""
         guess = self._guess()
         survey, weights, error = self._write(folder, guess)
         weights.check(self.name, self.files[0][0])
@@ -250,7 +272,7 @@ class _Building:
             *_, error = self._write(folder, keys)
         if error is not None:
             raise error
-        add_facts(folder, {"keys": keys._asdict(), "warnings": told})
+        return keys, told
 
     def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told whenever the store is opened."""
@@ -264,7 +286,7 @@ class _Building:
                         warn(f"{self.name}: {text}")
             except InputError as error:
                 refusal = error
-        texts = [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
+        texts = _texts(told)
         if refusal is not None:
             for text in texts:
                 warn(text)
@@ -324,7 +346,7 @@ class _Building:
         tasks = (
             _Task(chunk, number, self.asked, keys)
             for number, (file, kind) in enumerate(self.files)
-            for chunk in chunks_of(file, kind)
+            for chunk in chunks_of(file, kind, self.type_map)
         )
         try:
             yield from in_order(_read, tasks, workers)
@@ -332,6 +354,12 @@ class _Building:
             if error.killed and isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
                 raise crashed(error.task.chunk.path) from error
             raise
+
+
+def _texts(heard: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What our warnings say, each once."""
+    ours = (str(one.message) for one in heard if issubclass(one.category, ForcetuneWarning))
+    return list(dict.fromkeys(ours))
 
 
 def _read(task: _Task) -> _Part:

@@ -94,6 +94,7 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
         require=(),
         expect=expected if own else (),
         name="replay data",
+        type_map=data.type_map,
     )
     frames, _ = separate_isolated(found.frames)
     frames = tuple(frame for frame in frames if len(frame) > 1)

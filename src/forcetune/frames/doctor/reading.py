@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.errors import ForcetuneNote, ForcetuneWarning, InputError
 from forcetune.frames.chunks import structures_of
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames
+from forcetune.frames.formats import say_conversions
 from forcetune.frames.frame import Frame, LabelKeys, Origin
 from forcetune.frames.labels import (
     LABELS,
@@ -25,15 +26,20 @@ from forcetune.frames.labels import (
     raw_frame,
 )
 from forcetune.frames.read import check_structure, labelled_frame
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.sources import expand, file_format
 from forcetune.frames.unread import tell_unread
 from forcetune.frames.weights import WeightTally, is_left_out
+from forcetune.frames.xyz import XYZ_FORMATS
 
 Source = str | Path
 
 
 def read_leniently(
-    sources: Sequence[Source] | Sequence[Atoms], asked: LabelKeys, expect: Sequence[Label], name: str
+    sources: Sequence[Source] | Sequence[Atoms],
+    asked: LabelKeys,
+    expect: Sequence[Label],
+    name: str,
+    type_map: Sequence[str] = (),
 ) -> tuple[tuple[Frame, ...], LabelKeys, list[Finding]]:
     """Read what can be read.
 
@@ -43,13 +49,16 @@ def read_leniently(
         expect: labels that some frame must have, unless their key is ``none``; it is an error where none has, and a
             warning where one lacks it.
         name: what the data are, for messages.
+        type_map: as :func:`forcetune.frames.read.read_frames`.
 
     Returns:
         the frames that could be read, the label keys, and what was wrong with the others.
     """
     findings: list[Finding] = []
     raws, tally = [], WeightTally()
-    for raw in _raw_frames(sources, findings):
+    with _told("reading", findings):
+        everything = list(_raw_frames(sources, type_map, findings))
+    for raw in everything:
         found = _refusal("structure-broken", raw.origin, lambda raw=raw: check_structure(raw))
         found += _refusal("weight-broken", raw.origin, lambda raw=raw: tally.add(raw))
         findings += found
@@ -68,7 +77,9 @@ def read_leniently(
     return tuple(frames), keys, _gathered(findings)
 
 
-def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Finding]) -> Iterator[RawFrame]:
+def _raw_frames(
+    sources: Sequence[Source] | Sequence[Atoms], type_map: Sequence[str], findings: list[Finding]
+) -> Iterator[RawFrame]:
     for source in sources:
         if isinstance(source, Atoms):
             yield from (
@@ -87,16 +98,20 @@ def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Find
                     files |= dict.fromkeys(expand([str(source)]))
                 except InputError as error:
                     findings.append(Finding("file-unreadable", "error", _without(str(error), str(source)), str(source)))
+    kinds: list[tuple[Path, str]] = []
     for file in files:
         reached = 0
         try:
             format_name = file_format(file)
-            for index, atoms in enumerate(structures_of(file, format_name)):
+            for index, atoms in enumerate(structures_of(file, format_name, type_map)):
                 reached = index + 1
                 yield raw_frame(atoms, Origin(str(file), index), moved=format_name in XYZ_FORMATS)
         except InputError as error:
             message = _without(str(error), str(Origin(str(file), reached)), str(file))
             findings.append(Finding("file-unreadable", "error", message, str(file)))
+        else:
+            kinds.append((file, format_name))
+    say_conversions(kinds)
 
 
 def _keys(
@@ -182,9 +197,14 @@ def _told(code: str, findings: list[Finding]) -> Iterator[None]:
     """Within this context our warnings become findings."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", ForcetuneWarning)
+        warnings.simplefilter("always", ForcetuneNote)
         yield
+    severities: dict[type[Warning], Severity] = {ForcetuneWarning: "warning", ForcetuneNote: "note"}
     findings += [
-        Finding(code, "warning", str(item.message)) for item in heard if issubclass(item.category, ForcetuneWarning)
+        Finding(code, severity, str(item.message))
+        for item in heard
+        for kind, severity in severities.items()
+        if issubclass(item.category, kind)
     ]
 
 
