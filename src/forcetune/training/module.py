@@ -1,14 +1,13 @@
-"""The fine-tuning of an attached adapter as a Lightning module."""
+"""The fine-tuning of an attached adapter: epochs, steps, validation, and what a resumed run needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -33,8 +32,24 @@ _COUNTERS = (
 )
 
 
-class FineTuning(lightning.LightningModule):
-    """Trains the adapter attached to a backbone; the backbone itself stays outside of Lightning's books.
+class Observer:
+    """What is told of a training while it runs; every method may be left out."""
+
+    def on_start(self, training: FineTuning) -> None:
+        """Before the first step."""
+
+    def on_step(self, training: FineTuning) -> None:
+        """After every step."""
+
+    def on_epoch(self, training: FineTuning) -> None:
+        """After every epoch, and after its validation if it has one."""
+
+    def close(self) -> None:
+        """After the training, whatever ended it."""
+
+
+class FineTuning:
+    """Trains the adapter attached to a backbone.
 
     Attributes:
         stage: 1, or 2 once the second stage has begun.
@@ -63,7 +78,6 @@ class FineTuning(lightning.LightningModule):
         observe: Callable[[int, Errors], None] | None = None,
         head: ReplayHead | None = None,
     ) -> None:
-        super().__init__()
         self.backbone = backbone
         self.adapter = attached(backbone)
         self.config = config
@@ -93,14 +107,12 @@ class FineTuning(lightning.LightningModule):
         self.shares_validation = False
         self.keeps_validation = True
         self.frame_name: Callable[[int], str] | None = None
-        self._epochs_before = 0
         self._optimizer_state: dict[str, Any] | None = None
+        self._made_optimizer: torch.optim.Optimizer | None = None
+        self._in_epoch = False
         self._n_batches = 0
         self._losses: list[Tensor] = []
         self._began_with: list[Tensor] = []
-        self._validated: list[tuple[Batch, Prediction]] = []
-        self._counted = (LossSums(self.loss_config), Tally())
-        self._during_validation = ExitStack()
 
     @property
     def loss_config(self) -> LossConfig:
@@ -108,13 +120,20 @@ class FineTuning(lightning.LightningModule):
 
     @property
     def epoch(self) -> int:
-        """The epoch in progress, counted from 1 over the whole run."""
-        return self._epochs_before + self.current_epoch + 1
+        """The epoch in progress, or the last one between two, counted from 1 over the whole run."""
+        return self.epochs_done + self._in_epoch
 
     @property
     def epochs(self) -> int:
         """Epochs of the whole run; early stopping before the second stage leaves some out."""
         return self.config.epochs - self.skipped
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no epoch is left; the last one of a stage that began early is one that was validated."""
+        if self.stopped or self.epochs_done >= self.config.epochs:
+            return True
+        return self.skipped > 0 and self.epochs_done >= self.epochs and self.epochs_done % self.config.valid_every == 0
 
     @property
     def progress(self) -> float:
@@ -127,23 +146,19 @@ class FineTuning(lightning.LightningModule):
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(
-            self.adapter,
-            self.config,
-            self.schedule.base,
-            self.loader.n_batches,
-            self.head,
-            first_rate=self.first_rate,
-        )
-        if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
-            self._optimizer_state = None
-        return optimizer
+        if self._made_optimizer is None:
+            self._made_optimizer = make_optimizer(
+                self.adapter,
+                self.config,
+                self.schedule.base,
+                self.loader.n_batches,
+                self.head,
+                first_rate=self.first_rate,
+            )
+            if self._optimizer_state is not None:
+                self._made_optimizer.load_state_dict(self._optimizer_state)
+                self._optimizer_state = None
+        return self._made_optimizer
 
     def training_state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, after a complete epoch: tensors and plain values only."""
@@ -171,12 +186,6 @@ class FineTuning(lightning.LightningModule):
         for name in _COUNTERS:
             if name in state or name != "skipped":  # which checkpoints of earlier versions do not have
                 setattr(self, name, state[name])
-        self._epochs_before = self.epochs_done
-        # Lightning takes the first batch before it says that an epoch starts
-        self.loader.epoch = self.epochs_done
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device=device)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -194,10 +203,44 @@ class FineTuning(lightning.LightningModule):
             if optimizer is not None:
                 optimizer.train()
 
-    def on_train_start(self) -> None:
-        self._began_with = copies_of(self._trained())
+    def run(self, validation: Iterable[Batch], observers: Sequence[Observer] = ()) -> None:
+        """All epochs that are left.
 
-    def on_train_epoch_start(self) -> None:
+        Args:
+            validation: batches of the validation frames.
+            observers: are told of what happens, in this order.
+
+        Raises:
+            ForcetuneError: the loss is no longer finite.
+        """
+        self._began_with = copies_of(self._trained())
+        try:
+            for observer in observers:
+                observer.on_start(self)
+            while not self.is_over:
+                self._run_epoch(validation, observers)
+        finally:
+            for observer in observers:
+                observer.close()
+
+    def _run_epoch(self, validation: Iterable[Batch], observers: Sequence[Observer]) -> None:
+        self._in_epoch = True
+        self._start_epoch()
+        for index, batch in enumerate(self.loader):
+            self._step(batch.to(device=self.backbone.device), index)
+            for observer in observers:
+                observer.on_step(self)
+        self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
+        if not math.isfinite(self.train_loss):
+            raise ForcetuneError(self._why_not_finite())
+        if self.epoch % self.config.valid_every == 0:
+            self._validate(validation)
+        for observer in observers:
+            observer.on_epoch(self)
+        self._in_epoch = False
+        self.epochs_done += 1
+
+    def _start_epoch(self) -> None:
         self.loader.epoch = self.epoch - 1
         self._n_batches = self.loader.n_batches
         self._losses.clear()
@@ -211,9 +254,24 @@ class FineTuning(lightning.LightningModule):
             self._set_rate(second.learning_rate)
             self.best_loss, self.waited = math.inf, 0
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def _step(self, batch: Batch, index: int) -> None:
+        """One step of the optimizer."""
         if self.config.optimizer != "schedulefree":
-            self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (batch_idx + 1) / self._n_batches))
+            self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (index + 1) / self._n_batches))
+        loss = self._traced_loss(batch)
+        if loss is None:
+            loss = objective(self.backbone, self.head, self.loss_config, batch, total=parallel.total)
+        self._losses.append(loss.detach())
+        self._optimizer.zero_grad()
+        loss.backward()
+        parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
+        if self.config.clip is not None:
+            parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        self._optimizer.step()
+        self.steps_done += 1
+        if self.average is not None:
+            self.average.update()
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -228,13 +286,6 @@ class FineTuning(lightning.LightningModule):
             if not error.wanted:
                 tell(f"training steps are eager, not traced (training.compile): {error}")
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._traced_loss(batch)
-        if loss is None:
-            loss = objective(self.backbone, self.head, self.loss_config, batch, total=parallel.total)
-        self._losses.append(loss.detach())
-        return loss
-
     def _traced_loss(self, batch: Batch) -> Tensor | None:
         if self.traced is None:
             return None
@@ -244,19 +295,6 @@ class FineTuning(lightning.LightningModule):
             self.traced, self.untraced = None, str(error)
             warn(f"The steps of this run are eager, not traced (training.compile): {error}.")
             return None
-
-    def on_after_backward(self) -> None:
-        parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.steps_done += 1
-        if self.average is not None:
-            self.average.update()
-        if batch_idx + 1 == self._n_batches:
-            # here and not at the end of the epoch: Lightning validates before that
-            self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
-            if not math.isfinite(self.train_loss):
-                raise ForcetuneError(self._why_not_finite())
 
     def _why_not_finite(self) -> str:
         """What to say of an epoch whose loss is not finite, judged with the weights that the training began with."""
@@ -285,49 +323,44 @@ class FineTuning(lightning.LightningModule):
         parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
         return [parameter for parameter in parameters if parameter.requires_grad]
 
-    def on_train_epoch_end(self) -> None:
-        self.epochs_done += 1
-        # the last epoch of a stage that began early is one that was validated
-        if self.epochs_done >= self.epochs and self.epochs_done % self.config.valid_every == 0:
-            self.trainer.should_stop = True
-
-    def on_validation_start(self) -> None:
-        self._validated.clear()
-        self._counted = (LossSums(self.loss_config), Tally())
-        self._during_validation.enter_context(self.averaged())
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        found = self.backbone.predict(batch, stress=self.loss_config.stress_weight > 0)
-        batch, found = batch.to(device="cpu"), found.detached().to(torch.device("cpu"))
-        if self.keeps_validation:
-            self._validated.append((batch, found))
-        else:
-            losses, errors = self._counted
-            losses.add(found, batch)
-            errors.add(Predictions.of(batch, found))
-
-    def _validation(self) -> tuple[float, Errors]:
+    def _validation(self, validation: Iterable[Batch]) -> tuple[float, Errors]:
         """Loss and errors over the validation frames of all processes."""
+        kept: list[tuple[Batch, Prediction]] = []
+        counted = (LossSums(self.loss_config), Tally())
+        for batch in validation:
+            moved = batch.to(device=self.backbone.device)
+            prediction = self.backbone.predict(moved, stress=self.loss_config.stress_weight > 0)
+            batch, prediction = batch.to(device="cpu"), prediction.detached().to(torch.device("cpu"))
+            if self.keeps_validation:
+                kept.append((batch, prediction))
+            else:
+                counted[0].add(prediction, batch)
+                counted[1].add(Predictions.of(batch, prediction))
         if self.keeps_validation:
-            batch, found = gather(parallel.collected(self._validated) if self.shares_validation else self._validated)
-            return float(loss_of(self.loss_config, found, batch)), Predictions.of(batch, found).errors()
-        counted = parallel.collected([self._counted]) if self.shares_validation else [self._counted]
-        (losses, errors), *others = counted
+            batch, prediction = gather(parallel.collected(kept) if self.shares_validation else kept)
+            return float(loss_of(self.loss_config, prediction, batch)), Predictions.of(batch, prediction).errors()
+        parts = parallel.collected([counted]) if self.shares_validation else [counted]
+        (losses, errors), *others = parts
         for more_losses, more_errors in others:
             losses.sums += more_losses.sums
             errors.merge(more_errors)
         return losses.loss(), errors.errors()
 
-    def on_validation_epoch_end(self) -> None:
-        self.valid_loss, self.valid_errors = self._validation()
+    def _validate(self, validation: Iterable[Batch]) -> None:
+        with self.averaged():
+            self.valid_loss, self.valid_errors = self._validation(validation)
+            self._judge(self.valid_errors)
+
+    def _judge(self, errors: Errors) -> None:
+        """What a validation means for the best adapter, the learning rate and the end of the stage."""
         self.sparsity = self.adapter.sparsity()
         self.schedule.observe(self.valid_loss)
         self.waited += 1
         if self.valid_loss < self.best_loss:
-            self.save_best(self.valid_errors)
+            self.save_best(errors)
             self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
         if self.observe is not None:
-            self.observe(self.epoch, self.valid_errors)
+            self.observe(self.epoch, errors)
         if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
             self._end_stage()
 
@@ -335,7 +368,7 @@ class FineTuning(lightning.LightningModule):
         """Early stopping ends the stage: the second one begins, with as many epochs as planned, or the run is over."""
         second = self.config.second_stage.start
         if self.stage == 2 or second is None:
-            self.trainer.should_stop = self.stopped = True
+            self.stopped = True
             return
         self.skipped = second - 1 - self.epoch
         if self.skipped:
@@ -343,6 +376,3 @@ class FineTuning(lightning.LightningModule):
                 f"no improvement in {self.waited} validations: the second stage begins in epoch {self.epoch + 1} "
                 f"instead of {second}"
             )
-
-    def on_validation_end(self) -> None:
-        self._during_validation.close()

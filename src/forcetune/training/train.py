@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from forcetune import parallel
@@ -23,8 +18,8 @@ from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored import StoredGraphs, any_label, sizes_of
-from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
-from forcetune.training.module import FineTuning
+from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
+from forcetune.training.module import FineTuning, Observer
 from forcetune.training.replay import Replay
 
 TENSORBOARD_NAME = "tensorboard"
@@ -106,16 +101,17 @@ def train(
     module.tell = _teller(console)
     if state is not None:
         _restore(module, state, folder)
-    callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
+    observers: list[Observer] = [MetricsTable(folder), ProgressBar(console)]
+    if tensorboard:
+        observers.append(TensorBoardLog(folder / TENSORBOARD_NAME))
     if save_state is not None:
-        callbacks.append(Checkpoint(save_state))
+        observers.append(Checkpoint(save_state))
     began, steps_before = time.monotonic(), module.steps_done
-    if module.stopped or module.epochs_done >= module.epochs:
+    if module.is_over:
         status = _status(module)
     else:
         module.trace(module.tell)
-        trainer = _trainer(backbone, config, folder, tensorboard, callbacks, config.epochs - module.epochs_done)
-        status = _carry_out(trainer, module, valid_loader)
+        status = _run(module, valid_loader, observers)
     seconds = time.monotonic() - began
     return TrainingOutcome(
         status=status,
@@ -178,14 +174,12 @@ def _shares_validation(validation: Sequence[Batch]) -> bool:
     return len(validation) >= parallel.place().count
 
 
-def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: BatchLoader) -> str:
+def _run(module: FineTuning, validation: BatchLoader, observers: Sequence[Observer]) -> str:
     """Train to an end, whichever it is; says which."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, module.loader, validation)
-    except (KeyboardInterrupt, SystemExit):
-        if not trainer.interrupted or module.best_epoch == 0:
+        module.run(validation, observers)
+    except KeyboardInterrupt:
+        if module.best_epoch == 0:
             raise
         return "interrupted"
     return _status(module)
@@ -193,34 +187,6 @@ def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: Batch
 
 def _status(module: FineTuning) -> str:
     return "stopped early" if module.stopped and module.epochs_done < module.epochs else "finished"
-
-
-def _trainer(
-    backbone: Backbone,
-    config: TrainingConfig,
-    folder: Path,
-    tensorboard: bool,
-    callbacks: list[Callback],
-    epochs: int,
-) -> lightning.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    cuda = backbone.device.type == "cuda"
-    return lightning.Trainer(
-        accelerator="gpu" if cuda else "cpu",
-        devices=[backbone.device.index or 0] if cuda else 1,
-        max_epochs=epochs,
-        gradient_clip_val=config.clip,
-        check_val_every_n_epoch=config.valid_every,
-        # forces are gradients: validation needs autograd as training does
-        inference_mode=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(str(folder), name=TENSORBOARD_NAME, version="") if tensorboard else False,
-        callbacks=callbacks,
-    )
 
 
 def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
