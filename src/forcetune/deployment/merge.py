@@ -12,11 +12,11 @@ import torch
 
 from forcetune.adapters.attach import check_mergeable, merge_weights
 from forcetune.backbones.models import resolve
-from forcetune.backbones.protocol import Backbone
+from forcetune.backbones.protocol import Backbone, Base
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.files import atomic_path, path_of
+from forcetune.files import atomic_path, path_of, sha256_of
 from forcetune.frames.frame import FloatArray, Frame, Origin
 
 PARITY = {"float64": 1e-10, "float32": 1e-4}
@@ -73,7 +73,7 @@ def merge(
     if config is None:
         raise InputError(f"{run}: holds no adapter to merge.")
     check_mergeable(backbone)
-    _check_output(Path(output), run, backbone.base.source)
+    _check_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
     before = predict(backbone, graphs_of(backbone, probes), stress=True)
     merge_weights(backbone)
@@ -93,27 +93,27 @@ def merge(
     return Merged(Path(output), len(probes), energy, forces, references)
 
 
-def _check_output(output: Path, run: str | Path, base: str) -> None:
+def _check_output(output: Path, base: Base) -> None:
     """
     Raises:
-        InputError: writing there would replace the base, a file of the run, or one that is no model.
+        InputError: writing there would replace the base or a copy of it, or a file that is no merged model.
     """
     target = path_of(output)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file, such as {target / 'tuned.model'}.")
     if not target.exists():
         return
-    source = _file_of(base)
-    if source is not None and target.samefile(source):
+    source = _file_of(base.source)
+    if (source is not None and target.samefile(source)) or sha256_of(target) == base.sha256:
         raise InputError(f"{target}: is the base of this adapter and stays as it is; choose another name.")
     if target.suffix not in MODEL_SUFFIXES or target.name == BASE_NAME:
         raise InputError(f"{target}: exists and is no merged model; choose another name, such as tuned.model.")
 
 
-def _file_of(base: str) -> Path | None:
+def _file_of(source: str) -> Path | None:
     """The file that a name or path stands for; None where it is no longer there."""
     try:
-        return resolve(base).path if base else None
+        return resolve(source).path if source else None
     except ForcetuneError:
         return None
 
