@@ -94,10 +94,11 @@ def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
     adapter = attached(backbone)
     found: list[PathChange] = []
     for site, weight, delta in _weight_updates(backbone):
-        update = next(u.name for u in adapter.method.updates_at(site) if u.name != "Gate")
+        part = adapter.part(site, WeightUpdate)
+        update = part.update_name or type(part).__name__
         for path in site.paths:
-            part = slice(path.start, path.start + path.size)
-            old, new = weight[part].view(path.shape), delta[part].view(path.shape)
+            place = slice(path.start, path.start + path.size)
+            old, new = weight[place].view(path.shape), delta[place].view(path.shape)
             found.append(_path_change(site, path, update, old, new, backbone.elements))
     return tuple(found)
 

@@ -48,7 +48,13 @@ class ParameterOptions:
 
 
 class TrainablePart(nn.Module, ABC):
-    """What an update trains at one site."""
+    """What an update trains at one site.
+
+    Attributes:
+        update_name: of the update that it was built by; empty where it was built by none.
+    """
+
+    update_name: str = ""
 
     def options(self) -> dict[str, ParameterOptions]:
         """Parameters, by name, that have a learning rate and decay of their own."""
