@@ -38,12 +38,12 @@ class ParameterOptions:
 
     Attributes:
         rate: learning rate in units of the run's.
-        decay: decoupled weight decay.
+        decay: decoupled weight decay; None for that of the run, on sites of every kind.
         learning_rate: at the beginning, whatever the run's is; instead of ``rate``.
     """
 
     rate: float = 1.0
-    decay: float = 0.0
+    decay: float | None = 0.0
     learning_rate: float | None = None
 
 

@@ -143,8 +143,11 @@ class MaceBackbone:
 
         Reference energies are added in float64, so that a total energy of 10⁵ eV keeps its last meV when the model
         runs in float32; the returned energy is float64.
+
+        Raises:
+            InputError: an element that the model does not know, or no longer knows since its table was cut.
         """
-        species = self._species[batch.numbers]
+        species = self._species_of(batch)
         if self.extension is not None:
             found = self._extended(self.extension, batch, species, stress, create_graph)
         else:
@@ -156,6 +159,28 @@ class MaceBackbone:
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
         return found._replace(energy=total + found.energy.double())
+
+    def _species_of(self, batch: Batch) -> Tensor:
+        """(atoms,) place of each atom's element in the table.
+
+        Raises:
+            InputError: an element is not in it.
+        """
+        if PLAN.get()[0] is self:  # whoever made the plan has looked; a traced step cannot look at values
+            return self._species[batch.numbers]
+        known = (batch.numbers >= 0) & (batch.numbers < len(self._species))
+        species = torch.where(known, self._species[torch.where(known, batch.numbers, 0)], -1)
+        if bool((species < 0).any()):
+            first = int((species < 0).nonzero()[0])
+            number, graph = int(batch.numbers[first]), int(batch.graph_index[first])
+            symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"of atomic number {number}"
+            atom = first - int(batch.ptr[graph])
+            raise InputError(
+                f"{self.base.name} does not know the element {symbol} (structure {graph}, atom {atom}); it has "
+                f"{', '.join(chemical_symbols[z] for z in self.elements)}. Load it with all elements that occur, or "
+                "choose a model that knows them."
+            )
+        return species
 
     @torch.enable_grad()
     def _extended(

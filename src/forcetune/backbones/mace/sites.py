@@ -96,15 +96,24 @@ def _equivariant_linear(name: str, module: Any) -> Site:
             shapes.append((fan_in, fan_out))
             outputs.append(instruction.i_out)
         start += fan_in * fan_out
-    paths = tuple(WeightPath(*entry) for entry in zip(_unique(labels), starts, shapes, strict=True))
+    paths = tuple(
+        WeightPath(*entry, by_element=(1, *entry[2]) if _takes_elements(name) else None)
+        for entry in zip(_unique(labels), starts, shapes, strict=True)
+    )
     kind = "readout" if name.split(".")[0] in ("readouts", "embedding_readout") else "linear"
     irreps = (str(module.irreps_in), str(module.irreps_out))
     return Site(f"{name}.weight", name, "weight", name, kind, paths, *irreps)
 
 
+def _takes_elements(name: str) -> bool:
+    """Whether the input of a linear layer is the one-hot element, of the atom or of the ends of an edge."""
+    return name == "node_embedding.linear" or name.split(".")[-1] in ("source_embedding", "target_embedding")
+
+
 def _tensor_product(name: str, module: Any) -> Site:
+    """A product of features and the one-hot element."""
     labels: list[str] = []
-    shapes: list[tuple[int, int]] = []
+    factors: list[tuple[int, int, int]] = []
     for instruction in module.instructions:
         if not instruction.has_weight:
             continue
@@ -113,9 +122,12 @@ def _tensor_product(name: str, module: Any) -> Site:
             f"{module.irreps_in1[instruction.i_in1].ir}*{module.irreps_in2[instruction.i_in2].ir}"
             f"->{module.irreps_out[instruction.i_out].ir}"
         )
-        shapes.append((first * second, out))
-    starts = [sum(math.prod(shape) for shape in shapes[:k]) for k in range(len(shapes))]
-    paths = tuple(WeightPath(*entry) for entry in zip(_unique(labels), starts, shapes, strict=True))
+        factors.append((first, second, out))
+    starts = [sum(math.prod(shape) for shape in factors[:k]) for k in range(len(factors))]
+    paths = tuple(
+        WeightPath(label, start, (first * second, out), by_element=(first, second, out))
+        for label, start, (first, second, out) in zip(_unique(labels), starts, factors, strict=True)
+    )
     irreps = (str(module.irreps_in1), str(module.irreps_out))
     return Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, *irreps)
 
@@ -130,7 +142,8 @@ def _contraction(name: str, module: Any) -> Iterator[Site]:
     order = len(module.weights) + 1
 
     def site(owner: str, parameter: str, nu: int, kind: str, weight: Any) -> Site:
-        path = WeightPath(f"order{nu}", 0, tuple(weight.shape))
+        elements, *rest = weight.shape
+        path = WeightPath(f"order{nu}", 0, tuple(weight.shape), by_element=(1, elements, math.prod(rest)))
         return Site(f"{owner}.{parameter}", owner, parameter, name, kind, (path,))
 
     def zeroed(which: str) -> bool:
