@@ -334,7 +334,9 @@ class TrainingConfig(Section):
         default=None, description="Adam with amsgrad, AdamW, schedule-free AdamW; the method's own when not given."
     )
     learning_rate: float | None = Field(default=None, gt=0, description="The method's own default when not given.")
-    weight_decay: float = Field(default=1e-8, ge=0, description="On linear and contraction sites.")
+    weight_decay: float = Field(
+        default=1e-8, ge=0, description="On linear and contraction sites; of sparse updates on all their sites."
+    )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="Learning-rate schedule (not for schedule-free)."
     )

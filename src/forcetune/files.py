@@ -67,7 +67,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows brings nothing to the disk that is open for reading only
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -105,6 +105,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             written = {file.name for file in temporary.iterdir()}
             # a folder cannot replace a folder with content in one step: the old one steps aside first
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            aside.rmdir()  # on Windows nothing replaces a folder, not even an empty one
             target.replace(aside)
             temporary.replace(target)
             retire_folder(aside, target, written)

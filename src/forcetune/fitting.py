@@ -236,7 +236,10 @@ class Fitting:
         prepared = None
         if replay is not None:
             prepared = prepare_replay(replay, self.config.replay, self.training, backbone, references.energies)
-        adapter = attach_for_training(backbone, self.method, self.training, graphs["train"], references.energies)
+        elements = {*dataset.train.elements, *(replay.trained_elements if replay else ())}
+        adapter = attach_for_training(
+            backbone, self.method, self.training, graphs["train"], references.energies, elements
+        )
         backbone.set_reference_energies(references.energies)
         say_adapter(self.console, self.method, backbone, adapter)
         parameters = describe_parameters(adapter)

@@ -96,6 +96,7 @@ class Adapter(nn.Module):
             for update in method.updates_at(site):
                 part = update.build(site, weight)
                 if part is not None:
+                    part.update_name = update.name
                     self.parts[part_key(site, type(part))] = part
         # after the updates, which start at the same random values with and without it
         options = method.magnetism

@@ -98,8 +98,8 @@ def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
         # what no weight can absorb stands beside it and is none of its changes
         update = " + ".join(dict.fromkeys(one.name for one in adapter.updates_at(site) if one.mergeable))
         for path in site.paths:
-            part = slice(path.start, path.start + path.size)
-            old, new = weight[part].view(path.shape), delta[part].view(path.shape)
+            place = slice(path.start, path.start + path.size)
+            old, new = weight[place].view(path.shape), delta[place].view(path.shape)
             found.append(_path_change(site, path, update, old, new, backbone.elements))
     return tuple(found)
 
@@ -136,22 +136,15 @@ def _path_change(
         singular=tuple(float(value) / norm for value in values[:SINGULAR_VALUES]),
         stable_rank=(size / largest) ** 2 if largest > 0 else 0.0,
         channels=float((matrix != 0).any(dim=1 if path.transposed else 0).double().mean()),
-        elements=_by_element(path, site.kind, weight, delta, elements),
+        elements=_by_element(path, weight, delta, elements),
     )
 
 
-def _by_element(
-    path: WeightPath, kind: str, weight: Tensor, delta: Tensor, elements: Sequence[int]
-) -> dict[str, float]:
-    """Contractions are (elements, couplings, channels); a tensor product's fan in runs over channels, then elements."""
+def _by_element(path: WeightPath, weight: Tensor, delta: Tensor, elements: Sequence[int]) -> dict[str, float]:
     count = len(elements)
-    if kind.startswith("contraction") and path.shape[0] == count:
-        old, new = weight.reshape(count, -1), delta.reshape(count, -1)
-    elif kind == "tensor_product" and path.shape[0] % count == 0:
-        shape = (path.shape[0] // count, count, path.shape[1])
-        old, new = (tensor.reshape(shape).transpose(0, 1).reshape(count, -1) for tensor in (weight, delta))
-    else:
+    if path.by_element is None or path.by_element[1] != count:
         return {}
+    old, new = (tensor.reshape(path.by_element).transpose(0, 1).reshape(count, -1) for tensor in (weight, delta))
     ratios = torch.linalg.vector_norm(new, dim=1) / torch.linalg.vector_norm(old, dim=1).clamp(min=1e-300)
     return {chemical_symbols[number]: float(ratio) for number, ratio in zip(elements, ratios, strict=True)}
 

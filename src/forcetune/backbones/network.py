@@ -97,9 +97,10 @@ class NetworkBackbone:
             InputError: the model does not know one of the elements.
         """
         plan = given_plan(self)
+        if plan is None:
+            self._check_elements(batch)
         species = self._species[batch.numbers]
         if plan is None:
-            self._check_elements(batch, species)
             plan = self._plans.plan(batch.edge_index, batch.unit_shifts, species)
         with torch.enable_grad():
             if self.extension is None:
@@ -111,11 +112,23 @@ class NetworkBackbone:
         total = total.index_add(0, batch.graph_index, per_atom)
         return found._replace(energy=total + found.energy.double())
 
-    def _check_elements(self, batch: Batch, species: Tensor) -> None:
-        if bool((species < 0).any()):
-            unknown = sorted(set(batch.numbers[species < 0].tolist()))
-            names = ", ".join(chemical_symbols[z] for z in unknown)
-            raise InputError(f"{self.base.name} does not know the element {names}; choose a model that does.")
+    def _check_elements(self, batch: Batch) -> None:
+        """
+        Raises:
+            InputError: an element that the model does not know, or no longer knows since its table was cut.
+        """
+        known = (batch.numbers >= 0) & (batch.numbers < len(self._species))
+        known &= self._species[torch.where(known, batch.numbers, 0)] >= 0
+        if bool(known.all()):
+            return
+        first = int((~known).nonzero()[0])
+        number, graph = int(batch.numbers[first]), int(batch.graph_index[first])
+        symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"of atomic number {number}"
+        raise InputError(
+            f"{self.base.name} does not know the element {symbol} (structure {graph}, atom "
+            f"{first - int(batch.ptr[graph])}); it has {', '.join(chemical_symbols[z] for z in self.elements)}. Load it "
+            "with all elements that occur, or choose a model that knows them."
+        )
 
     def _differentiated(self, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
         """Interaction energies and their derivatives by the vectors of all pairs."""

@@ -53,6 +53,7 @@ class EquivariantLinear(nn.Module):
         kind: of its site.
         further_inputs: even scalars among the inputs that were cut away, which the normalisation still counts.
         merge: whether equal neighbours among the inputs count as one irrep.
+        one_hot: whether the input is the one-hot element.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class EquivariantLinear(nn.Module):
         kind: str = "linear",
         further_inputs: int = 0,
         merge: bool = True,
+        one_hot: bool = False,
     ) -> None:
         super().__init__()
         inputs, outputs = parse_irreps(irreps_in), parse_irreps(irreps_out)
@@ -72,7 +74,7 @@ class EquivariantLinear(nn.Module):
         if len(merge_neighbours(outputs)) != len(outputs):
             raise UnfitError(f"a linear layer has the outputs {irreps_out}, one irrep twice in a row")
         self.irreps_in, self.irreps_out = irreps_text(inputs), irreps_text(outputs)
-        self.kind = kind
+        self.kind, self.one_hot = kind, one_hot
         self.layout = layout_for(outputs)
         self.blocks: list[Block] = []
         labels: list[str] = []
@@ -109,7 +111,12 @@ class EquivariantLinear(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
-            WeightPath(label, block.start, (block.fan_in, block.fan_out))
+            WeightPath(
+                label,
+                block.start,
+                (block.fan_in, block.fan_out),
+                by_element=(1, block.fan_in, block.fan_out) if self.one_hot else None,
+            )
             for label, block in zip(self._labels, self.blocks, strict=True)
         )
         yield Site(f"{name}.weight", name, "weight", name, self.kind, paths, self.irreps_in, self.irreps_out)
@@ -171,7 +178,12 @@ class SpeciesLinear(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
-            WeightPath(label, block.start, (block.fan_in * self.n_species, block.fan_out))
+            WeightPath(
+                label,
+                block.start,
+                (block.fan_in * self.n_species, block.fan_out),
+                by_element=(block.fan_in, self.n_species, block.fan_out),
+            )
             for label, block in zip(self._labels, self.blocks, strict=True)
         )
         yield Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, self.irreps_in, self.irreps_out)

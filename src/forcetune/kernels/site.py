@@ -16,12 +16,15 @@ class WeightPath:
         start: first element of the block in the flattened weight.
         shape: (fan in, fan out); for contractions (elements, couplings, channels).
         transposed: the shape is (fan out, fan in), as in PyTorch's linear layers.
+        by_element: the block seen as (outer, elements, inner) has a slice for each element in the order of the model's
+            table; None where elements share the weights.
     """
 
     name: str
     start: int
     shape: tuple[int, ...]
     transposed: bool = False
+    by_element: tuple[int, int, int] | None = None
 
     @property
     def size(self) -> int:

@@ -24,6 +24,7 @@ from forcetune.frames.labels import AUTO, NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import composition_matrix, estimate
 from forcetune.frames.splits import separate_isolated
+from forcetune.frames.stored import elements_of
 from forcetune.graphs.graph import Batch
 from forcetune.training.replay_head import ReplayHead
 
@@ -49,7 +50,12 @@ class ReplayFrames:
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
-        return tuple(sorted({int(z) for frame in (*self.frames, *self.held) for z in frame.numbers}))
+        return elements_of((*self.frames, *self.held))
+
+    @property
+    def trained_elements(self) -> tuple[int, ...]:
+        """Those in the frames to train on."""
+        return elements_of(self.frames)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,17 +38,23 @@ class ParameterOptions:
 
     Attributes:
         rate: learning rate in units of the run's.
-        decay: decoupled weight decay.
+        decay: decoupled weight decay; None for that of the run, on sites of every kind.
         learning_rate: at the beginning, whatever the run's is; instead of ``rate``.
     """
 
     rate: float = 1.0
-    decay: float = 0.0
+    decay: float | None = 0.0
     learning_rate: float | None = None
 
 
 class TrainablePart(nn.Module, ABC):
-    """What an update trains at one site."""
+    """What an update trains at one site.
+
+    Attributes:
+        update_name: of the update that it was built by; empty where it was built by none.
+    """
+
+    update_name: str = ""
 
     def options(self) -> dict[str, ParameterOptions]:
         """Parameters, by name, that have a learning rate and decay of their own."""

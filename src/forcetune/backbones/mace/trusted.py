@@ -107,8 +107,8 @@ class LibraryMace(NetworkBackbone):
         torch.atleast_2d(self.model.atomic_energies_fn.atomic_energies)[self._head_index].copy_(energies)
 
     def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        self._check_elements(batch)
         species = self._species[batch.numbers]
-        self._check_elements(batch, species)
         if self.extension is not None:
             found = self._by_library_extended(self.extension, batch, species, stress, create_graph)
         else:
@@ -315,14 +315,18 @@ def _equivariant_linear(name: str, module: Any) -> Site:
             shapes.append((fan_in, fan_out))
             outputs.append(instruction.i_out)
         start += fan_in * fan_out
-    paths = tuple(WeightPath(*entry) for entry in zip(numbered(labels), starts, shapes, strict=True))
+    takes = name == "node_embedding.linear" or name.split(".")[-1] in ("source_embedding", "target_embedding")
+    paths = tuple(
+        WeightPath(*entry, by_element=(1, *entry[2]) if takes else None)
+        for entry in zip(numbered(labels), starts, shapes, strict=True)
+    )
     kind = "readout" if name.split(".")[0] in ("readouts", "embedding_readout") else "linear"
     return Site(f"{name}.weight", name, "weight", name, kind, paths, str(module.irreps_in), str(module.irreps_out))
 
 
 def _tensor_product(name: str, module: Any) -> Site:
     labels: list[str] = []
-    shapes: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int, int]] = []
     for instruction in module.instructions:
         if not instruction.has_weight:
             continue
@@ -331,9 +335,12 @@ def _tensor_product(name: str, module: Any) -> Site:
             f"{module.irreps_in1[instruction.i_in1].ir}*{module.irreps_in2[instruction.i_in2].ir}"
             f"->{module.irreps_out[instruction.i_out].ir}"
         )
-        shapes.append((first * second, out))
+        shapes.append((first, second, out))
     starts = [sum(math.prod(shape) for shape in shapes[:k]) for k in range(len(shapes))]
-    paths = tuple(WeightPath(*entry) for entry in zip(numbered(labels), starts, shapes, strict=True))
+    paths = tuple(
+        WeightPath(label, start, (first * second, out), by_element=(first, second, out))
+        for label, start, (first, second, out) in zip(numbered(labels), starts, shapes, strict=True)
+    )
     irreps = (str(module.irreps_in1), str(module.irreps_out))
     return Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, *irreps)
 
@@ -342,7 +349,8 @@ def _contraction(name: str, module: Any) -> Iterator[Site]:
     order = len(module.weights) + 1
 
     def site(owner: str, parameter: str, nu: int, kind: str, weight: Any) -> Site:
-        path = WeightPath(f"order{nu}", 0, tuple(weight.shape))
+        elements, *rest = weight.shape
+        path = WeightPath(f"order{nu}", 0, tuple(weight.shape), by_element=(1, elements, math.prod(rest)))
         return Site(f"{owner}.{parameter}", owner, parameter, name, kind, (path,))
 
     def zeroed(which: str) -> bool:
