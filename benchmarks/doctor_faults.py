@@ -351,7 +351,7 @@ FAULTS = (
     Fault("forces zero in five frames", ("forces-zero",), some_zero, LOUD),
     Fault("forces of constrained atoms zeroed", ("forces-of-fixed-atoms",), fixed_atoms, LOUD),
     Fault("unusual label keys", ("energy-missing",), unusual_keys),
-    Fault("half of the frames without forces", ("forces-missing",), half_without_forces),
+    Fault("half of the frames without forces", ("forces-missing",), half_without_forces, "warning"),
     Fault("species in another order", ("structures-implausible", "forces-unrelated"), permuted_species, LOUD),
     Fault("oxygen written as carbon", ("atoms-unknown-to-model", "element-unknown-to-model"), wrong_species, LOUD),
     Fault("element unknown to the model", ("element-unknown",), unknown_element),

@@ -200,10 +200,11 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         "energy-not-finite": (2,),
         "forces-not-finite": (5, 6),
         "structure-broken": (9,),
-        "energy-missing": (11,),
         "file-unreadable": (),
     }
     assert found.facts["sets"]["train"]["n_frames"] == 19
+    missing = next(item for item in found.findings if item.code == "energy-missing")
+    assert (missing.severity, missing.frames) == ("warning", (11,))
 
 
 def test_frames_in_memory_without_a_model() -> None:

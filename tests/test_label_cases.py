@@ -23,6 +23,7 @@ from forcetune.evaluation.diagnosis import diagnose
 from forcetune.evaluation.metrics import graphs_of, predict
 from forcetune.evaluation.stress import ORDERS, find_order
 from forcetune.frames.doctor.labels import check_labels
+from forcetune.frames.doctor.shape import shape_of
 from forcetune.frames.read import frames_from_atoms, read_frames
 from forcetune.kernels.install import accelerate
 from own_labels import labelled_by, shaken, write
@@ -106,15 +107,13 @@ def test_own_labels_have_no_errors(form: str, mini: Backbone, crystals: list[Ato
 
 CASES = (
     *("stress_unused", "config_weights", "DFT_virials", "stress_six", "stress_and_virial", "half_forces", "slab"),
-    *("eight_frames", "no_edges"),
+    "eight_frames",
 )
 
 
 @pytest.mark.filterwarnings("default::forcetune.errors.ForcetuneWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_case_files_have_no_errors(case: str, mini: Backbone, case_files: Path) -> None:
-    if case == "no_edges":
-        pytest.skip("belongs to the tests of empty graphs")
     errors = forcetune.evaluate(mini, case_files / f"{case}.xyz")
     assert errors.energy_mae_mev_per_atom == pytest.approx(0, abs=1e-6)
     assert errors.forces_mae_mev_per_ang == pytest.approx(0, abs=1e-4)
@@ -395,7 +394,8 @@ def test_energies_are_not_judged_by_a_weak_model(energies: str, mini: Backbone) 
     agreement = force_agreement(weak)
     assert agreement is not None and 0.6 < agreement.correlation < 0.8
     assert energy_agreement(weak) is not None
-    assert [str(item) for item in diagnose(weak)] == []
+    # what it does not know is still told of the model, not of the labels
+    assert [str(item) for item in diagnose(weak) if not item.code.startswith("element-unknown")] == []
 
 
 def test_energies_are_judged_by_a_good_model(mini: Backbone) -> None:
@@ -415,18 +415,16 @@ def test_liquid_water_is_no_alarm(part: str, reference_data: Path, mini: Backbon
 
 
 def test_energies_in_single_precision_repeat_by_chance() -> None:
-    """Of 300 energies within some eV, written in steps of 1/512 eV, a few are equal."""
+    """Of 300 energies within some eV, written in steps of 1/2048 eV, a few are equal."""
     rng = np.random.default_rng(9)
     frames = []
     for atoms in shaken(50, periodic=False) * 6:
         moved = atoms.copy()
         moved.positions += 0.1 * rng.standard_normal(moved.positions.shape)
-        moved.info["REF_energy"] = round((-29944.0 + 1.5 * rng.standard_normal()) * 512) / 512
+        moved.info["REF_energy"] = round((-5700.0 + rng.standard_normal()) * 2048) / 2048
         frames.append(moved)
     energies = [atoms.info["REF_energy"] for atoms in frames]
     assert len(set(energies)) < len(energies) - 3
-    from forcetune.frames.doctor.shape import shape_of
-
     found = frames_from_atoms(frames).frames
     shapes = [shape_of(frame) for frame in found]
     assert "energy-repeated" not in {item.code for item in check_labels(found, shapes)}

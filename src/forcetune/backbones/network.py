@@ -126,8 +126,8 @@ class NetworkBackbone:
         symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"of atomic number {number}"
         raise InputError(
             f"{self.base.name} does not know the element {symbol} (structure {graph}, atom "
-            f"{first - int(batch.ptr[graph])}); it has {', '.join(chemical_symbols[z] for z in self.elements)}. Load it "
-            "with all elements that occur, or choose a model that knows them."
+            f"{first - int(batch.ptr[graph])}); it has {', '.join(chemical_symbols[z] for z in self.elements)}. Load "
+            "it with all elements that occur, or choose a model that knows them."
         )
 
     def _differentiated(self, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
