@@ -53,6 +53,9 @@ class EquivariantLinear(nn.Module):
         kind: of its site.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(
         self, irreps_in: str, irreps_out: str, source: TensorSource, *, biases: bool = False, kind: str = "linear"
     ) -> None:
@@ -113,6 +116,8 @@ class SpeciesLinear(nn.Module):
         n_species: of the one-hot.
         source: of ``weight``, and of the couplings 1/√(2 l + 1) as the file has them rounded.
     """
+
+    weight: Tensor
 
     def __init__(self, irreps_in: str, irreps_out: str, n_species: int, source: TensorSource) -> None:
         super().__init__()
@@ -226,7 +231,7 @@ class Convolution(nn.Module):
         super().__init__()
         inputs, angular, outputs = parse_irreps(irreps_in), parse_irreps(harmonics), parse_irreps(irreps_mid)
         merged, places = merged_places(irreps_mid)
-        self.irreps_out = irreps_text(merged)
+        self.irreps_in, self.harmonics, self.irreps_out = irreps_in, harmonics, irreps_text(merged)
         self.paths = tuple(paths)
         self.couplings: dict[str, Tensor] = {}
         self.widths: list[int] = []
