@@ -56,6 +56,9 @@ class EquivariantLinear(nn.Module):
         one_hot: whether the input is the one-hot element.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(
         self,
         irreps_in: str,
@@ -133,6 +136,8 @@ class SpeciesLinear(nn.Module):
         source: of ``weight``, and of the couplings 1/√(2 l + 1) as the file has them rounded.
         counted_species: that the normalisation counts, where some were cut away.
     """
+
+    weight: Tensor
 
     def __init__(
         self,
@@ -260,7 +265,7 @@ class Convolution(nn.Module):
         super().__init__()
         inputs, angular, outputs = parse_irreps(irreps_in), parse_irreps(harmonics), parse_irreps(irreps_mid)
         merged, places = merged_places(irreps_mid)
-        self.irreps_out = irreps_text(merged)
+        self.irreps_in, self.harmonics, self.irreps_out = irreps_in, harmonics, irreps_text(merged)
         self.paths = tuple(paths)
         self.couplings: dict[str, Tensor] = {}
         self.widths: list[int] = []

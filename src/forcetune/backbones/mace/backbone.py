@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from forcetune.backbones.mace.content import MaceContent, build_network, content_from_module
+from forcetune.backbones.mace.content import MaceContent, build_network, content_from_network
 from forcetune.backbones.mace.network import MaceNetwork
-from forcetune.backbones.mace.reading import read_content
+from forcetune.backbones.mace.reading import read_content, read_module
 from forcetune.backbones.mace.surgery import cut_elements, select_head
 from forcetune.backbones.mace.trusted import LibraryMace, library_fingerprint, load_pickled
 from forcetune.backbones.mace.writing import write_model
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base
-from forcetune.errors import InputError, warn
+from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.kernels.features import Features
 from forcetune.kernels.tensors import TensorSource, UnfitError
 
@@ -59,7 +60,7 @@ class MaceBackbone(NetworkBackbone):
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
         trust: bool = False,
-    ) -> MaceBackbone:
+    ) -> NetworkBackbone:
         """Read a model without running code from its file.
 
         Args:
@@ -102,7 +103,7 @@ class MaceBackbone(NetworkBackbone):
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
-    ) -> MaceBackbone:
+    ) -> NetworkBackbone:
         """A backbone with the weights of a loaded module, mace's or ours, which is left as it is.
 
         A module of mace that forcetune does not compute is used itself, as it is.
@@ -112,12 +113,10 @@ class MaceBackbone(NetworkBackbone):
         """
         kind = type(model).__name__
         try:
-            content = content_from_module(model)
-            network = build_network(content)
+            content = read_module(model)
         except UnfitError as error:
             base = base or Base(kind, "", library_fingerprint(model), "unknown")
             return LibraryMace(model, base, reason=str(error), head=head, elements=elements, dtype=dtype, device=device)
-        del network
         base = base or Base(content.architecture.kind, "", content.fingerprint, "unknown")
         return cls._from_content(content, base, head=head, elements=elements, dtype=dtype, device=device)
 
@@ -154,7 +153,7 @@ class MaceBackbone(NetworkBackbone):
     @property
     def content(self) -> MaceContent:
         """Architecture and tensors as they are now, an adapter left out."""
-        return content_from_module(self.model)
+        return content_from_network(self.model)
 
     def cut_to(self, elements: Sequence[int]) -> MaceBackbone:
         """The model as it is now, with these elements only.
@@ -190,11 +189,17 @@ class MaceBackbone(NetworkBackbone):
         return sum(product.n_scalars for product in self.model.products)
 
     def read_back(self, path: str | Path) -> MaceBackbone:
-        """What was written by :meth:`save`, in the precision of this one, to be compared with it."""
-        again = MaceBackbone.load(path, dtype=self.dtype)
-        if isinstance(again.model, MaceNetwork) and again.model.pair_repulsion_fn is not None:
-            again.model.pair_repulsion_fn.rounded = self.model.rounded_charges
-        return again
+        """What was written by :meth:`save`, in the precision of this one, to be compared with it.
+
+        Raises:
+            ForcetuneError: it is not understood.
+        """
+        try:
+            content = replace(read_content(path), rounded_charges=self.model.rounded_charges)
+            network = build_network(content)
+        except UnfitError as error:
+            raise ForcetuneError(f"{path} was written and cannot be read back: {error}.") from error
+        return MaceBackbone(network.to(dtype=self.dtype), Base(Path(path).stem, "", content.fingerprint, "unknown"))
 
     def _layers_behind(self, name: str) -> int:
         """Readouts count with the last layer; what comes before the layers counts as one more."""

@@ -108,6 +108,8 @@ class RadialEmbedding(nn.Module):
 class AtomicEnergies(nn.Module):
     """Energies of isolated atoms as the file has them; they are added in float64 outside of the network."""
 
+    atomic_energies: Tensor
+
     def __init__(self, heads: int, n_species: int, source: TensorSource) -> None:
         super().__init__()
         drawn = torch.zeros(heads, n_species, dtype=torch.float64)
@@ -119,6 +121,9 @@ class AtomicEnergies(nn.Module):
 
 class ScaleShift(nn.Module):
     """Interaction energies of atoms times a scale, plus a shift."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, heads: int, source: TensorSource) -> None:
         super().__init__()
@@ -182,6 +187,9 @@ class Interaction(nn.Module):
 
 class NonLinearInteraction(nn.Module):
     """The interaction of MACE-OMOL and later: radial weights know both species, and a gate follows the messages."""
+
+    alpha: Tensor
+    beta: Tensor
 
     def __init__(self, irreps: BlockIrreps, source: TensorSource) -> None:
         super().__init__()
@@ -353,6 +361,9 @@ class MaceNetwork(nn.Module):
     Raises:
         UnfitError: a tensor is missing, has another shape, or has no place.
     """
+
+    atomic_numbers: Tensor
+    r_max: Tensor
 
     def __init__(self, architecture: MaceArchitecture, source: TensorSource, *, rounded_charges: bool = False) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -226,12 +226,20 @@ class LibraryMace(NetworkBackbone):
             if hooks or name.split(".")[0] == ADAPTER:
                 raise ForcetuneError("the model cannot be written while an adapter is attached; merge it first.")
         with atomic_path(path) as temporary:
-            torch.save(copy.deepcopy(self.model).cpu(), temporary)
+            torch.save(self.model if self.device.type == "cpu" else _on_cpu(self.model), temporary)
 
     def read_back(self, path: str | Path) -> LibraryMace:
         """What was written by :meth:`save`."""
         options = {"head": self.head, "elements": None, "dtype": self.dtype, "device": "cpu"}
         return LibraryMace(load_pickled(Path(path)), self.base, reason=self.reason, **options)
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A copy; some parameters of mace cannot be copied by ``copy.deepcopy``."""
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, map_location="cpu", weights_only=False)
 
 
 def _refuse_accelerated(module: Any, base: Base) -> None:
@@ -284,7 +292,8 @@ def _sites_of(name: str, module: Any) -> Iterator[Site]:
     elif kind == "_Layer" or isinstance(module, nn.Linear):
         transposed = isinstance(module, nn.Linear)
         label = "out->in" if transposed else "in->out"
-        path = WeightPath(label, 0, tuple(module._parameters["weight"].shape), transposed)
+        weight: Tensor = module._parameters["weight"]  # pyright: ignore[reportAssignmentType]
+        path = WeightPath(label, 0, tuple(weight.shape), transposed)
         yield Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,))
     elif kind == "Contraction":
         yield from _contraction(name, module)
