@@ -28,7 +28,6 @@ from rich.table import Table
 
 import forcetune
 from forcetune.backbones.protocol import Backbone
-from forcetune.kernels.install import accelerate
 
 ENERGY, FORCES = "REF_energy", "REF_forces"
 
@@ -402,9 +401,7 @@ def plain(frames: Sequence[Atoms]) -> list[Atoms]:
 
 
 def loaded() -> Backbone:
-    backbone = forcetune.load("mini")
-    accelerate(backbone)
-    return backbone
+    return forcetune.load("mini")
 
 
 def run_faults(data: Path, molecule: str, only: str | None) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ from forcetune.evaluation.stress import ORDERS, find_order
 from forcetune.frames.doctor.labels import check_labels
 from forcetune.frames.doctor.shape import shape_of
 from forcetune.frames.read import frames_from_atoms, read_frames
-from forcetune.kernels.install import accelerate
 from own_labels import labelled_by, shaken, write
 from systems import labelled, write_model
 from terminal import Command
@@ -36,9 +35,7 @@ VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])
 
 @pytest.fixture(scope="module")
 def mini() -> Backbone:
-    found = load("mini")
-    accelerate(found)
-    return found
+    return load("mini")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from forcetune.api import inspect
 from forcetune.backbones.loading import load
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError
-from forcetune.kernels.install import decelerate, is_accelerated
 from forcetune.run_folder import BASE_NAME, CHECKPOINT
 from models import make_mace
 from systems import labelled, write_labelled, write_model
@@ -62,7 +60,7 @@ def test_a_loaded_model_fits_as_its_file_does(
     named = str(model) if kind == "path" else "mini"
     loaded = forcetune.load(named, elements=ELEMENTS)
     one, other = fit(data, named, tmp_path / "one"), fit(data, loaded, tmp_path / "other")
-    assert other.backbone is loaded and is_accelerated(loaded)
+    assert other.backbone is loaded
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (one.adapter / name).read_bytes() == (other.adapter / name).read_bytes()
     assert one.after == other.after and one.results["model"] == other.results["model"]
@@ -164,26 +162,13 @@ def test_a_loaded_model_is_not_silently_another_one(model: Path) -> None:
             use(str(model), *(() if use is detach else ({},)))  # pyright: ignore
 
 
-def test_kernels_of_a_loaded_model_are_as_asked(data: Path, model: Path, tmp_path: Path) -> None:
-    backbone = load(model, elements=ELEMENTS)
-    fit(data, backbone, tmp_path / "on")
-    assert is_accelerated(backbone)
-    detach(backbone)
-    fit(data, backbone, tmp_path / "off", model__kernels="off")
-    assert not is_accelerated(backbone)
-    one, other = (np.load(tmp_path / name / "predictions.npz")["valid/after/forces"] for name in ("on", "off"))
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
-
-
 def test_everything_else_takes_a_loaded_model_as_its_path(data: Path, model: Path, tmp_path: Path) -> None:
     run = fit(data, model, tmp_path / "run").folder
     second = fit(data, model, tmp_path / "second", training__seed=7).folder
     whole = load(model)  # knows nitrogen, too
-    assert not is_accelerated(whole)
     for given in (model, whole):
         atoms = labelled(1)[0]
         atoms.calc = forcetune.calculator(given, adapter=run)
-        assert is_accelerated(atoms.calc.backbone)
         found: list[Any] = [atoms.get_potential_energy()]
         atoms.calc = forcetune.calculator(given)
         found.append(atoms.get_potential_energy())
@@ -203,7 +188,6 @@ def test_everything_else_takes_a_loaded_model_as_its_path(data: Path, model: Pat
     assert found[-2][0]["correlation"] == pytest.approx(expected[-2][0]["correlation"], rel=1e-9)
     assert found[-2][1] == expected[-2][1] and found[-1] == expected[-1]
     assert adapter_of(whole) is None and whole.elements == (1, 6, 7, 8)
-    decelerate(whole)
     assert torch.equal(next(whole.model.parameters()), next(load(model).model.parameters()))
 
 

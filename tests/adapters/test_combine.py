@@ -23,7 +23,6 @@ from forcetune.deployment.merge import merge
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
 from forcetune.files import sha256_of
-from forcetune.kernels.install import accelerate
 from systems import backbone, cluster, crystal, frames_of, perturb, write_model
 
 EXACT = 1e-10
@@ -55,12 +54,9 @@ def same(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= EXACT * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["library", "kernels"])
-def test_switch_disable_and_remove(folders: dict[str, Path], fast: bool) -> None:
+def test_switch_disable_and_remove(folders: dict[str, Path]) -> None:
     model = backbone()
     before = predictions(model)
-    if fast:
-        accelerate(model)
     made = combine(model, folders)
     for name, folder in folders.items():
         made.switch(name)
@@ -135,8 +131,7 @@ def test_a_second_adapter_on_a_merged_first(folders: dict[str, Path], tmp_path: 
     assert np.abs(stacked.forces - merged.forces).max() > 0
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["library", "kernels"])
-def test_a_saved_combination_is_what_it_was(folders: dict[str, Path], tmp_path: Path, fast: bool) -> None:
+def test_a_saved_combination_is_what_it_was(folders: dict[str, Path], tmp_path: Path) -> None:
     model = backbone()
     made = combine(model, folders)
     for name, scale in zip(folders, (0.7, -0.3, 0.5, 1.0), strict=True):
@@ -145,8 +140,6 @@ def test_a_saved_combination_is_what_it_was(folders: dict[str, Path], tmp_path: 
     save_adapter(model, tmp_path / "all")
     made.switch("bias")  # what was saved stays as it was
     other = backbone()
-    if fast:
-        accelerate(other)
     loaded = load_adapter(other, tmp_path / "all")
     same(predictions(other).energy, expected.energy)
     same(predictions(other).forces, expected.forces)

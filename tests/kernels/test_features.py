@@ -10,7 +10,6 @@ from forcetune.adapters.methods import method
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import collate
 from forcetune.kernels.features import Features, features_of
-from forcetune.kernels.mace import install
 from systems import backbone, cluster, frames_of
 
 LAYOUT = ((1, 3), (3, 2), (1, 2))
@@ -64,7 +63,6 @@ def test_layers_hand_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = backbone()
     attach(model, method("mmea"))
-    assert install(model).fast
     monkeypatch.setattr(Features, "flat", property(counted))
     model.predict(collate(graphs_of(model, frames_of(cluster(), cluster(seed=4)))), create_graph=True)
     given_back = [layout for layout in made if len(layout) > 1]

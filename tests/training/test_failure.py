@@ -22,7 +22,6 @@ from forcetune.config import LossConfig
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
-from forcetune.kernels.install import accelerate
 from forcetune.magnetism.options import Magnetism
 from forcetune.training.losses import loss_of
 from models import evaluate
@@ -70,8 +69,6 @@ def test_structures_without_a_volume_do_not_spoil_gradients(kind: str, name: str
     results = []
     for fast in (False, True):
         model = backbone(**KINDS[kind])
-        if fast:
-            accelerate(model)
         adapter = attach(model, method(name))
         perturb(adapter)
         parameters = list(adapter.parameters())
@@ -94,8 +91,6 @@ def test_structures_without_a_volume_do_not_spoil_gradients(kind: str, name: str
 @pytest.mark.parametrize("layer", ["spin", "magnitude"])
 def test_magnetic_layers_without_spins_have_finite_gradients(layer: Any, fast: bool) -> None:
     model = backbone()
-    if fast:
-        accelerate(model)
     options = Magnetism(layer, "moments", spin_orbit=layer == "spin", channels=8, radial=4, learning_rate=1e-3)
     adapter = attach(model, replace(method("elora"), magnetism=options))
     perturb(adapter)

@@ -22,7 +22,6 @@ from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
-from forcetune.kernels.install import accelerate
 from forcetune.kernels.recording import UntraceableError
 from forcetune.training import replay_head, traced
 from forcetune.training.losses import label_weights
@@ -41,7 +40,6 @@ def tuned(name: str, **options: Any) -> MaceBackbone:
     """A small model with an adapter that is no longer that of the start."""
     model = backbone(**SMALL | options)
     perturb(attach(model, method(name)))
-    accelerate(model)
     return model
 
 
@@ -132,7 +130,6 @@ def test_single_precision(two_threads: None) -> None:
     """Within 1e-3 of the largest gradient: sums come in another order."""
     model = backbone(**SMALL | {"dtype": torch.float32})
     perturb(attach(model, method("mmea")))
-    accelerate(model)
     graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
     step = step_of(model, graphs, LossConfig(), 4)
     assert_eager(step, collate(graphs[:4]), 1e-3)
@@ -231,7 +228,6 @@ def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:
     for choice in ("off", "on"):
         model = backbone(**SMALL)
         adapter = attach(model, method("mmea"))
-        accelerate(model)
         graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
         config = TrainingConfig.model_validate({"epochs": 3, "batch_size": 4, "compile": choice})
         (tmp_path / choice).mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
