@@ -24,6 +24,7 @@ from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
+from forcetune.kernels.features import Features, features_of
 from forcetune.parsing import short
 
 
@@ -237,14 +238,19 @@ class _ChangeOutput:
         self.adapter = adapter
         self.part = part
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self.adapter.enabled:
             return None
-        if not self.part.reads_species:
-            return self.part(args[0], output)
-        # the kernels hand on what the layers of a step share instead of the species alone
-        second = args[1]
-        return self.part(args[0], output, second if isinstance(second, Tensor) else second.attributes)
+        if self.part.reads_species:
+            # a layer that knows the species is given what the layers of a step share, or by the library the species
+            second = args[1]
+            species = second if isinstance(second, Tensor) else second.attributes
+            changed = self.part(args[0], output, species)
+        else:
+            changed = self.part(args[0], output)
+        if isinstance(output, Features) and isinstance(changed, Tensor):
+            return features_of(changed, output.layout, geometric=True, trains=True)
+        return changed
 
 
 def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapter:
