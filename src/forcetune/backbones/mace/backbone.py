@@ -151,11 +151,17 @@ class MaceBackbone:
             data = self._inputs(batch, species)
             with torch.enable_grad():
                 out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
-            found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
+            found = Prediction(
+                self._interaction_energy(out),
+                out["forces"],
+                out["stress"] if stress else None,
+                energies=None if create_graph else self._interaction_of_atoms(out, species),
+            )
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        return found._replace(energy=total + found.energy.double())
+        energies = None if found.energies is None else per_atom + found.energies
+        return found._replace(energy=total + found.energy.double(), energies=energies)
 
     @torch.enable_grad()
     def _extended(
@@ -194,7 +200,11 @@ class MaceBackbone:
             # graphs without a cell have no stress; a quotient by 0 would spoil the gradients of all others
             stresses = slopes[1] / torch.where(volume > 0, volume, torch.inf)
         fields = -slopes[-1] if batch.spins.requires_grad else None
-        return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
+        energies = None
+        if not create_graph and (extra.energy is None or extra.energies is not None):
+            own = self._interaction_of_atoms(out, species)
+            energies = own if extra.energies is None else own + extra.energies
+        return Prediction(energy, -slopes[0], stresses, extra.moments, fields, energies)
 
     @cached_property
     def _scalar_columns(self) -> Tensor:
@@ -218,6 +228,11 @@ class MaceBackbone:
         if "interaction_energy" in out:
             return out["interaction_energy"]
         return out["contributions"][:, 1:].sum(dim=-1)
+
+    def _interaction_of_atoms(self, out: dict[str, Tensor], species: Tensor) -> Tensor:
+        """(atoms,) share of each in the interaction energy, eV, float64."""
+        stored = torch.atleast_2d(self.model.atomic_energies_fn.atomic_energies)[0]
+        return out["node_energy"].double() - stored[species].double()
 
     def _inputs(
         self, batch: Batch, species: Tensor, positions: Tensor | None = None, cell: Tensor | None = None
