@@ -39,6 +39,7 @@ from forcetune.frames.isolated import compare_isolated
 from forcetune.frames.labels import AUTO, Label
 from forcetune.frames.splits import separate_isolated
 from forcetune.frames.stored import StoredFrames
+from forcetune.graphs.edges import COINCIDING
 from forcetune.graphs.graph import Batch
 
 SAMPLE = 200
@@ -282,7 +283,11 @@ def _predicted(
     chosen: dict[str, list[Frame]] = {}
     for name, frames in examined.frames.items():
         shapes = examined.shapes[name]
-        sound = [k for k, shape in enumerate(shapes) if shape is not None and shape.n_edges < PREDICTABLE_EDGES]
+        sound = [
+            k
+            for k, shape in enumerate(shapes)
+            if shape is not None and shape.n_edges < PREDICTABLE_EDGES and shape.nearest.min() >= COINCIDING
+        ]
         chosen[name] = [frames[k] for k in sample(sound, SAMPLE if name == TRAIN else SAMPLE // 4)]
     compared: dict[str, Compared] = {}
     graphs: dict[str, Sequence[Batch]] = {}

@@ -100,7 +100,7 @@ def test_nothing_left_for_training(valid: int) -> None:
 
 
 def test_nothing_left_for_validation() -> None:
-    with pytest.raises(InputError, match=r"fraction of 0\.05 of 10 frames leaves none for validation"):
+    XX
         split(numbered(10), 0.05)
 
 

@@ -110,7 +110,8 @@ class NetworkBackbone:
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        return found._replace(energy=total + found.energy.double())
+        energies = None if found.energies is None else per_atom + found.energies
+        return found._replace(energy=total + found.energy.double(), energies=energies)
 
     def _check_elements(self, batch: Batch) -> None:
         """
@@ -159,9 +160,10 @@ class NetworkBackbone:
             outer = vectors.unsqueeze(2) * pull.unsqueeze(1)
             strain = pull.new_zeros(batch.n_graphs, 3, 3).index_add(0, graph_index[plan.receiver], outer)
             stresses = per_volume((strain + strain.transpose(1, 2)) / 2, batch.cell)
-        if not create_graph:
-            energy = energy.detach()
-        return Prediction(energy, forces[plan.place], stresses)
+        if create_graph:
+            return Prediction(energy, forces[plan.place], stresses)
+        own = atoms.detach().double()[plan.place]
+        return Prediction(energy.detach(), forces[plan.place], stresses, energies=own)
 
     def _extended(self, extension: Extension, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
         """Interaction energy of the model and its extension, differentiated together."""
@@ -192,7 +194,11 @@ class NetworkBackbone:
         phase.forces_are_done()
         stresses = per_volume(slopes[1], batch.cell) if stress else None
         fields = -slopes[-1] if batch.spins.requires_grad else None
-        return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
+        energies = None
+        if not create_graph and (extra.energy is None or extra.energies is not None):
+            energies = atoms.double()[plan.place]
+            energies = energies if extra.energies is None else energies + extra.energies
+        return Prediction(energy, -slopes[0], stresses, extra.moments, fields, energies)
 
     def _invariants(self, features: Sequence[Features]) -> Tensor:
         """Even scalars of all layers, (atoms, n_scalars), atoms in the plan's order."""

@@ -29,6 +29,8 @@ class Prediction(NamedTuple):
         moments: (atoms, 3) magnetic moments, or (atoms, 1) magnitudes, μB; None of a model that knows none.
         fields: (atoms, 3) effective fields −∂E/∂s, eV per unit of the spins given; None unless the spins of the batch
             require gradients.
+        energies: (atoms,), eV, the share of each atom in the energy, reference energies included; None of a model that
+            has no such shares, and where gradients of the prediction are kept.
     """
 
     energy: Tensor
@@ -36,6 +38,7 @@ class Prediction(NamedTuple):
     stress: Tensor | None
     moments: Tensor | None = None
     fields: Tensor | None = None
+    energies: Tensor | None = None
 
     def to(self, device: torch.device) -> Prediction:
         """The same on another device."""
@@ -56,10 +59,12 @@ class Extra(NamedTuple):
     Attributes:
         energy: (graphs,), eV, or None.
         moments: as in :class:`Prediction`.
+        energies: (atoms,), eV, shares of the energy; None where there is no energy or nobody knows them.
     """
 
     energy: Tensor | None
     moments: Tensor | None
+    energies: Tensor | None = None
 
 
 class Extension(Protocol):

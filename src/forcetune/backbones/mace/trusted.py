@@ -115,11 +115,19 @@ class LibraryMace(NetworkBackbone):
         else:
             with torch.enable_grad():
                 out = self.model(self._inputs(batch, species), training=create_graph, compute_stress=stress)
-            found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
+            own = None if create_graph else self._interaction_of_atoms(out, species)
+            stresses = out["stress"] if stress else None
+            found = Prediction(self._interaction_energy(out), out["forces"], stresses, energies=own)
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        return found._replace(energy=total + found.energy.double())
+        energies = None if found.energies is None else per_atom + found.energies
+        return found._replace(energy=total + found.energy.double(), energies=energies)
+
+    def _interaction_of_atoms(self, out: Mapping[str, Tensor], species: Tensor) -> Tensor:
+        """(atoms,) share of each in the interaction energy, eV, float64."""
+        stored = torch.atleast_2d(self.model.atomic_energies_fn.atomic_energies)[self._head_index]
+        return out["node_energy"].double() - stored[species].double()
 
     @torch.enable_grad()
     def _by_library_extended(

@@ -77,7 +77,8 @@ def _check_energies(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> 
 def _check_forces(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> list[Finding]:
     labelled = [k for k, frame in enumerate(frames) if frame.forces is not None and len(frame) > 1]
     moving = [k for k in labelled if _forces(frames[k]).any()]
-    still = sorted(set(labelled) - set(moving))
+    # atoms out of each other's reach feel no forces
+    still = [k for k in labelled if k not in set(moving) and ((shape := shapes[k]) is None or shape.n_edges > 0)]
     molecules = [k for k in still if (shape := shapes[k]) is not None and shape.is_molecule]
     findings = []
     if labelled and not moving and len(molecules) >= 2:
@@ -137,7 +138,8 @@ def _chance_repeats(frames: Sequence[Frame], step: float) -> float:
 
 
 def _is_other(one: FloatArray, other: FloatArray) -> bool:
-    return one.shape != other.shape or float(np.abs(one - other).max()) > 1e-3
+    # atoms out of each other's reach have nothing to compare
+    return one.shape != other.shape or float(np.abs(one - other).max(initial=0.0)) > 1e-3
 
 
 def _step(values: FloatArray) -> float:
