@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,10 @@ from forcetune.adapters.attach import attach, detach, merge_weights
 from forcetune.adapters.combine import Combination, combine
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import method
-from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.network import NetworkBackbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.kernels.install import accelerate
-from systems import backbone, cluster, crystal, frames_of, perturb
+from systems import backbone, cluster, crystal, frames_of, library, perturb
 
 EXACT = 1e-10
 
@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def predictions(model: MaceBackbone) -> Predictions:
+def predictions(model: NetworkBackbone) -> Predictions:
     return predict(model, graphs_of(model, frames_of(cluster(), crystal())), stress=True)
 
 
@@ -47,12 +47,10 @@ def same(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= EXACT * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["library", "kernels"])
-def test_switch_disable_and_remove(folders: dict[str, Path], fast: bool) -> None:
-    model = backbone()
+@pytest.mark.parametrize("make", [library, backbone], ids=["mace", "network"])
+def test_switch_disable_and_remove(folders: dict[str, Path], make: Callable[[], NetworkBackbone]) -> None:
+    model = make()
     before = predictions(model)
-    if fast:
-        accelerate(model)
     made = combine(model, folders)
     for name, folder in folders.items():
         made.switch(name)
