@@ -59,6 +59,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "soft, Gaussians": {"distance_transform": "Soft", "radial_type": "gaussian", "pair_repulsion": True},
     "Chebyshev": {"radial_type": "chebyshev", "gate": "tanh"},
+    "Chebyshev, Agnesi": {"radial_type": "chebyshev", "distance_transform": "Agnesi"},
     "one layer": {"num_interactions": 1},
     "three layers": {"num_interactions": 3, "hidden_irreps": "4x0e+4x1o", "keep_last_layer_irreps": True},
     "last readout only": {"use_last_readout_only": True},

@@ -16,6 +16,7 @@ import forcetune
 from forcetune.adapters.attach import attach, attached
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.network import NetworkBackbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneWarning
 from forcetune.evaluation.metrics import graphs_of
@@ -28,7 +29,7 @@ from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead
 from forcetune.training.traced import TracedStep, TracedTraining, Workers, frames_of_part, layout_for
 from forcetune.training.train import train
-from systems import backbone, cluster, crystal, frames_of, perturb, write_labelled, write_model
+from systems import backbone, cluster, crystal, frames_of, library, perturb, write_labelled, write_model
 from terminal import Command
 
 SMALL = {"max_ell": 1, "correlation": 2, "hidden_irreps": "4x0e+4x1o", "elements": (1, 6, 7, 8)}
@@ -187,7 +188,7 @@ def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch)
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
 
-def reason(model: MaceBackbone, graphs: Sequence[Batch], **options: Any) -> UntraceableError:
+def reason(model: NetworkBackbone, graphs: Sequence[Batch], **options: Any) -> UntraceableError:
     config = TrainingConfig.model_validate({"batch_size": 3, "compile": "on"} | options)
     loader = BatchLoader(graphs, config.batch_size)
     with pytest.raises(UntraceableError) as caught:
@@ -206,7 +207,7 @@ def test_reasons_for_eager_steps() -> None:
     assert "packed by a budget" in str(packed) and not packed.wanted
     uneven = graphs_of(model, frames_of(*[cluster(atoms=2, seed=seed) for seed in range(9)], cluster(atoms=27)))
     assert "would be filling" in str(reason(model, uneven))
-    slow = backbone(**SMALL)
+    slow = library(**SMALL)
     attach(slow, method("readout"))
     assert "do not cover" in str(reason(slow, graphs))
 

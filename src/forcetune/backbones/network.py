@@ -228,8 +228,8 @@ def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tupl
             sites.append(Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,)))
     found = {site.name for site in sites}
     for name, module in modules:
-        if isinstance(module, nn.ParameterList) or hasattr(module, "zeroed"):
-            continue  # weights without any coupling are held at zero
+        if isinstance(module, nn.ParameterList):
+            continue  # of weights that no layer declares, as no coupling has them
         for parameter, tensor in module.named_parameters(recurse=False):
             full = f"{name}.{parameter}".lstrip(".")
             if full not in found:

@@ -272,7 +272,7 @@ def library_sites(model: nn.Module) -> tuple[Site, ...]:
         sites.extend(_sites_of(name, module))
     found = {site.name for site in sites}
     for name, module in modules:
-        if name.split(".")[-1] == "weights" or type(module).__name__ == "Contraction":
+        if isinstance(module, nn.ParameterList):
             continue
         for parameter, tensor in module.named_parameters(recurse=False):
             full = f"{name}.{parameter}".lstrip(".")
