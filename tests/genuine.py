@@ -62,6 +62,11 @@ class Results:
         return [str(head) for head in self.arrays["heads"]]
 
     @property
+    def is_float32(self) -> bool:
+        """Whether the file is in float32, so that there are results of the model turned into float64, too."""
+        return "double/0/0/energy" in self.arrays
+
+    @property
     def structures(self) -> list[Structure]:
         count = 1 + max(int(name.split("/")[1]) for name in self.arrays if name.startswith("structures/"))
         names = ("numbers", "positions", "cell", "pbc")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ class Recipe:
         since, until: first and last version 0.3.x that can make it.
         quick: made for the tests that always run.
         refusal: words of the message, where it must be refused; empty where it must open.
-        differs: versions whose results need not be met, as their code differs; refused there with these words.
+        may_refuse: words of the message, where it may be refused; where it opens, results must be those of the version.
+        may_refuse_until: last version of which it may be refused.
     """
 
     name: str
@@ -43,7 +44,8 @@ class Recipe:
     until: int = 16
     quick: bool = False
     refusal: str = ""
-    differs: dict[int, str] = field(default_factory=dict)
+    may_refuse: str = ""
+    may_refuse_until: int = 16
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -52,9 +54,9 @@ class Recipe:
     def fits(self, version: str) -> bool:
         return self.since <= int(version.split(".")[2]) <= self.until
 
-    def refused_words(self, version: str) -> str:
-        """Words of the refusal of this version's file; empty where it must open."""
-        return self.differs.get(int(version.split(".")[2]), self.refusal)
+    def allowed_refusal(self, version: str) -> str:
+        """Words of a refusal of this version's file that is as good as opening it; empty where there is none."""
+        return self.may_refuse if int(version.split(".")[2]) <= self.may_refuse_until else ""
 
 
 def _arguments(
@@ -132,7 +134,7 @@ _NONLINEAR = {
     "use_agnostic_product": True,
     "apply_cutoff": False,
 }
-_OLD_SOFT = dict.fromkeys(range(5, 10), "Soft transform of mace before 0.3.10")
+
 
 _OFF23 = _scale_shift("off23", trainable_bessel=True, quick=True, **_OFF)
 _MP0 = _scale_shift("mp0", elements=_OXIDES, quick=True, **_MP)
@@ -171,8 +173,9 @@ RECIPES: tuple[Recipe, ...] = (
     _scale_shift("mixed_order", correlation=[3, 2]),
     _scale_shift("first_order", correlation=1, max_ell=1),
     _scale_shift("gaussian", radial_type="gaussian"),
-    _scale_shift("chebyshev", since=5, radial_type="chebyshev"),
-    _scale_shift("soft", since=5, distance_transform="Soft", differs=_OLD_SOFT),
+    _scale_shift("chebyshev", since=5, radial_type="chebyshev", distance_transform="Agnesi"),
+    # another function before 0.3.10, which today's mace does not have
+    _scale_shift("soft", since=5, distance_transform="Soft", may_refuse="Soft transform", may_refuse_until=9),
     _scale_shift("attention", interaction_cls="RealAgnosticAttResidualInteractionBlock"),
     _scale_shift("many_elements", elements=tuple(range(1, 90)), hidden_irreps="4x0e", MLP_irreps="4x0e"),
     _scale_shift("one_element", elements=(14,)),
@@ -195,7 +198,7 @@ RECIPES: tuple[Recipe, ...] = (
     replace(_SMALL, name="small_cuda", form="cuda"),
     replace(_SMALL, name="small_to_float32", form="to_float32"),
     replace(_SMALL, name="small_to_float64", form="to_float64", dtype="float32"),
-    replace(_SMALL, name="small_prepared", form="prepared", since=5),
+    replace(_SMALL, name="small_prepared", form="prepared", since=5, may_refuse="prepare|compiled|traced"),
     replace(_SMALL, name="small_compiled", form="compiled"),
     replace(_SMALL, name="small_scripted", form="scripted", refusal="TorchScript"),
     replace(_SMALL, name="small_lammps", form="lammps", refusal="TorchScript"),

@@ -87,6 +87,7 @@ def model_inputs(model: Any, structure: dict[str, np.ndarray], head: int, dtype:
         "batch": torch.zeros(atoms, dtype=torch.long),
         "ptr": torch.tensor([0, atoms]),
         "head": torch.tensor([head]),
+        "total_charge": torch.zeros(1, dtype=dtype),
     }
 
 

@@ -129,7 +129,7 @@ def read_architecture(root: Node) -> MaceArchitecture:
         kind=root.kind,
         r_max=number(root.tensor("r_max"), "cutoff"),
         num_bessel=basis.tensor(_RADIAL_SIZE[radial_type]).numel(),
-        num_polynomial_cutoff=number(radial.child("cutoff_fn").tensor("p"), "envelope"),
+        num_polynomial_cutoff=_exponent(radial.child("cutoff_fn")),
         max_ell=max(int(part.split("x")[1][:-1]) for part in harmonics),
         interactions=tuple(block.kind for block in interactions),
         atomic_numbers=tuple(int(z) for z in root.tensor("atomic_numbers").flatten()),
@@ -166,6 +166,7 @@ def _check_supported(root: Node) -> None:
         if name in root.children:
             raise UnfitError(f"it embeds further inputs such as charge or spin ({name})")
     for prefix, node in root.walk():
+        _check_untraced(prefix, node)
         if node.package not in ("mace", "e3nn", "torch"):
             raise UnfitError(
                 f"its part {prefix.rstrip('.')} is of {node.package}; convert it to e3nn by mace's tools first"
@@ -175,6 +176,24 @@ def _check_supported(root: Node) -> None:
             state = getattr(config, "state", None) or getattr(config, "__dict__", None)
             if config is not None and (not isinstance(state, dict) or state.get("enabled", True)):
                 raise UnfitError("it was made for an accelerator; convert it to e3nn by mace_cueq_to_e3nn first")
+
+
+def _check_untraced(prefix: str, node: Node) -> None:
+    """Graphs of torch.fx are code; those that every model has compute what the layer around them says."""
+    usual = ".symmetric_contractions." in prefix
+    for name in node.traced:
+        if not usual and not name.startswith("_compiled_main"):
+            raise UnfitError(
+                f"its part {prefix}{name} is compiled code, as after mace's prepare(); save the model as it was before"
+            )
+
+
+def _exponent(envelope: Node) -> float:
+    """Exponent of the envelope, which versions before 0.3.10 stored as a real number."""
+    exponent = number(envelope.tensor("p"), "envelope")
+    if exponent != int(exponent):
+        raise UnfitError(f"its envelope has the exponent {exponent}, and today's mace computes with whole ones only")
+    return exponent
 
 
 def _members(root: Node, name: str) -> list[Node]:
@@ -200,6 +219,8 @@ def _transform(radial: Node) -> str:
         return "None"
     if transform.kind not in _TRANSFORMS:
         raise UnfitError(f"its distance transform is a {transform.kind}")
+    if transform.kind == "SoftTransform" and "alpha" not in transform.tensors:
+        raise UnfitError("it has the Soft transform of mace before 0.3.10, which is another function than today's")
     return _TRANSFORMS[transform.kind]
 
 

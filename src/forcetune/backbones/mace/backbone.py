@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import architecture_of
-from forcetune.backbones.mace.construction import build
+from forcetune.backbones.mace.construction import build, default_dtype
 from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
 from forcetune.backbones.mace.sites import mace_sites
 from forcetune.backbones.mace.surgery import cut_elements, select_head
@@ -149,7 +149,7 @@ class MaceBackbone:
             found = self._extended(self.extension, batch, species, stress, create_graph)
         else:
             data = self._inputs(batch, species)
-            with torch.enable_grad():
+            with torch.enable_grad(), self._precision():
                 out = self.model(data, training=create_graph, compute_force=True, compute_stress=stress)
             found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
         per_atom = self._energies_of_species[species]
@@ -173,7 +173,8 @@ class MaceBackbone:
         if batch.spins.requires_grad:
             leaves.append(batch.spins)
         data = self._inputs(batch, species, moved, cell)
-        out = self.model(data, training=create_graph, compute_force=False)
+        with self._precision():
+            out = self.model(data, training=create_graph, compute_force=False)
         sender, receiver = batch.edge_index
         vectors = moved[receiver] - moved[sender] + data["shifts"]
         extra = extension(out["node_feats"][:, self._scalar_columns], vectors, batch)
@@ -195,6 +196,13 @@ class MaceBackbone:
             stresses = slopes[1] / torch.where(volume > 0, volume, torch.inf)
         fields = -slopes[-1] if batch.spins.requires_grad else None
         return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """Torch's default precision set to the model's, where the library computes in the default.
+
+        Its pair repulsion multiplies atomic numbers, which are integers, by a real number.
+        """
+        return default_dtype(self.dtype) if hasattr(self.model, "pair_repulsion_fn") else nullcontext()
 
     @cached_property
     def _scalar_columns(self) -> Tensor:

@@ -6,7 +6,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from threading import RLock
 from typing import Any
@@ -100,7 +100,16 @@ def _given_couplings(couplings: Mapping[str, Tensor], architecture: MaceArchitec
 
     tensors = given()
     original = library.U_matrix_real
-    library.U_matrix_real = lambda **_: [next(tensors)]
+
+    def next_or_computed(**arguments: Any) -> list[Tensor]:
+        tensor = next(tensors, None)
+        if tensor is not None:
+            return [tensor]
+        if arguments["correlation"] != 1:  # nothing else is asked for by the layer that is left out again
+            raise StopIteration
+        return original(**arguments)
+
+    library.U_matrix_real = next_or_computed
     try:
         yield
     finally:
@@ -108,7 +117,8 @@ def _given_couplings(couplings: Mapping[str, Tensor], architecture: MaceArchitec
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context torch makes real tensors of this precision where none is named."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -155,15 +165,10 @@ def construct(
     if elements is not None:
         _check_covered(architecture, elements)
     modules = import_mace()
-    with _LOCK, _default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with _LOCK, default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch on annotations in e3nn's scripted classes
         try:
-            arguments = _arguments(architecture, modules)
-            if couplings is None:
-                model = getattr(modules, architecture.kind)(**arguments)
-            else:
-                with _given_couplings(couplings, architecture):
-                    model = getattr(modules, architecture.kind)(**arguments)
+            model = _made(architecture, couplings, modules)
         except (KeyError, StopIteration, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             raise UnfitError(f"mace's constructor failed ({type(error).__name__}: {error})") from error
     model.use_reduced_cg = architecture.use_reduced_cg
@@ -175,6 +180,25 @@ def construct(
         if attribute in ("cst", "coeff") and hasattr(model.get_submodule(owner), attribute):
             setattr(model.get_submodule(owner), attribute, value)
     return model.eval()
+
+
+def _made(architecture: MaceArchitecture, couplings: Mapping[str, Tensor] | None, modules: Any) -> Any:
+    """The model as mace's constructor makes it.
+
+    A model of one layer keeps no vectors since 0.3.15, which no energy depends on. Older ones have them, and have them
+    still as the first layer of a model of two.
+    """
+    arguments = _arguments(architecture, modules)
+    first_of_two = len(architecture.interactions) == 1 and "+" in architecture.hidden_irreps
+    if first_of_two:
+        arguments |= {"num_interactions": 2, "correlation": [*architecture.correlation, 1]}
+    with nullcontext() if couplings is None else _given_couplings(couplings, architecture):
+        model = getattr(modules, architecture.kind)(**arguments)
+    if first_of_two:
+        for name in ("interactions", "products", "readouts"):
+            setattr(model, name, getattr(model, name)[:1])
+        model.num_interactions.fill_(1)
+    return model
 
 
 def _arguments(architecture: MaceArchitecture, modules: Any) -> dict[str, Any]:

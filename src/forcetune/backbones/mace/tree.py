@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from forcetune.backbones.inert import Global, Record, read_inert_bytes
+from forcetune.irreps import merge_neighbours, parse_irreps
 
 ADAPTER = "forcetune_adapter"
 _MOST_MODULES = 20_000
@@ -40,6 +41,7 @@ class Node:
         tensors: parameters (as ``nn.Parameter``) and buffers by name.
         constants: buffers of compiled code, by dotted name.
         children: modules by name; compiled code is none; None where an activation is the identity.
+        traced: names of children that are graphs of torch.fx, which are code and not looked into.
         hooked: code of the file's own would run when it is called.
     """
 
@@ -49,6 +51,7 @@ class Node:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
     children: dict[str, Node | None] = field(default_factory=dict)
+    traced: list[str] = field(default_factory=list)
     hooked: bool = False
 
     def child(self, path: str) -> Node:
@@ -127,6 +130,8 @@ def node_from_record(record: Any, _budget: _Budget | None = None, _depth: int = 
     """
     budget = _budget or _Budget()
     budget.spend(_depth)
+    if isinstance(record, Record) and record.name == "OptimizedModule":  # what torch.compile wraps around a model
+        return node_from_record(_inside(record), budget, _depth + 1)
     if not isinstance(record, Record) or not isinstance(record.state, dict):
         raise UnfitError(f"it holds a {getattr(record, 'name', type(record).__name__)} where a module should be")
     state = record.state
@@ -147,12 +152,23 @@ def node_from_record(record: Any, _budget: _Budget | None = None, _depth: int = 
     for name, child in _part(state, "_modules").items():
         if child is None:
             node.children[name] = None
-        elif not (isinstance(child, Record) and child.name in _GRAPHS):
+        elif isinstance(child, Record) and child.name in _GRAPHS:
+            node.traced.append(name)
+        else:
             node.children[name] = node_from_record(child, budget, _depth + 1)
     node.hooked = any(state.get(name) for name in _HOOKS)
     internal = nn.Module().__dict__.keys() | {"__codegen__"}
     node.attributes = {name: v for name, v in state.items() if isinstance(name, str) and name not in internal}
+    _leave_unread_parts_out(node)
     return node
+
+
+def _inside(compiled: Record) -> Any:
+    """The model in a record of ``torch.compile``, which is the first argument or a module by name."""
+    if compiled.args:
+        return compiled.args[0]
+    state = compiled.state if isinstance(compiled.state, dict) else {}
+    return _part(state, "_modules").get("_orig_mod")
 
 
 def node_from_module(module: nn.Module) -> Node:
@@ -168,11 +184,25 @@ def node_from_module(module: nn.Module) -> Node:
             node.children[name] = None
         elif name in compiled:
             node.constants.update({f"{name}.{key}": t for key, t in child.named_buffers()})
-        elif not isinstance(child, fx.GraphModule):
+        elif isinstance(child, fx.GraphModule):
+            node.traced.append(name)
+        else:
             node.children[name] = node_from_module(child)
     internal = nn.Module().__dict__.keys() | {"__codegen__"}
     node.attributes = {name: v for name, v in vars(module).items() if name not in internal}
+    _leave_unread_parts_out(node)
     return node
+
+
+def _leave_unread_parts_out(node: Node) -> None:
+    """Remove what a version of mace stored but never read.
+
+    Up to 0.3.9 the pair repulsion carried the model's cutoff and an envelope with it; what it computes with are the
+    covalent radii.
+    """
+    if node.kind == "ZBLBasis":
+        node.tensors.pop("r_max", None)
+        node.children.pop("cutoff", None)
 
 
 def _fields(value: Any) -> tuple[Any, ...]:
@@ -233,6 +263,32 @@ def _equal(left: Any, right: Any) -> bool:
     return left == right
 
 
+def _compared(node: Node) -> dict[str, Any]:
+    """Attributes to compare; of an equivariant linear in the form it has on simplified irreps.
+
+    Up to 0.3.8 mace simplified the irreps of the linear layer after the convolution: 64 inputs of one block, where
+    later versions have two blocks of 32. Weights lie in memory in the same order, and either way they are divided
+    by the root of all inputs of an output.
+    """
+    if node.kind != "Linear" or not {"instructions", "irreps_in"} <= node.attributes.keys():
+        return node.attributes
+    instructions = canonical("instructions", node.attributes["instructions"])
+    irreps = irreps_text(node.attributes["irreps_in"])
+    if instructions is UNKNOWN or not irreps:
+        return node.attributes
+    irrep_of_block = [block.partition("x")[2] for block in irreps.split("+")]
+    merged: list[tuple[Any, ...]] = []
+    last = None
+    for i_in, i_out, shape, weight in instructions:
+        entry = (irrep_of_block[i_in] if i_in >= 0 else "bias", i_out, shape, weight)
+        if last is not None and (entry[0], i_in, i_out, shape[1:], weight) == last:
+            entry = (entry[0], i_out, (merged.pop()[2][0] + shape[0], *shape[1:]), weight)
+        merged.append(entry)
+        last = (entry[0], i_in + 1, i_out, shape[1:], weight) if i_in >= 0 else None
+    simplified = tuple((block.multiplicity, block.irrep) for block in merge_neighbours(parse_irreps(irreps)))
+    return node.attributes | {"instructions": tuple(merged), "irreps_in": simplified}
+
+
 def check_same(found: Node, built: Node, prefix: str = "") -> None:
     """Check that two models compute the same function of their tensors, as far as their attributes tell.
 
@@ -249,19 +305,20 @@ def check_same(found: Node, built: Node, prefix: str = "") -> None:
     if set(found.children) != set(built.children):
         different = ", ".join(sorted(set(found.children) ^ set(built.children)))
         raise UnfitError(f"{where} differs in the parts {different}")
-    for name in found.attributes.keys() & built.attributes.keys() - _NOT_COMPARED:
-        left, right = canonical(name, found.attributes[name]), canonical(name, built.attributes[name])
+    one, other = _compared(found), _compared(built)
+    for name in one.keys() & other.keys() - _NOT_COMPARED:
+        left, right = canonical(name, one[name]), canonical(name, other[name])
         private_text = name.startswith("_") and isinstance(left, str)  # descriptions for profilers
         if left is UNKNOWN or right is UNKNOWN or private_text:
             continue
         if not _equal(left, right):
             raise UnfitError(f"{where} has {name} = {left!r} where {right!r} was expected")
     for name, child in found.children.items():
-        other = built.children[name]
-        if (child is None) != (other is None):
+        counterpart = built.children[name]
+        if (child is None) != (counterpart is None):
             raise UnfitError(f"{prefix}{name} is missing")
-        if child is not None and other is not None:
-            check_same(child, other, f"{prefix}{name}.")
+        if child is not None and counterpart is not None:
+            check_same(child, counterpart, f"{prefix}{name}.")
 
 
 def number(value: Any, what: str) -> float:
