@@ -110,16 +110,15 @@ class Versions:
                 _install(version, target)
         return target
 
-    def run(self, version: str, work: dict[str, Any]) -> str:
-        """Carry out work in a process with this version; returns what it printed.
+    def run(self, version: str | None, work: dict[str, Any]) -> str:
+        """Carry out work in a process with this version, None for the environment's own; returns what it printed.
 
         Raises:
             UnavailableError: pip cannot get the version.
             RuntimeError: the process failed; says how.
         """
-        installed = self.install(version)
         environment = os.environ | {
-            "PYTHONPATH": str(installed),
+            "PYTHONPATH": "" if version is None else str(self.install(version)),
             "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
             "OMP_NUM_THREADS": "1",
         }
@@ -169,7 +168,7 @@ class Versions:
             results = Results({key: table[key] for key in table.files})
         return Genuine(version, BY_NAME[name], place / f"{name}.model", results)
 
-    def evaluate(self, version: str, model: Path, structures_of: Genuine) -> Results:
+    def evaluate(self, version: str | None, model: Path, structures_of: Genuine) -> Results:
         """What a version computes from a file, which another may have written, for the structures of a model."""
         with tempfile.TemporaryDirectory() as folder:
             inputs, outputs = Path(folder) / "structures.npz", Path(folder) / "results.npz"

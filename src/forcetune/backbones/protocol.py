@@ -188,3 +188,12 @@ class Backbone(Protocol):
     def save(self, path: str | Path) -> None:
         """Write a plain model of the library, atomically."""
         ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Precision of the file that it was read from."""
+        ...
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """Write its file with its weights in it, so that it opens wherever that does; False where it cannot be done."""
+        ...

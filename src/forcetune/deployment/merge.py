@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from forcetune.adapters.attach import check_mergeable, merge_weights
 from forcetune.backbones.loading import backbone_class
@@ -46,6 +47,9 @@ def merge(
 ) -> Merged:
     """Write the fine-tuned model as a plain file that needs no forcetune.
 
+    It is the base's own file with other weights, so that it opens wherever that does, with all its elements and heads;
+    where that cannot be done, or another precision is asked for, a new file of the library installed here.
+
     The file is read back and compared with base + adapter on random structures of all its elements, molecules and
     crystals; it takes its place only when energies, forces and stresses agree.
 
@@ -53,7 +57,7 @@ def merge(
         run: run folder or adapter folder.
         output: file to write, such as ``tuned.model``.
         model: the base, when it is no longer where the run found it.
-        dtype: precision of the written model; by default that of the training.
+        dtype: precision of the written model; by default that of the base's file, or else that of the training.
         trust: allow the base's file to run its own code where it cannot be rebuilt without.
 
     Raises:
@@ -69,11 +73,16 @@ def merge(
     before = predict(backbone, graphs_of(backbone, probes), stress=True)
     merge_weights(backbone)
     with atomic_path(output) as temporary:
-        backbone.save(temporary)
-        again = backbone_class(backbone.library).load(temporary, dtype=backbone.dtype)
+        precision = backbone.stored_dtype
+        if (dtype is not None and backbone.dtype != precision) or not backbone.save_into_source(temporary):
+            backbone.save(temporary)
+            precision = backbone.dtype
+        again = backbone_class(backbone.library).load(
+            temporary, head=backbone.head, elements=backbone.elements, dtype=backbone.dtype
+        )
         after = predict(again, graphs_of(again, probes), stress=True)
         energy, forces = _differences(backbone, before, after)
-        allowed = PARITY["float64" if str(backbone.dtype) == "torch.float64" else "float32"]
+        allowed = PARITY["float64" if {precision, backbone.dtype} == {torch.float64} else "float32"]
         if not max(energy, forces) <= allowed:
             raise ForcetuneError(
                 f"{output}: the merged model differs from base + adapter by {max(energy, forces):.1e} (relative, "

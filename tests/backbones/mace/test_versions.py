@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.data import chemical_symbols
 
 import forcetune
@@ -22,7 +24,8 @@ from forcetune.errors import InputError
 from forcetune.frames.frame import Frame, Origin
 from forcetune.graphs.graph import graph_of
 from genuine import FOLDER_VARIABLE, Genuine, Structure, UnavailableError, Versions
-from genuine_models import QUICK_VERSIONS, cases
+from genuine_models import QUICK_VERSIONS, VERSIONS, cases
+from systems import perturb
 from terminal import Command
 
 REQUIRED_VARIABLE = "FORCETUNE_REQUIRE_VERSIONS"
@@ -178,3 +181,53 @@ def test_evaluate_finds_no_error_in_a_versions_own_labels(
         assert errors[name] == pytest.approx(0, abs=1e3 * TOLERANCE), name
     stress = [value for name, value in errors.items() if name.startswith("stress_mae")]
     assert stress == [pytest.approx(0, abs=1e3 * TOLERANCE)]
+
+
+def tuned(model: Genuine, folder: Path, dtype: str, elements: Sequence[int]) -> Path:
+    """An adapter on a version's file, as a training would leave it, with reference energies of its own."""
+    backbone = forcetune.load(str(model.path), dtype=dtype, elements=elements)
+    perturb(forcetune.attach(backbone, forcetune.method("elora")))
+    references = backbone.reference_energies
+    backbone.set_reference_energies({z: references[z] - 13.6 for z in elements})
+    forcetune.save_adapter(backbone, folder)
+    return folder
+
+
+MERGED = [(version, name) for version in VERSIONS for name in ("mp0", "mp0_cuda")]
+QUICK_MERGED = [("0.3.3", "mp0"), ("0.3.6", "mp0_cuda"), ("0.3.10", "mp0")]
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [pytest.param(*case, marks=[] if case in QUICK_MERGED else pytest.mark.slow) for case in MERGED],
+)
+def test_merged_file_opens_in_the_version_of_its_base(
+    version: str, name: str, get: Get, versions: Versions, tmp_path: Path
+) -> None:
+    """It is the base's file with other weights: this version and today's mace compute what base and adapter do."""
+    model = get(version, name)
+    float32 = model.recipe.dtype == "float32"
+    pair = model.results.structures[2]
+    elements = sorted(int(z) for z in pair.numbers)
+    adapter = tuned(model, tmp_path / "adapter", model.recipe.dtype, elements)
+    forcetune.merge(adapter, tmp_path / "tuned.model", model=model.path)
+    atoms = Atoms(pair.numbers, pair.positions)
+    atoms.calc = forcetune.calculator(model.path, adapter=adapter)
+    expected = {"energy": np.array(atoms.get_potential_energy()), "forces": atoms.get_forces()}
+    assert abs(expected["energy"] - model.results.arrays["2/0/energy"]) > 1
+    with zipfile.ZipFile(model.path) as base, zipfile.ZipFile(tmp_path / "tuned.model") as merged:
+        assert base.namelist() == merged.namelist()
+        pickle = next(member for member in base.namelist() if member.endswith("data.pkl"))
+        assert base.read(pickle) == merged.read(pickle)
+    for reader in (version, None):
+        results = versions.evaluate(reader, tmp_path / "tuned.model", model)
+        for quantity, value in expected.items():
+            found = results.get(2, quantity)
+            assert found is not None
+            assert_close(found, value, TOLERANCE_FLOAT32 if float32 else TOLERANCE, f"{quantity} in {reader}")
+    whole = forcetune.load(str(tmp_path / "tuned.model"))
+    base = forcetune.load(str(model.path))
+    assert whole.elements == base.elements
+    for z in base.elements:
+        change = whole.reference_energies[z] - base.reference_energies[z]
+        assert change == pytest.approx(-13.6 if z in elements else 0, abs=1e-5 if float32 else 1e-10)

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import architecture_of
 from forcetune.backbones.mace.construction import build, default_dtype
+from forcetune.backbones.mace.original import write_into_original
 from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
 from forcetune.backbones.mace.sites import mace_sites
 from forcetune.backbones.mace.surgery import cut_elements, select_head
+from forcetune.backbones.mace.tree import UnfitError, node_from_module
 from forcetune.backbones.protocol import PLAN, Base, Extension, Prediction, Site
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
 from forcetune.irreps import parse_irreps
+
+_LOST_REFERENCE = 1e-4  # eV
 
 
 class MaceBackbone:
@@ -32,6 +36,8 @@ class MaceBackbone:
         elements: atomic numbers it knows, ascending as in the model.
         cutoff: Å.
         head: name of the head in use.
+        source: the file it was read from; None of a module in memory.
+        stored_dtype: precision of the file or module that it was made from.
     """
 
     library = "mace"
@@ -39,6 +45,8 @@ class MaceBackbone:
     def __init__(self, model: nn.Module, base: Base) -> None:
         self.model: Any = model
         self.base = base
+        self.source: Path | None = None
+        self.stored_dtype = self.dtype
         self.extension: Extension | None = None
         self.elements = _atomic_numbers(model)
         self.cutoff = float(self.model.r_max)
@@ -80,7 +88,9 @@ class MaceBackbone:
         """
         model = read_mace(path, trust=trust)
         base = Base(name or Path(path).stem, sha256, fingerprint(model), licence)
-        return cls.from_module(model, base=base, head=head, elements=elements, dtype=dtype, device=device)
+        backbone = cls.from_module(model, base=base, head=head, elements=elements, dtype=dtype, device=device)
+        backbone.source = Path(path)
+        return backbone
 
     @classmethod
     def from_module(
@@ -108,7 +118,10 @@ class MaceBackbone:
                 raise InputError(f"{base.name} does not know the element {names}; choose a model that does.")
             if len(set(elements)) < len(known):
                 model = cut_elements(model, sorted(set(elements)))
-        return cls(model.to(dtype=dtype, device=torch.device(device)).eval(), base)
+        stored_dtype: torch.dtype = model.get_buffer("atomic_energies_fn.atomic_energies").dtype
+        backbone = cls(model.to(dtype=dtype, device=torch.device(device)).eval(), base)
+        backbone.stored_dtype = stored_dtype
+        return backbone
 
     @property
     def dtype(self) -> torch.dtype:
@@ -264,6 +277,23 @@ class MaceBackbone:
     def save(self, path: str | Path) -> None:
         """Write a plain ``.model`` file that mace's own calculator reads, atomically."""
         save_mace(self.model, path)
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """Write the file that it was read from with its weights in it, atomically, in the precision of that file.
+
+        Returns:
+            False where this cannot be done: the model was not read from a ``.model`` file, or the file's precision
+            would lose more than 0.1 meV of a reference energy.
+        """
+        lost = (self._energies_of_species - self._energies_of_species.to(self.stored_dtype)).abs().max()
+        if self.source is None or self.source.suffix == ".safetensors" or lost > _LOST_REFERENCE:
+            return False
+        tensors = node_from_module(self.model).all_tensors()
+        try:
+            write_into_original(self.source, path, tensors, head=self.head, numbers=self.elements)
+        except UnfitError:
+            return False
+        return True
 
 
 def _atomic_numbers(model: Any) -> tuple[int, ...]:

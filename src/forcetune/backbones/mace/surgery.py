@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import MaceArchitecture, read_architecture
 from forcetune.backbones.mace.rebuild import assemble
-from forcetune.backbones.mace.tree import Node, UnfitError, node_from_module
+from forcetune.backbones.mace.tree import Node, UnfitError, node_from_module, weighted_shapes, with_tensors
 from forcetune.errors import InputError
 
 
@@ -53,6 +52,31 @@ def cut_elements(model: nn.Module, numbers: Iterable[int]) -> nn.Module:
     changed = _some_elements(node, tensors, keep, len(table), architecture.use_agnostic_product)
     changed["atomic_numbers"] = torch.tensor(wanted, dtype=tensors["atomic_numbers"].dtype)
     return _assembled(replace(architecture, atomic_numbers=tuple(wanted)), node, tensors, changed)
+
+
+def cut_tensors(
+    node: Node, architecture: MaceArchitecture, tensors: Mapping[str, Tensor], head: str, numbers: Iterable[int]
+) -> dict[str, Tensor]:
+    """Tensors of a model of this shape after :func:`select_head` and :func:`cut_elements`, by dotted name.
+
+    Args:
+        node, architecture: of the whole model.
+        tensors: its parameters and buffers, or others in their place.
+        head: to select; of a model with one head its name does not matter.
+        numbers: atomic numbers to keep, all known to the model.
+    """
+    heads, table = list(architecture.heads), list(architecture.atomic_numbers)
+    wanted = sorted({int(z) for z in numbers})
+    result = dict(tensors)
+    if len(heads) > 1:
+        result |= _one_head(with_tensors(node, result), result, heads.index(head), len(heads))
+    if len(wanted) < len(table):
+        keep = torch.tensor([table.index(z) for z in wanted])
+        changed = _some_elements(
+            with_tensors(node, result), result, keep, len(table), architecture.use_agnostic_product
+        )
+        result |= changed | {"atomic_numbers": tensors["atomic_numbers"][keep]}
+    return result
 
 
 def _described(model: nn.Module) -> tuple[Node, MaceArchitecture]:
@@ -158,11 +182,7 @@ def _cut_product(module: Node, keep: Tensor, total: int) -> Tensor:
     weight = module.tensor("weight").detach()
     blocks: list[Tensor] = []
     start = 0
-    instructions: Any = module.attributes["instructions"]
-    for instruction in instructions:
-        if not instruction.has_weight:
-            continue
-        first, second, out = instruction.path_shape
+    for first, second, out in weighted_shapes(module):
         if second != total:
             raise InputError("the model's skip connection is not over its elements; it cannot be cut, pass it uncut.")
         block = weight[start : start + first * second * out].reshape(first, second, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -205,10 +205,32 @@ def _leave_unread_parts_out(node: Node) -> None:
         node.children.pop("cutoff", None)
 
 
+def with_tensors(node: Node, tensors: Mapping[str, Tensor], prefix: str = "") -> Node:
+    """The same view with other tensors, by dotted name; all have to be there."""
+    children = {
+        name: None if child is None else with_tensors(child, tensors, f"{prefix}{name}.")
+        for name, child in node.children.items()
+    }
+    return replace(node, children=children, tensors={name: tensors[f"{prefix}{name}"] for name in node.tensors})
+
+
 def _fields(value: Any) -> tuple[Any, ...]:
     """Members of a tuple of a class of its own, which is stored by its members or by one tuple of them."""
     args = value.args if isinstance(value, Record) else tuple(value)
     return args[0] if len(args) == 1 and isinstance(args[0], tuple) else args
+
+
+def weighted_shapes(product: Node) -> list[tuple[int, ...]]:
+    """Shapes (first, second, out) of the paths of a tensor product that have weights, in the order of these.
+
+    Raises:
+        UnfitError: they are stored in an unknown way.
+    """
+    try:
+        entries = [_fields(entry) for entry in product.attributes["instructions"]]
+        return [tuple(int(n) for n in shape) for _, _, _, _, has_weight, _, shape in entries if has_weight]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnfitError("the paths of a tensor product are stored in an unknown way") from error
 
 
 def irreps_text(value: Any) -> str:
