@@ -169,3 +169,12 @@ class Backbone(Protocol):
     def read_back(self, path: str | Path) -> Backbone:
         """What :meth:`save` wrote, in the precision of this one, to be compared with it."""
         ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Precision of the file that it was read from."""
+        ...
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """Write its file with its weights in it, so that it opens wherever that does; False where it cannot be done."""
+        ...

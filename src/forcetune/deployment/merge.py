@@ -53,6 +53,9 @@ def merge(
 ) -> Merged:
     """Write the fine-tuned model as a plain file that needs no forcetune.
 
+    It is the base's own file with other weights, so that it opens wherever that does, with all its elements and heads;
+    where that cannot be done, or another precision is asked for, a new file of the library installed here.
+
     The file is read back and compared with base + adapter on random structures of all its elements, molecules and
     crystals; it takes its place only when energies, forces and stresses agree.
 
@@ -61,7 +64,7 @@ def merge(
         output: file to write, such as ``tuned.model``.
         model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
             is.
-        dtype: precision of the written model; by default that of the training.
+        dtype: precision of the written model; by default that of the base's file, or else that of the training.
         trust: allow the base's file to run its own code where it cannot be rebuilt without.
 
     Raises:
@@ -78,12 +81,16 @@ def merge(
     before = predict(backbone, graphs_of(backbone, probes), stress=True)
     merge_weights(backbone)
     with atomic_path(output) as temporary:
-        backbone.save(temporary)
+        if (dtype is not None and backbone.dtype != backbone.stored_dtype) or not backbone.save_into_source(temporary):
+            backbone.save(temporary)
         again = backbone.read_back(temporary)
+        if dtype is not None and again.stored_dtype != backbone.dtype:
+            written = str(again.stored_dtype).removeprefix("torch.")
+            raise InputError(f"--dtype {dtype}: files of {backbone.library} are written in {written}; leave it out.")
         after = predict(again, graphs_of(again, probes), stress=True)
         energy, forces = _differences(before, after, backbone.reference_energies, again.reference_energies)
         references, rounding = _reference_differences(backbone, again)
-        allowed = PARITY["float64" if backbone.dtype == torch.float64 else "float32"]
+        allowed = PARITY["float64" if {again.stored_dtype, backbone.dtype} == {torch.float64} else "float32"]
         if not max(energy, forces) <= allowed or not references <= rounding:
             raise ForcetuneError(
                 f"{output}: the merged model differs from base + adapter by {max(energy, forces):.1e} (relative, "
@@ -122,7 +129,7 @@ def _reference_differences(backbone: Backbone, written: Backbone) -> tuple[float
     """The largest difference of reference energies, eV, and the largest that rounding explains."""
     wanted, found = backbone.reference_energies, written.reference_energies
     largest = max((abs(energy) for energy in wanted.values()), default=0.0)
-    return max(abs(found[z] - wanted[z]) for z in wanted), torch.finfo(backbone.dtype).eps * largest
+    return max(abs(found[z] - wanted[z]) for z in wanted), torch.finfo(written.stored_dtype).eps * largest
 
 
 def _differences(

@@ -83,6 +83,7 @@ class LibraryMace(NetworkBackbone):
         if unknown:
             raise InputError(f"{base.name} does not know the atomic numbers {', '.join(map(str, unknown))}.")
         self.reason = reason
+        self.stored_dtype: torch.dtype = module.atomic_energies_fn.atomic_energies.dtype
         module = module.to(dtype=dtype, device=torch.device(device)).eval()
         name = heads[self._head_index]
         super().__init__(module, base, elements=table, cutoff=float(module.r_max), head=name)
@@ -236,6 +237,11 @@ class LibraryMace(NetworkBackbone):
                 raise ForcetuneError("the model cannot be written while an adapter is attached; merge it first.")
         with atomic_path(path) as temporary:
             torch.save(self.model if self.device.type == "cpu" else _on_cpu(self.model), temporary)
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """False: :meth:`save` pickles the module, which is the file's own."""
+        del path
+        return False
 
     def read_back(self, path: str | Path) -> LibraryMace:
         """What was written by :meth:`save`."""

@@ -27,6 +27,7 @@ class SevenNetBackbone(NetworkBackbone):
     """A SevenNet model; of a multi-modal one the modality that was chosen as head."""
 
     library = "sevennet"
+    stored_dtype = torch.float32  # of every checkpoint that sevenn writes
 
     def __init__(self, content: SevenNetContent, cut: Cut, model: SevenNetNetwork, base: Base, head: str) -> None:
         self.content, self._cut = content, cut
@@ -163,6 +164,11 @@ class SevenNetBackbone(NetworkBackbone):
             InputError: the folder cannot be written.
         """
         write_checkpoint(self.content, self._cut.written_back(self.model), path)
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """As :meth:`save`, which writes the checkpoint that it was read from with its weights in it."""
+        self.save(path)
+        return True
 
     def read_back(self, path: str | Path) -> SevenNetBackbone:
         """What was written by :meth:`save`, to be compared with this one."""
