@@ -38,13 +38,21 @@ def write_outcar(path: Path, converged: Sequence[bool], smearing: float = 0.25) 
         smearing: what the energy extrapolated to zero smearing lies above TOTEN, eV.
     """
     lines = [" vasp.6.3.2 27Jun22 (build Aug 12 2022 00:53:59) complex", " POTCAR:    PAW_PBE Na 08Apr2002"]
-    lines += [" POTCAR:    PAW_PBE Cl 06Sep2000", "   ISPIN  =      1    spin polarized calculation?"]
+    # each POTCAR is named twice
+    lines += [
+        " POTCAR:    PAW_PBE Cl 06Sep2000",
+        *lines[1:],
+        " POTCAR:    PAW_PBE Cl 06Sep2000",
+        "   ISPIN  =      1    spin polarized calculation?",
+    ]
     lines += ["   ions per type =               2   2"]
     for step, reached in enumerate(converged):
         atoms = salt(step)
         energy, forces, stress = labels(step)
         for loop in (1, 2):
-            lines.append(f"--------------------------------------- Iteration {step + 1:6d}({loop:4d})  ------------------")
+            lines.append(
+                f"--------------------------------------- Iteration {step + 1:6d}({loop:4d})  ------------------"
+            )
         said = "EDIFF is reached" if reached else "EDIFF was not reached (unconverged)"
         lines.append(f"------------------------ aborting loop {'because ' if reached else ''}{said} ---------")
         six = [stress[0, 0], stress[1, 1], stress[2, 2], stress[0, 1], stress[1, 2], stress[0, 2]]
@@ -87,7 +95,9 @@ def write_vasprun(path: Path, converged: Sequence[bool], smearing: float = 0.25)
         parts.append("<calculation>")
         for loop in range(3):
             off = (2 - loop) * (1e-6 if reached else 0.5)
-            inner = f'<i name="e_fr_energy">{energy + off:.8f}</i><i name="e_0_energy">{energy + off + smearing:.8f}</i>'
+            inner = (
+                f'<i name="e_fr_energy">{energy + off:.8f}</i><i name="e_0_energy">{energy + off + smearing:.8f}</i>'
+            )
             parts.append(f"<scstep><energy>{inner}</energy></scstep>")
         parts += [structure(salt(step)), _varray("forces", forces), _varray("stress", stress)]
         parts += [f'<energy><i name="e_fr_energy">{energy:.8f}</i></energy></calculation>\n']
@@ -117,7 +127,8 @@ def write_cp2k_output(path: Path, converged: bool = True, *, modern: bool = Fals
     if modern:
         lines += [" FORCES| Atomic forces [hartree/bohr]", " FORCES| Atom      x       y       z      |f|"]
         lines += [
-            f" FORCES|  {k} " + " ".join(f"{v:.8E}" for v in (*row, np.linalg.norm(row))) for k, row in enumerate(forces, 1)
+            f" FORCES|  {k} " + " ".join(f"{v:.8E}" for v in (*row, np.linalg.norm(row)))
+            for k, row in enumerate(forces, 1)
         ]
         lines += [" FORCES| Sum  0.0 0.0 0.0 0.0", "", " STRESS| Analytical stress tensor [GPa]"]
         lines += [" STRESS|                        x                   y                   z"]
@@ -139,7 +150,12 @@ def write_cp2k_output(path: Path, converged: bool = True, *, modern: bool = Fals
 def write_cp2k_trajectory(folder: Path, frames: int = 3, *, cells: bool = True, every: int = 1) -> Path:
     """``melt-pos-1.xyz`` with forces of each ``every``-th step and, if wanted, cells and stress beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    positions, forces, cell, stresses = [], [], ["# Step Time [fs] Ax [Angstrom] Ay ... Volume"], ["# Step Time xx [bar]"]
+    positions, forces, cell, stresses = (
+        [],
+        [],
+        ["# Step Time [fs] Ax [Angstrom] Ay ... Volume"],
+        ["# Step Time xx [bar]"],
+    )
     for step in range(frames):
         atoms = salt(step)
         energy, force, stress = labels(step)
@@ -166,10 +182,15 @@ ORCA_WATER = np.array([[0.0, 0.0, 0.119], [0.0, 0.763, -0.477], [0.0, -0.763, -0
 
 def write_orca(path: Path, *, steps: int = 1, last_gradient: bool = True) -> Path:
     """An output with geometries; energies and gradients of :func:`labels` stand for Hartree and Hartree/Bohr."""
-    lines = ["", "                                 *****************", "                                 * O   R   C   A *"]
-    lines += ["                                 *****************", "", "Number of atoms                             ...      3"]
+    lines = [
+        "",
+        "                                 *****************",
+        "                                 * O   R   C   A *",
+    ]
+    lines += ["                                 *****************", ""]
     for step in range(steps):
         energy, gradient, _ = labels(step, 3)
+        lines += ["Number of atoms                             ...      3"]
         lines += ["---------------------------------", "CARTESIAN COORDINATES (ANGSTROEM)"]
         lines += ["---------------------------------"]
         lines += [
@@ -178,13 +199,19 @@ def write_orca(path: Path, *, steps: int = 1, last_gradient: bool = True) -> Pat
         ]
         lines += ["", "----------------------------", f"FINAL SINGLE POINT ENERGY     {energy:.12f}", ""]
         if last_gradient or step < steps - 1:
-            lines += ["ORCA SCF GRADIENT CALCULATION", "------------------", "CARTESIAN GRADIENT", "------------------", ""]
+            lines += [
+                "ORCA SCF GRADIENT CALCULATION",
+                "------------------",
+                "CARTESIAN GRADIENT",
+                "------------------",
+                "",
+            ]
             lines += [
                 f"   {k}   {symbol}   :  " + " ".join(f"{v:14.9f}" for v in row)
                 for k, (symbol, row) in enumerate(zip("OHH", gradient, strict=True), 1)
             ]
         if step < steps - 1:
             lines += ["", "ORCA GEOMETRY RELAXATION STEP"]
-    lines += ["THE OPTIMIZATION HAS CONVERGED", "                             ****ORCA TERMINATED NORMALLY****", ""]
+    lines += ["", "THE OPTIMIZATION HAS CONVERGED", "                             ****ORCA TERMINATED NORMALLY****", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -25,7 +25,6 @@ from forcetune.frames.spins import directions
 from forcetune.graphs.graph import Batch, graph_of
 from forcetune.magnetism.options import Magnetism
 
-
 SMALLEST_VOLUME = 1e-6
 """Å³; a cell below it has no volume, and its structure no stress."""
 

@@ -53,8 +53,10 @@ def test_maml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("element", "group", "swapped"),
-    [("Ni", "AIMD-NVT", True), ("Cu", "Elastic", True), ("Si", "Vacancy", True), ("Si", "Elastic", False)]
-    + [("Ge", "Elastic", False), ("Li", "AIMD-NVT", False), ("Mo", "Surface", True), ("NaCl", "AIMD-NVT", False)],
+    [
+        *(("Ni", "AIMD-NVT", True), ("Cu", "Elastic", True), ("Si", "Vacancy", True), ("Mo", "Surface", True)),
+        *(("Si", "Elastic", False), ("Ge", "Elastic", False), ("Li", "AIMD-NVT", False), ("NaCl", "AIMD-NVT", False)),
+    ],
 )
 def test_order_of_components_in_mlearn(element: str, group: str, swapped: bool, tmp_path: Path) -> None:
     path = write_mlearn(tmp_path / "a.json", element=element, group=group)
@@ -132,7 +134,9 @@ def test_published_fitsnap(reference_data: Path) -> None:
         np.testing.assert_allclose(frame.moments, atoms.arrays["REF_magmoms"], rtol=0, atol=6e-4)
 
 
-@pytest.mark.parametrize("text", ["[]", '[{"structure": {"lattice": {}}}]', '{"Dataset": {"Data": [{}]}}', '[{"structure": '])
+@pytest.mark.parametrize(
+    "text", ["[]", '[{"structure": {"lattice": {}}}]', '{"Dataset": {"Data": [{}]}}', '[{"structure": ']
+)
 def test_json_that_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
@@ -163,7 +167,14 @@ def test_sgdml_with_units_and_a_lattice(tmp_path: Path) -> None:
     places, energies, forces = arrays()
     lattice = np.array([[9.0, 1.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])
     np.savez(
-        tmp_path / "a.npz", R=places, E=energies, F=forces, z=[8, 1, 1], e_unit="Hartree", r_unit="bohr", lattice=lattice
+        tmp_path / "a.npz",
+        R=places,
+        E=energies,
+        F=forces,
+        z=[8, 1, 1],
+        e_unit="Hartree",
+        r_unit="bohr",
+        lattice=lattice,
     )
     frame = read_frames(tmp_path / "a.npz").frames[0]
     assert frame.energy == pytest.approx(27.211386 * energies[0], rel=1e-6)

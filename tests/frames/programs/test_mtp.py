@@ -26,7 +26,11 @@ def configuration(seed: int = 0, *, direct: bool = False, vectors: int = 3) -> s
         for k, (number, place, force) in enumerate(zip((0, 0, 1, 1), places, forces, strict=True), 1)
     ]
     six = [virial[k] for k in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))]
-    lines += [" Energy", f"    {energy:.12f}", " PlusStress:  xx          yy          zz          yz          xz          xy"]
+    lines += [
+        " Energy",
+        f"    {energy:.12f}",
+        " PlusStress:  xx          yy          zz          yz          xz          xy",
+    ]
     lines += ["    " + "  ".join(f"{value:.10f}" for value in six), " Feature   EFS_by       VASP", "END_CFG", ""]
     return "\n".join(lines) + "\n"
 

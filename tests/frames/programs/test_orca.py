@@ -43,7 +43,9 @@ def test_energies_alone(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_used(tmp_path: Path) -> None:
     path = write_orca(tmp_path / "water.out")
     text = path.read_text()
-    path.write_text(text.replace("FINAL SINGLE POINT ENERGY", "FINAL SINGLE POINT ENERGY (Wavefunction not fully converged!)"))
+    path.write_text(
+        text.replace("FINAL SINGLE POINT ENERGY", "FINAL SINGLE POINT ENERGY (Wavefunction not fully converged!)")
+    )
     with pytest.raises(InputError, match="the wavefunction did not converge in its only step"):
         read_frames(path)
     path.write_text(text[: text.index("CARTESIAN COORD")])
