@@ -66,8 +66,8 @@ class DataConfig(Section):
     train: list[str] = Field(min_length=1, description="Training files or globs; everything ASE reads.")
     valid: list[str] | float | int = Field(
         default=0.1,
-        description="Validation files, or the fraction (below 1; one frame at least) or count (1 or more) split off the training "
-        "frames.",
+        description="Validation files, or the fraction (below 1; at least one frame) or count (1 or more) split off "
+        "the training frames.",
     )
     test: list[str] = Field(default=[], description="Test files; evaluated before and after, never trained on.")
     energy_key: str = Field(

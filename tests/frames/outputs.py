@@ -38,7 +38,13 @@ def write_outcar(path: Path, converged: Sequence[bool], smearing: float = 0.25) 
         smearing: what the energy extrapolated to zero smearing lies above TOTEN, eV.
     """
     lines = [" vasp.6.3.2 27Jun22 (build Aug 12 2022 00:53:59) complex", " POTCAR:    PAW_PBE Na 08Apr2002"]
-    lines += [" POTCAR:    PAW_PBE Cl 06Sep2000", "   ISPIN  =      1    spin polarized calculation?"]
+    # each POTCAR is named twice
+    lines += [
+        " POTCAR:    PAW_PBE Cl 06Sep2000",
+        *lines[1:],
+        " POTCAR:    PAW_PBE Cl 06Sep2000",
+        "   ISPIN  =      1    spin polarized calculation?",
+    ]
     lines += ["   ions per type =               2   2"]
     for step, reached in enumerate(converged):
         atoms = salt(step)
@@ -181,13 +187,10 @@ def write_orca(path: Path, *, steps: int = 1, last_gradient: bool = True) -> Pat
         "                                 *****************",
         "                                 * O   R   C   A *",
     ]
-    lines += [
-        "                                 *****************",
-        "",
-        "Number of atoms                             ...      3",
-    ]
+    lines += ["                                 *****************", ""]
     for step in range(steps):
         energy, gradient, _ = labels(step, 3)
+        lines += ["Number of atoms                             ...      3"]
         lines += ["---------------------------------", "CARTESIAN COORDINATES (ANGSTROEM)"]
         lines += ["---------------------------------"]
         lines += [
@@ -209,6 +212,6 @@ def write_orca(path: Path, *, steps: int = 1, last_gradient: bool = True) -> Pat
             ]
         if step < steps - 1:
             lines += ["", "ORCA GEOMETRY RELAXATION STEP"]
-    lines += ["THE OPTIMIZATION HAS CONVERGED", "                             ****ORCA TERMINATED NORMALLY****", ""]
+    lines += ["", "THE OPTIMIZATION HAS CONVERGED", "                             ****ORCA TERMINATED NORMALLY****", ""]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

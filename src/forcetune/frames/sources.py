@@ -57,12 +57,13 @@ def _matches(path: Path) -> list[Path]:
         matches = sorted(start.glob(pattern))
     except ValueError as error:
         raise InputError(f"{path}: not a pattern that can be followed ({error}).") from error
-    folders = {folder: None for match in matches if match.is_dir() for folder in formats.data_folders(match)}
+    folders = {folder for match in matches if match.is_dir() for folder in formats.data_folders(match)}
+    files = {match for match in matches if match.is_file()}
     # what stands in a data folder is read with it
-    files = [match for match in matches if match.is_file() and not folders.keys() & set(match.parents)]
-    if not files and not folders:
+    found = sorted(match for match in files | folders if not folders & set(match.parents))
+    if not found:
         raise InputError(f"{path}: no file matches this pattern; check the folder and the ending.")
-    return sorted([*files, *folders])
+    return found
 
 
 def _check_readable(path: Path) -> None:

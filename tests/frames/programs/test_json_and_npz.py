@@ -53,8 +53,10 @@ def test_maml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("element", "group", "swapped"),
-    [("Ni", "AIMD-NVT", True), ("Cu", "Elastic", True), ("Si", "Vacancy", True), ("Si", "Elastic", False)]
-    + [("Ge", "Elastic", False), ("Li", "AIMD-NVT", False), ("Mo", "Surface", True), ("NaCl", "AIMD-NVT", False)],
+    [
+        *(("Ni", "AIMD-NVT", True), ("Cu", "Elastic", True), ("Si", "Vacancy", True), ("Mo", "Surface", True)),
+        *(("Si", "Elastic", False), ("Ge", "Elastic", False), ("Li", "AIMD-NVT", False), ("NaCl", "AIMD-NVT", False)),
+    ],
 )
 def test_order_of_components_in_mlearn(element: str, group: str, swapped: bool, tmp_path: Path) -> None:
     path = write_mlearn(tmp_path / "a.json", element=element, group=group)

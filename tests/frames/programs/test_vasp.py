@@ -92,3 +92,17 @@ def test_published_outcars(reference_data: Path) -> None:
         np.testing.assert_array_equal(frame.forces, atoms.get_forces())
         np.testing.assert_allclose(frame.stress, atoms.get_stress(voigt=False), rtol=0, atol=1e-15)
     assert found.frames[0].energy == pytest.approx(-2759.11555469)
+
+
+def test_as_dpdata_reads_it(reference_data: Path) -> None:
+    dpdata = pytest.importorskip("dpdata")
+    for path in sorted((reference_data / "formats" / "outcar_hfo2_scan" / "label_2").iterdir()):
+        theirs = dpdata.LabeledSystem(str(path), fmt="vasp/outcar").data
+        (frame,) = read_frames(path).frames
+        assert frame.energy == theirs["energies"][0]
+        # dpdata turns the cell
+        assert frame.forces is not None and frame.stress is not None
+        sizes = np.linalg.norm(theirs["forces"][0], axis=1)
+        np.testing.assert_allclose(np.linalg.norm(frame.forces, axis=1), sizes, rtol=0, atol=1e-9)
+        stress = -theirs["virials"][0] / abs(np.linalg.det(frame.cell))
+        np.testing.assert_allclose(np.linalg.eigvalsh(frame.stress), np.linalg.eigvalsh(stress), rtol=1e-4)

@@ -45,7 +45,7 @@ def read_cfg(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
             yield _atoms(path, configuration, type_map)
         except (ValueError, IndexError, KeyError) as error:
             raise InputError(
-                f"{Origin(str(path), index)}: its MTP configuration is damaged ({str(error)[:100]}); fix or remove it."
+                f"{Origin(str(path), index)}: its MTP configuration is damaged ({str(error)[:160]}); fix or remove it."
             ) from error
 
 

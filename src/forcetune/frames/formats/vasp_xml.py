@@ -26,8 +26,8 @@ def read_vasprun(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
     left: list[int] = []
     total = 0
     with open_with_compression(str(path), "rb") as stream:
-        found: Any = read_vasp_xml(stream, slice(None))
-        for atoms in found:
+        read: Any = read_vasp_xml
+        for atoms in read(stream, slice(None)):
             if total < len(converged) and not converged[total]:
                 left.append(total)
             else:
