@@ -60,8 +60,9 @@ class BaseRecord(_Part):
 
 
 class MemberRecord(_Part):
-    """One of several adapters in one folder."""
+    """One of several adapters in one folder; they act in the order of their records."""
 
+    name: str
     method: dict[str, Any]
     scale: float
 
@@ -80,7 +81,7 @@ class AdapterConfig(_Part):
     trainable: int
     training_data_sha256: str | None = None
     metrics: dict[str, Any] = Field(default={})
-    combination: dict[str, MemberRecord] | None = None
+    combination: tuple[MemberRecord, ...] | None = None
 
     @property
     def methods(self) -> list[Method]:
@@ -91,7 +92,7 @@ class AdapterConfig(_Part):
         """
         if self.combination is None:
             return [Method.from_json(self.method)]
-        return [Method.from_json(member.method) for member in self.combination.values()]
+        return [Method.from_json(member.method) for member in self.combination]
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -203,13 +204,13 @@ def save_adapter(
     return config
 
 
-def _members_of(adapter: Adapter) -> dict[str, MemberRecord] | None:
+def _members_of(adapter: Adapter) -> tuple[MemberRecord, ...] | None:
     if not isinstance(adapter, CombinedAdapter):
         return None
-    return {
-        name: MemberRecord(method=method.to_json(), scale=adapter.scales[name])
+    return tuple(
+        MemberRecord(name=name, method=method.to_json(), scale=adapter.scales[name])
         for name, method in adapter.methods.items()
-    }
+    )
 
 
 def is_member_name(name: str) -> bool:
@@ -323,14 +324,15 @@ def _attach_for(config: AdapterConfig, backbone: Backbone) -> Adapter:
     """Attach what a configuration describes, whose tensors are to follow."""
     if config.combination is None:
         return attach(backbone, Method.from_json(config.method))
-    methods = dict(zip(config.combination, config.methods, strict=True))
-    if not methods or not all(map(is_member_name, methods)):
-        raise ValueError("a combination needs adapters, with names without dots and slashes")
+    names = [member.name for member in config.combination]
+    methods = dict(zip(names, config.methods, strict=True))
+    if not names or len(methods) < len(names) or not all(map(is_member_name, names)):
+        raise ValueError("a combination needs adapters, with different names without dots and slashes")
     if any(method.magnetism is not None for method in methods.values()):
         raise ValueError("adapters with a magnetic layer cannot be combined")
     with torch.random.fork_rng(devices=[]):
         members = {name: Adapter(method, backbone) for name, method in methods.items()}
-    scales = {name: member.scale for name, member in config.combination.items()}
+    scales = {member.name: member.scale for member in config.combination}
     if not all(map(math.isfinite, scales.values())):
         raise ValueError("a scale is not finite")
     adapter = CombinedAdapter(backbone, members, scales)
