@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import architecture_of
 from forcetune.backbones.mace.construction import build
+from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.rebuild import fingerprint, read_mace, save_mace
 from forcetune.backbones.mace.sites import mace_sites
 from forcetune.backbones.mace.surgery import cut_elements, select_head
@@ -93,7 +94,12 @@ class MaceBackbone:
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
     ) -> MaceBackbone:
-        """Wrap a loaded module; it is used as it is unless a head or elements are cut."""
+        """Wrap a loaded module; it is used as it is unless a head or elements are cut.
+
+        Raises:
+            InputError: the model was converted to an accelerator; as :meth:`load`.
+        """
+        check_not_converted(model, type(model).__name__ if base is None else base.name)
         base = base or Base(type(model).__name__, "", fingerprint(model), "unknown")
         heads = list(getattr(model, "heads", ["Default"]))
         if head is None and len(heads) > 1:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from forcetune.backbones.inert import Record, read_inert
 from forcetune.backbones.mace.architecture import MaceArchitecture, architecture_of, read_architecture
 from forcetune.backbones.mace.construction import build, construct
+from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.library import import_mace
 from forcetune.backbones.mace.tree import (
     ADAPTER,
@@ -70,13 +71,15 @@ def read_mace(path: str | os.PathLike[str], *, trust: bool = False) -> nn.Module
         trust: where the model cannot be rebuilt, load it by ``torch.load``, which runs code from the file.
 
     Raises:
-        InputError: the file is missing, damaged, no MACE model, or cannot be rebuilt and is not trusted.
+        InputError: the file is missing, damaged, no MACE model, converted to an accelerator, or cannot be rebuilt and
+            is not trusted.
     """
     file = Path(path)
     if file.suffix == ".safetensors":
         return read_plain(file)
     content = read_inert(file)
     _check_whole_model(content, file)
+    check_not_converted(content, file)
     try:
         return _rebuild(node_from_record(content))
     except UnfitError as error:
