@@ -98,10 +98,10 @@ def take_record(content: dict[str, Any]) -> Record | None:
     if RECORD not in content:
         return _earlier_record(content) if _is_of_a_run(content) else None
     stored = content.pop(RECORD)
-    parts = [stored.get(key) for key in ("values", "for")] if isinstance(stored, dict) else []
-    if len(parts) != 2 or not all(isinstance(part, dict) for part in parts) or set(parts[0]) - set(PARENTS):
+    values = stored.get("values") if isinstance(stored, dict) else None
+    parents = stored.get("for") if isinstance(stored, dict) else None
+    if not isinstance(values, dict) or not isinstance(parents, dict) or set(values) - set(PARENTS):
         raise ValueError(f"{RECORD} is written by forcetune; remove this part and give the options you want")
-    values, parents = parts
     names = frozenset(name for name, value in values.items() if value_of(content, name) == value)
     return Record(names, {str(name): value for name, value in parents.items()})
 

@@ -11,6 +11,7 @@ from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.content import MaceContent, build_network, content_from_network
+from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.original import write_into_original
 from forcetune.backbones.mace.reading import read_content, read_module
@@ -117,9 +118,10 @@ class MaceBackbone(NetworkBackbone):
         A module of mace that forcetune does not compute is used itself, as it is.
 
         Raises:
-            InputError: as :meth:`load`.
+            InputError: the model was converted to an accelerator; as :meth:`load`.
         """
         kind = type(model).__name__
+        check_not_converted(model, kind if base is None else base.name)
         try:
             content = read_module(model)
         except UnfitError as error:

@@ -23,6 +23,7 @@ from forcetune.backbones.mace.content import (
     content_from_node,
     content_from_tensors,
 )
+from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.traced_readout import traced_readout
 from forcetune.backbones.mace.tree import Node, node_from_module, node_from_record
@@ -59,6 +60,7 @@ def content_from_record(record: Any, file: Path) -> MaceContent:
     """
     record = _uncompiled(record)
     _check_whole_model(record, file)
+    check_not_converted(record, file)
     return _checked_content(node_from_record(record, traced_readout))
 
 

@@ -71,7 +71,6 @@ class LibraryMace(NetworkBackbone):
         module: Any = model
         if not hasattr(module, "atomic_energies_fn") or not hasattr(module, "r_max"):
             raise InputError(f"{base.name} is a {type(model).__name__} and no potential of mace ({reason}).")
-        _refuse_accelerated(module, base)
         heads = [str(name) for name in getattr(module, "heads", None) or ["Default"]]
         if head is None and len(heads) > 1:
             raise InputError(f"{base.name} has the heads {', '.join(heads)}; choose one with --head (model.head).")
@@ -255,16 +254,6 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     torch.save(model, stream)
     stream.seek(0)
     return torch.load(stream, map_location="cpu", weights_only=False)
-
-
-def _refuse_accelerated(module: Any, base: Base) -> None:
-    """Accelerated layers have no weights where an adapter would look for them."""
-    for part in module.modules():
-        home = type(part).__module__.split(".")[0]
-        if home.startswith(("cuequivariance", "openequivariance")):
-            raise InputError(
-                f"{base.name} was converted for {home}; convert it back by mace_cueq_to_e3nn and pass that file."
-            )
 
 
 # ---- sites ----------------------------------------------------------------------------------------------------------
