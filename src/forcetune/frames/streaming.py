@@ -45,7 +45,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 2
+VERSION = 3
 _LOCK = "lock"
 Progress = Callable[[int], None]
 
