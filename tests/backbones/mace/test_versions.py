@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
@@ -129,6 +130,33 @@ def test_elements_cut_from_a_file_of_a_version(version: str, get: Get) -> None:
     backbone = forcetune.load(str(model.path), elements=[int(z) for z in pair.numbers])
     assert backbone.elements == tuple(sorted(int(z) for z in pair.numbers))
     assert_parity(backbone, model)
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        pytest.param(version, name, marks=[] if version in QUICK_VERSIONS and name == "off23" else pytest.mark.slow)
+        for version, name in cases()
+        if name in ("off23", "mp0b", "plain_residual", "order_two", "agnostic_product")
+    ],
+)
+def test_gradients_of_the_weights_of_a_version(version: str, name: str, get: Get) -> None:
+    """What a training follows: dE/dw and, through the forces, second derivatives, of every parameter."""
+    model = get(version, name)
+    backbone = forcetune.load(str(model.path))
+    weights = dict(backbone.model.named_parameters())
+    expected = model.results.gradients()
+    assert expected and set(expected) <= set(weights)
+    for weight in weights.values():
+        weight.requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, structure in enumerate(model.results.structures[:2]):
+        graph = graph_of(as_frame(structure, index), backbone.cutoff, backbone.dtype)
+        predicted = backbone.predict(graph, create_graph=True)
+        loss = loss + predicted.energy.sum() + (predicted.forces**2).sum()
+    slopes = torch.autograd.grad(loss, [weights[parameter] for parameter in expected])
+    for (parameter, wanted), slope in zip(expected.items(), slopes, strict=True):
+        assert_close(slope.numpy().reshape(wanted.shape), wanted, TOLERANCE, f"gradient of {parameter}")
 
 
 def write_exactly(path: Path, model: Genuine) -> Path:
