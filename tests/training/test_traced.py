@@ -54,7 +54,9 @@ def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
         if index % 4 == 3:
             forces[1:] = torch.nan
         energy = torch.randn(1, generator=generator, dtype=torch.float64) if index % 3 else graph.energy
-        found.append(replace(graph, energy=energy, forces=forces, stress=stress, weight=graph.weight + index % 2))
+        labels = {"energy": energy, "forces": forces, "stress": stress}
+        own = 0.5 + torch.rand(1, 4, generator=generator, dtype=torch.float64)
+        found.append(replace(graph, **labels, weight=graph.weight + index % 2, file_weights=own))
     return found
 
 

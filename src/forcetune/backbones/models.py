@@ -10,9 +10,12 @@ whenever the model is used.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import re
 import sys
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +64,8 @@ class PublishedModel:
         size: ``small``, ``medium`` or ``large``.
         aliases: other names for it.
         packaged: comes with this package and needs no download.
+        installed: a package that brings the file, and its place in there; it is taken from there where it is installed.
+        kept_as: name of the file among downloaded ones, where the published name is not its own.
     """
 
     name: str
@@ -73,11 +78,13 @@ class PublishedModel:
     size: str
     aliases: tuple[str, ...] = ()
     packaged: bool = False
+    installed: tuple[str, str] | None = None
+    kept_as: str | None = None
 
     @property
     def file(self) -> str:
-        """The published file name."""
-        return self.url.rsplit("/", 1)[-1]
+        """Name of the file among downloaded ones, and on a mirror."""
+        return self.kept_as or self.url.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,68 @@ def _mace(
     return PublishedModel(name, "mace", url, licence, sha256, description, elements, size, aliases)
 
 
+_SEVENNET = "https://raw.githubusercontent.com/MDIL-SNU/SevenNet/main/sevenn"
+_MPTRJ = "materials, PBE+U (MPtrj)"
+
+
+def _sevennet(
+    name: str, folder: str, file: str, description: str, sha256: str, size: str, *aliases: str
+) -> PublishedModel:
+    place = f"pretrained_potentials/{folder}/{file}"
+    return PublishedModel(
+        name,
+        "sevennet",
+        f"{_SEVENNET}/{place}",
+        "MIT",
+        sha256,
+        description,
+        _PERIODIC_TABLE,
+        size,
+        aliases,
+        installed=("sevenn", place),
+        kept_as=f"{name}.pth",
+    )
+
+
+_SEVENNETS = (
+    _sevennet(
+        "sevennet-0",
+        "SevenNet_0__11Jul2024",
+        "checkpoint_sevennet_0.pth",
+        _MPTRJ,
+        "7052cb42b7b3be42b40b97fa0d21077a48c54b5548948fc4dcf346629f813c36",
+        "medium",
+        *("7net-0", "7net-0-11jul2024", "sevennet-0-jul2024"),
+    ),
+    _sevennet(
+        "sevennet-0-may2024",
+        "SevenNet_0__22May2024",
+        "checkpoint_sevennet_0.pth",
+        "materials, PBE+U (M3GNet's MPF.2021.2.8)",
+        "5d389fafd512e6ae2830d74d0b66ffc49a55d3832653ff8e7bf7f1343013c1d1",
+        "medium",
+        "7net-0-22may2024",
+    ),
+    _sevennet(
+        "sevennet-mf-0",
+        "SevenNet_MF_0",
+        "checkpoint_sevennet_mf_0.pth",
+        "materials, two modalities: PBE(+U) and r2SCAN (Materials Project)",
+        "81791329b37d445f46b531578c182c41792d98c7814222c9e5dde276402225fd",
+        "medium",
+        "7net-mf-0",
+    ),
+    _sevennet(
+        "sevennet-l3i5",
+        "SevenNet_l3i5",
+        "checkpoint_l3i5.pth",
+        "materials, PBE+U (MPtrj), harmonics up to l = 3",
+        "a7ff190d41efe5b8317a03d20a468e4036a1a3e64e0b14fdbab64ac3f4bfc09d",
+        "large",
+        *("sevennet-0-l3i5", "7net-l3i5"),
+    ),
+)
+
 _MINI = PublishedModel(
     name="mini",
     library="mace",
@@ -120,6 +189,7 @@ _MINI = PublishedModel(
 # The publishers give no checksums. Each one here is what unrelated public projects recorded for the file.
 _MODELS: tuple[PublishedModel, ...] = (
     _MINI,
+    *_SEVENNETS,
     _mace(
         *("mace-off23-small", f"{_OFF}/mace_off23/MACE-OFF23_small.model", "ASL"),
         *(_OFF23, _ORGANIC, "small", ("off23-small",)),
@@ -256,8 +326,8 @@ def download_model(
 def resolve(name_or_path: str) -> ResolvedModel:
     """The model file that a name or a path stands for; a published model is downloaded at its first use.
 
-    Files win over names. A file is taken for one of mace; its licence is known where it is byte for byte a
-    published model.
+    Files win over names. Whose a file is follows from what it holds; its licence is known where it is byte for byte
+    a published model.
 
     Raises:
         InputError: no such file, a folder, an unknown name (close ones are listed), or a file that is not the
@@ -268,11 +338,24 @@ def resolve(name_or_path: str) -> ResolvedModel:
     if path.is_file():
         digest = sha256_of(path)
         twin = next((model for model in _MODELS if model.sha256 == digest), None)
-        return ResolvedModel(path, path.stem, "mace", twin.licence if twin else "unknown", digest)
+        library = twin.library if twin else library_of_file(path)
+        return ResolvedModel(path, path.stem, library, twin.licence if twin else "unknown", digest)
     if model := find(name_or_path):
         found, digest = _present(model, model_folder(), None)
         return ResolvedModel(found, model.name, model.library, model.licence, digest)
     raise _unknown(name_or_path)
+
+
+def library_of_file(path: Path) -> str:
+    """The library whose backbone reads a file: by the names in its pickle, which is not run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            program = archive.read(pickles[0]) if pickles else b""
+    except (OSError, zipfile.BadZipFile, NotImplementedError, zlib.error, RuntimeError):
+        return "mace"
+    # sevenn has written this key since its first version
+    return "sevennet" if b"model_state_dict" in program and b"weight_nn" in program else "mace"
 
 
 def _normal(name: str) -> str:
@@ -302,6 +385,10 @@ def _present(model: PublishedModel, folder: Path, progress: ProgressCallback | N
     if model.packaged:
         found = Path(__file__).parent / model.url
         return found, sha256_of(found)
+    if (installed := _installed(model)) is not None:
+        digest = sha256_of(installed)
+        if digest == model.sha256:
+            return installed, digest
     target = folder / model.file
     record = target.with_name(f"{target.name}.sha256")
     expected = model.sha256 or _recorded(record)
@@ -315,6 +402,22 @@ def _present(model: PublishedModel, folder: Path, progress: ProgressCallback | N
         write_text(record, f"{digest}  {target.name}\n")
         _tell(f"{model.name}: trusted on first use; its SHA-256 {digest} is kept in {record} and checked from now on.")
     return target, digest
+
+
+def _installed(model: PublishedModel) -> Path | None:
+    """The file in the package that brings it, where that is installed; the package is not imported."""
+    if model.installed is None:
+        return None
+    package, place = model.installed
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        file = Path(folder) / place
+        if file.is_file():
+            return file
+    return None
 
 
 def _fetch(model: PublishedModel, target: Path, expected: str | None, progress: ProgressCallback | None) -> str:

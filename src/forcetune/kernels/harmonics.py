@@ -69,11 +69,15 @@ class SphericalHarmonics(nn.Module):
 
     Args:
         highest: order.
+        solid: solid harmonics instead, which are multiplied by the length to the power of the order.
     """
 
-    def __init__(self, highest: int) -> None:
+    def __init__(self, highest: int, *, solid: bool = False) -> None:
         super().__init__()
         self.highest = highest
+        self.solid = solid
+        orders = [order for order in range(highest + 1) for _ in range(2 * order + 1)]
+        self._powers = Constant(torch.tensor(orders, dtype=torch.float64))
         # monomials of degree d are those of degree d − 1 times a coordinate
         degrees: list[list[Monomial]] = [[(0, 0, 0)], [(1, 0, 0), (0, 1, 0), (0, 0, 1)]]
         self._steps: list[tuple[Constant, Constant]] = []
@@ -115,7 +119,8 @@ class SphericalHarmonics(nn.Module):
         for lower, axes in self._steps:
             index, axis = lower.on(unit.device), axes.on(unit.device)
             powers.append(powers[-1].index_select(1, index) * unit.index_select(1, axis))
-        return torch.cat(powers, dim=1) @ self._matrix.like(unit)
+        found = torch.cat(powers, dim=1) @ self._matrix.like(unit)
+        return found * lengths.pow(self._powers.like(unit)) if self.solid else found
 
 
 def reflection_labels(irreps: tuple[Block, ...]) -> list[int]:

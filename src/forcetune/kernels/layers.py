@@ -51,20 +51,33 @@ class EquivariantLinear(nn.Module):
         source: of ``weight`` and ``bias``.
         biases: whether even scalars have a bias.
         kind: of its site.
+        further_inputs: even scalars among the inputs that were cut away, which the normalisation still counts.
+        merge: whether equal neighbours among the inputs count as one irrep.
+        one_hot: whether the input is the one-hot element.
     """
 
     weight: Tensor
     bias: Tensor
 
     def __init__(
-        self, irreps_in: str, irreps_out: str, source: TensorSource, *, biases: bool = False, kind: str = "linear"
+        self,
+        irreps_in: str,
+        irreps_out: str,
+        source: TensorSource,
+        *,
+        biases: bool = False,
+        kind: str = "linear",
+        further_inputs: int = 0,
+        merge: bool = True,
+        one_hot: bool = False,
     ) -> None:
         super().__init__()
-        inputs, outputs = merge_neighbours(parse_irreps(irreps_in)), parse_irreps(irreps_out)
+        inputs, outputs = parse_irreps(irreps_in), parse_irreps(irreps_out)
+        inputs = merge_neighbours(inputs) if merge else inputs
         if len(merge_neighbours(outputs)) != len(outputs):
             raise UnfitError(f"a linear layer has the outputs {irreps_out}, one irrep twice in a row")
         self.irreps_in, self.irreps_out = irreps_text(inputs), irreps_text(outputs)
-        self.kind = kind
+        self.kind, self.one_hot = kind, one_hot
         self.layout = layout_for(outputs)
         self.blocks: list[Block] = []
         labels: list[str] = []
@@ -74,6 +87,7 @@ class EquivariantLinear(nn.Module):
                 if block.irrep != target.irrep:
                     continue
                 fan_in = sum(other.multiplicity for other in inputs if other.irrep == target.irrep)
+                fan_in += further_inputs if target.is_even_scalar else 0
                 rows, columns = block.multiplicity, target.multiplicity
                 self.blocks.append(Block(i, k, 0, rows, columns, start, 1 / math.sqrt(fan_in)))
                 labels.append(f"{block.irrep}->{target.irrep}")
@@ -100,7 +114,12 @@ class EquivariantLinear(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
-            WeightPath(label, block.start, (block.fan_in, block.fan_out))
+            WeightPath(
+                label,
+                block.start,
+                (block.fan_in, block.fan_out),
+                by_element=(1, block.fan_in, block.fan_out) if self.one_hot else None,
+            )
             for label, block in zip(self._labels, self.blocks, strict=True)
         )
         yield Site(f"{name}.weight", name, "weight", name, self.kind, paths, self.irreps_in, self.irreps_out)
@@ -115,11 +134,19 @@ class SpeciesLinear(nn.Module):
         irreps_in, irreps_out: of the features.
         n_species: of the one-hot.
         source: of ``weight``, and of the couplings 1/√(2 l + 1) as the file has them rounded.
+        counted_species: that the normalisation counts, where some were cut away.
     """
 
     weight: Tensor
 
-    def __init__(self, irreps_in: str, irreps_out: str, n_species: int, source: TensorSource) -> None:
+    def __init__(
+        self,
+        irreps_in: str,
+        irreps_out: str,
+        n_species: int,
+        source: TensorSource,
+        counted_species: int | None = None,
+    ) -> None:
         super().__init__()
         inputs, outputs = parse_irreps(irreps_in), parse_irreps(irreps_out)
         if any(len(merge_neighbours(blocks)) != len(blocks) for blocks in (inputs, outputs)):
@@ -134,7 +161,9 @@ class SpeciesLinear(nn.Module):
             for k, target in enumerate(outputs):
                 if block.irrep != target.irrep:
                     continue
-                fan_in = n_species * sum(other.multiplicity for other in inputs if other.irrep == target.irrep)
+                fan_in = (counted_species or n_species) * sum(
+                    other.multiplicity for other in inputs if other.irrep == target.irrep
+                )
                 rows, columns = block.multiplicity, target.multiplicity
                 coupling = float(take_coupling(source, block.order, 0, block.order, self.couplings)[0, 0, 0])
                 factor = math.sqrt(block.dim / fan_in) * coupling
@@ -154,7 +183,12 @@ class SpeciesLinear(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
-            WeightPath(label, block.start, (block.fan_in * self.n_species, block.fan_out))
+            WeightPath(
+                label,
+                block.start,
+                (block.fan_in * self.n_species, block.fan_out),
+                by_element=(block.fan_in, self.n_species, block.fan_out),
+            )
             for label, block in zip(self._labels, self.blocks, strict=True)
         )
         yield Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, self.irreps_in, self.irreps_out)
@@ -275,11 +309,14 @@ class Convolution(nn.Module):
 
 
 class GatedActivation(nn.Module):
-    """Scalars through an activation; other irreps times a scalar of their own, through another activation.
+    """Scalars through an activation; other irreps times an even scalar of their own, through another activation.
+
+    Inputs are sorted: odd scalars, even scalars with the gates behind them, then the gated irreps.
 
     Args:
-        irreps_out: outputs; scalars must be even.
-        scalar, gate: the activations, each normalised to a second moment of 1.
+        irreps_out: outputs, scalars first; no irrep occurs twice.
+        scalar, gate: the activations of even scalars and of gates, each normalised to a second moment of 1.
+        odd_scalar: an odd activation for odd scalars; None where there are none.
     """
 
     def __init__(
@@ -287,25 +324,42 @@ class GatedActivation(nn.Module):
         irreps_out: str,
         scalar: Callable[[Tensor], Tensor] = functional.silu,
         gate: Callable[[Tensor], Tensor] = torch.sigmoid,
+        odd_scalar: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         outputs = parse_irreps(irreps_out)
         scalars = [block for block in outputs if block.order == 0]
         gated = [block for block in outputs if block.order]
-        if len(scalars) != 1 or not scalars[0].is_even_scalar or outputs[0] is not scalars[0]:
+        even = [block for block in scalars if block.is_even_scalar]
+        unique = len({block.irrep for block in outputs}) == len(outputs)
+        if len(even) != 1 or not unique or [*scalars, *gated] != list(outputs):
             raise UnfitError(f"its gated activation has the outputs {irreps_out}")
+        if len(scalars) > 1 and odd_scalar is None:
+            raise UnfitError("its gated activation has odd scalars and no odd activation for them")
         self.irreps_out = irreps_text(outputs)
-        self.widths = [scalars[0].multiplicity, *(block.multiplicity for block in gated)]
+        self.widths = [even[0].multiplicity, *(block.multiplicity for block in gated)]
         together = IrrepsBlock(sum(self.widths), 0, "e", 0)
-        self.irreps_in = irreps_text(sorted_blocks([together, *gated]))
-        self.order = [parse_irreps(self.irreps_in).index(_at(self.irreps_in, block)) for block in gated]
-        self.scalar, self.gate = scalar, gate
+        odd = [block for block in scalars if not block.is_even_scalar]
+        ordered = sorted_blocks([together, *odd, *gated])
+        inputs = [block.irrep for block in ordered]
+        self.irreps_in = irreps_text(ordered)
+        self.scalars = [(inputs.index(block.irrep), block.is_even_scalar) for block in scalars]
+        self.even = inputs.index("0e")
+        self.gated = [inputs.index(block.irrep) for block in gated]
+        self.scalar, self.gate, self.odd_scalar = scalar, gate, odd_scalar
         self.factors = (second_moment_factor(scalar), second_moment_factor(gate))
+        self.odd_factor = 1.0 if odd_scalar is None else second_moment_factor(odd_scalar)
 
     def forward(self, features: Features) -> Features:
-        scalars, *gates = features.blocks[0].split(self.widths, dim=2)
-        blocks = [self.scalar(scalars) * self.factors[0]]
-        for index, gate in zip(self.order, gates, strict=True):
+        scalars, *gates = features.blocks[self.even].split(self.widths, dim=2)
+        blocks: list[Tensor] = []
+        for index, is_even in self.scalars:
+            if is_even:
+                blocks.append(self.scalar(scalars) * self.factors[0])
+            else:
+                assert self.odd_scalar is not None
+                blocks.append(self.odd_scalar(features.blocks[index]) * self.odd_factor)
+        for index, gate in zip(self.gated, gates, strict=True):
             blocks.append(features.blocks[index] * (self.gate(gate) * self.factors[1]))
         return Features(blocks, geometric=features.geometric, trains=features.trains)
 
@@ -313,7 +367,3 @@ class GatedActivation(nn.Module):
 def sorted_blocks(blocks: Sequence[IrrepsBlock]) -> list[IrrepsBlock]:
     """By order, odd before even, as they were among equals."""
     return sorted(blocks, key=lambda block: (block.order, block.parity == "e"))
-
-
-def _at(irreps: str, wanted: IrrepsBlock) -> IrrepsBlock:
-    return next(block for block in parse_irreps(irreps) if block.irrep == wanted.irrep)

@@ -105,6 +105,13 @@ class PolynomialCutoff(nn.Module):
         return envelope(lengths / self.r_max, self.power)
 
 
+def smooth_step(lengths: Tensor, start: float, cutoff: float) -> Tensor:
+    """1 up to ``start``, from there smoothly to 0 at the cutoff (XPLOR), in the squares of the distances."""
+    squares, first, last = lengths.square(), start**2, cutoff**2
+    falling = (last - squares).square() * (last + 2 * squares - 3 * first) / (last - first) ** 3
+    return torch.where(lengths < start, torch.ones_like(lengths), falling * (lengths < cutoff))
+
+
 class AgnesiTransform(nn.Module):
     """1 / (1 + a sᵠ / (1 + sᵠ⁻ᵖ)) of s = r over the mean covalent radius (ACEpotentials.jl, 10.1063/5.0158783)."""
 
@@ -229,8 +236,10 @@ class RadialLayer(nn.Module):
         source: TensorSource,
         activation: Callable[[Tensor], Tensor] | None,
         factor: float,
+        kind: str = "radial_mlp",
     ) -> None:
         super().__init__()
+        self.kind = kind
         register(self, "weight", source.take("weight", (inputs, outputs), torch.randn))
         self.scale = 1 / math.sqrt(inputs)
         self.activation, self.factor = activation, factor
@@ -241,7 +250,7 @@ class RadialLayer(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         path = WeightPath("in->out", 0, tuple(self.weight.shape))
-        yield Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,))
+        yield Site(f"{name}.weight", name, "weight", name, self.kind, (path,))
 
 
 class RadialNetwork(nn.Sequential):
@@ -251,19 +260,27 @@ class RadialNetwork(nn.Sequential):
         widths: of input, hidden layers, output.
         source: of ``layer0.weight`` and so on.
         factors: normalisation of the activation of each layer as a file has it; None computes it.
+        activation: between the layers.
+        kind: of its sites.
     """
 
     def __init__(
-        self, widths: Sequence[int], source: TensorSource, factors: Callable[[str], float | None] | None = None
+        self,
+        widths: Sequence[int],
+        source: TensorSource,
+        factors: Callable[[str], float | None] | None = None,
+        *,
+        activation: Callable[[Tensor], Tensor] = functional.silu,
+        kind: str = "radial_mlp",
     ) -> None:
         super().__init__()
         for index, (inputs, outputs) in enumerate(pairwise(widths)):
             last = index == len(widths) - 2
             name = f"layer{index}"
             stored = None if factors is None else factors(f"{name}.act.cst")
-            factor = second_moment_factor(functional.silu) if stored is None else stored
-            activation = None if last else functional.silu
-            self.add_module(name, RadialLayer(inputs, outputs, source.within(name), activation, factor))
+            factor = second_moment_factor(activation) if stored is None else stored
+            between = None if last else activation
+            self.add_module(name, RadialLayer(inputs, outputs, source.within(name), between, factor, kind))
 
 
 class NormedRadialNetwork(nn.Module):

@@ -135,7 +135,8 @@ class Contraction(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         def site(owner: str, parameter: str, nu: int, kind: str, weight: Tensor) -> Site:
-            path = WeightPath(f"order{nu}", 0, tuple(weight.shape))
+            elements, *rest = weight.shape
+            path = WeightPath(f"order{nu}", 0, tuple(weight.shape), by_element=(1, elements, math.prod(rest)))
             return Site(f"{owner}.{parameter}", owner, parameter, name, kind, (path,))
 
         if "max" not in self.zeroed:

@@ -253,7 +253,7 @@ def _gate(node: Node, network: MaceNetwork, where: str) -> None:
     offsets = [0, *accumulate(module.widths[1:])]
     rows = tuple(
         (blocks[index].start, blocks[index].stop - blocks[index].start, blocks[index].dim, width, offset)
-        for index, width, offset in sorted(zip(module.order, module.widths[1:], offsets, strict=False))
+        for index, width, offset in sorted(zip(module.gated, module.widths[1:], offsets, strict=False))
     )
     expected = {
         "_scalar_cst": module.factors[0],
@@ -277,7 +277,7 @@ def _sorting(node: Node, network: MaceNetwork, where: str) -> None:
     if [merged(part) for part in parts] != [merged(part) for part in _gated_irreps(module)]:
         raise differs(where, "irreps_outs", parts, list(_gated_irreps(module)))
     if not whole:
-        places = ((0,), (1,), tuple(index + 1 for index in module.order))
+        places = ((0,), (1,), tuple(index + 1 for index in module.gated))
         compare_value(node, "instructions", places, where)
 
 

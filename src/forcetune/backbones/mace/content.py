@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from forcetune.backbones.mace.architecture import MaceArchitecture, read_architecture
+from forcetune.backbones.mace.architecture import MaceArchitecture, check_sane, read_architecture
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.tree import Node, node_from_module
 from forcetune.kernels.tensors import TensorSource, UnfitError
@@ -101,6 +101,20 @@ def content_from_network(network: MaceNetwork) -> MaceContent:
     """The content of a network; an adapter on it is left out."""
     tensors = _kept(node_from_module(network).all_tensors())
     return MaceContent(network.architecture, tensors, network.constants(), network.rounded_charges)
+
+
+def draw_network(architecture: MaceArchitecture, *, seed: int = 0) -> MaceNetwork:
+    """A network with random weights, distributed as mace's constructor draws them, in float64.
+
+    Its contractions have the full basis of couplings. PyTorch's random state stays as it was.
+
+    Raises:
+        UnfitError: sizes or names make no sense.
+    """
+    check_sane(architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaceNetwork(architecture, TensorSource(None)).double()
 
 
 def build_network(content: MaceContent) -> MaceNetwork:

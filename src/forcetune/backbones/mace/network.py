@@ -60,7 +60,7 @@ class NodeEmbedding(nn.Module):
 
     def __init__(self, n_species: int, channels: int, source: TensorSource) -> None:
         super().__init__()
-        self.linear = EquivariantLinear(f"{n_species}x0e", f"{channels}x0e", source.within("linear"))
+        self.linear = EquivariantLinear(f"{n_species}x0e", f"{channels}x0e", source.within("linear"), one_hot=True)
 
     def forward(self, attributes: Features) -> Features:
         return self.linear(attributes)
@@ -196,8 +196,12 @@ class NonLinearInteraction(nn.Module):
         self.irreps = irreps
         scalars = sum(block.multiplicity for block in parse_irreps(irreps.features) if block.is_even_scalar)
         species = f"{irreps.n_species}x0e"
-        self.source_embedding = EquivariantLinear(species, f"{scalars}x0e", source.within("source_embedding"))
-        self.target_embedding = EquivariantLinear(species, f"{scalars}x0e", source.within("target_embedding"))
+        self.source_embedding = EquivariantLinear(
+            species, f"{scalars}x0e", source.within("source_embedding"), one_hot=True
+        )
+        self.target_embedding = EquivariantLinear(
+            species, f"{scalars}x0e", source.within("target_embedding"), one_hot=True
+        )
         self.linear_up = EquivariantLinear(irreps.features, irreps.edges, source.within("linear_up"))
         paths, irreps_mid = channelwise_paths(irreps.edges, irreps.harmonics, irreps.target)
         self.conv_tp = Convolution(irreps.edges, irreps.harmonics, paths, irreps_mid, source.within("conv_tp"))

@@ -48,7 +48,16 @@ def read_content(path: str | os.PathLike[str]) -> MaceContent:
     file = Path(path)
     if file.suffix == ".safetensors":
         return read_plain(file)
-    record = _uncompiled(read_inert(file))
+    return content_from_record(read_inert(file), file)
+
+
+def content_from_record(record: Any, file: Path) -> MaceContent:
+    """The content of a model that was read from a ``.model`` file; its tensors are views of what was read.
+
+    Raises:
+        InputError, UnfitError: as :func:`read_content`.
+    """
+    record = _uncompiled(record)
     _check_whole_model(record, file)
     return _checked_content(node_from_record(record, traced_readout))
 

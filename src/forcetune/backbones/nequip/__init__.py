@@ -1,0 +1,1 @@
+"""The NequIP family of networks: what SevenNet and NequIP have in common."""
