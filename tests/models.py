@@ -70,8 +70,25 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """All that forcetune computes, option by option: arguments of :func:`make_mace`."""
 
 
-def make_mace(
-    kind: str = "ScaleShiftMACE",
+def make_mace(kind: str = "ScaleShiftMACE", **options: Any) -> nn.Module:
+    """A MACE model with random weights, scales, shifts and reference energies; equal seeds give equal models.
+
+    Args:
+        kind: ``MACE`` or ``ScaleShiftMACE``.
+        options: of :func:`_make`, or further arguments of mace's constructor; irreps as text.
+    """
+    key = (kind, *sorted((name, repr(value)) for name, value in options.items()))
+    if key not in _MADE:
+        _MADE[key] = pickle.dumps(_make(kind, **options))
+    return pickle.loads(_MADE[key])
+
+
+_MADE: dict[tuple[Any, ...], bytes] = {}
+"""Making a model takes a second, a copy a tenth of that."""
+
+
+def _make(
+    kind: str,
     *,
     elements: Sequence[int] = (1, 6, 7, 8),
     heads: Sequence[str] = ("Default",),
@@ -86,7 +103,7 @@ def make_mace(
     seed: int = 0,
     **overrides: Any,
 ) -> nn.Module:
-    """A MACE model with random weights, scales, shifts and reference energies; equal seeds give equal models.
+    """A new model.
 
     Args:
         kind: ``MACE`` or ``ScaleShiftMACE``.

@@ -246,7 +246,7 @@ def drawn(seed: int) -> dict[str, Any]:
     """Options at random, of which all combinations make a model."""
     choose = random.Random(seed)
     first, later = choose.choice(BLOCKS)
-    hidden = choose.choice(("3x0e", "3x0e+3x1o", "2x0e+2x1o+2x2e", "2x0o+2x0e+2x1o", "2x0e+2x1o+2x1e+2x2e"))
+    hidden = choose.choice(("3x0e", "3x0e+3x1o", "2x0e+2x1o+2x2e", "2x0e+2x0o+2x1o", "2x0e+2x1o+2x1e+2x2e"))
     even = "NonLinear" in first
     options: dict[str, Any] = {
         "kind": choose.choice(("MACE", "ScaleShiftMACE")),
