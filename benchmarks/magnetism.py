@@ -191,7 +191,6 @@ def costs(out: Path, rounds: int = 15) -> dict[str, float]:
     from forcetune.evaluation.metrics import graphs_of
     from forcetune.frames.read import read_frames
     from forcetune.graphs.graph import collate
-    from forcetune.kernels.install import accelerate
     from forcetune.magnetism.options import Magnetism
     from forcetune.training.losses import loss_of
 
@@ -200,7 +199,6 @@ def costs(out: Path, rounds: int = 15) -> dict[str, float]:
     cases = {}
     for name, layer in (("without", None), ("with", Magnetism(inputs="initial"))):
         backbone = forcetune.load(out / "iron.model", device="cpu")
-        accelerate(backbone)
         attach(backbone, replace(made("full"), magnetism=layer))
         cases[name] = backbone, collate(graphs_of(backbone, frames))
     for _ in range(rounds):

@@ -48,6 +48,9 @@ from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.library import import_mace
+from forcetune.backbones.mace.trusted import LibraryMace
+from forcetune.backbones.network import NetworkBackbone
+from forcetune.backbones.protocol import Base
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.deployment.calculator import frame_of
 from forcetune.deployment.traced import CHECKED, MOST_EDGES, TRACED_AFTER, TracedPrediction
@@ -56,7 +59,7 @@ from forcetune.evaluation.metrics import graphs_of
 from forcetune.files import write_text
 from forcetune.graphs.graph import Batch, collate, parts_of
 from forcetune.graphs.loader import BatchLoader
-from forcetune.kernels.mace import install, plan_of
+from forcetune.kernels.plan import make_plan
 from forcetune.records import environment
 from forcetune.training.traced import TracedStep, Workers, frames_of_part, layout_for
 
@@ -69,7 +72,13 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 Runs = dict[str, Callable[[], object]]
 
 
-def random_model(dtype: torch.dtype) -> MaceBackbone:
+def library_model(model: torch.nn.Module, dtype: torch.dtype, device: str = "cpu") -> LibraryMace:
+    """A module of mace, computed by its own forward pass."""
+    options = {"head": None, "elements": None, "dtype": dtype, "device": device}
+    return LibraryMace(model, Base("random", "", "", "MIT"), reason="a benchmark", **options)
+
+
+def random_model(dtype: torch.dtype, device: str = "cpu") -> LibraryMace:
     """A model of MACE-OFF23-medium size; always the same weights."""
     modules = import_mace()
     from e3nn import o3
@@ -100,7 +109,7 @@ def random_model(dtype: torch.dtype) -> MaceBackbone:
             )
     finally:
         torch.set_default_dtype(torch.float32)
-    return MaceBackbone.from_module(model, dtype=dtype)
+    return library_model(model, dtype, device)
 
 
 def aspirin(data: Path | None, count: int) -> list[Atoms]:
@@ -123,12 +132,12 @@ def periodic_box(atoms: int, seed: int = 0) -> Atoms:
     return Atoms(rng.choice(ELEMENTS, atoms, p=(8 / 21, 9 / 21, 4 / 21)), positions, cell=[length] * 3, pbc=True)
 
 
-def batch_of(model: MaceBackbone, structures: Sequence[Atoms], dtype: torch.dtype) -> Batch:
+def batch_of(model: NetworkBackbone, structures: Sequence[Atoms], dtype: torch.dtype) -> Batch:
     frames = [frame_of(Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc)) for a in structures]
     return collate(graphs_of(model, frames)).to(device=model.device, dtype=dtype)
 
 
-def lora_model(base: MaceBackbone) -> MaceBackbone:
+def lora_model(base: LibraryMace) -> LibraryMace:
     """As ``mace_run_train --lora=True --lora_rank=16`` makes it: only the added weights train."""
     from mace.modules.lora import inject_lora
 
@@ -138,31 +147,28 @@ def lora_model(base: MaceBackbone) -> MaceBackbone:
     inject_lora(model, rank=16, alpha=16)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    return MaceBackbone(model.to(device=base.device, dtype=base.dtype), base.base)
+    return library_model(model, base.dtype, str(base.device))
 
 
-def tuned_model(base: MaceBackbone, name: str | None) -> MaceBackbone:
-    """With an adapter whose parameters are no longer those of the start, and the kernels."""
-    tuned = MaceBackbone(copy.deepcopy(base.model), base.base)
+def tuned_model(base: LibraryMace, name: str | None) -> NetworkBackbone:
+    """Our network with its weights, and an adapter whose parameters are no longer those of the start."""
+    tuned = MaceBackbone.from_module(base.model, dtype=base.dtype, device=base.device)
     if name is not None:
         adapter = attach(tuned, method(name))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.add_(1e-2 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    coverage = install(tuned)
-    if not coverage.fast:
-        raise SystemExit(f"the kernels do not cover this model: {coverage.left}")
     return tuned
 
 
-def deployed(tuned: MaceBackbone) -> MaceBackbone:
+def deployed(tuned: NetworkBackbone) -> NetworkBackbone:
     """As an adapter is used for prediction: weight updates folded into the weights, gates left."""
     fold_weights(tuned)
     return tuned
 
 
-def step(model: MaceBackbone, batch: Batch) -> None:
+def step(model: NetworkBackbone, batch: Batch) -> None:
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = None
@@ -171,7 +177,7 @@ def step(model: MaceBackbone, batch: Batch) -> None:
     loss.backward()
 
 
-def traced_step(model: MaceBackbone, batch: Batch, threads: int | None = None) -> tuple[Callable[[], None], float]:
+def traced_step(model: NetworkBackbone, batch: Batch, threads: int | None = None) -> tuple[Callable[[], None], float]:
     """The same step as ``training.compile=on`` computes it, and the seconds until the first was done."""
     labels = {name: torch.zeros_like(getattr(batch, name)) for name in ("energy", "forces")}
     known = replace(batch, **labels)
@@ -233,7 +239,7 @@ def medians(runs: Runs, rounds: int, repeats: Mapping[str, int]) -> dict[str, fl
 
 
 def training(
-    models: Mapping[str, MaceBackbone], batch: Batch, rounds: int, *, memory: bool
+    models: Mapping[str, NetworkBackbone], batch: Batch, rounds: int, *, memory: bool
 ) -> dict[str, dict[str, float]]:
     """Seconds, speed over the library and memory of a step."""
     runs = {name: (lambda model=model: step(model, batch)) for name, model in models.items()}
@@ -256,7 +262,7 @@ def training(
     return result
 
 
-def recorded(model: MaceBackbone, batch: Batch) -> Callable[[], object] | None:
+def recorded(model: NetworkBackbone, batch: Batch) -> Callable[[], object] | None:
     """Predictions as the ASE calculator makes them after a while, or None where it goes on as before."""
     traced = TracedPrediction(model)
     for _ in range(TRACED_AFTER + CHECKED):
@@ -264,7 +270,7 @@ def recorded(model: MaceBackbone, batch: Batch) -> Callable[[], object] | None:
     return None if traced.recording is None else lambda: traced.predict(batch, stress=False)
 
 
-def inference(models: Mapping[str, MaceBackbone], batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
+def inference(models: Mapping[str, NetworkBackbone], batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of energies and forces, neighbours given."""
     runs: Runs = {name: (lambda model=model: model.predict(batch)) for name, model in models.items()}
     for name, model in models.items():
@@ -288,9 +294,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def step_table(arguments: argparse.Namespace, dtype: str, frames: int, *, memory: bool) -> dict[str, Any]:
-    base = random_model(DTYPES[dtype])
-    base.model.to(arguments.device)
-    base = MaceBackbone(base.model, base.base)
+    base = random_model(DTYPES[dtype], arguments.device)
     models = {LIBRARY: base, LORA: lora_model(base)} | {name: tuned_model(base, name) for name in arguments.methods}
     batch = batch_of(base, aspirin(arguments.data, frames), DTYPES[dtype])
     rows = training(models, batch, arguments.rounds, memory=memory)
@@ -299,9 +303,7 @@ def step_table(arguments: argparse.Namespace, dtype: str, frames: int, *, memory
 
 
 def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
-    base = random_model(DTYPES[dtype])
-    base.model.to(arguments.device)
-    base = MaceBackbone(base.model, base.base)
+    base = random_model(DTYPES[dtype], arguments.device)
     models = {
         "mace-torch, base": base,
         "forcetune, base": tuned_model(base, None),
@@ -454,7 +456,12 @@ def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, An
     }
     print(", ".join(f"{layer} {time:.0f} ms" for layer, time in eager["layers"].items()) + ", derivatives included")
     graphs = graphs_of(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
-    ready = medians({"collate": lambda: collate(graphs), "plan": lambda: plan_of(model, batch)}, 20, {})
+    species = torch.tensor([model.elements.index(int(number)) for number in batch.numbers])
+    works = {
+        "collate": lambda: collate(graphs),
+        "plan": lambda: make_plan(batch.edge_index, batch.unit_shifts, species),
+    }
+    ready = medians(works, 20, {})
     print(", ".join(f"{name} {1000 * time:.2f} ms" for name, time in ready.items()) + " a batch")
     torch.set_num_threads(1)
     traced, _ = profiled(traced_step(model, batch, threads=1)[0], "the same, traced, one thread", rounds)

@@ -1,8 +1,10 @@
-"""Small MACE models with random weights, of any kind, and structures to evaluate them on."""
+"""Small MACE models of mace's own with random weights, of any kind, and what mace computes with them: the oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,61 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
+from forcetune.backbones.mace.trusted import LibraryMace
+from forcetune.backbones.protocol import Base, Prediction
 from forcetune.frames.neighbours import neighbours
+from forcetune.graphs.graph import Batch
+
+NONLINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "scale-shift": {},
+    "plain": {"kind": "MACE"},
+    "plain, up to 2e, order 3": {"kind": "MACE", "hidden_irreps": "6x0e+6x1o+6x2e", "correlation": 3, "max_ell": 3},
+    "scalars only": {"hidden_irreps": "8x0e", "gate": "abs"},
+    "order 1": {"correlation": 1, "gate": None},
+    "order 4": {"correlation": 4, "hidden_irreps": "3x0e", "max_ell": 1},
+    "mixed orders": {"correlation": [3, 2], "hidden_irreps": "4x0e"},
+    "odd scalars": {"hidden_irreps": "6x0e+6x0o+6x1o+6x1e"},
+    "odd scalars, order 3": {"hidden_irreps": "4x0e+4x0o+4x1o", "correlation": 3},
+    "no parity": {"use_so3": True, "hidden_irreps": "4x0e+4x1e", "correlation": 3},
+    "density, trainable basis": {
+        "first": "RealAgnosticDensityInteractionBlock",
+        "later": "RealAgnosticDensityResidualInteractionBlock",
+        "trainable_bessel": True,
+    },
+    "density, cutoff on weights": {
+        "first": "RealAgnosticDensityResidualInteractionBlock",
+        "later": "RealAgnosticDensityResidualInteractionBlock",
+        "apply_cutoff": False,
+    },
+    "residual from the first": {"first": "RealAgnosticResidualInteractionBlock"},
+    "nonlinear residual": {"first": NONLINEAR, "later": NONLINEAR, "readout": "NonLinearBiasReadoutBlock"},
+    "nonlinear, all options": {
+        "first": NONLINEAR,
+        "later": NONLINEAR,
+        "readout": "NonLinearBiasReadoutBlock",
+        "use_agnostic_product": True,
+        "apply_cutoff": False,
+        "edge_irreps": "4x0e+4x1o",
+        "use_edge_irreps_first": True,
+    },
+    "agnostic product": {"use_agnostic_product": True},
+    "pair repulsion, cutoff on weights": {
+        "pair_repulsion": True,
+        "apply_cutoff": False,
+        "distance_transform": "Agnesi",
+    },
+    "soft, Gaussians": {"distance_transform": "Soft", "radial_type": "gaussian", "pair_repulsion": True},
+    "Chebyshev": {"radial_type": "chebyshev", "gate": "tanh"},
+    "Chebyshev, Agnesi": {"radial_type": "chebyshev", "distance_transform": "Agnesi"},
+    "one layer": {"num_interactions": 1},
+    "three layers": {"num_interactions": 3, "hidden_irreps": "4x0e+4x1o", "keep_last_layer_irreps": True},
+    "last readout only": {"use_last_readout_only": True},
+    "edge irreps": {"edge_irreps": "4x0e+4x1o"},
+    "biased readout": {"readout": "NonLinearBiasReadoutBlock", "mlp_irreps": "3x0e"},
+    "many elements": {"elements": tuple(range(1, 90)), "hidden_irreps": "4x0e"},
+}
+"""All that forcetune computes, option by option: arguments of :func:`make_mace`."""
 
 
 def make_mace(
@@ -40,10 +96,13 @@ def make_mace(
         gate: name of the last readout's activation in torch.nn.functional or torch, or None.
         trainable_bessel: keep the frequencies of the radial basis as a parameter.
         dtype: of all floating-point tensors.
-        overrides: further arguments of mace's constructor.
+        overrides: further arguments of mace's constructor; irreps as text.
     """
     modules = import_mace()
     from e3nn import o3
+
+    if "edge_irreps" in overrides:
+        overrides["edge_irreps"] = o3.Irreps(overrides["edge_irreps"])
 
     random = np.random.default_rng(seed)
     functions = {None: None, "tanh": torch.tanh, "abs": torch.abs}
@@ -70,23 +129,44 @@ def make_mace(
     if kind == "ScaleShiftMACE":
         arguments["atomic_inter_scale"] = random.uniform(0.5, 1.5, len(heads)).tolist()
         arguments["atomic_inter_shift"] = random.normal(size=len(heads)).tolist()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = getattr(modules, kind)(**arguments | overrides)
-            for parameter in model.parameters():
-                if parameter.requires_grad and parameter.ndim == 1:
-                    parameter.data += 0.1 * torch.randn_like(parameter)  # biases start as zeros
-    finally:
-        torch.set_default_dtype(before)
+    with default_dtype(dtype), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(modules, kind)(**arguments | overrides)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim < 2:
+                parameter.data += 0.1 * torch.randn_like(parameter)  # biases start as zeros
     if trainable_bessel:
         basis = model.radial_embedding.bessel_fn
         weights = basis.bessel_weights
         del basis.bessel_weights
         basis.bessel_weights = nn.Parameter(weights * 1.01)
     return model.eval()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """mace makes some tensors in PyTorch's default precision while it computes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Oracle(LibraryMace):
+    """A module of mace that computes as it does where PyTorch's default is the model's precision."""
+
+    def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        with default_dtype(self.dtype):
+            return super().predict(batch, stress=stress, create_graph=create_graph)
+
+
+def oracle(model: nn.Module, *, head: str | None = None, dtype: torch.dtype = torch.float64) -> Oracle:
+    """mace itself behind the protocol, with a copy of this model."""
+    base = Base("oracle", "", "", "unknown")
+    own = pickle.loads(pickle.dumps(model))  # some parameters of mace cannot be copied
+    return Oracle(own, base, reason="oracle", head=head, elements=None, dtype=dtype, device="cpu")
 
 
 class Evaluation(NamedTuple):
@@ -123,7 +203,8 @@ def evaluate(model: Any, atoms: Atoms, *, head: int = 0) -> Evaluation:
         "ptr": torch.tensor([0, len(atoms)]),
         "head": torch.tensor([head]),
     }
-    out = model(data, compute_force=True, compute_stress=True)
+    with default_dtype(dtype):
+        out = model(data, compute_force=True, compute_stress=True)
     return Evaluation(out["energy"].detach()[0], out["forces"].detach(), out["stress"].detach()[0])
 
 

@@ -14,19 +14,24 @@ from ase.io import write
 
 from forcetune.adapters.attach import Adapter
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.backbones.mace.rebuild import save_mace
 from forcetune.deployment.calculator import frame_of
 from forcetune.frames.frame import Frame
-from models import make_mace
+from models import Oracle, make_mace, oracle
 
 STIFFNESS = 5.0
 """eV/Å² of the springs in :func:`labelled`."""
 
 
-def backbone(**options: object) -> MaceBackbone:
-    """A small MACE with random weights."""
-    dtype: Any = options.get("dtype", torch.float64)
-    return MaceBackbone.from_module(make_mace(**options), dtype=dtype)  # pyright: ignore[reportArgumentType]
+def backbone(**options: Any) -> MaceBackbone:
+    """A small MACE with random weights, computed by our network."""
+    found = MaceBackbone.from_module(make_mace(**options), dtype=options.get("dtype", torch.float64))
+    assert isinstance(found, MaceBackbone)
+    return found
+
+
+def library(**options: Any) -> Oracle:
+    """The same model, computed by mace."""
+    return oracle(make_mace(**options), dtype=options.get("dtype", torch.float64))
 
 
 def perturb(adapter: Adapter, scale: float = 0.1, seed: int = 5) -> None:
@@ -85,7 +90,7 @@ def write_labelled(path: Path, count: int = 12, seed: int = 0) -> Path:
     return path
 
 
-def write_model(path: Path, **options: object) -> Path:
-    """A small MACE with random weights as a ``.model`` file."""
-    save_mace(make_mace(**options), path)  # pyright: ignore[reportArgumentType]
+def write_model(path: Path, **options: Any) -> Path:
+    """A small MACE with random weights as mace writes it."""
+    torch.save(make_mace(**options), path)
     return path

@@ -2,15 +2,82 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import forcetune
-from forcetune.errors import InputError
+from forcetune import comparison
+from forcetune.errors import ForcetuneError, InputError
 from forcetune.reports.comparison import read_comparison
+from forcetune.workers import WorkerDiedError
+from systems import write_labelled, write_model
 from terminal import Command
+
+SCRIPT = """
+from pathlib import Path
+import forcetune
+with open("started", "a") as stream:
+    stream.write("x")
+config = forcetune.load_config(given={
+    "data": {"train": ["a.xyz"], "valid": 4}, "model": {"model": "m.model"},
+    "training": {"epochs": 1}, "output": {"run": "compared", "forgetting": False},
+})
+found = forcetune.compare(config, ["readout", "gain"], processes=2)
+Path("losses").write_text(repr([row.valid_loss.mean for row in found.comparison.methods]))
+"""
+
+
+@pytest.mark.parametrize("way", ["file", "standard input"])
+def test_a_script_without_a_guard_compares_in_processes(tmp_path: Path, way: str) -> None:
+    """It hung, and every process ran the script once more."""
+    write_labelled(tmp_path / "a.xyz", 8)
+    write_model(tmp_path / "m.model")
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    arguments = [sys.executable, "-W", "ignore", "script.py" if way == "file" else "-"]
+    given = None if way == "file" else SCRIPT
+    ended = subprocess.run(
+        arguments, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "started").read_text(encoding="utf-8") == "x"
+    config = forcetune.load_config(
+        given={
+            "data": {"train": [str(tmp_path / "a.xyz")], "valid": 4},
+            "model": {"model": str(tmp_path / "m.model")},
+            "training": {"epochs": 1},
+            "output": {"run": str(tmp_path / "one"), "forgetting": False},
+        }
+    )
+    found = forcetune.compare(config, ["readout", "gain"])
+    losses = [row.valid_loss.mean for row in found.comparison.methods]
+    assert ast.literal_eval((tmp_path / "losses").read_text(encoding="utf-8")) == pytest.approx(losses, rel=1e-6)
+
+
+def test_a_process_that_is_killed_leaves_the_other_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "as_they_end", _as_if_one_was_killed)
+    given = {
+        "data": {"train": [str(write_labelled(tmp_path / "a.xyz", 8))], "valid": 4},
+        "model": {"model": str(write_model(tmp_path / "m.model"))},
+        "training": {"epochs": 1},
+        "output": {"run": str(tmp_path / "compared")},
+    }
+    config = forcetune.load_config(given=given)
+    with pytest.raises(ForcetuneError, match=r"gain-1: a worker process was killed .* The other runs are kept"):
+        forcetune.compare(config, ["readout", "gain"], processes=2)
+    assert (tmp_path / "compared" / "readout-1" / "results.json").is_file()
+    assert not (tmp_path / "compared" / "gain-1").exists()
+
+
+def _as_if_one_was_killed(work: Any, jobs: Any, workers: int, *, option: str) -> Any:
+    for job in jobs:
+        killed = job.method.name == "gain"
+        yield job, WorkerDiedError(job, -9, option) if killed else work(job)
 
 
 def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> None:

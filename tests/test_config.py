@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
-from forcetune.config import RunConfig, load_config, parse_setting
+from forcetune.config import DataConfig, LossConfig, RunConfig, TrainingConfig, load_config, parse_setting
 from forcetune.errors import InputError
 
 LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
@@ -44,6 +44,81 @@ def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_pat
         load_config(settings=["model.kernels=on"], given=LEAST)
 
 
+SWITCHES = {
+    "data.doctor": ("on", "off"),
+    "data.stream": ("auto", "on", "off"),
+    "model.kernels": ("auto", "off"),
+    "magnetism.layer": ("off",),
+    "training.compile": ("auto", "on", "off"),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_takes_its_words_wherever_they_stand(name: str, tmp_path: Path) -> None:
+    section, key = name.split(".")
+
+    def value_of(config: RunConfig) -> str:
+        return getattr(getattr(config, section), key)
+
+    for word in SWITCHES[name]:
+        assert value_of(load_config(settings=[f"{name}={word}"], given=LEAST)) == word
+        assert value_of(load_config(given=LEAST, overrides={name: word})) == word
+        path = tmp_path / f"{word}.yaml"
+        content = {"data": "{train: [a.xyz]}", section: f"{{{key}: {word}}}"}
+        if section == "data":
+            content["data"] = f"{{train: [a.xyz], {key}: {word}}}"
+        path.write_text("\n".join(f"{one}: {text}" for one, text in content.items()), encoding="utf-8")
+        assert value_of(load_config(path)) == word
+        if word in ("on", "off"):
+            assert value_of(load_config(given=LEAST, overrides={name: word == "on"})) == word
+            saved = tmp_path / "saved.yaml"
+            load_config(path).save(saved)
+            assert value_of(load_config(saved)) == word
+
+
+def test_no_switch_is_left_out() -> None:
+    """Every option with the word ``off`` is one of :data:`SWITCHES`."""
+    found = {
+        f"{section}.{key}"
+        for section, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key, option in field.annotation.model_fields.items()
+        if "off" in get_args(option.annotation)
+    }
+    assert found == set(SWITCHES)
+
+
+@pytest.mark.parametrize("way", ["file", "set", "dotted", "nested", "models"])
+def test_a_part_of_the_second_stage_leaves_its_other_options_as_they_are(way: str, tmp_path: Path) -> None:
+    """The rest has the defaults of the second stage, which are not those of the first."""
+    if way == "file":
+        path = tmp_path / "run.yaml"
+        text = "data: {train: [a.xyz]}\ntraining: {second_stage: {start: 3, loss: {energy: 500}}}\n"
+        path.write_text(text, encoding="utf-8")
+        config = load_config(path)
+    elif way == "set":
+        config = load_config(settings=["training.second_stage.loss.energy=500"], given=LEAST)
+    elif way == "dotted":
+        config = load_config(given=LEAST, overrides={"training.second_stage.loss.energy": 500})
+    elif way == "nested":
+        config = load_config(given=LEAST, overrides={"training": {"second_stage": {"loss": {"energy": 500}}}})
+    else:
+        training = TrainingConfig(second_stage={"loss": LossConfig(energy=500.0)})  # pyright: ignore
+        config = RunConfig(data=DataConfig(train=["a.xyz"]), training=training)
+    stage = config.training.second_stage
+    assert (stage.loss.energy, stage.loss.forces, stage.loss.stress) == (500.0, 100.0, 0.0)
+    assert stage.loss.energy_per_atom and stage.learning_rate == 1e-3
+    assert stage.loss.model_fields_set == {"energy"}
+    assert (config.training.loss.forces, config.training.loss.energy_per_atom) == (1000.0, False)
+
+
+def test_a_part_of_the_second_stage_beside_a_magnetic_layer() -> None:
+    """There the defaults of the layer hold for what is not given."""
+    settings = ["magnetism.layer=spin", "training.second_stage.start=3", "training.second_stage.loss.forces=7"]
+    loss = load_config(settings=settings, given=LEAST).with_defaults_of(1e-3, "adam").training.second_stage.loss
+    assert (loss.energy, loss.forces, loss.moments, loss.form) == (10.0, 7.0, 1.0, "huber")
+
+
 def test_saved_configuration_is_complete_and_reads_back(tmp_path: Path) -> None:
     config = load_config(given=LEAST | {"method": {"name": "elora", "rank": 4}})
     config.save(tmp_path / "config.yaml")
@@ -73,6 +148,7 @@ def test_setting_values(text: str, expected: object) -> None:
         ({"training": {"ema": 1.5}}, "training.ema"),
         ({"training": {"epochs": 5, "second_stage": {"start": 9}}}, "lies after the last epoch"),
         ({"training": {"epochs": 5, "valid_every": 9}}, "valid_every is larger"),
+        ({"training": {"epochs": 9, "valid_every": 4, "second_stage": {"start": 9}}}, r"last validation \(epoch 8\)"),
         ({"training": {"optimizer": "schedulefree", "schedule": {"name": "cosine"}}}, "takes warmup_epochs only"),
         ({"references": {"mode": "table"}}, "go together"),
         ({"references": {"table": {"H": 1.0}}}, "go together"),

@@ -200,10 +200,11 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         "energy-not-finite": (2,),
         "forces-not-finite": (5, 6),
         "structure-broken": (9,),
-        "energy-missing": (11,),
         "file-unreadable": (),
     }
     assert found.facts["sets"]["train"]["n_frames"] == 19
+    missing = next(item for item in found.findings if item.code == "energy-missing")
+    assert (missing.severity, missing.frames) == ("warning", (11,))
 
 
 def test_frames_in_memory_without_a_model() -> None:
@@ -260,6 +261,58 @@ def test_composition_is_not_moved_by_wrong_energies() -> None:
     assert (rank, elements) == (2, 2)
     assert set(np.flatnonzero(np.abs(residual) > 1.0)) == {3, 17}
     assert np.abs(np.delete(residual, (3, 17))).max() < 0.02
+
+
+def out_of_reach(frames: int = 8, cell: float | None = None) -> list[Atoms]:
+    """Pairs of atoms out of each other's reach, with the energy of two atoms and no forces."""
+    found = []
+    for k in range(frames):
+        atoms = Atoms("OH", [[0, 0, 0], [0, 0, 6 + 0.1 * k]])
+        if cell is not None:
+            atoms.set_cell(3 * [cell])
+            atoms.pbc = True
+            atoms.info["REF_stress"] = np.zeros(9)
+        atoms.info[ENERGY] = -120.1234567891
+        atoms.arrays[FORCES] = np.zeros((2, 3))
+        found.append(atoms)
+    return found
+
+
+@pytest.mark.parametrize("cell", [None, 25.0])
+def test_atoms_out_of_reach(cell: float | None, mini: Backbone) -> None:
+    """No neighbours, no forces, equal energies: all as it must be, but for the hint that they are alone."""
+    found = forcetune.doctor(out_of_reach(cell=cell), model=mini, console=QUIET)
+    assert found.n_errors == 0
+    assert "atom-alone" in found.codes and not {"energy-constant", "energy-repeated", "forces-zero"} & found.codes
+    mixed = forcetune.doctor([*out_of_reach(), *structures("train")], model=mini, test=out_of_reach(3), console=QUIET)
+    assert mixed.n_errors == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"model.kernels": "off"}], ids=str)
+def test_fits_of_atoms_out_of_reach(settings: dict[str, object], tmp_path: Path) -> None:
+    """Frames without an edge, alone and beside others, in batches of their own and in mixed ones."""
+    alone, mixed = tmp_path / "alone.xyz", tmp_path / "mixed.xyz"
+    ase.io.write(alone, out_of_reach(cell=25.0))
+    ase.io.write(mixed, [*out_of_reach(4), *structures("train")[:4]])
+    for path in (alone, mixed):
+        for batch in (1, 3):
+            with pytest.warns(ForcetuneWarning, match="atom-alone"):
+                run = forcetune.fit(
+                    path,
+                    model="mini",
+                    epochs=1,
+                    out=tmp_path / f"{path.stem}{batch}",
+                    settings={"training.batch_size": batch, "training.loss.stress": float(path is alone), **settings},
+                )
+            error = run.after["train"].energy_mae_mev
+            assert error is not None and np.isfinite(error)
+
+
+def test_atoms_at_one_place_are_findings(mini: Backbone) -> None:
+    frames = structures("train")[:10]
+    frames[3].positions[1] = frames[3].positions[0]
+    found = forcetune.doctor(frames, model=mini, console=QUIET)
+    assert any(one.code == "atoms-overlap" and one.frames == (3,) for one in found.findings)
 
 
 def predicted(model: Backbone, frames: Sequence[Atoms]) -> Compared:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import forcetune
 from forcetune import fitting, run, run_folder
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.training.module import FineTuning
 from systems import write_labelled, write_model
 from terminal import Command
 
@@ -189,3 +190,67 @@ def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         fit(tmp_path / "full", **{"method.name": "readout"})
     monkeypatch.undo()
     assert forcetune.resume(tmp_path / "full").results["status"] == "finished"
+
+
+def die_at_the_second_checkpoint(monkeypatch: pytest.MonkeyPatch, out: Path, **options: Any) -> None:
+    calls = 0
+
+    def dying(place: Path, state: dict[str, Any]) -> None:
+        nonlocal calls
+        calls += 1
+        run_folder.write_checkpoint(place, state)
+        if calls == 2:
+            raise PowerLossError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "write_checkpoint", dying)
+        with pytest.raises(PowerLossError):
+            fit(out, **options)
+
+
+def test_a_second_stage_that_begins_early_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {1: 5.0, 2: 6.0, 3: 9.0, 4: 8.0}
+    validate = FineTuning._validation
+    monkeypatch.setattr(FineTuning, "_validation", lambda self: (losses[self.epoch], validate(self)[1]))
+    options = {"method.name": "readout", "training.early_stopping": 1, "training.second_stage.start": 5}
+    whole = content(fit(tmp_path / "peace", **options).folder)
+    assert [row["stage"] for row in whole["metrics"]] == ["1", "1", "2", "2"]
+    assert whole["status"] == "finished"
+    die_at_the_second_checkpoint(monkeypatch, tmp_path / "cut", **options)
+    assert_same(content(forcetune.resume(tmp_path / "cut").folder), whole)
+
+
+def edit(config: Path, old: str, new: str) -> None:
+    text = config.read_text(encoding="utf-8")
+    assert old in text
+    config.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_a_configuration_that_changed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    die_at_the_second_checkpoint(monkeypatch, tmp_path / "cut", **{"method.name": "elora", "method.rank": 2})
+    config = tmp_path / "cut" / "config.yaml"
+    edit(config, f"epochs: {EPOCHS}\n", "epochs: 1\n")
+    code, _, told = command("resume", tmp_path / "cut")
+    assert code == 2
+    assert "config.yaml: training.epochs is 1, but 2 epochs are behind the run; set it to 2 to end the run" in told
+    assert "Traceback" not in told and "of 1" not in told
+    edit(config, "epochs: 1\n", "epochs: 4\n")
+    edit(config, "rank: 2\n", "rank: 3\n")
+    code, _, told = command("resume", tmp_path / "cut")
+    assert code == 2 and "its checkpoint does not fit config.yaml, which has changed since" in told
+    edit(config, "rank: 3\n", "rank: 2\n")
+    assert not (tmp_path / "cut" / "results.json").exists()
+    code, _, told = command("resume", tmp_path / "cut")
+    assert code == 0 and "going on after epoch 2 of 4" in told
+    assert len(content(tmp_path / "cut")["metrics"]) == 4
+
+
+def test_a_run_that_is_ended_where_it_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    die_at_the_second_checkpoint(monkeypatch, tmp_path / "cut", **{"method.name": "readout"})
+    edit(tmp_path / "cut" / "config.yaml", f"epochs: {EPOCHS}\n", "epochs: 2\n")
+    code, _, told = command("resume", tmp_path / "cut")
+    assert code == 0 and "training ended after epoch 2: making the results" in told
+    done = content(tmp_path / "cut")
+    assert (done["status"], len(done["metrics"])) == ("finished", 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import forcetune
@@ -53,17 +52,6 @@ def test_run_repeats_itself_from_its_configuration(tmp_path: Path) -> None:
     config = read_adapter_config(first.adapter)
     assert config.training_data_sha256 == first.results["data"]["train"]["sha256"]
     assert config.metrics["errors"]["valid"] == first.results["errors"]["valid"]["after"]
-
-
-def test_kernels_change_no_number(tmp_path: Path) -> None:
-    data = write_labelled(tmp_path / "a.xyz")
-    model = write_model(tmp_path / "m.model")
-    runs = [
-        forcetune.fit(data, model=model, valid=4, epochs=3, out=tmp_path / kernels, settings={"model.kernels": kernels})
-        for kernels in ("auto", "off")
-    ]
-    one, other = (np.load(run.folder / "predictions.npz")["valid/after/forces"] for run in runs)
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_overwriting_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:

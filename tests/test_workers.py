@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from forcetune import workers
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.files import path_of, sha256_of
-from forcetune.workers import WorkerDiedError, in_order, worker_count
+from forcetune.workers import WorkerDiedError, as_they_end, in_order, worker_count
 
 
 def files(folder: Path, number: int) -> list[Path]:
@@ -100,3 +101,25 @@ def test_numbers_of_workers() -> None:
     assert worker_count(3) == 3
     assert worker_count(0) == 0
     assert 1 <= worker_count(None) <= 8
+
+
+def test_results_as_they_end_and_a_death_that_leaves_the_others_alone() -> None:
+    found = dict(as_they_end(abs, [-1, -2, 3], 2, option="processes"))
+    assert found == {-1: 1, -2: 2, 3: 3}
+    died = dict(as_they_end(os._exit, [7, 8], 2, option="processes"))
+    assert all(
+        isinstance(error, WorkerDiedError) and f"exit status {task}" in str(error) for task, error in died.items()
+    )
+    killed = dict(as_they_end(signal.raise_signal, [signal.SIGKILL, 0], 2, option="processes"))
+    assert "set processes lower" in str(killed[signal.SIGKILL])
+    assert killed[0] is None
+    with pytest.raises(ForcetuneError, match="a worker process failed"):
+        dict(as_they_end(sha256_of, [Path("missing")], 1, option="processes"))
+
+
+def test_other_processes_end_with_whoever_waits_for_them() -> None:
+    results = as_they_end(time.sleep, [0, 600], 2, option="processes")
+    began = time.monotonic()
+    assert next(results) == (0, None)
+    results.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert time.monotonic() - began < 300

@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 
 import forcetune
-from forcetune.backbones.mace.architecture import MaceArchitecture, architecture_of
+from forcetune.backbones.mace.architecture import MaceArchitecture
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.backbones.mace.construction import build
-from forcetune.backbones.mace.rebuild import save_plain
+from forcetune.backbones.mace.content import content_from_module, draw_network
+from forcetune.backbones.mace.writing import write_plain
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.files import write_text
@@ -88,12 +88,13 @@ def random_model(data: Path, path: Path, *, channels: int = CHANNELS) -> None:
     found = read_frames(data / "train.xyz", name="training data")
     # the median over frames: a few are squeezed until their forces are a hundred times those of a molecule at rest
     spread = [float(np.sqrt((frame.forces**2).mean())) for frame in found.frames if frame.forces is not None]
-    draft = MaceBackbone.from_module(build(architecture(1.0, channels, found.elements)))
+    draft = MaceBackbone.from_module(draw_network(architecture(1.0, channels, found.elements)))
     graphs = graphs_of(draft, found.frames)
     neighbours = sum(graph.n_edges for graph in graphs) / sum(graph.n_atoms for graph in graphs)
-    model = build(architecture(round(neighbours, 3), channels, found.elements))
+    model = draw_network(architecture(round(neighbours, 3), channels, found.elements))
+    assert model.scale_shift is not None
     model.scale_shift.scale.fill_(round(float(np.median(spread)), 3))
-    save_plain(model, path)
+    write_plain(content_from_module(model), path)
 
 
 def train(data: Path, out: Path, *, epochs: int = EPOCHS, channels: int = CHANNELS, threads: int | None = None) -> Path:
@@ -123,8 +124,8 @@ def finish(data: Path, out: Path) -> Path:
     tuned = MaceBackbone.load(out / "mini.model", dtype=torch.float64)
     scans = pair_scans(tuned)
     path = out / "mini.safetensors"
-    irreps = architecture_of(tuned.model).hidden_irreps
-    save_plain(tuned.model.float(), path)
+    irreps = tuned.model.architecture.hidden_irreps
+    write_plain(content_from_module(tuned.model.float()), path)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     statistics = json.loads((data / "statistics.json").read_text(encoding="utf-8"))
     # of the file as it is shipped

@@ -15,8 +15,7 @@ import torch
 import forcetune
 from forcetune.backbones.mace.architecture import MaceArchitecture
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.backbones.mace.construction import build
-from forcetune.backbones.mace.rebuild import save_mace
+from forcetune.backbones.mace.content import draw_network
 from forcetune.deployment.merge import merge
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.frames.read import read_frames
@@ -56,7 +55,7 @@ def random_model(data: Path, channels: int) -> MaceBackbone:
         correlation=(3, 3),
         gate="silu",
     )
-    model: Any = build(architecture, dtype=torch.float64)
+    model: Any = draw_network(architecture)
     frames = read_frames(data / "lattice_train.xyz", require=("energy", "forces")).frames
     size = np.concatenate([frame.forces for frame in frames if frame.forces is not None]).std()
     with torch.no_grad():
@@ -70,9 +69,9 @@ def random_model(data: Path, channels: int) -> MaceBackbone:
 
 def train(data: Path, path: Path, *, epochs: int = 120, channels: int = 16) -> forcetune.Run:
     """Train it and write it to ``path``."""
-    start = path.with_suffix(".random.model")
+    start = path.with_suffix(".random.safetensors")
     torch.manual_seed(1)
-    save_mace(random_model(data, channels).model, start)
+    random_model(data, channels).save(start)
     run = forcetune.fit(
         data / "lattice_train.xyz",
         model=start,

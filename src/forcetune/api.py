@@ -18,7 +18,7 @@ from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import load_config
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
-from forcetune.deployment.loading import adapter_folder, deploy
+from forcetune.deployment.loading import adapter_folder, deploy, deploy_copy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of, predict
 from forcetune.frames.frame import Frame, LabelKeys
@@ -33,12 +33,13 @@ def evaluate(
     data: str | Path | Sequence[str | Path],
     *,
     adapter: str | Path | None = None,
-    base: str | Path | None = None,
+    base: str | Path | Backbone | None = None,
     energy_key: str = AUTO,
     forces_key: str = AUTO,
     stress_key: str = AUTO,
     moments_key: str = AUTO,
     spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
     head: str | None = None,
     device: str = "auto",
     dtype: str | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         base: the base, when ``model`` is a run or adapter whose base has moved.
         energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
         moments_key, spins_key: the same, looked for only where there is a magnetic layer.
+        type_map: the same.
         head, device, dtype, trust: as :func:`forcetune.deployment.calculator.calculator`.
 
     Raises:
@@ -61,13 +63,14 @@ def evaluate(
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
     magnetism = _magnetism_of(model if adapter is None else adapter)
-    frames = _labelled_frames(data, LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key), magnetism)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames = _labelled_frames(data, keys, magnetism, type_map)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     return evaluate_frames(deployed.backbone, frames).errors()
 
 
 def _labelled_frames(
-    data: str | Path | Sequence[str | Path], keys: LabelKeys, magnetism: Magnetism | None
+    data: str | Path | Sequence[str | Path], keys: LabelKeys, magnetism: Magnetism | None, type_map: Sequence[str]
 ) -> tuple[Frame, ...]:
     """Frames to evaluate on, with the state that a spin layer is given.
 
@@ -85,7 +88,9 @@ def _labelled_frames(
         "forces_key": keys.forces or AUTO,
         "stress_key": keys.stress or AUTO,
     }
-    frames = read_frames(data, **usual, **magnetic, name="evaluation data").frames
+    frames = read_frames(
+        data, **usual, **magnetic, require=(), expect=("energy",), name="evaluation data", type_map=type_map
+    ).frames
     if magnetism is not None and magnetism.layer == "spin":
         return with_spins(frames, magnetism.inputs)
     return tuple(frames)
@@ -110,6 +115,7 @@ def evaluate_ensemble(
     stress_key: str = AUTO,
     moments_key: str = AUTO,
     spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
     device: str = "auto",
     dtype: str | None = None,
     trust: bool = False,
@@ -120,7 +126,7 @@ def evaluate_ensemble(
         members: run folders, adapter folders or folders of comparisons.
         data: files or patterns.
         base: the base, where it has moved.
-        energy_key, forces_key, stress_key, moments_key, spins_key, device, dtype, trust: as :func:`evaluate`.
+        energy_key, forces_key, stress_key, moments_key, spins_key, type_map, device, dtype, trust: as :func:`evaluate`.
 
     Returns:
         As ``forcetune evaluate --ensemble --json`` prints it.
@@ -130,7 +136,7 @@ def evaluate_ensemble(
     """
     ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
     keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
-    frames = _labelled_frames(data, keys, ensemble.magnetism)
+    frames = _labelled_frames(data, keys, ensemble.magnetism, type_map)
     found = ensemble.predict(graphs_of(ensemble.backbone, frames))
     for one in found:
         check_finite(one, frames)
@@ -153,7 +159,7 @@ def inspect(
     *,
     data: str | Path | Sequence[str | Path] | None = None,
     against: str | Path | None = None,
-    model: str | Path | None = None,
+    model: str | Path | Backbone | None = None,
     trust: bool = False,
 ) -> Inspection:
     """What a run's adapter changed.
@@ -162,23 +168,26 @@ def inspect(
         run: run folder or adapter folder.
         data: frames over which gates are watched; by default the run's training frames, if they are still there.
         against: another run or adapter on the same base, to compare the changes with.
-        model: the base, when it is no longer where the run found it.
+        model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
+            is.
         trust: as :func:`forcetune.load`.
 
     Raises:
         InputError: no adapter there, bad data, or ``against`` belongs to another base.
     """
-    backbone = deploy(model, run, device="cpu", trust=trust, fold=False).backbone
+    backbone = deploy_copy(model, run, trust=trust).backbone
     adapter = attached(backbone)
     gates: tuple[GateChange, ...] = ()
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
-        frames = read_frames(data if data is not None else _training_files(run), name="data to watch gates on").frames
+        frames = read_frames(
+            data if data is not None else _training_files(run), require=(), name="data to watch gates on"
+        ).frames
         with recorded_gates(backbone) as seen:
             predict(backbone, graphs_of(backbone, frames))
         gates = tuple(seen)
     alike = None
     if against is not None:
-        alike = likeness(backbone, deploy(model, against, device="cpu", trust=trust, fold=False).backbone)
+        alike = likeness(backbone, deploy_copy(model, against, trust=trust).backbone)
     return Inspection(Changes(adapter.method.name, weight_changes(backbone), gates), alike)
 
 

@@ -15,6 +15,7 @@ from ase.data import chemical_symbols
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from forcetune.adapters.attach import adapter_of
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
@@ -34,8 +35,11 @@ from forcetune.frames.doctor.examine import TRAIN, Examined, examine_frames
 from forcetune.frames.doctor.finding import Finding, in_frames, in_order
 from forcetune.frames.doctor.reading import read_leniently
 from forcetune.frames.frame import Frame, LabelKeys
-from forcetune.frames.labels import AUTO, NONE, Label
+from forcetune.frames.isolated import compare_isolated
+from forcetune.frames.labels import AUTO, Label
+from forcetune.frames.splits import separate_isolated
 from forcetune.frames.stored import StoredFrames
+from forcetune.graphs.edges import COINCIDING
 from forcetune.graphs.graph import Batch
 
 SAMPLE = 200
@@ -101,6 +105,7 @@ def doctor(
     forces_key: str = AUTO,
     stress_key: str = AUTO,
     spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
     batch_size: int | None = None,
     head: str | None = None,
     device: str = "auto",
@@ -117,6 +122,7 @@ def doctor(
         valid, test: files or structures that are not trained on; examined, and compared with the training frames.
         energy_key, forces_key, stress_key: as :func:`forcetune.read_frames`.
         spins_key: the same; frames that differ in their spins are no duplicates.
+        type_map: the same.
         batch_size: frames a batch, for the estimate of memory; by default that of a fit.
         head, device, trust: as :func:`forcetune.load`.
         console: where progress is told; standard error by default.
@@ -126,7 +132,7 @@ def doctor(
     """
     console = console or Console(stderr=True, soft_wrap=True)
     named = {TRAIN: data, "valid": valid, "test": test}
-    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key, None, spins_key))
+    sets, keys, findings = _read(named, LabelKeys(energy_key, forces_key, stress_key, None, spins_key), type_map)
     backbone = None if model is None else _loaded(model, sets, head, device, trust)
     known, unknown = _known(backbone, sets)
     findings += unknown
@@ -140,6 +146,7 @@ def doctor(
         facts["model"] = {"name": backbone.base.name, "cutoff_ang": backbone.cutoff, "licence": backbone.base.licence}
         facts["agreement"] = {name: _agreement(found) for name, found in compared.items()}
         facts["memory"] = _memory(backbone, graphs, batch_size or TrainingConfig().batch_size, findings)
+        findings += _isolated(known.get(TRAIN, ()), compared.get(TRAIN), backbone)
         for found in compared.values():
             findings += diagnose(found) + find_outliers(found)
         arrays = {f"{name}/{key}": own for name, found in compared.items() for key, own in found.arrays().items()}
@@ -216,7 +223,7 @@ def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Findi
 
 
 def _read(
-    named: Mapping[str, Sources | None], asked: LabelKeys
+    named: Mapping[str, Sources | None], asked: LabelKeys, type_map: Sequence[str]
 ) -> tuple[dict[str, tuple[Frame, ...]], dict[str, LabelKeys], list[Finding]]:
     """Frames and label keys of every set that was named, and what was wrong in reading them."""
     sets: dict[str, tuple[Frame, ...]] = {}
@@ -224,9 +231,8 @@ def _read(
     findings: list[Finding] = []
     for name, sources in named.items():
         if sources is not None:
-            without = name == "test" or asked.forces == NONE
-            needed: tuple[Label, ...] = ("energy",) if without else ("energy", "forces")
-            sets[name], keys[name], found = read_leniently(_listed(sources), asked, needed, NAMES[name])
+            expect: tuple[Label, ...] = ("energy",) if name == "test" else ("energy", "forces")
+            sets[name], keys[name], found = read_leniently(_listed(sources), asked, expect, NAMES[name], type_map)
             findings += found
     return sets, keys, findings
 
@@ -239,11 +245,10 @@ def _loaded(
     model: str | Path | Backbone, sets: Mapping[str, Sequence[Frame]], head: str | None, device: str, trust: bool
 ) -> Backbone:
     backbone = load(model, head=head, device=device, trust=trust)
-    if isinstance(model, str | Path):
-        # a table cut to the elements of the data makes a large model smaller, as a fit does
-        here = {int(z) for frames in sets.values() for frame in frames for z in frame.numbers} & set(backbone.elements)
-        if here:
-            backbone = load(model, head=head, elements=sorted(here), device=device, trust=trust)
+    # a table cut to the elements of the data makes a large model smaller, as a fit does
+    here = {int(z) for frames in sets.values() for frame in frames for z in frame.numbers} & set(backbone.elements)
+    if here and adapter_of(backbone) is None:
+        backbone = load(backbone, elements=sorted(here))
     return backbone
 
 
@@ -278,7 +283,11 @@ def _predicted(
     chosen: dict[str, list[Frame]] = {}
     for name, frames in examined.frames.items():
         shapes = examined.shapes[name]
-        sound = [k for k, shape in enumerate(shapes) if shape is not None and shape.n_edges < PREDICTABLE_EDGES]
+        sound = [
+            k
+            for k, shape in enumerate(shapes)
+            if shape is not None and shape.n_edges < PREDICTABLE_EDGES and shape.nearest.min() >= COINCIDING
+        ]
         chosen[name] = [frames[k] for k in sample(sound, SAMPLE if name == TRAIN else SAMPLE // 4)]
     compared: dict[str, Compared] = {}
     graphs: dict[str, Sequence[Batch]] = {}
@@ -313,6 +322,17 @@ def sample(indices: Sequence[int], most: int) -> list[int]:
     length = max(1, most // 10)
     starts = np.linspace(0, len(indices) - length, most // length).astype(int)
     return [indices[k] for k in sorted({int(start) + i for start in starts for i in range(length)})]
+
+
+def _isolated(frames: Sequence[Frame], compared: Compared | None, backbone: Backbone) -> list[Finding]:
+    """What isolated atoms among the training frames say against the others."""
+    _, alone = separate_isolated(frames)
+    others, energies = ((), ()) if compared is None else (compared.frames, compared.energy)
+    found = compare_isolated(alone, others, energies, backbone.reference_energies)
+    if found is None:
+        return []
+    severity = "warning" if found.disagree else "note"
+    return [Finding("isolated-energies", severity, found.sentence("estimate"), alone[0].origin.file)]
 
 
 def _without_copies(findings: Sequence[Finding]) -> list[Finding]:

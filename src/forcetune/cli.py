@@ -18,7 +18,7 @@ from rich.table import Table
 
 from forcetune import config as configuration
 from forcetune._version import __version__
-from forcetune.errors import ForcetuneError, InputError
+from forcetune.errors import ForcetuneError, ForcetuneNote, InputError
 from forcetune.parsing import printable
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ EnergyKey = Annotated[str | None, typer.Option("--energy-key", help=_about(confi
 ForcesKey = Annotated[str | None, typer.Option("--forces-key", help=_about(configuration.DataConfig, "forces_key"))]
 StressKey = Annotated[str | None, typer.Option("--stress-key", help=_about(configuration.DataConfig, "stress_key"))]
 MomentsKey = Annotated[str | None, typer.Option("--moments-key", help=_about(configuration.DataConfig, "moments_key"))]
+TypeMap = Annotated[str | None, typer.Option("--type-map", help=_about(configuration.DataConfig, "type_map"))]
 SpinsKey = Annotated[str | None, typer.Option("--spins-key", help=_about(configuration.DataConfig, "spins_key"))]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any option: section.key=value.")]
 
@@ -134,6 +135,7 @@ def fit(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
+    type_map: TypeMap = None,
     head: Head = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -148,6 +150,7 @@ def fit(
             "energy_key": energy_key,
             "forces_key": forces_key,
             "stress_key": stress_key,
+            "type_map": type_map,
         },
         "model": {"model": model, "head": head, "device": device, "dtype": dtype, "trust": trust},
         "references": {"mode": references},
@@ -165,7 +168,7 @@ def fit(
     resolved = configuration.load_config(config, settings or (), given)
     from forcetune.run import run_fit
 
-    _say_run(run_fit(resolved))
+    _say_run(run_fit(resolved, inputs=() if config is None else (config,)))
 
 
 def _say_run(run: Run) -> None:
@@ -189,6 +192,11 @@ def _valid(given: Sequence[str] | None) -> list[str] | float | int | None:
             except ValueError:
                 continue
     return list(given)
+
+
+def _names(given: str | None) -> list[str]:
+    """What is separated by commas."""
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
 
 
 @app.command()
@@ -232,7 +240,8 @@ def compare(
     from forcetune.reports.comparison import table, target_note
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    found = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search)
+    inputs = () if config is None else (config,)
+    found = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search, inputs=inputs)
     if as_json:
         print(json.dumps(found.comparison.to_json()))
         return
@@ -254,6 +263,7 @@ def evaluate(
     stress_key: StressKey = None,
     moments_key: MomentsKey = None,
     spins_key: SpinsKey = None,
+    type_map: TypeMap = None,
     head: Head = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -271,6 +281,7 @@ def evaluate(
         "stress_key": stress_key or "auto",
         "moments_key": moments_key or "auto",
         "spins_key": spins_key or "auto",
+        "type_map": _names(type_map),
         "device": device or "auto",
         "dtype": dtype,
         "trust": trust,
@@ -303,14 +314,17 @@ def doctor(
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
     spins_key: SpinsKey = None,
+    type_map: TypeMap = None,
     head: Head = None,
     device: Device = None,
     trust: Trust = False,
 ) -> None:
     """Examine frames and labels before training: units, signs, order, duplicates, outliers, cells, memory."""
     from forcetune.checkup import doctor as examine
-    from forcetune.reports.doctor import print_checkup, write_checkup
+    from forcetune.reports.doctor import check_page, print_checkup, write_checkup
 
+    if page is not None:
+        check_page(page)
     checkup = examine(
         data,
         model=model,
@@ -320,6 +334,7 @@ def doctor(
         forces_key=forces_key or "auto",
         stress_key=stress_key or "auto",
         spins_key=spins_key or "auto",
+        type_map=_names(type_map),
         batch_size=batch_size,
         head=head,
         device=device or "auto",
@@ -401,6 +416,11 @@ def merge(
         f"{merged.path}: differs from base + adapter on {merged.n_probes} random structures by at most "
         f"{merged.energy_difference:.1e} in energy and {merged.forces_difference:.1e} in forces and stress (relative)"
     )
+    if merged.references_difference > 1e-6:
+        print(
+            f"reference energies differ by at most {merged.references_difference:.1e} eV an atom, as float32 rounds "
+            "them; --dtype float64 keeps them"
+        )
 
 
 @app.command()
@@ -469,6 +489,9 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
+    if issubclass(category, ForcetuneNote):
+        errors_to.print(f"note: {printable(str(message))}", markup=False, highlight=False)
+        return
     errors_to.print(f"warning: {printable(str(message))}", style="yellow", markup=False, highlight=False)
 
 
@@ -479,6 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ForcetuneWarning)
+    warnings.simplefilter("always", ForcetuneNote)
     warnings.showwarning = _show_warning
     if not place().leads:  # the first process tells
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123

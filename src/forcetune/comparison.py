@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.methods import METHODS, method_of, options_of
+from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
+from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames
-from forcetune.config import RunConfig
+from forcetune.config import RunConfig, load_config
+from forcetune.defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.files import is_inside
 from forcetune.frames.dataset import read_dataset
 from forcetune.records import write_json
 from forcetune.reports.comparison import Comparison, read_comparison, write_comparison
 from forcetune.run import resume, run_fit
-from forcetune.run_folder import CONFIG_NAME, FINISHED, status_of
+from forcetune.run_folder import CONFIG_NAME, FINISHED, input_files, status_of
 from forcetune.search import Searched, check_search, with_settings
 from forcetune.search import search as find_options
+from forcetune.workers import WorkerDiedError, as_they_end
 
 COMPARISON_NAME = "comparison.json"
 MARK_NAME = "comparison.yaml"
+MODEL_NAME = "comparison.model"
+"""The foundation model of all runs, where it came from memory and no name or path gives it."""
 SEARCH_NAME = "search"
 
 
@@ -52,6 +58,8 @@ def compare(
     seeds: int = 1,
     processes: int = 1,
     search: int | None = None,
+    model: str | Path | Backbone | None = None,
+    inputs: Sequence[str | Path] = (),
     console: Console | None = None,
 ) -> Compared:
     """Run every method with every seed and set them side by side.
@@ -70,6 +78,9 @@ def compare(
         processes: runs at the same time, each with its share of the cores.
         search: so many trials for each method to choose learning rate, rank and weight of the forces on the
             validation frames (:func:`forcetune.search.search`), with the first seed.
+        model: instead of the one in ``config``: name, path or loaded backbone, which stays as it is; one that its file
+            does not give is stored in the folder.
+        inputs: further files that the configuration came from; a folder with one of them is refused.
         console: where progress is told; standard error by default.
 
     Raises:
@@ -83,20 +94,23 @@ def compare(
     if config.method.table is not None:
         raise InputError("method.table: a comparison is of named methods; leave the table out, or fit it by itself.")
     folder = Path(config.output.run)
+    config, stored = _with_model(config, model, folder)
     first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
     for one in first.values():
         method_of(one.method)
         if search is not None:
             check_search(one)
+    _check_inputs(config, inputs, folder)
     dataset = read_dataset(config.data)  # bad data are met before the first run
     if config.data.doctor == "on":
         check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
     _check_folder(folder)
     config.save(folder / MARK_NAME)
+    if stored is not None:
+        store_base(stored, folder / MODEL_NAME)
     searched: dict[str, Searched] = {}
     if search is not None:
-        jobs = [(one, folder / SEARCH_NAME, search) for one in first.values()]
-        searched = {found.method: found for found in _in_processes(_search_one, jobs, processes, console, "searches")}
+        searched = _search_all(first.values(), folder, search, processes, console)
         for name in methods:
             chosen = ", ".join(f"{key}={value:g}" for key, value in searched[name].settings.items())
             console.print(f"{name}: {chosen}, the best of {len(searched[name].trials)} trials", highlight=False)
@@ -154,9 +168,15 @@ def _config_of(
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
-    """What :func:`run_fit` writes for this configuration."""
+    """All that decides the result of a run of this configuration."""
     chosen = method_of(config.method)
-    return config.with_defaults_of(chosen.learning_rate, chosen.optimizer).model_dump(mode="json")
+    full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
+    content = full.model_dump(mode="json")
+    content["training"].pop("threads", None)
+    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress"):
+        if not is_given(full, name):
+            remove_value(content, name)  # the labels decide
+    return content
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -168,11 +188,7 @@ def _is_begun(config: RunConfig) -> bool:
     run = Path(config.output.run)
     if not (run / CONFIG_NAME).is_file():
         return False
-    stored = yaml.safe_load((run / CONFIG_NAME).read_text(encoding="utf-8"))
-    wanted = _resolved(config)
-    for one in (stored, wanted):
-        one["training"].pop("threads", None)
-    return stored == wanted
+    return _resolved(load_config(run / CONFIG_NAME)) == _resolved(config)
 
 
 def _check_folder(folder: Path) -> None:
@@ -209,24 +225,78 @@ def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
 
 def _in_processes(
     work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, console: Console, title: str
-) -> Iterator[Any]:
-    """What ``work`` returns for each job, as they end."""
+) -> Iterator[tuple[Any, Any]]:
+    """Each job with what ``work`` returns for it, as they end; a :class:`WorkerDiedError` for a process that died."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(title, total=len(jobs))
-        if processes == 1:
-            for job in jobs:
-                yield work(job)
-                bar.advance(task)
-        elif jobs:
-            # spawned, not forked: PyTorch's threads do not survive a fork
-            with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs))) as pool:
-                for found in pool.imap_unordered(work, jobs):
-                    yield found
-                    bar.advance(task)
+        ended: Iterator[tuple[Any, Any]] = ((job, work(job)) for job in jobs)
+        if processes > 1 and jobs:
+            # fresh interpreters: a fork of PyTorch's threads hangs, and the user's script is not to be run again
+            ended = as_they_end(work, jobs, min(processes, len(jobs)), option="processes")
+        for job, found in ended:
+            yield job, found
+            bar.advance(task)
+
+
+def _search_all(
+    configs: Iterable[RunConfig], folder: Path, trials: int, processes: int, console: Console
+) -> dict[str, Searched]:
+    """What the searches found, by method.
+
+    Raises:
+        WorkerDiedError: a process died.
+    """
+    jobs = [(config, folder / SEARCH_NAME, trials) for config in configs]
+    searched: dict[str, Searched] = {}
+    for _, found in _in_processes(_search_one, jobs, processes, console, "searches"):
+        if isinstance(found, WorkerDiedError):
+            raise found
+        searched[found.method] = found
+    return searched
 
 
 def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> None:
-    failures = [failure for failure in _in_processes(_run_one, missing, processes, console, "runs") if failure]
+    failures = []
+    for config, failure in _in_processes(_run_one, missing, processes, console, "runs"):
+        if isinstance(failure, WorkerDiedError):
+            failure = f"{Path(config.output.run).name}: {str(failure).rstrip('.')}"
+        if failure:
+            failures.append(failure)
     if failures:
         raise ForcetuneError("; ".join(failures) + ". The other runs are kept; the same command goes on from there.")
+
+
+def _with_model(
+    config: RunConfig, model: str | Path | Backbone | None, folder: Path
+) -> tuple[RunConfig, Backbone | None]:
+    """The configuration with a model given beside it, and the model if it must be stored to be found by the runs.
+
+    Raises:
+        InputError: it carries an adapter, or is not what the configuration asks for.
+    """
+    if model is None:
+        return config, None
+    if not isinstance(model, Backbone):
+        return _with_options(config, {"model": str(model)}), None
+    if adapter_of(model) is not None:
+        raise InputError("this model already carries an adapter; detach it first.")
+    load(model, **asked_of_loaded(config.model))
+    changed, stored = with_loaded(config, model, folder / MODEL_NAME)
+    if "elements" in config.model.model_fields_set:
+        changed = _with_options(changed, {"elements": config.model.elements})
+    return changed, model if stored else None
+
+
+def _with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=dict(options))})
+
+
+def _check_inputs(config: RunConfig, inputs: Sequence[str | Path], folder: Path) -> None:
+    """
+    Raises:
+        InputError: the folder of the comparison holds a file that the runs read.
+    """
+    for file in input_files(config, inputs):
+        if is_inside(file, folder) and file != folder / MODEL_NAME:
+            raise InputError(f"{folder}: holds {file}, which the runs read; choose another folder with --out.")

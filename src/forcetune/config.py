@@ -12,6 +12,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from forcetune.defaults import (
+    LOSS,
+    RECORD,
+    SECOND_LOSS,
+    is_given,
+    leaf_names,
+    record_of,
+    remove_value,
+    set_value,
+    take_record,
+    value_of,
+    with_given_as_in,
+    with_unset,
+)
 from forcetune.errors import InputError
 from forcetune.files import write_text
 from forcetune.parsing import parse_yaml, short
@@ -23,15 +37,21 @@ LARGEST_CHANNELS = 4096
 SpinInputs = Literal["auto", "initial", "unit", "directions", "moments"]
 
 
-def _as_word(value: Any) -> Any:
+def as_word(value: Any) -> Any:
     """YAML 1.1 reads ``on`` and ``off`` as true and false; people mean the words."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(_as_word)]
-Switch = Annotated[Literal["on", "off"], BeforeValidator(_as_word)]
-StreamSwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)]
-AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(_as_word)]
+def _as_names(value: Any) -> Any:
+    """Names separated by commas, as on the command line, are a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_as_names)]
+Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(as_word)]
+Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
+ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
+AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(as_word)]
 
 
 class Section(BaseModel):
@@ -46,11 +66,14 @@ class DataConfig(Section):
     train: list[str] = Field(min_length=1, description="Training files or globs; everything ASE reads.")
     valid: list[str] | float | int = Field(
         default=0.1,
-        description="Validation files, or the fraction (below 1) or count (1 or more) split off the training frames.",
+        description="Validation files, or the fraction (below 1; at least one frame) or count (1 or more) split off "
+        "the training frames.",
     )
     test: list[str] = Field(default=[], description="Test files; evaluated before and after, never trained on.")
     energy_key: str = Field(
-        default="auto", description="Key of the energy; `auto` detects it, `calculator` takes ASE results."
+        default="auto",
+        description="Key of the energy; `auto` detects it, `calculator` takes ASE results, `none` trains on forces "
+        "alone.",
     )
     forces_key: str = Field(default="auto", description="Key of the forces; `none` trains on energies alone.")
     stress_key: str = Field(default="auto", description="Key of the stress or virial; `none` ignores it.")
@@ -59,6 +82,11 @@ class DataConfig(Section):
     )
     spins_key: str = Field(
         default="auto", description="Key of the magnetic state that the spin layer is given; `none` ignores it."
+    )
+    type_map: Names = Field(
+        default=[],
+        description="Elements of the types of atoms that MTP's .cfg and deepmd data without type_map.raw number, type "
+        "0 first; separated by commas on the command line.",
     )
     split_seed: int = Field(
         default=123, ge=0, description="Seed of the split; 123 with 0.5 is the published rMD17 few-shot split."
@@ -69,7 +97,7 @@ class DataConfig(Section):
         description="`on` examines frames and labels before the training as `forcetune doctor` does and stops at "
         "errors; `off` trains on them as they are.",
     )
-    stream: StreamSwitch = Field(
+    stream: ThreeWaySwitch = Field(
         default="auto",
         description="`on` keeps frames and graphs on disk instead of in memory, with the same result; `auto` does so "
         "for files of 256 MiB and more together.",
@@ -99,9 +127,10 @@ class ModelConfig(Section):
 
     model: str = Field(default="mini", description="Name of a model (`forcetune models`) or a path.")
     head: str | None = Field(default=None, description="Head of a multi-head model; needed when it has several.")
-    elements: Literal["data", "keep"] = Field(
+    elements: Literal["data", "keep"] | list[str] = Field(
         default="data",
-        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole.",
+        description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole, a list of "
+        "symbols cuts it to these.",
     )
     dtype: Literal["float64", "float32"] = Field(
         default="float64", description="Precision of the model during training."
@@ -204,8 +233,8 @@ class MethodConfig(Section):
 class MagnetismConfig(Section):
     """A magnetic layer beside the updates of any method.
 
-    With it the loss is Huber by default, energies per atom, and energy, forces and moments weigh 1 each; in a second
-    stage energies weigh 10.
+    With it the loss is Huber by default, energies per atom, and energy, forces, stress and moments weigh 1 each; in a
+    second stage energies weigh 10. Stress counts where training frames have it.
     """
 
     layer: Layer = Field(
@@ -231,13 +260,40 @@ class LossConfig(Section):
 
     energy: float = Field(default=1.0, ge=0, description="Weight of the energy term.")
     forces: float = Field(default=1000.0, ge=0, description="Weight of the force term.")
-    stress: float = Field(default=0.0, ge=0, description="Weight of the stress term; needs stress labels.")
+    stress: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the stress term. When not given: 1000 times that of the forces (10 times for huber and "
+        "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
+    )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
     form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
     huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
     energy_per_atom: bool = Field(
         default=False, description="Energy error divided by the number of atoms before the loss."
     )
+
+    @property
+    def stress_weight(self) -> float:
+        """Weight of the stress term; 0 until :func:`forcetune.training.weights.settle` chose one."""
+        return self.stress or 0.0
+
+
+class SecondStageLossConfig(LossConfig):
+    """Weights and form of the second stage's loss; what is not given has the defaults of this section."""
+
+    energy: float = Field(default=1000.0, ge=0, description="Weight of the energy term.")
+    forces: float = Field(default=100.0, ge=0, description="Weight of the force term.")
+    energy_per_atom: bool = Field(
+        default=True, description="Energy error divided by the number of atoms before the loss."
+    )
+
+
+def _of_second_stage(value: Any) -> Any:
+    """A first stage's loss given in Python stands for the options that were given to it."""
+    if isinstance(value, LossConfig) and not isinstance(value, SecondStageLossConfig):
+        return value.model_dump(exclude_unset=True)
+    return value
 
 
 class SecondStageConfig(Section):
@@ -246,8 +302,8 @@ class SecondStageConfig(Section):
     start: int | None = Field(
         default=None, ge=1, description="Epoch (counted from 1) at which it starts; none by default."
     )
-    loss: LossConfig = Field(
-        default=LossConfig(energy=1000.0, forces=100.0, energy_per_atom=True), description="Its loss."
+    loss: Annotated[SecondStageLossConfig, BeforeValidator(_of_second_stage)] = Field(
+        default=SecondStageLossConfig(), description="Its loss."
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="Its learning rate.")
 
@@ -279,7 +335,9 @@ class TrainingConfig(Section):
         default=None, description="Adam with amsgrad, AdamW, schedule-free AdamW; the method's own when not given."
     )
     learning_rate: float | None = Field(default=None, gt=0, description="The method's own default when not given.")
-    weight_decay: float = Field(default=1e-8, ge=0, description="On linear and contraction sites.")
+    weight_decay: float = Field(
+        default=1e-8, ge=0, description="On linear and contraction sites; of sparse updates on all their sites."
+    )
     schedule: ScheduleConfig = Field(
         default=ScheduleConfig(), description="Learning-rate schedule (not for schedule-free)."
     )
@@ -291,12 +349,15 @@ class TrainingConfig(Section):
     clip: float | None = Field(default=100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
     valid_every: int = Field(default=1, ge=1, description="Validate every so many epochs.")
     early_stopping: int | None = Field(
-        default=None, ge=1, description="Validations without improvement before the run stops."
+        default=None,
+        ge=1,
+        description="Validations without improvement before the run stops, or before a second stage that is "
+        "still to come begins.",
     )
     refine: int | None = Field(
         default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
     )
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: ThreeWaySwitch = Field(
         default="auto",
         description="Record the step as one graph without Python between its operations: `auto` in runs on a CPU that "
         "are long enough for it to pay, where it is possible; `on` also as a CUDA graph on a GPU.",
@@ -371,40 +432,63 @@ class RunConfig(Section):
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
         if training.second_stage.start is not None and training.second_stage.start > training.epochs:
             raise ValueError("training.second_stage.start lies after the last epoch")
-        if self.data.stress_key == "none" and training.loss.stress > 0:
+        last = training.epochs - training.epochs % training.valid_every
+        if training.second_stage.start is not None and training.second_stage.start > last:
+            raise ValueError(
+                f"training.second_stage.start lies after the last validation (epoch {last}), so no adapter of that "
+                "stage could be chosen; let it start earlier, or lower training.valid_every"
+            )
+        if self.data.stress_key == "none" and training.loss.stress_weight > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
             raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
         return self
 
     def with_defaults_of(self, learning_rate: float, optimizer: str) -> RunConfig:
-        """With the method's own learning rate and optimizer where none was given.
+        """With the method's own learning rate and optimizer where none was given, and what follows from them.
+
+        These values do not count as given: another method has others.
 
         Raises:
             InputError: an option that was given does not go with the method's optimizer.
         """
-        given = self.model_dump(exclude_unset=True)
-        training = given.setdefault("training", {})
-        for name, value in (("learning_rate", learning_rate), ("optimizer", optimizer)):
-            if training.get(name) is None:
-                training[name] = value
-        if training["optimizer"] == "schedulefree":
-            training.setdefault("ema", None)
-        if self.magnetism.layer != "off":
-            # Huber, all terms alike, energies per atom: as published for the spin-aware layer
-            usual = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
-            training["loss"] = usual | training.get("loss", {})
-            if self.training.second_stage.start is not None:
-                second = training["second_stage"]
-                second["loss"] = usual | {"energy": 10.0} | second.get("loss", {})
+        values = self.model_dump()
+        for name, value in self._defaults(learning_rate, optimizer).items():
+            # a default that stands in a stored configuration repeats that run, even if it has changed since
+            if not is_given(self, name) and value_of(values, name) in _plain_defaults(name):
+                set_value(values, name, value)
         try:
-            return RunConfig.model_validate(given)
+            return with_given_as_in(RunConfig.model_validate(values), self)
         except ValidationError as error:
             raise InputError(_explain(error)) from error
 
+    def _defaults(self, learning_rate: float, optimizer: str) -> dict[str, Any]:
+        """Defaults that follow from other options, by dotted name."""
+        training = self.training
+        values: dict[str, Any] = {"training.learning_rate": learning_rate, "training.optimizer": optimizer}
+        if (training.optimizer or optimizer) == "schedulefree":
+            values["training.ema"] = None
+        if self.magnetism.layer != "off":
+            # Huber, all terms alike, energies per atom: as published for the spin-aware layer
+            loss = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
+            values |= {f"{LOSS}.{name}": value for name, value in loss.items()}
+            if training.second_stage.start is not None:
+                values |= {f"{SECOND_LOSS}.{name}": value for name, value in (loss | {"energy": 10.0}).items()}
+        return values
+
     def save(self, path: str | Path) -> None:
-        """Write the complete configuration as YAML, atomically."""
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        """Write the complete configuration as YAML, atomically; :func:`load_config` knows which options were given."""
+        content = self.model_dump(mode="json") | {RECORD: record_of(self)}
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _plain_defaults(name: str) -> tuple[Any, Any]:
+    """The default of an option by itself: in the whole configuration, and in its section alone."""
+    section: Any = RunConfig(data=DataConfig(train=["-"]))
+    *sections, last = name.split(".")
+    for key in sections:
+        section = getattr(section, key)
+    return getattr(section, last), type(section).model_fields[last].default
 
 
 def parse_setting(text: str) -> tuple[list[str], Any]:
@@ -464,21 +548,45 @@ def load_config(
         InputError: unreadable file, unknown key or value out of range; names the key.
     """
     merged: dict[str, Any] = _read_yaml(path) if path is not None else {}
-    _merge(merged, given or {})
-    chosen = [(text, *parse_setting(text)) for text in settings]
-    chosen += [(name, _section_and_key(name), value) for name, value in (overrides or {}).items()]
-    for text, keys, value in chosen:
-        nested: Any = value
-        for key in reversed(keys):
-            nested = {key: nested}
-        if not isinstance(nested, dict):
-            raise InputError(f"setting {short(text)}: name a section and a key, as in training.epochs.")
-        _merge(merged, nested, keep_none=True)
     source = f"{path}: " if path is not None else ""
     try:
-        return RunConfig.model_validate(merged)
+        record = take_record(merged)
+    except ValueError as error:
+        raise InputError(f"{source}{error}.") from error
+    _merge(merged, given or {})
+    changes = [_nested(text, *parse_setting(text)) for text in settings]
+    changes += [_nested(name, _section_and_key(name), value) for name, value in (overrides or {}).items()]
+    for change in changes:
+        _merge(merged, change, keep_none=True)
+    unset: set[str] = set()
+    if record is not None:
+        now = {name for change in changes for name in leaf_names(change)}
+        now |= {name for name in leaf_names(given or {}) if value_of(given or {}, name) is not None}
+        for name in record.outdated(merged, now):
+            whole, alone = _plain_defaults(name)
+            if whole == alone:
+                remove_value(merged, name)
+            else:  # what is left of the section would not have the default
+                set_value(merged, name, whole)
+        unset = set(record.names) - now
+    try:
+        return with_unset(RunConfig.model_validate(merged), unset)
     except ValidationError as error:
         raise InputError(source + _explain(error)) from error
+
+
+def _nested(text: str, keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """A setting as nested mappings.
+
+    Raises:
+        InputError: it names no key of a section.
+    """
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    if not isinstance(nested, dict):
+        raise InputError(f"setting {short(text)}: name a section and a key, as in training.epochs.")
+    return nested
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -514,7 +622,9 @@ def _explain(error: ValidationError) -> str:
     """The first few problems in one line, each with its key."""
     problems = []
     for item in error.errors()[:3]:
-        key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("list[", "float", "int")))
+        key = ".".join(
+            str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "float", "int"))
+        )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such option"

@@ -13,6 +13,7 @@ from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from forcetune.adapters.methods import method as make_method
 from forcetune.config import load_config
 from forcetune.deployment.calculator import calculator
 from forcetune.deployment.dynamics import EnergyConservation, energy_conservation
@@ -88,7 +89,7 @@ def demo(
         },
         "model": {"model": "mini"},
         "method": {"name": method},
-        "training": TRAINING,
+        "training": _training(settings or {}, method),
         "output": {"run": str(out), "overwrite": overwrite},
     }
     run = run_fit(load_config(given=given, overrides=settings), console=console)
@@ -98,6 +99,17 @@ def demo(
     write_json(run.folder / RESULTS_NAME, run.results)
     write_report(run.folder)
     return Demo(run, dynamics, time.monotonic() - began, peak_memory())
+
+
+def _training(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The demo's options of the training that go with the optimizer; schedule-free averages and decays by itself."""
+    optimizer = settings.get("training.optimizer")
+    if optimizer is None and settings.get("method.table") is None:
+        optimizer = make_method(settings.get("method.name", name)).optimizer
+    if optimizer != "schedulefree":
+        return TRAINING
+    warmup = {"warmup_epochs": TRAINING["schedule"]["warmup_epochs"]}
+    return {key: value for key, value in TRAINING.items() if key != "ema"} | {"schedule": warmup}
 
 
 def _dynamics(run: Run, picoseconds: float, console: Console) -> EnergyConservation:

@@ -30,3 +30,12 @@ class ForcetuneWarning(UserWarning):
 def warn(message: str) -> None:
     """Show a :class:`ForcetuneWarning` once per distinct message."""
     warnings.warn(message, ForcetuneWarning, stacklevel=3)
+
+
+class ForcetuneNote(UserWarning):
+    """What was done to data on their way in, as it should be; shown in one line."""
+
+
+def note(message: str) -> None:
+    """Show a :class:`ForcetuneNote` once per distinct message."""
+    warnings.warn(message, ForcetuneNote, stacklevel=3)

@@ -6,8 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from forcetune.errors import InputError
@@ -53,9 +53,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is moved onto ``path``, on failure removed.
 
     Raises:
-        InputError: the folder of ``path`` cannot be created or written.
+        InputError: ``path`` is a folder, or its folder cannot be created or written.
     """
     target = Path(path)
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; name a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -65,7 +67,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows brings nothing to the disk that is open for reading only
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -79,10 +81,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on failure it is removed.
 
+    Files of ``path`` that are not written anew stay where they are.
+
     Raises:
-        InputError: the parent folder cannot be created or written.
+        InputError: ``path`` is a file, or its parent folder cannot be created or written.
     """
     target = Path(path)
+    if target.is_symlink():
+        target = target.resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is a file; name a folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -94,15 +102,39 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         if target.exists():
+            written = {file.name for file in temporary.iterdir()}
             # a folder cannot replace a folder with content in one step: the old one steps aside first
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            aside.rmdir()  # on Windows nothing replaces a folder, not even an empty one
             target.replace(aside)
             temporary.replace(target)
-            shutil.rmtree(aside)
+            retire_folder(aside, target, written)
         else:
             temporary.replace(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def retire_folder(old: Path, new: Path, replaced: Collection[str]) -> None:
+    """Remove an old folder: of what is in it, ``replaced`` is deleted and everything else is moved to ``new``.
+
+    Args:
+        old: the folder; it stays where something in it cannot be moved, as there is another of its name.
+        new: the folder that has its place now.
+        replaced: names of files.
+    """
+    for entry in old.iterdir():
+        if entry.name in replaced and (entry.is_symlink() or entry.is_file()):
+            entry.unlink()
+        elif not (new / entry.name).exists():
+            entry.replace(new / entry.name)
+    with suppress(OSError):
+        old.rmdir()
+
+
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is ``folder`` or lies in it, links followed."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import atomic_numbers
 from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import attached, detach
+from forcetune.adapters.attach import adapter_of, attached, detach, disable_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
 from forcetune.adapters.methods import method_of
-from forcetune.backbones.loading import load
+from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.checkup import check_frames, check_predictions
 from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
+from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
 from forcetune.evaluation.streamed import (
@@ -36,10 +38,12 @@ from forcetune.evaluation.streamed import (
 )
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, read_dataset
-from forcetune.frames.frame import Frame
+from forcetune.frames.frame import FloatArray, Frame
+from forcetune.frames.isolated import compare_isolated
+from forcetune.frames.labels import NONE
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored import StoredGraphs
+from forcetune.graphs.stored import StoredGraphs, any_label
 from forcetune.records import (
     ENVIRONMENT_NAME,
     PREDICTIONS_NAME,
@@ -60,16 +64,18 @@ from forcetune.run_folder import (
     CONFIG_NAME,
     UNREFINED,
     check_folder,
+    input_files,
     prepare_folder,
     read_checkpoint,
     recover_adapter,
     write_checkpoint,
 )
-from forcetune.telling import say_adapter, say_data
+from forcetune.telling import say_adapter, say_data, say_isolated, say_weights
 from forcetune.training.refine import Refinement, refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.start import attach_for_training
 from forcetune.training.train import TrainingOutcome, check_labels, train
+from forcetune.training.weights import settle
 from forcetune.workers import worker_count
 
 
@@ -131,6 +137,7 @@ class Fitting:
         console: Console,
         told: list[str],
         observe: Callable[[int, Errors], None] | None = None,
+        inputs: Sequence[str | Path] = (),
     ) -> None:
         self.method = method_of(config.method)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
@@ -138,20 +145,37 @@ class Fitting:
         self.told = told
         self.observe = observe
         self.folder = Path(config.output.run)
+        self.inputs = inputs
+        self._stores_base = False
         assert self.config.training.learning_rate is not None
         self.rate = self.config.training.learning_rate
+        self.training = self.config.training
 
-    def carry_out(self, backbone: Backbone | None) -> Run:
-        check_folder(self.folder, self.config.output.overwrite)
+    def carry_out(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
+        """The whole run.
+
+        Args:
+            backbone: a loaded model instead of the one that the configuration names.
+            from_the_beginning: the folder is that of this very run, which died early; its base stays.
+        """
+        overwrite = self.config.output.overwrite
+        keep, inputs = ({BASE_NAME}, []) if from_the_beginning else (set(), input_files(self.config, self.inputs))
+        check_folder(self.folder, overwrite, inputs)
         start = self._start(backbone)
-        prepare_folder(self.folder, self.config.output.overwrite)
-        self.config.save(self.folder / CONFIG_NAME)
+        others = prepare_folder(self.folder, overwrite, inputs, keep=keep)
+        if others:
+            self.console.print(f"{self.folder}: what forcetune did not write stays: {', '.join(others)}")
         write_json(self.folder / ENVIRONMENT_NAME, environment(start.backbone.device))
+        if self._stores_base:
+            with disable_adapter(start.backbone):
+                store_base(start.backbone, self.folder / BASE_NAME)
+        self.config.save(self.folder / CONFIG_NAME)
         return self._finish(start, None)
 
     def go_on(self) -> Run:
         """The rest of a run that was interrupted; the configuration is that of its folder."""
         checkpoint = read_checkpoint(self.folder)
+        self._progress(checkpoint)
         start = self._start(None, checkpoint)
         for name, found, stored in (
             ("the training frames", start.data, checkpoint["data"]),
@@ -160,9 +184,27 @@ class Fitting:
             if found != stored:
                 raise InputError(f"{self.folder}: {name} changed since the run began; start a new run with `fit`.")
         recover_adapter(self.folder / ADAPTER_NAME)
-        epochs = checkpoint["training"]["epochs_done"]
-        self.console.print(f"going on after epoch {epochs} of {self.config.training.epochs}", highlight=False)
+        epochs, planned = self._progress(checkpoint)
+        over = epochs == planned or checkpoint["training"]["stopped"]
+        text = f"training ended after epoch {epochs}: " if over else f"going on after epoch {epochs} of {planned}"
+        self.console.print(text + ("making the results" if over else ""), highlight=False)
         return self._finish(start, checkpoint["training"])
+
+    def _progress(self, checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+        """Epochs done, and those of the whole run.
+
+        Raises:
+            InputError: more are done than there shall be.
+        """
+        done, skipped = checkpoint["training"]["epochs_done"], checkpoint["training"].get("skipped", 0)
+        planned = self.config.training.epochs
+        # a second stage that began early goes on to its next validation
+        if done + skipped > planned + (self.config.training.valid_every - 1 if skipped else 0):
+            raise InputError(
+                f"{self.folder / CONFIG_NAME}: training.epochs is {planned}, but {done + skipped} epochs are behind "
+                f"the run; set it to {done + skipped} to end the run there, or to more to go on."
+            )
+        return done, max(done, planned - skipped)
 
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
         """Everything before the training; nothing is written."""
@@ -175,7 +217,8 @@ class Fitting:
         if examined:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
-        check_labels(self.config.training, graphs["train"])
+        self._settle_weights(graphs["train"])
+        check_labels(self.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
             if isinstance(found := raw[name], Predictions):
@@ -183,30 +226,20 @@ class Fitting:
         if examined:
             check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
         own_references = backbone.reference_energies
-        table = self.config.references.table
-        references = reference_energies(
-            self.config.references.mode,
-            dataset.train.frames,
-            dataset.isolated,
-            raw["train"].energy,
-            own_references,
-            None if table is None else {**table},
-        )
+        references = self._references(dataset, raw["train"].energy, own_references)
         if checkpoint is not None:
             references = replace(references, energies=checkpoint["reference_energies"])
-        self.console.print(
-            f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
-            f"{references.offset_after_mev_per_atom:.1f} meV/atom",
-            highlight=False,
-        )
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
         # errors of streamed training frames are those of a sample, before and after
         raw["train"] = shown(raw["train"])
         before = {name: found.shifted(shift) for name, found in raw.items()}
         prepared = None
         if replay is not None:
-            prepared = prepare_replay(replay, self.config.replay, self.config.training, backbone, references.energies)
-        adapter = attach_for_training(backbone, self.method, self.config.training, graphs["train"], references.energies)
+            prepared = prepare_replay(replay, self.config.replay, self.training, backbone, references.energies)
+        elements = {*dataset.train.elements, *(replay.trained_elements if replay else ())}
+        adapter = attach_for_training(
+            backbone, self.method, self.training, graphs["train"], references.energies, elements
+        )
         backbone.set_reference_energies(references.energies)
         say_adapter(self.console, self.method, backbone, adapter)
         parameters = describe_parameters(adapter)
@@ -238,24 +271,90 @@ class Fitting:
             start.backbone,
         )
 
+    def _references(
+        self, dataset: Dataset, model_energies: FloatArray, own_references: dict[int, float]
+    ) -> ReferenceEnergies:
+        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
+        mode, table = self.config.references.mode, self.config.references.table
+        if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
+            mode = "model"
+        references = reference_energies(
+            mode,
+            dataset.train.frames,
+            dataset.isolated,
+            model_energies,
+            own_references,
+            None if table is None else {**table},
+        )
+        if references.offset_before_mev_per_atom is not None:
+            self.console.print(
+                f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
+                f"{references.offset_after_mev_per_atom:.1f} meV/atom",
+                highlight=False,
+            )
+        found = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, own_references)
+        say_isolated(self.console, found, references)
+        return references
+
+    def _settle_weights(self, graphs: Sequence[Batch]) -> None:
+        """Weights of the loss for the labels there are, and a line about what is not trained on."""
+        data = self.config.data
+        # energies and forces that are not there although nobody said so are a mistake, which is told later
+        labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
+        if any_label(graphs, "stress"):
+            labelled.add("stress")
+        self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
+        say_weights(self.console, self.config.training, self.training, labelled)
+
     def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
-        if backbone is not None:
-            return backbone
         model = self.config.model
-        if "model" not in model.model_fields_set:
+        if "model" not in model.model_fields_set and backbone is None:
             self.console.print(
                 "no model named: starting from mini, the small one in this package (H, C, N, O, F, S, Cl at GFN2-xTB); "
                 "`forcetune models` lists larger ones for --model",
                 highlight=False,
             )
-        return load(
-            model.model,
-            head=model.head,
-            elements=sorted(set(elements)) if model.elements == "data" else None,
-            dtype=model.dtype,
-            device=model.device,
-            trust=model.trust,
-        )
+        wanted = self._element_table(elements)
+        if backbone is None:
+            loaded = load(
+                model.model,
+                head=model.head,
+                elements=wanted,
+                dtype=model.dtype,
+                device=model.device,
+                trust=model.trust,
+            )
+        else:
+            loaded = self._take(backbone, wanted)
+        return loaded
+
+    def _element_table(self, elements: Sequence[int]) -> list[int] | None:
+        """What the element table is cut to, for frames with these elements; None keeps it whole.
+
+        Raises:
+            InputError: an element that was asked for is none.
+        """
+        asked = self.config.model.elements
+        if isinstance(asked, str):
+            return sorted(set(elements)) if asked == "data" else None
+        unknown = [symbol for symbol in asked if symbol not in atomic_numbers]
+        if unknown:
+            raise InputError(f"model.elements: {unknown[0]!r} is no element; write symbols such as [H, C, O].")
+        return sorted({atomic_numbers[symbol] for symbol in asked})
+
+    def _take(self, backbone: Backbone, elements: Sequence[int] | None) -> Backbone:
+        """A loaded model for this run; its element table is cut only where that was asked for.
+
+        Raises:
+            InputError: it carries an adapter, or is not what the configuration asks for.
+        """
+        model = self.config.model
+        wanted = elements if "elements" in model.model_fields_set else None
+        loaded = load(backbone, elements=wanted, **asked_of_loaded(model))
+        if adapter_of(loaded) is not None:
+            raise InputError("this model already carries an adapter; detach it first.")
+        self.config, self._stores_base = with_loaded(self.config, loaded, self.folder / BASE_NAME)
+        return loaded
 
     def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
         """What can be seen in the frames alone."""
@@ -306,7 +405,7 @@ class Fitting:
 
         return train(
             start.backbone,
-            self.config.training,
+            self.training,
             self.rate,
             start.graphs["train"],
             start.graphs["valid"],
@@ -318,6 +417,7 @@ class Fitting:
             observe=self.observe,
             console=self.console,
             replay=start.replay,
+            frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
 
     def _refine(self, start: Start) -> Refinement:
@@ -333,7 +433,7 @@ class Fitting:
             task = bar.add_task("refining", total=self.config.training.refine)
             found = refine(
                 start.backbone,
-                self.config.training,
+                self.training,
                 start.graphs["train"],
                 start.graphs["valid"],
                 replay=start.replay,
@@ -374,7 +474,7 @@ class Fitting:
         return self._predict(start.backbone, graphs, label, finite=False)
 
     def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
-        training, backbone = self.config.training, start.backbone
+        training, backbone = self.training, start.backbone
         results: dict[str, Any] = {
             "forcetune": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -391,6 +491,7 @@ class Fitting:
                 "learning_rate": self.rate,
                 "batch_size": training.batch_size,
                 "seed": training.seed,
+                "loss": training.loss.model_dump(),
             },
             "environment": environment(backbone.device),
             "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,

@@ -93,3 +93,11 @@ def check_archive(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         check_unpacked(path, sum(member.file_size for member in archive.infolist()))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception of another library, short enough for a sentence."""
+    if isinstance(error, KeyError) and error.args:
+        return f"unknown element or key '{error.args[0]}'"
+    text = str(error).strip()
+    return text.splitlines()[0][:120] if text else type(error).__name__

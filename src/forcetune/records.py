@@ -37,7 +37,6 @@ _PACKAGES = (
     "numpy",
     "ase",
     "matscipy",
-    "lightning",
     "schedulefree",
     "safetensors",
 )

@@ -14,6 +14,7 @@ from rich.console import Console
 from forcetune import parallel
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
+from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors
 from forcetune.fitting import Fitting, Run
@@ -42,7 +43,9 @@ def fit(
 
     Args:
         train: files or patterns of training frames.
-        model: name, path, or a loaded backbone (which then carries the adapter).
+        model: name, path, or a loaded backbone, which then carries the adapter. Its elements, head and precision are
+            those of the run; one that its file does not give, as it was changed in memory or came from there, is
+            stored in the run folder.
         method: ``mmea``, ``elora``, ``full`` …
         valid: files, the fraction or the number of training frames to validate on.
         test: files; evaluated before and after, never trained on.
@@ -57,13 +60,14 @@ def fit(
     """
     given: dict[str, Any] = {
         "data": {"train": _texts(train), "valid": _texts(valid), "test": _texts(test)},
-        "model": {"model": model.base.name if isinstance(model, Backbone) else _text(model)},
+        "model": {"model": None if isinstance(model, Backbone) else _text(model)},
         "method": {"name": method},
         "training": {"epochs": epochs},
         "output": {"run": _text(out)},
     }
     resolved = load_config(config, given=given, overrides=settings)
-    return run_fit(resolved, backbone=model if isinstance(model, Backbone) else None)
+    backbone = model if isinstance(model, Backbone) else None
+    return run_fit(resolved, backbone=backbone, inputs=() if config is None else (config,))
 
 
 def _text(value: Any) -> Any:
@@ -82,6 +86,7 @@ def run_fit(
     backbone: Backbone | None = None,
     console: Console | None = None,
     observe: Callable[[int, Errors], None] | None = None,
+    inputs: Sequence[str | Path] = (),
 ) -> Run:
     """Carry out a complete configuration; the command line and :func:`fit` come here.
 
@@ -90,6 +95,7 @@ def run_fit(
         backbone: a loaded model to use instead of loading the one named in ``config``.
         console: where progress is told; standard error by default.
         observe: called with epoch and validation errors after every validation; what it raises ends the run.
+        inputs: further files that the configuration came from; a run folder with one of them is not overwritten.
 
     Raises:
         InputError, ForcetuneError: as :func:`fit`.
@@ -100,7 +106,7 @@ def run_fit(
         collected_warnings() as told,
         limited_threads(config.training.threads),
     ):
-        return Fitting(config, console, told, observe).carry_out(backbone)
+        return Fitting(config, console, told, observe, inputs).carry_out(backbone)
 
 
 def resume(run: str | Path, *, console: Console | None = None) -> Run:
@@ -120,6 +126,8 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     config = load_config(folder / CONFIG_NAME)
     # the folder may have moved since
     config = config.model_copy(update={"output": config.output.model_copy(update={"run": str(folder)})})
+    if (folder / BASE_NAME).is_file():
+        config = config.model_copy(update={"model": config.model.model_copy(update={"model": str(folder / BASE_NAME)})})
     if status_of(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
     console = console or Console(stderr=True, soft_wrap=True)
@@ -131,7 +139,7 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
         if not has_checkpoint(Path(config.output.run)):
             console.print("interrupted before the first checkpoint: starting from the beginning")
             again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
-            return Fitting(again, console, told).carry_out(None)
+            return Fitting(again, console, told).carry_out(None, from_the_beginning=True)
         return Fitting(config, console, told).go_on()
 
 

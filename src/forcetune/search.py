@@ -14,6 +14,7 @@ from rich.console import Console
 
 from forcetune.adapters.methods import METHODS, method_of, options_of
 from forcetune.config import LossConfig, RunConfig
+from forcetune.defaults import is_given
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors
 from forcetune.run import run_fit
@@ -149,9 +150,9 @@ def _last(values: Mapping[int, float]) -> float | None:
 
 def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]]:
     """Options to search, with their limits or choices; what the user gave stays."""
-    training, loss = config.training, config.training.loss
+    loss = config.training.loss
     found: dict[str, Any] = {}
-    if training.learning_rate is None:
+    if not is_given(config, "training.learning_rate"):
         rate = method_of(config.method).learning_rate
         found["training.learning_rate"] = (RATES[0] * rate, RATES[1] * rate)
     known = options_of(METHODS[config.method.name])

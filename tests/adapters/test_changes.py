@@ -8,7 +8,7 @@ import torch
 
 from forcetune.adapters.attach import Adapter, attach, detach
 from forcetune.adapters.changes import likeness, recorded_gates, weight_changes
-from forcetune.adapters.methods import method
+from forcetune.adapters.methods import custom_method, method
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.mace.backbone import MaceBackbone
@@ -102,3 +102,15 @@ def test_likeness_of_two_adapters() -> None:
     attach(strange, method("mmea-pure"))
     with pytest.raises(InputError, match="changes no weights"):
         likeness(first, strange)
+
+
+@pytest.mark.parametrize("weight", ["LowRank", "SoftThreshold", "Gain", "Dense"])
+@pytest.mark.parametrize("output", ["Shift", "Gate", "Bottleneck"])
+def test_a_weight_has_the_name_of_what_changes_it(model: MaceBackbone, weight: str, output: str) -> None:
+    for order in ((weight, output), (output, weight)):
+        table = {"linear": [{"update": name} for name in order], "readout": [{"update": output}]}
+        perturb(attach(model, custom_method("mine", table)))
+        found = weight_changes(model)
+        assert {change.update for change in found} == {weight}
+        assert {change.kind for change in found} == {"linear"}
+        detach(model)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ase.build import molecule
+from ase.io import write
 from safetensors.torch import load_file
 
+import forcetune
 from forcetune.adapters.attach import attach, attached, detach
+from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
 from forcetune.adapters.updates import SoftThreshold
@@ -21,7 +26,7 @@ from forcetune.config import TrainingConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import graphs_of, predict
 from forcetune.training.optimizers import make_optimizer
-from systems import backbone, cluster, frames_of
+from systems import backbone, cluster, frames_of, write_labelled, write_model
 
 SITE = Site(
     "a.weight", "a", "weight", "a", "linear", (WeightPath("0e->0e", 0, (3, 4)), WeightPath("1o->1o", 12, (2, 4)))
@@ -134,3 +139,35 @@ def test_wraps_and_bad_options() -> None:
         method("sparse", wrap="everything")
     with pytest.raises(InputError, match="a threshold between 0 and 1"):
         method("sparse", threshold_decay=-1.0)
+
+
+RESIDUAL = "RealAgnosticResidualInteractionBlock"
+NONLINEAR = "RealAgnosticResidualNonLinearInteractionBlock"
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "replayed"),
+    [("RealAgnosticInteractionBlock", RESIDUAL, False), (NONLINEAR, NONLINEAR, False), (RESIDUAL, RESIDUAL, True)],
+)
+def test_elements_that_nothing_is_trained_on_stay_as_they_were(
+    tmp_path: Path, first: str, later: str, replayed: bool
+) -> None:
+    """In a model that is not cut, their rows would keep the noise of the start: they have no gradient."""
+    model = write_model(tmp_path / "m.model", elements=(1, 6, 7, 8, 9), first=first, later=later)
+    settings: dict[str, Any] = {"model.elements": "keep", "training.batch_size": 4}
+    if replayed:
+        amines = [molecule("CH3CONH2") for _ in range(8)]
+        for seed, atoms in enumerate(amines):
+            atoms.rattle(0.05, seed=seed)
+        write(tmp_path / "replay.xyz", amines, format="extxyz")
+        settings["replay.data"] = [str(tmp_path / "replay.xyz")]
+    data = write_labelled(tmp_path / "a.xyz", 8)
+    run = forcetune.fit(data, model=model, method="sparse", valid=4, epochs=2, out=tmp_path / "run", settings=settings)
+    changes = [change for change in weight_changes(run.backbone) if change.elements]
+    sites = {change.site for change in changes}
+    assert "node_embedding.linear.weight" in sites
+    assert any(name.endswith(("skip_tp.weight", "source_embedding.weight")) for name in sites)
+    for change in changes:
+        assert change.elements["F"] == 0
+        assert (change.elements["N"] > 0) == replayed
+        assert min(change.elements[symbol] for symbol in "HCO") > 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces
 from ase.io import read
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
@@ -15,7 +16,10 @@ from ase.optimize import BFGS
 
 import forcetune
 from forcetune.adapters.attach import adapter_of
-from forcetune.errors import InputError
+from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.traced import TRACED_AFTER
+from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.evaluation.metrics import graphs_of, predict
 from systems import cluster, crystal, labelled, write_labelled, write_model
 
 
@@ -111,3 +115,122 @@ def test_unusable_things_are_refused(run: forcetune.Run, tmp_path: Path) -> None
     atoms.calc = forcetune.calculator(run.folder)
     with pytest.raises(InputError, match="cell"):
         atoms.get_potential_energy()
+
+
+# ---- slabs, shares of atoms, and structures that have no energy -----------------------------------------------------
+
+
+@pytest.mark.parametrize("pbc", [(True, True, False), (True, False, True), (True, False, False), (False, False, True)])
+def test_stress_of_slabs_and_wires(pbc: tuple[bool, bool, bool], run: forcetune.Run) -> None:
+    """As `evaluate` has it: the derivative by the strain over the volume of the whole cell."""
+    atoms = crystal((1, 6, 8))
+    atoms.set_cell(atoms.cell.array + np.diag([0.0 if periodic else 12.0 for periodic in pbc]))
+    atoms.pbc = pbc
+    atoms.calc = forcetune.calculator(run.folder)
+    stress = atoms.get_stress(voigt=False)
+    axis = pbc.index(True)
+    strained = []
+    for sign in (1, -1):
+        bent = atoms.copy()
+        strain = np.eye(3)
+        strain[axis, axis] += sign * 1e-4
+        bent.set_cell(atoms.cell.array @ strain, scale_atoms=True)
+        bent.calc = atoms.calc
+        strained.append(bent.get_potential_energy())
+    assert stress[axis, axis] == pytest.approx((strained[0] - strained[1]) / 2e-4 / atoms.get_volume(), rel=1e-5)
+    labels = predict(run.backbone, graphs_of(run.backbone, [frame_of(atoms)]), stress=True)
+    assert labels.stress is not None
+    np.testing.assert_allclose(stress, labels.stress[0], rtol=0, atol=1e-10)
+
+
+def test_a_slab_whose_cell_has_no_third_vector_has_no_stress(run: forcetune.Run) -> None:
+    atoms = crystal((1, 6, 8))
+    atoms.pbc = (True, True, False)
+    atoms.cell[2] = 0
+    atoms.calc = forcetune.calculator(run.folder)
+    assert np.isfinite(atoms.get_potential_energy())
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_stress()
+
+
+def test_the_reported_slab(case_files: Path) -> None:
+    calculator = forcetune.calculator("mini")
+    for atoms in read(case_files / "slab.xyz", ":"):
+        expected = atoms.calc.results["stress"]
+        atoms.calc = calculator
+        np.testing.assert_allclose(atoms.get_stress(), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_energies_of_atoms_add_up(run: forcetune.Run, dtype: str) -> None:
+    calculator = forcetune.calculator(run.folder, dtype=dtype)
+    pair = Atoms("CO", [[0, 0, 0], [0, 0, 40.0]])
+    references = calculator.backbone.reference_energies
+    for atoms in (*labelled(2), crystal((1, 6, 8)), pair):
+        atoms.calc = calculator
+        energies = atoms.get_potential_energies()
+        assert energies.shape == (len(atoms),)
+        exact = 1e-11 if dtype == "float64" else 1e-6
+        assert energies.sum() == pytest.approx(atoms.get_potential_energy(), rel=exact)
+    alone = Atoms("C")
+    alone.calc = calculator
+    assert calculator.get_potential_energies(pair)[0] == pytest.approx(alone.get_potential_energy(), rel=1e-6)
+    assert references[6] != 0
+
+
+def test_energies_of_recorded_predictions_add_up(run: forcetune.Run) -> None:
+    atoms = labelled(1)[0]
+    atoms.calc = forcetune.calculator(run.folder)
+    rng = np.random.default_rng(0)
+    for _ in range(TRACED_AFTER + 5):
+        atoms.positions += rng.normal(0, 1e-3, atoms.positions.shape)
+        energies = atoms.get_potential_energies()
+        assert energies.sum() == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
+    assert atoms.calc.traced.recording is not None, atoms.calc.traced.untraced
+    eager = forcetune.calculator(run.folder, compile="off")
+    np.testing.assert_allclose(energies, eager.get_potential_energies(atoms), rtol=0, atol=1e-10)
+
+
+def _with_positions(value: float) -> Atoms:
+    atoms = labelled(1)[0]
+    atoms.positions[2, 1] = value
+    return atoms
+
+
+REFUSED = {
+    "has no atoms": lambda: Atoms(),
+    r"position of atom 2 \(\w+\) is not finite": lambda: _with_positions(float("nan")),
+    "is not finite; in dynamics": lambda: _with_positions(float("inf")),
+    "cell of the structure is not finite": lambda: Atoms("H", cell=[float("nan")] * 3, pbc=True),
+    "atoms 0 and 1 are at the same place": lambda: Atoms("CO", [[0, 0, 1], [0, 0, 1]]),
+    "atoms 0 and 2 are at the same place": lambda: Atoms(
+        "COC", [[0, 0, 0], [1.5, 0, 0], [0, 0, 9]], cell=3 * [9], pbc=True
+    ),
+    "element X is unknown": lambda: Atoms("CX", [[0, 0, 0], [0, 0, 1]]),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_structures_that_have_no_energy(message: str, run: forcetune.Run) -> None:
+    """One sentence, and the calculator goes on working."""
+    calculator = forcetune.calculator(run.folder)
+    atoms = REFUSED[message]()
+    atoms.calc = calculator
+    for ask in (atoms.get_potential_energy, atoms.get_forces):
+        with pytest.raises(InputError, match=message):
+            ask()
+    assert np.isfinite(calculator.get_potential_energy(labelled(1)[0]))
+
+
+def test_charges_are_said_to_be_unknown(run: forcetune.Run) -> None:
+    atoms = labelled(1)[0]
+    atoms.calc = forcetune.calculator(run.folder)
+    neutral = atoms.get_potential_energy()
+    atoms.info["charge"] = 1
+    atoms.rattle(1e-9)
+    with pytest.warns(ForcetuneWarning, match=r"charge of \+1, which the model does not know"):
+        assert atoms.get_potential_energy() == pytest.approx(neutral, abs=1e-6)
+    atoms.rattle(1e-9)
+    assert np.isfinite(atoms.get_potential_energy())
+    with pytest.raises(PropertyNotImplementedError):
+        atoms.get_charges()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase.io import read, write
 
 import forcetune
@@ -62,6 +63,59 @@ def test_merged_model_in_the_librarys_own_calculator(tmp_path: Path, name: str) 
         atoms.calc = calculator
         assert energy == pytest.approx(atoms.get_potential_energy(), rel=1e-12, abs=1e-10)
         np.testing.assert_allclose(forces, atoms.get_forces(), rtol=0, atol=1e-10)
+
+
+BROMINE = -70_038.737
+"""eV, of all electrons."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_reference_energies_of_all_electrons(tmp_path: Path, dtype: str) -> None:
+    """Float32 keeps no more than some meV of them, which is no fault of the merged weights."""
+    base = write_model(tmp_path / "base.model", elements=(1, 6, 35))
+    model = MaceBackbone.load(base, sha256=sha256_of(base), dtype=getattr(torch, dtype))
+    perturb(attach(model, method("elora")))
+    references = {1: -13.587, 6: -1029.2809654211628, 35: BROMINE}
+    model.set_reference_energies(references)
+    save_adapter(model, tmp_path / "adapter", stored_dtype=getattr(torch, dtype))
+    merged = merge(tmp_path / "adapter", tmp_path / "tuned.model", model=base)
+    written = MaceBackbone.load(tmp_path / "tuned.model", dtype=getattr(torch, dtype))
+    for z, energy in references.items():
+        kept = np.float32(energy) if dtype == "float32" else energy
+        assert written.reference_energies[z] == float(kept)
+    rounding = max(abs(float(np.float32(energy)) - energy) for energy in references.values())
+    assert merged.references_difference == pytest.approx(rounding if dtype == "float32" else 0.0, rel=1e-9)
+    assert merged.energy_difference < (1e-4 if dtype == "float32" else 1e-10)
+    atoms = cluster((1, 6, 35))
+    found = []
+    for given in (tmp_path / "tuned.model", None):
+        atoms.calc = forcetune.calculator(given or base, adapter=None if given else tmp_path / "adapter")
+        found.append((atoms.get_potential_energy(), atoms.get_forces()))
+    # by the plain model loaded in float64, from its rounded parameters
+    assert found[0][0] == pytest.approx(found[1][0], abs=9 * 0.004 if dtype == "float32" else 1e-8)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0, atol=2e-4 if dtype == "float32" else 1e-9)
+
+
+def test_wrong_reference_energies_are_found_whatever_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_model(tmp_path / "base.model", elements=(1, 6, 35))
+    model = MaceBackbone.load(base, sha256=sha256_of(base), dtype=torch.float32)
+    perturb(attach(model, method("elora")))
+    model.set_reference_energies({1: -13.587, 6: -1029.28, 35: BROMINE})
+    save_adapter(model, tmp_path / "adapter")
+    whole = MaceBackbone.save
+
+    def careless(backbone: MaceBackbone, path: Path) -> None:
+        right = backbone.reference_energies[35]
+        backbone.set_reference_energies({35: right + 0.05})
+        whole(backbone, path)
+        backbone.set_reference_energies({35: right})
+
+    monkeypatch.setattr(MaceBackbone, "save", careless)
+    with pytest.raises(ForcetuneError, match=r"its reference energies by 5\.\de-02 eV"):
+        merge(tmp_path / "adapter", tmp_path / "tuned.model", model=base)
+    assert not (tmp_path / "tuned.model").exists()
 
 
 def test_nothing_is_written_unless_parity_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

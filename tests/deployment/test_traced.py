@@ -22,7 +22,6 @@ from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
 from forcetune.deployment.traced import TracedPrediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, graph_of
-from forcetune.kernels.install import accelerate, decelerate
 from forcetune.kernels.recording import record
 from systems import backbone, cluster, crystal, perturb
 
@@ -37,7 +36,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def tuned(**options: Any) -> MaceBackbone:
     model = backbone(**SMALL | options)
     perturb(attach(model, method("mmea")))
-    accelerate(model)
     return model
 
 
@@ -125,9 +123,6 @@ def test_a_recording_lasts_as_long_as_the_model_is_the_same() -> None:
         for other in structures:
             assert_model(found, graph(model, other))
         assert found.recording is not None
-    found = recorded(model, structures)
-    decelerate(model)
-    assert_model(found, graph(model, atoms), tolerance=1e-9)
 
 
 def test_other_atoms_and_other_questions_begin_anew() -> None:

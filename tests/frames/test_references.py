@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from forcetune.errors import InputError
 from forcetune.frames import references
 from forcetune.frames.frame import Frame, Origin
+from forcetune.frames.isolated import compare_isolated
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import (
     average,
@@ -155,6 +157,59 @@ def test_frames_without_energy_are_passed_over() -> None:
 def test_no_energies_at_all() -> None:
     with pytest.raises(InputError, match="no frame has an energy"):
         estimate([molecule("H2O", None)], [0.0], MODEL)
+    with pytest.raises(InputError, match="no frame has an energy"):
+        reference_energies("estimate", [molecule("H2O", None)], (), [0.0], MODEL)
+
+
+def test_frames_without_energies_keep_the_reference_energies_that_are_there() -> None:
+    forces_only = [molecule("H2O", None)]
+    found = reference_energies("model", forces_only, (), [0.0], MODEL)
+    assert (found.energies, found.offset_before_mev_per_atom, found.offset_after_mev_per_atom) == (MODEL, None, None)
+    atoms = [molecule("H", -13.0), molecule("O", -2040.0)]
+    found = reference_energies("isolated", forces_only, atoms, [0.0], MODEL)
+    assert found.energies == MODEL | {1: -13.0, 8: -2040.0}
+
+
+@pytest.mark.parametrize("block", [references.BLOCK, 3])
+def test_a_frame_counts_by_the_weight_that_its_file_gives_it(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two energies of one composition meet at their weighted mean; mace's average weighs nothing."""
+    monkeypatch.setattr(references, "BLOCK", block)
+    frames = [replace(molecule("H2", 2.0 * k), energy_weight=weight) for k, weight in enumerate((1.0, 3.0, 1e-9, 1e-9))]
+    energies = estimate(frames, np.zeros(4), {1: 0.0})
+    assert energies[1] == pytest.approx(0.75, rel=1e-6)
+    assert average(frames, {1: 0.0})[1] == pytest.approx(1.5)
+
+
+# ---- isolated atoms against the frames ------------------------------------------------------------------------------
+
+
+def test_isolated_atoms_of_the_same_calculations_explain_the_frames() -> None:
+    frames, predicted = planted(FULL_RANK)
+    atoms = [molecule(symbol, MODEL[z] + SHIFT[z]) for symbol, z in (("H", 1), ("C", 6), ("N", 7), ("O", 8))]
+    found = compare_isolated(atoms, frames, predicted, MODEL)
+    assert found is not None and not found.disagree
+    assert found.offset_mev_per_atom == pytest.approx(0.0, abs=1e-6)
+    assert found.energies[1] == pytest.approx(-13.29)
+    assert "H −13.29 (model −13.60)" in found.sentence("estimate", 4.0)
+    assert "instead of 4.0 (--references estimate); --references isolated takes them" in found.sentence("estimate", 4.0)
+
+
+def test_isolated_atoms_of_other_calculations_are_told_with_how_far_they_are_off() -> None:
+    frames, predicted = planted(("H2O", "H4O2"))
+    atoms = [molecule("H", MODEL[1] + SHIFT[1] + 5.0), molecule("O", MODEL[8] + SHIFT[8] - 16.0)]
+    found = compare_isolated(atoms, frames, predicted, MODEL)
+    assert found is not None and found.offset_mev_per_atom == pytest.approx(2000.0)
+    assert compare_isolated([atoms[0]], frames, predicted, MODEL) is not None  # some elements only: nothing to compare
+    assert found.disagree == (found.offset_mev_per_atom > 2000.0)
+    worse = compare_isolated([molecule("H", 0.0), atoms[1]], frames, predicted, MODEL)
+    assert worse is not None and worse.disagree
+    assert "other settings, spin or level of theory" in worse.sentence("estimate")
+    assert "--references estimate fits the frames" in worse.sentence("isolated")
+
+
+def test_no_isolated_atoms_say_nothing() -> None:
+    frames, predicted = planted(FULL_RANK)
+    assert compare_isolated([], frames, predicted, MODEL) is None
 
 
 def test_a_model_that_gives_no_number_is_told_with_the_frame() -> None:

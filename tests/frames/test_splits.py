@@ -99,9 +99,17 @@ def test_nothing_left_for_training(valid: int) -> None:
         split(numbered(10), valid)
 
 
-def test_nothing_left_for_validation() -> None:
-    with pytest.raises(InputError, match=r"fraction of 0\.05 of 10 frames leaves none for validation"):
-        split(numbered(10), 0.05)
+@pytest.mark.parametrize("total", [2, 3, 8, 10])
+def test_one_frame_at_least_validates(total: int) -> None:
+    train, valid = split(numbered(total), 0.05)
+    assert len(train) == total - 1 and len(valid) == 1
+    assert len(split(numbered(100), 0.05)[1]) == 5
+
+
+@pytest.mark.parametrize("valid", [0.1, 1])
+def test_a_single_frame_cannot_be_split(valid: float) -> None:
+    with pytest.raises(InputError, match=r"holds one frame to train on and none to validate on; .*--valid"):
+        split(numbered(1), valid)
 
 
 # ---- isolated atoms -------------------------------------------------------------------------------------------

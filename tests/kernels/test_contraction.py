@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
+from forcetune.irreps import parse_irreps
 from forcetune.kernels.contraction import arranged, fold, polynomial
-from forcetune.kernels.mace_irreps import reflection_labels
+from forcetune.kernels.harmonics import reflection_labels
 from forcetune.kernels.polynomial import BilinearForm, bilinear_form
 
 EXACT = 1e-10
@@ -46,7 +47,7 @@ def contraction(irreps_in: str, irreps_out: str, order: int, elements: int, chan
 
 
 def form_of(module: Any, *, labelled: bool = True) -> BilinearForm:
-    labels = [label for _, ir in module.irreps_in for label in reflection_labels(ir)]
+    labels = reflection_labels(parse_irreps(str(module.irreps_in)))
     couplings = [[c.U_tensors(nu + 1) for nu in range(c.correlation)] for c in module.contractions]
     return bilinear_form(couplings, labels if labelled else [0] * len(labels))
 

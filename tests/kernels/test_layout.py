@@ -9,9 +9,8 @@ from ase import Atoms
 
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import collate, parts_of
-from forcetune.kernels.install import accelerate, pairs_edges, with_plan
 from forcetune.kernels.layout import CUDA_CHUNK_COST, best_chunks, fitted, layout_of, plan_with, tensors_of
-from forcetune.kernels.plan import chunk_bounds
+from forcetune.kernels.plan import chunk_bounds, with_plan
 from systems import backbone, cluster, crystal, frames_of
 
 STRUCTURES = {
@@ -32,10 +31,9 @@ STRUCTURES = {
 def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str) -> None:
     model = backbone(max_ell=1, correlation=2, later=later)
     graphs = graphs_of(model, frames_of(*STRUCTURES[kind]))
-    accelerate(model)
     random = np.random.default_rng(0)
     for frames in (1, 3):
-        layout = layout_of(graphs, frames, model.elements, model.cutoff, pairs_edges(model))
+        layout = layout_of(graphs, frames, model.elements, model.cutoff, bool(model.paired))
         shapes = set()
         batches = [[len(graphs) - 1], *[random.choice(len(graphs), frames, replace=False) for _ in range(12)]]
         for chosen in batches:

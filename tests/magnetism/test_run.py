@@ -181,9 +181,42 @@ def test_what_a_magnetic_run_is_trained_on_by_default() -> None:
     config = RunConfig.model_validate(given | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
     training = config.with_defaults_of(0.005, "adam").training
     usual = training.loss
-    assert (usual.energy, usual.forces, usual.moments, usual.form, usual.energy_per_atom) == (1, 1, 1, "huber", True)
+    assert (usual.energy, usual.forces, usual.stress, usual.moments) == (1, 1, 1, 1)
+    assert (usual.form, usual.energy_per_atom) == ("huber", True)
     second = training.second_stage.loss
-    assert (second.energy, second.forces, second.moments, second.form) == (10, 3, 1, "huber")
+    assert (second.energy, second.forces, second.stress, second.moments, second.form) == (10, 3, 1, 1, "huber")
+    given["data"]["stress_key"] = "none"
+    assert RunConfig.model_validate(given).with_defaults_of(0.005, "adam").training.loss.stress == 0
+
+
+def without_stress(path: Path, source: Path) -> Path:
+    frames: Any = ase.io.read(source, ":")
+    for atoms in frames:
+        del atoms.info["REF_stress"]
+    ase.io.write(path, frames, format="extxyz")
+    return path
+
+
+@pytest.mark.parametrize("layer", ["spin", "magnitude"])
+def test_stress_counts_as_the_others_where_frames_have_it(iron: Path, tmp_path: Path, layer: str) -> None:
+    settings = {"magnetism.layer": layer, "training.second_stage.start": 2}
+
+    def weights(run: forcetune.Run) -> tuple[float, float]:
+        training = forcetune.load_config(run.folder / "config.yaml").training
+        return training.loss.stress, training.second_stage.loss.stress
+
+    first = fit(iron, tmp_path / "with", 2, **settings)
+    assert weights(first) == (1, 1)
+    given = {"model": iron / "iron.model", "method": "readout", "epochs": 2, "valid": 4}
+    train = without_stress(tmp_path / "train.xyz", iron / "train.xyz")
+    bare = forcetune.fit(train, out=tmp_path / "bare", settings=SETTINGS | settings, **given)
+    assert weights(bare) == (0, 0)
+    # what the labels of one run decided is decided again for other frames
+    given = {"config": bare.folder / "config.yaml", "valid": 4}
+    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **given)) == (1, 1)
+    asked = {"training.loss.stress": 1.0}
+    with pytest.raises(InputError, match="no training frame has stress labels"):
+        forcetune.fit(out=tmp_path / "no", settings=asked, **given)
 
 
 @pytest.mark.parametrize("rate", [None, 0.02])
@@ -202,7 +235,7 @@ def test_the_layer_has_a_learning_rate_of_its_own(iron: Path, rate: float | None
 def test_ranks_from_gradients_go_with_a_layer(iron: Path, tmp_path: Path) -> None:
     run = fit(iron, tmp_path / "run", 2, "elora", **{"method.init": "gradient", "method.budget": 600})
     assert run.after["test"].moment_mae_mub is not None
-    alone = {f"training.loss.{name}": 0.0 for name in ("energy", "forces")}
+    alone = {f"training.loss.{name}": 0.0 for name in ("energy", "forces", "stress")}
     with pytest.raises(InputError, match="moments alone"):
         fit(iron, tmp_path / "no", 2, "elora", **{"method.init": "gradient"}, **alone)
 

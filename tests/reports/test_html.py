@@ -301,6 +301,30 @@ def test_without_test_split(tmp_path: Path) -> None:
     assert page.text.index("Validation 50 frames") < page.text.index("Training 450")
 
 
+def test_every_test_set_is_shown(tmp_path: Path) -> None:
+    """``fit --test one.xyz --test two.xyz`` names its test sets."""
+    results = results_of()
+    for part in ("data", "errors"):
+        results[part]["test cold"], results[part]["test hot"] = results[part].pop("test"), results[part]["valid"]
+    results["data"]["test cold"] = data_of("cold", 40)
+    results["data"]["test hot"] = data_of("hot", 71)
+    text = report(write_run(tmp_path / "run", results=results)).text
+    data = text[text.index("SHA-256") - 400 :]
+    places = [data.index(name) for name in ("Training", "Validation", "Test cold", "Test hot")]
+    assert places == sorted(places)
+    assert "data/hot.xyz" in data and "data/cold.xyz" in data and "71" in data[places[3] :]
+    # and what was never trained on comes first among the errors
+    heads = [text.index(f"{name} {count} frames") for name, count in (("Test cold", 40), ("Test hot", 50))]
+    assert max(heads) < text.index("Validation 50 frames") < text.index("Training 450 frames")
+
+
+def test_the_date_is_written_without_what_windows_lacks(tmp_path: Path) -> None:
+    page = report(write_run(tmp_path / "run", results=results_of()))
+    assert "4 March 2026, 15:06" in page.text
+    results = results_of() | {"created": "some day"}
+    assert "some day" in report(write_run(tmp_path / "run", results=results)).text
+
+
 def test_without_validation(tmp_path: Path) -> None:
     results = results_of()
     del results["errors"]["valid"], results["data"]["valid"]
@@ -364,7 +388,7 @@ def cut_short(path: Path) -> None:
 
 
 def wrong_type(path: Path) -> None:
-    path.write_text('{"errors": {"test": {"after": {"energy_mae_mev": "many"}}}}')
+    path.write_text('{"errors": {"test": {"after": {"energy_mae_mev": "many"}}}}', encoding="utf-8")
 
 
 @pytest.mark.parametrize(

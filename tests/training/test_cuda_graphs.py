@@ -19,8 +19,8 @@ from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
-from forcetune.kernels.install import accelerate, with_plan
 from forcetune.kernels.layout import CUDA_CHUNK_COST, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.plan import with_plan
 from forcetune.kernels.recording import UntraceableError
 from forcetune.training.losses import label_weights
 from forcetune.training.traced import TracedStep, Workers, layout_for
@@ -33,7 +33,6 @@ MOLECULES = [cluster(seed=seed, atoms=5 + seed % 3) for seed in range(9)]
 def tuned(name: str = "mmea", seed: int = 5, **options: Any) -> MaceBackbone:
     model = backbone(**SMALL | options)
     perturb(attach(model, method(name)), seed=seed)
-    accelerate(model)
     return model
 
 
@@ -190,7 +189,6 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
 def test_a_cuda_graph_computes_what_the_eager_step_does(name: str) -> None:
     model = backbone(**SMALL, device="cuda")
     perturb(attach(model, method(name)))
-    accelerate(model)
     graphs = labelled_graphs(model)
     config = TrainingConfig.model_validate({"batch_size": 2, "compile": "on"})
     layout = layout_for(model, config, BatchLoader(graphs, 2), 2)

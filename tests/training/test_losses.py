@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from forcetune.backbones.protocol import Prediction
-from forcetune.config import LossConfig
-from forcetune.graphs.graph import Batch, collate, graph_of
-from forcetune.training.losses import loss_of
+from forcetune.config import LossConfig, TrainingConfig
+from forcetune.graphs.graph import Batch, collate, graph_of, parts_of
+from forcetune.training.losses import LossSums, loss_of
+from forcetune.training.weights import settle
 from systems import cluster, frames_of
 
 
@@ -66,6 +68,63 @@ def test_stress_term() -> None:
     stress[1] = math.nan
     found = loss_of(LossConfig(stress=10.0), prediction([0.0, 0.0], stress=0.3), replace(batch, stress=stress))
     assert float(found.detach()) == pytest.approx(10 * 0.2**2)
+
+
+def test_weights_of_the_file_multiply_errors_and_not_the_number_of_labels() -> None:
+    config = LossConfig(forces=10.0, stress=7.0)
+    factors = torch.tensor([[2.0, 0.5, 3.0, 1.0], [1.0, 4.0, 1.0, 1.0]], dtype=torch.float64)
+    stress = torch.zeros(2, 3, 3, dtype=torch.float64)
+    batch = replace(batch_of([0.0, 2.0], forces=0.1), stress=stress, file_weights=factors)
+    predicted = prediction([1.0, 5.0], forces=0.3, stress=0.1)
+    energy, forces, of_stress = (2 * 1 + 9) / 2, 0.2**2 * (2 * 0.5 + 4 * 4.0) / 6, 0.1**2 * (3 + 1) / 2
+    expected = energy + 10 * forces + 7 * of_stress
+    assert float(loss_of(config, predicted, batch).detach()) == pytest.approx(expected)
+    sums = LossSums(config)
+    sums.add(predicted, batch)
+    assert sums.loss() == pytest.approx(expected)
+    # all frames ten times as heavy are ten times the loss, in batches of one, too
+    heavy = replace(batch, file_weights=10 * factors)
+    assert float(loss_of(config, predicted, heavy).detach()) == pytest.approx(10 * expected)
+
+
+def test_weights_of_a_file_reach_batches_and_their_parts() -> None:
+    frames = [
+        replace(frame, energy_weight=2.0 + k, stress_weight=0.5) for k, frame in enumerate(frames_of(*3 * [cluster()]))
+    ]
+    batch = collate([graph_of(frame, 4.0) for frame in frames]).to(dtype=torch.float32)
+    assert batch.file_weights.dtype == torch.float64
+    assert batch.file_weights.tolist() == [[2.0 + k, 1.0, 0.5, 1.0] for k in range(3)]
+    assert torch.cat([part.file_weights for part in parts_of(batch, 2)]).equal(batch.file_weights)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labelled", "magnetic", "stress"),
+    [
+        ({}, {"energy", "forces", "stress"}, False, 1e6),
+        ({}, {"energy", "forces"}, False, 0.0),
+        ({"stress": 0.0}, {"energy", "forces", "stress"}, False, 0.0),
+        ({"stress": 7.0}, {"energy", "forces", "stress"}, False, 7.0),
+        ({"forces": 10.0, "form": "huber"}, {"energy", "forces", "stress"}, False, 100.0),
+        ({"forces": 1.0, "form": "huber"}, {"energy", "forces", "stress"}, True, 1.0),
+        ({"stress": 7.0}, {"energy", "forces"}, False, 7.0),
+    ],
+)
+def test_weight_of_stress(loss: dict[str, Any], labelled: set[str], magnetic: bool, stress: float) -> None:
+    config = TrainingConfig.model_validate({"loss": loss})
+    found = settle(config, labelled, magnetic)
+    assert found.loss.stress == found.loss.stress_weight == stress
+    assert config.loss.stress is loss.get("stress") or config.loss.stress == loss.get("stress")
+
+
+def test_a_second_stage_has_a_weight_of_stress_of_its_own() -> None:
+    assert settle(TrainingConfig(), {"energy", "forces", "stress"}).second_stage.loss.stress == 1e5
+
+
+@pytest.mark.parametrize("label", ["energy", "forces"])
+def test_labels_that_are_not_read_weigh_nothing(label: str) -> None:
+    found = settle(TrainingConfig(), {"energy", "forces"} - {label})
+    assert getattr(found.loss, label) == getattr(found.second_stage.loss, label) == 0
+    assert found.loss.energy + found.loss.forces > 0
 
 
 def test_prediction_that_is_no_number_shows() -> None:

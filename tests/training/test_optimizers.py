@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from forcetune.adapters.attach import attach, detach
-from forcetune.adapters.methods import method
+from forcetune.adapters.methods import custom_method, method
+from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.config import ScheduleConfig, TrainingConfig
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from systems import backbone
@@ -67,6 +69,37 @@ def test_weight_decay_acts_on_linear_and_contraction_sites_only(name: str, kind:
     assert len(decay) == len(list(adapter.parameters()))
     assert name != "adam" or all(group["amsgrad"] for group in optimizer.param_groups)
     detach(model)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "schedulefree"])
+def test_sparse_updates_decay_at_every_site_and_decoupled(name: str) -> None:
+    """ΔW ← (1 − η λ_Δ) ΔW, whatever the layer; with a large gradient it is the same."""
+    table = {kind: [{"update": "SoftThreshold"}] for kind in ("linear", "readout", "tensor_product", "contraction")}
+    rate, decay = 1e-2, 0.3
+    config = TrainingConfig.model_validate({"optimizer": name, "weight_decay": decay, "ema": None})
+    kinds = set()
+    for pull in (0.0, 1e3):
+        model = backbone()
+        adapter = attach(model, custom_method("mine", table))
+        optimizer: Any = make_optimizer(adapter, config, rate, 10)
+        if name == "schedulefree":
+            optimizer.train()
+        changes = [
+            (site.kind, adapter.part(site, SparseWeight).change)
+            for site in adapter.sites
+            if adapter.part(site, SparseWeight) is not None
+        ]
+        before = [change.detach().clone() for _, change in changes]
+        for parameter in adapter.parameters():
+            parameter.grad = torch.full_like(parameter, pull)
+        optimizer.step()
+        if name == "schedulefree":
+            optimizer.eval()
+        step = rate if pull else 0.0  # Adam's first step, whatever the size of the gradient
+        for (kind, change), old in zip(changes, before, strict=True):
+            torch.testing.assert_close(change.detach(), (1 - rate * decay) * old - step, rtol=1e-9, atol=1e-9)
+            kinds.add(kind)
+    assert kinds == set(table)
 
 
 def test_moving_average_follows_its_formula_and_gives_the_weights_back() -> None:

@@ -16,20 +16,20 @@ import forcetune
 from forcetune.adapters.attach import attach, attached
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.network import NetworkBackbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneWarning
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
-from forcetune.kernels.install import accelerate
 from forcetune.kernels.recording import UntraceableError
 from forcetune.training import replay_head, traced
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead
 from forcetune.training.traced import TracedStep, TracedTraining, Workers, frames_of_part, layout_for
 from forcetune.training.train import train
-from systems import backbone, cluster, crystal, frames_of, perturb, write_labelled, write_model
+from systems import backbone, cluster, crystal, frames_of, library, perturb, write_labelled, write_model
 from terminal import Command
 
 SMALL = {"max_ell": 1, "correlation": 2, "hidden_irreps": "4x0e+4x1o", "elements": (1, 6, 7, 8)}
@@ -41,7 +41,6 @@ def tuned(name: str, **options: Any) -> MaceBackbone:
     """A small model with an adapter that is no longer that of the start."""
     model = backbone(**SMALL | options)
     perturb(attach(model, method(name)))
-    accelerate(model)
     return model
 
 
@@ -55,7 +54,9 @@ def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
         if index % 4 == 3:
             forces[1:] = torch.nan
         energy = torch.randn(1, generator=generator, dtype=torch.float64) if index % 3 else graph.energy
-        found.append(replace(graph, energy=energy, forces=forces, stress=stress, weight=graph.weight + index % 2))
+        labels = {"energy": energy, "forces": forces, "stress": stress}
+        own = 0.5 + torch.rand(1, 4, generator=generator, dtype=torch.float64)
+        found.append(replace(graph, **labels, weight=graph.weight + index % 2, file_weights=own))
     return found
 
 
@@ -130,7 +131,6 @@ def test_single_precision(two_threads: None) -> None:
     """Within 1e-3 of the largest gradient: sums come in another order."""
     model = backbone(**SMALL | {"dtype": torch.float32})
     perturb(attach(model, method("mmea")))
-    accelerate(model)
     graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
     step = step_of(model, graphs, LossConfig(), 4)
     assert_eager(step, collate(graphs[:4]), 1e-3)
@@ -188,7 +188,7 @@ def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch)
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
 
-def reason(model: MaceBackbone, graphs: Sequence[Batch], **options: Any) -> UntraceableError:
+def reason(model: NetworkBackbone, graphs: Sequence[Batch], **options: Any) -> UntraceableError:
     config = TrainingConfig.model_validate({"batch_size": 3, "compile": "on"} | options)
     loader = BatchLoader(graphs, config.batch_size)
     with pytest.raises(UntraceableError) as caught:
@@ -207,7 +207,7 @@ def test_reasons_for_eager_steps() -> None:
     assert "packed by a budget" in str(packed) and not packed.wanted
     uneven = graphs_of(model, frames_of(*[cluster(atoms=2, seed=seed) for seed in range(9)], cluster(atoms=27)))
     assert "would be filling" in str(reason(model, uneven))
-    slow = backbone(**SMALL)
+    slow = library(**SMALL)
     attach(slow, method("readout"))
     assert "do not cover" in str(reason(slow, graphs))
 
@@ -229,7 +229,6 @@ def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:
     for choice in ("off", "on"):
         model = backbone(**SMALL)
         adapter = attach(model, method("mmea"))
-        accelerate(model)
         graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
         config = TrainingConfig.model_validate({"epochs": 3, "batch_size": 4, "compile": choice})
         (tmp_path / choice).mkdir()

@@ -12,11 +12,13 @@ import torch
 from forcetune.adapters.attach import adapter_of, attach, detach
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.config import TrainingConfig
+from forcetune.config import ScheduleConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors, graphs_of, predict
 from forcetune.frames.read import frames_from_atoms
 from forcetune.frames.references import reference_energies
+from forcetune.training.module import FineTuning
+from forcetune.training.optimizers import LearningRate
 from forcetune.training.train import TrainingOutcome, train
 from systems import backbone, labelled
 
@@ -102,6 +104,48 @@ def test_second_stage_changes_loss_and_rate_and_chooses_anew(model: MaceBackbone
     assert [float(row["learning_rate"]) for row in table] == pytest.approx([5e-3] * 3 + [1e-4] * 3)
     assert outcome.best_epoch >= 4
     assert len(saved) >= 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "stages", "ended"),
+    [
+        # losses of the validations; each stage stops after two without improvement
+        ([5, 6, 7, 9, 8, 7], {"epochs": 40, "second_stage": {"start": 38}}, "111222", "finished"),
+        ([5, 6, 7, 9, 10, 11], {"epochs": 40, "second_stage": {"start": 36}}, "111222", "stopped early"),
+        ([5, 4, 3, 2], {"epochs": 4, "second_stage": {"start": 3}}, "1122", "finished"),
+        ([5, 6, 7, 8], {"epochs": 4, "second_stage": {"start": 4}}, "1112", "finished"),
+        # one planned epoch, and on to the next validation
+        ([5, 6, 7, 9], {"epochs": 12, "valid_every": 2, "second_stage": {"start": 12}}, "11111122", "finished"),
+        ([5, 6, 7], {"epochs": 40}, "111", "stopped early"),
+    ],
+)
+def test_early_stopping_of_the_first_stage_begins_the_second(
+    model: MaceBackbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: list[float],
+    options: dict[str, Any],
+    stages: str,
+    ended: str,
+) -> None:
+    validate, told = FineTuning._validation, iter(losses)
+    monkeypatch.setattr(FineTuning, "_validation", lambda self: (next(told), validate(self)[1]))
+    outcome, saved, _ = run(model, tmp_path, "readout", schedule={"name": "cosine"}, early_stopping=2, **options)
+    table = rows(tmp_path)
+    assert "".join(row["stage"] for row in table) == stages
+    assert next(told, None) is None
+    assert outcome.status == ended
+    assert outcome.epochs_done == len(stages)
+    second = [index for index, stage in enumerate(stages) if stage == "2"]
+    if second:
+        # the rate is that of the planned epochs
+        skipped = options["second_stage"]["start"] - 1 - second[0]
+        assert outcome.epochs_skipped == skipped
+        schedule = LearningRate(ScheduleConfig(name="cosine"), 1e-3, options["epochs"])
+        for index in second:
+            assert float(table[index]["learning_rate"]) == pytest.approx(schedule.at(index + 1 + skipped))
+        assert outcome.best_epoch > second[0]
+        assert len(saved) >= 2
 
 
 def test_moving_average_is_what_is_validated_and_saved(model: MaceBackbone, tmp_path: Path) -> None:

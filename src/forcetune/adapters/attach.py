@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 
 from forcetune.adapters.magnetic import MagneticPart
 from forcetune.adapters.methods import Method
-from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.adapters.updates.soft_threshold import SparseWeight
-from forcetune.backbones.protocol import Backbone, Site
+from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
-
-ATTRIBUTE = "forcetune_adapter"
+from forcetune.kernels.features import Features, features_of
+from forcetune.parsing import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Adapter(nn.Module):
     Attributes:
         method: the table it was built from.
         enabled: when False the backbone behaves as if nothing were attached.
+        folded: its weight updates were written into the backbone's weights and are no longer among its parts.
         magnetic: its magnetic layer, if it has one.
     """
 
@@ -88,12 +90,14 @@ class Adapter(nn.Module):
         self.sites = sites = backbone.sites()
         model = backbone.model
         self.enabled = True
+        self.folded = False
         self.parts = nn.ModuleDict()
         for site in sites:
             weight = _parameter(model, site)
             for update in method.updates_at(site):
                 part = update.build(site, weight)
                 if part is not None:
+                    part.update_name = update.name
                     self.parts[part_key(site, type(part))] = part
         # after the updates, which start at the same random values with and without it
         options = method.magnetism
@@ -101,6 +105,7 @@ class Adapter(nn.Module):
         self._handles: list[Any] = []
         self._required_grad: dict[str, bool] = {}
         self._references: dict[int, float] = {}
+        self._base: Base | None = None
 
     def part(self, site: Site, kind: type[nn.Module]) -> Any:
         """The part of one kind at ``site``, or None."""
@@ -113,6 +118,15 @@ class Adapter(nn.Module):
             yield key, part
         if self.magnetic is not None:
             yield "magnetism|layer", self.magnetic
+
+    @property
+    def equivariant(self) -> bool:
+        """Whether everything it does keeps rotational symmetry."""
+        return self.method.equivariant
+
+    def updates_at(self, site: Site) -> tuple[Update, ...]:
+        """The updates made at ``site``."""
+        return self.method.updates_at(site)
 
     def effective_weight(self, site: Site, weight: Tensor) -> Tensor:
         """W' at ``site`` for the frozen W."""
@@ -135,7 +149,7 @@ class Adapter(nn.Module):
                 site.name: [p for k in (WeightUpdate, ActivationUpdate) if (p := self.part(site, k))] for site in sites
             }
             covered = [site for site in sites if parts[site.name]]
-            updates = dict.fromkeys(update.describe() for site in covered for update in self.method.updates_at(site))
+            updates = dict.fromkeys(update.describe() for site in covered for update in self.updates_at(site))
             result.append(
                 Coverage(
                     kind=kind,
@@ -224,14 +238,19 @@ class _ChangeOutput:
         self.adapter = adapter
         self.part = part
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self.adapter.enabled:
             return None
-        if not self.part.reads_species:
-            return self.part(args[0], output)
-        # the kernels hand on what the layers of a step share instead of the species alone
-        second = args[1]
-        return self.part(args[0], output, second if isinstance(second, Tensor) else second.attributes)
+        if self.part.reads_species:
+            # a layer that knows the species is given what the layers of a step share, or by the library the species
+            second = args[1]
+            species = second if isinstance(second, Tensor) else second.attributes
+            changed = self.part(args[0], output, species)
+        else:
+            changed = self.part(args[0], output)
+        if isinstance(output, Features) and isinstance(changed, Tensor):
+            return features_of(changed, output.layout, geometric=True, trains=True)
+        return changed
 
 
 def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapter:
@@ -270,10 +289,15 @@ def reattach(backbone: Backbone, adapter: Adapter) -> None:
     Reference energies stay the backbone's own.
 
     Raises:
-        InputError: an adapter is attached already.
+        InputError: an adapter is attached already, or this one was taken out of a model with other weights.
     """
     if adapter_of(backbone) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
+    if adapter._base is not None and adapter._base.fingerprint != backbone.base.fingerprint:
+        raise InputError(
+            f"this adapter belongs to {adapter._base.name} and not to {backbone.base.name}"
+            f"{folded_note(backbone.base)}; put it on its own base."
+        )
     adapter._references = backbone.reference_energies
     for name, parameter in backbone.model.named_parameters():
         adapter._required_grad[name] = parameter.requires_grad
@@ -306,7 +330,7 @@ def _install(adapter: Adapter, backbone: Backbone) -> None:
         adapter._handles.append(module.register_forward_pre_hook(_ShowWeights(adapter, shadows)))
         adapter._handles.append(module.register_forward_hook(_HideWeights(shadows), always_call=True))
     backbone.extension = adapter.magnetic
-    model.add_module(ATTRIBUTE, adapter)
+    model.add_module(ADAPTER, adapter)
 
 
 def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
@@ -321,8 +345,14 @@ def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
 
 
 def adapter_of(backbone: Backbone) -> Adapter | None:
-    """The attached adapter, or None."""
-    found = backbone.model._modules.get(ATTRIBUTE)
+    """The attached adapter, or None.
+
+    Raises:
+        InputError: a name or a path was given instead of a loaded backbone.
+    """
+    if isinstance(backbone, str | Path):
+        raise InputError(f"{short(str(backbone))}: load the model first, as in forcetune.load({short(str(backbone))}).")
+    found = backbone.model._modules.get(ADAPTER)
     assert found is None or isinstance(found, Adapter)
     return found
 
@@ -344,7 +374,15 @@ def detach(backbone: Backbone) -> Adapter:
     adapter = attached(backbone)
     _remove(adapter, backbone)
     backbone.set_reference_energies(adapter._references)
+    adapter._base = backbone.base
     return adapter
+
+
+def folded_note(base: Base) -> str:
+    """For a message: that a model is no longer what was loaded, where adapters were folded into its weights."""
+    if not base.folded:
+        return ""
+    return f", into whose weights an adapter ({', '.join(base.folded)}) is folded already"
 
 
 def _remove(adapter: Adapter, backbone: Backbone) -> None:
@@ -352,7 +390,7 @@ def _remove(adapter: Adapter, backbone: Backbone) -> None:
         handle.remove()
     adapter._handles.clear()
     backbone.extension = None
-    del backbone.model._modules[ATTRIBUTE]
+    del backbone.model._modules[ADAPTER]
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_(adapter._required_grad[name])
 
@@ -376,9 +414,11 @@ def disable_adapter(backbone: Backbone) -> Iterator[None]:
 def fold_weights(backbone: Backbone) -> None:
     """Write W' into the backbone's own weights, so that weight updates cost nothing any more; gates stay.
 
-    There is no way back: :func:`detach` afterwards leaves the folded weights.
+    There is no way back: :func:`detach` afterwards leaves the folded weights. The model is then another base, which
+    adapters of the one it was do not fit.
     """
     adapter = attached(backbone)
+    folded = False
     with torch.no_grad():
         for site in adapter.sites:
             part = adapter.part(site, WeightUpdate)
@@ -386,6 +426,13 @@ def fold_weights(backbone: Backbone) -> None:
                 weight = _parameter(backbone.model, site)
                 weight.copy_(part(weight))
                 del adapter.parts[part_key(site, type(part))]
+                folded = True
+    if folded:
+        base = backbone.base
+        backbone.base = replace(
+            base, sha256="", fingerprint=backbone.fingerprint(), source="", folded=(*base.folded, adapter.method.name)
+        )
+        adapter.folded = True
     required = dict(adapter._required_grad)
     references = adapter._references
     _remove(adapter, backbone)

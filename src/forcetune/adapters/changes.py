@@ -12,7 +12,8 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import Adapter, attached
+from forcetune.adapters.combined import CombinedActivation
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.protocol import Backbone, Site, WeightPath
@@ -27,7 +28,7 @@ class PathChange:
 
     Attributes:
         site, kind, path: where; the path of an equivariant layer reads ``order in -> order out``.
-        update: name of the update.
+        update: name of the update; of a combination those of all its adapters.
         size: weights of the path.
         relative: ‖ΔW‖ / ‖W‖ (Frobenius).
         changed: share of weights with ΔW ≠ 0.
@@ -94,10 +95,11 @@ def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
     adapter = attached(backbone)
     found: list[PathChange] = []
     for site, weight, delta in _weight_updates(backbone):
-        update = next(u.name for u in adapter.method.updates_at(site) if u.name != "Gate")
+        # what no weight can absorb stands beside it and is none of its changes
+        update = " + ".join(dict.fromkeys(one.name for one in adapter.updates_at(site) if one.mergeable))
         for path in site.paths:
-            part = slice(path.start, path.start + path.size)
-            old, new = weight[part].view(path.shape), delta[part].view(path.shape)
+            place = slice(path.start, path.start + path.size)
+            old, new = weight[place].view(path.shape), delta[place].view(path.shape)
             found.append(_path_change(site, path, update, old, new, backbone.elements))
     return tuple(found)
 
@@ -133,25 +135,29 @@ def _path_change(
         changed=float((delta != 0).double().mean()),
         singular=tuple(float(value) / norm for value in values[:SINGULAR_VALUES]),
         stable_rank=(size / largest) ** 2 if largest > 0 else 0.0,
-        channels=float((matrix != 0).any(dim=0).double().mean()),
-        elements=_by_element(path, site.kind, weight, delta, elements),
+        channels=float((matrix != 0).any(dim=1 if path.transposed else 0).double().mean()),
+        elements=_by_element(path, weight, delta, elements),
     )
 
 
-def _by_element(
-    path: WeightPath, kind: str, weight: Tensor, delta: Tensor, elements: Sequence[int]
-) -> dict[str, float]:
-    """Contractions are (elements, couplings, channels); a tensor product's fan in runs over channels, then elements."""
+def _by_element(path: WeightPath, weight: Tensor, delta: Tensor, elements: Sequence[int]) -> dict[str, float]:
     count = len(elements)
-    if kind.startswith("contraction") and path.shape[0] == count:
-        old, new = weight.reshape(count, -1), delta.reshape(count, -1)
-    elif kind == "tensor_product" and path.shape[0] % count == 0:
-        shape = (path.shape[0] // count, count, path.shape[1])
-        old, new = (tensor.reshape(shape).transpose(0, 1).reshape(count, -1) for tensor in (weight, delta))
-    else:
+    if path.by_element is None or path.by_element[1] != count:
         return {}
+    old, new = (tensor.reshape(path.by_element).transpose(0, 1).reshape(count, -1) for tensor in (weight, delta))
     ratios = torch.linalg.vector_norm(new, dim=1) / torch.linalg.vector_norm(old, dim=1).clamp(min=1e-300)
     return {chemical_symbols[number]: float(ratio) for number, ratio in zip(elements, ratios, strict=True)}
+
+
+def _gates_of(adapter: Adapter) -> Iterator[tuple[str, GateActivation]]:
+    """Every gate by the name of its site, which those of a combination have the name of their adapter behind."""
+    for site in adapter.sites:
+        part = adapter.part(site, ActivationUpdate)
+        if isinstance(part, CombinedActivation):
+            gates = ((f"{site.name} ({member})", own) for member, own in part.parts().items())
+            yield from ((name, gate) for name, gate in gates if isinstance(gate, GateActivation))
+        elif isinstance(part, GateActivation):
+            yield site.name, part
 
 
 @contextmanager
@@ -164,28 +170,27 @@ def recorded_gates(backbone: Backbone) -> Iterator[list[GateChange]]:
     adapter = attached(backbone)
     seen: dict[tuple[str, int, str], list[np.ndarray]] = {}
     outputs: dict[tuple[str, int], list[float]] = {}
-    parts = ((site, adapter.part(site, ActivationUpdate)) for site in adapter.sites)
-    watched = [(site, part) for site, part in parts if isinstance(part, GateActivation)]
+    watched = list(_gates_of(adapter))
     found: list[GateChange] = []
 
-    def watch(site: Site, gate: GateActivation) -> Any:
+    def watch(name: str, gate: GateActivation) -> Any:
         def look(shifts: Tensor | None, gains: Tensor | None, blocks: Sequence[Tensor]) -> None:
             for index, (shift, gain) in enumerate(gate.per_block(shifts, gains)):
                 value, quantity = (shift, "shift") if shift is not None else (gain, "gain")
                 if value is not None:
-                    seen.setdefault((site.name, index, quantity), []).append(value.detach().double().cpu().numpy())
-                    outputs.setdefault((site.name, index), []).append(float(blocks[index].detach().square().mean()))
+                    seen.setdefault((name, index, quantity), []).append(value.detach().double().cpu().numpy())
+                    outputs.setdefault((name, index), []).append(float(blocks[index].detach().square().mean()))
 
         return look
 
-    for site, gate in watched:
-        gate.watcher = watch(site, gate)
+    for name, gate in watched:
+        gate.watcher = watch(name, gate)
     try:
         yield found
     finally:
         for _, gate in watched:
             gate.watcher = None
-    gates = {site.name: gate for site, gate in watched}
+    gates = dict(watched)
     for (name, index, quantity), values in seen.items():
         block = gates[name].blocks_out[index]
         numbers = np.concatenate([value.ravel() for value in values])

@@ -4,60 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
-
-from forcetune.adapters.attach import Adapter, adapter_of, detach, part_key, reattach
-from forcetune.adapters.file import load_adapter
-from forcetune.adapters.methods import Method
-from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
+from forcetune.adapters.attach import Adapter, adapter_of, detach, reattach
+from forcetune.adapters.combined import CombinedAdapter
+from forcetune.adapters.file import is_member_name, load_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
-from forcetune.kernels.features import Features
-
-
-class CombinedWeight(WeightUpdate):
-    """W + Σ s (W′ − W) over the members, each W′ made from the base's own W."""
-
-    def __init__(self, scales: Mapping[str, float]) -> None:
-        super().__init__()
-        self.members = nn.ModuleDict()
-        self._scales = scales
-
-    def forward(self, weight: Tensor) -> Tensor:
-        found = weight
-        for name, part in self.members.items():
-            scale = self._scales[name]
-            if scale:
-                found = found + scale * (part(weight) - weight)
-        return found
-
-
-class CombinedActivation(ActivationUpdate):
-    """The members one after the other: out ← out + s (out′ − out)."""
-
-    def __init__(self, scales: Mapping[str, float]) -> None:
-        super().__init__()
-        self.members = nn.ModuleDict()
-        self._scales = scales
-
-    @property
-    def reads_species(self) -> bool:
-        return any(part.reads_species for part in self.members.values())  # pyright: ignore[reportReturnType]
-
-    def forward(self, inputs: Tensor, outputs: Any, species: Tensor | None = None) -> Any:
-        for name, part in self.members.items():
-            scale = self._scales[name]
-            if not scale:
-                continue
-            changed = part(inputs, outputs, species) if part.reads_species else part(inputs, outputs)
-            outputs = changed if scale == 1 else _flat(outputs) + scale * (_flat(changed) - _flat(outputs))
-        return outputs
-
-
-def _flat(value: Any) -> Tensor:
-    return value.flat if isinstance(value, Features) else value
 
 
 class Combination:
@@ -66,7 +18,8 @@ class Combination:
     Weights become W + Σ s (W′ − W); what gates and the like do to an output is blended the same way, one after the
     other in the order in which they were added; reference energies become E0 + Σ s (E0′ − E0). A scale of 1 for one
     and 0 for the others is that one adapter exactly. The backbone predicts, deploys and merges
-    (:func:`forcetune.adapters.attach.merge_weights`) as with a single adapter.
+    (:func:`forcetune.adapters.attach.merge_weights`) as with a single adapter, and the whole of it is saved and loaded
+    as one, with the scales that it has then.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -91,7 +44,7 @@ class Combination:
         """Load one more adapter.
 
         Args:
-            name: to call it by; without dots.
+            name: to call it by; without dots and slashes.
             folder: adapter folder or run folder.
             scale: 1 as trained, 0 off.
 
@@ -99,15 +52,17 @@ class Combination:
             InputError: a name twice, an adapter of another base or one with a magnetic layer; the combination stays as
                 it was.
         """
-        if name in self._members or not name or "." in name:
-            raise InputError(f"adapter name {name!r}: take another one, without dots and not yet in use.")
+        if name in self._members or not is_member_name(name):
+            raise InputError(f"adapter name {name!r}: take another one, without dots and slashes and not yet in use.")
         self._lift()
         path = Path(folder)
         path = path / "adapter" if (path / "adapter").is_dir() else path
         try:
-            if load_adapter(self.backbone, path).magnetic is not None:
+            loaded = load_adapter(self.backbone, path)
+            if loaded.magnetic is not None or isinstance(loaded, CombinedAdapter):
                 detach(self.backbone)
-                raise InputError(f"{path}: has a magnetic layer, which cannot be combined with others; use it alone.")
+                what = "has a magnetic layer" if loaded.magnetic is not None else "is a combination itself"
+                raise InputError(f"{path}: {what}, which cannot be combined with others; use it alone.")
             self._references[name] = self.backbone.reference_energies
             self._members[name] = detach(self.backbone)
             self._scales[name] = float(scale)
@@ -157,16 +112,7 @@ class Combination:
         """Attach one part for each site that has any, which holds those of all members."""
         if not self._members:
             return
-        method = Method("combination", {}, f"{' + '.join(self._members)}")
-        combined = Adapter(method, self.backbone)
-        for kind, holder in ((WeightUpdate, CombinedWeight), (ActivationUpdate, CombinedActivation)):
-            for site in combined.sites:
-                parts = {name: member.part(site, kind) for name, member in self._members.items()}
-                if any(part is not None for part in parts.values()):
-                    combined.parts[part_key(site, kind)] = made = holder(self._scales)
-                    made.members.update({name: part for name, part in parts.items() if part is not None})
-        combined.requires_grad_(False)
-        reattach(self.backbone, combined)
+        reattach(self.backbone, CombinedAdapter(self.backbone, self._members, self._scales))
         self._set_references()
 
     def _set_references(self) -> None:

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, detach
+from forcetune.adapters.attach import Adapter, attach, attached, detach, folded_note, reattach
+from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
@@ -30,6 +31,8 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
+FILE_NAMES = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
+"""All that an adapter folder has."""
 UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
 LARGEST_CONFIG = 16 * 2**20
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32)
@@ -56,8 +59,16 @@ class BaseRecord(_Part):
     parameters: int
 
 
+class MemberRecord(_Part):
+    """One of several adapters in one folder; they act in the order of their records."""
+
+    name: str
+    method: dict[str, Any]
+    scale: float
+
+
 class AdapterConfig(_Part):
-    """Content of ``adapter_config.json``."""
+    """Content of ``adapter_config.json``; only combinations have the field of that name."""
 
     format_version: int
     forcetune: str
@@ -70,6 +81,18 @@ class AdapterConfig(_Part):
     trainable: int
     training_data_sha256: str | None = None
     metrics: dict[str, Any] = Field(default={})
+    combination: tuple[MemberRecord, ...] | None = None
+
+    @property
+    def methods(self) -> list[Method]:
+        """The method, or those of a combination's adapters.
+
+        Raises:
+            InputError: one of them cannot be read.
+        """
+        if self.combination is None:
+            return [Method.from_json(self.method)]
+        return [Method.from_json(member.method) for member in self.combination]
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -138,7 +161,7 @@ def save_adapter(
     training_data_sha256: str | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> AdapterConfig:
-    """Write the attached adapter as a folder; an existing one is replaced in one step.
+    """Write the attached adapter as a folder; an existing one is replaced in one step, other files in it stay.
 
     Args:
         backbone: carries the adapter.
@@ -148,9 +171,16 @@ def save_adapter(
         metrics: errors and the like, kept in the configuration and the card.
 
     Raises:
-        InputError: no adapter is attached, or the place cannot be written.
+        InputError: no adapter is attached, or the place cannot be written, such as a folder of something else with a
+            file of the same name.
     """
     adapter = attached(backbone)
+    if adapter.folded:
+        raise InputError(
+            "the weight updates of this adapter are folded into the weights of the model, so that it can no longer be "
+            "saved; load it again without folding (forcetune.load_adapter)."
+        )
+    check_adapter_place(Path(folder))
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         forcetune=__version__,
@@ -162,14 +192,44 @@ def save_adapter(
         trainable=adapter.trainable,
         training_data_sha256=training_data_sha256,
         metrics=dict(metrics or {}),
+        combination=_members_of(adapter),
     )
     tensors = {name: stored_as(tensor, stored_dtype) for name, tensor in adapter_tensors(adapter).items()}
     with atomic_folder(folder) as temporary:
         (temporary / TENSORS_NAME).write_bytes(save(tensors, metadata={"format": "pt"}))
-        text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
+        unused = {"combination"} if config.combination is None else None
+        text = json.dumps(config.model_dump(mode="json", exclude=unused), indent=2, sort_keys=True, ensure_ascii=False)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         (temporary / CARD_NAME).write_text(_card(config), encoding="utf-8")
     return config
+
+
+def _members_of(adapter: Adapter) -> tuple[MemberRecord, ...] | None:
+    if not isinstance(adapter, CombinedAdapter):
+        return None
+    return tuple(
+        MemberRecord(name=name, method=method.to_json(), scale=adapter.scales[name])
+        for name, method in adapter.methods.items()
+    )
+
+
+def is_member_name(name: str) -> bool:
+    """Whether an adapter of a combination can be called that."""
+    return bool(name) and not set(name) & set("./\\|")
+
+
+def check_adapter_place(folder: Path) -> None:
+    """
+    Raises:
+        InputError: an adapter written to this folder would replace a file of something else.
+    """
+    if not (folder / CONFIG_NAME).exists():
+        taken = [name for name in FILE_NAMES if (folder / name).exists()]
+        if taken:
+            raise InputError(
+                f"{folder}: is no adapter folder (no {CONFIG_NAME}), and its {taken[0]} would be replaced; choose "
+                "another folder."
+            )
 
 
 def read_adapter_config(folder: str | Path) -> AdapterConfig:
@@ -233,8 +293,8 @@ def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) ->
         differences.insert(0, f"fingerprint {wanted.fingerprint[:12]} there, {given.fingerprint[:12]} here")
     if differences:
         raise InputError(
-            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({given.name}): "
-            f"{'; '.join(differences)}. Load the adapter on its own base."
+            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({given.name}"
+            f"{folded_note(backbone.base)}): {'; '.join(differences)}. Load the adapter on its own base."
         )
 
 
@@ -247,7 +307,7 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     config = read_adapter_config(folder)
     check_base(config, backbone, folder)
     try:
-        adapter = attach(backbone, Method.from_json(config.method))
+        adapter = _attach_for(config, backbone)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{folder}: the method of this adapter cannot be built ({error}).") from error
     try:
@@ -257,6 +317,26 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     except BaseException:
         detach(backbone)
         raise
+    return adapter
+
+
+def _attach_for(config: AdapterConfig, backbone: Backbone) -> Adapter:
+    """Attach what a configuration describes, whose tensors are to follow."""
+    if config.combination is None:
+        return attach(backbone, Method.from_json(config.method))
+    names = [member.name for member in config.combination]
+    methods = dict(zip(names, config.methods, strict=True))
+    if not names or len(methods) < len(names) or not all(map(is_member_name, names)):
+        raise ValueError("a combination needs adapters, with different names without dots and slashes")
+    if any(method.magnetism is not None for method in methods.values()):
+        raise ValueError("adapters with a magnetic layer cannot be combined")
+    with torch.random.fork_rng(devices=[]):
+        members = {name: Adapter(method, backbone) for name, method in methods.items()}
+    scales = {member.name: member.scale for member in config.combination}
+    if not all(map(math.isfinite, scales.values())):
+        raise ValueError("a scale is not finite")
+    adapter = CombinedAdapter(backbone, members, scales)
+    reattach(backbone, adapter)
     return adapter
 
 

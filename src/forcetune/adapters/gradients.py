@@ -87,7 +87,7 @@ def within_budget(method: Method, sites: tuple[Site, ...], gradients: Mapping[st
                 key = f"{site.name}/{path.name}"
                 values[key] = torch.linalg.svdvals(as_matrix(flat, path)).square()[: full_rank(path)]
                 costs[key] = update.cost(path)
-                spent += path.shape[-1] if update.norms else 0
+                spent += update.n_norms(path)
                 queue.append((-float(values[key][0]) / costs[key], key, 1))
     if not queue:
         raise InputError(f"method.budget: {method.name} has no low-rank updates to share a budget among.")

@@ -144,7 +144,7 @@ class Method:
         """
         try:
             table = {
-                str(kind): tuple(_update_from_json(entry) for entry in entries)
+                str(kind): tuple(_update_from_json(entry, of_file=True) for entry in entries)
                 for kind, entries in data["table"].items()
             }
             target = data.get("target")
@@ -178,9 +178,11 @@ def _rate(value: Any) -> float:
     return float(value)
 
 
-def _update_from_json(entry: Mapping[str, Any]) -> Update:
-    options = {key: value for key, value in entry.items() if key != "update"}
+def _update_from_json(entry: Mapping[str, Any], *, of_file: bool = False) -> Update:
+    """The update of a table; that of an adapter file may be of an earlier version."""
     kind = UPDATES[entry["update"]]
+    options = {key: value for key, value in entry.items() if key != "update"}
+    options = kind.earlier_options(options) if of_file else options
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} of {entry['update']} is {value}")
@@ -430,13 +432,19 @@ def method_of(config: MethodConfig) -> Method:
     """The method a configuration asks for.
 
     Raises:
-        InputError: unknown method, or an option it has no use for.
+        InputError: unknown method, an option it has no use for, or a table under the name of a method.
     """
     if config.table is None:
         return method(config.name, target=config.target, **config.options())
     if config.options():
         raise InputError(f"method.{next(iter(config.options()))}: has no meaning beside method.table; put it in there.")
-    name = config.name if "name" in config.model_fields_set else "custom"
+    named = "name" in config.model_fields_set
+    if named and config.name in METHODS:
+        raise InputError(
+            f"method.name is {config.name}, but method.table is a method of its own: leave the table out "
+            "(--set method.table=null), or give it another name."
+        )
+    name = config.name if named else "custom"
     return custom_method(name, config.table, target=config.target)
 
 

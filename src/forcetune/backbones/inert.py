@@ -14,6 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,7 @@ from forcetune.backbones.inert_values import (
 from forcetune.errors import InputError
 from forcetune.parsing import short
 
-__all__ = ["Global", "Record", "read_inert", "read_inert_bytes"]
+__all__ = ["Global", "InertFile", "Record", "read_inert", "read_inert_bytes", "read_inert_file"]
 
 _PICKLE_LIMIT = 1 << 27  # bytes; the pickles of the largest published models have a few million
 _RATIO_LIMIT = 20  # torch stores without compression, so anything far above 1 is a decompression bomb
@@ -67,6 +68,14 @@ class _Archive:
         order = self._zip.read(name).decode("ascii", "replace") if name in self._names else sys.byteorder
         if order != sys.byteorder:
             raise MalformedError(f"it was written on a {order}-endian machine, which cannot be read here")
+
+    def storages(self) -> dict[str, torch.Tensor]:
+        """Storages that were read, flat, by the name of their member."""
+        found = {}
+        for key, storage in self._storages.items():
+            folders = (folder for folder in ("data", "constants") if f"{self.prefix}{folder}/{key}" in self._names)
+            found[f"{self.prefix}{next(folders)}/{key}"] = storage.flat
+        return found
 
     def pickle(self) -> bytes:
         member = self._names[f"{self.prefix}data.pkl"]
@@ -340,7 +349,20 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
 }
 
 
-def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> Any:
+@dataclass(frozen=True, slots=True)
+class InertFile:
+    """What a file of ``torch.save`` holds.
+
+    Attributes:
+        content: as :func:`read_inert` gives it.
+        storages: the memory that its tensors are views of, flat, by the name of the archive's member.
+    """
+
+    content: Any
+    storages: dict[str, torch.Tensor]
+
+
+def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> InertFile:
     try:
         archive = _Archive(stream, size)
         if archive.scripted and not scripted:
@@ -348,7 +370,8 @@ def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> Any:
                 f"{what} is a TorchScript archive (such as mace writes for LAMMPS), which holds compiled code only; "
                 "pass the .model file that it was made from."
             )
-        return _Machine(archive.storage).run(archive.pickle())
+        content = _Machine(archive.storage).run(archive.pickle())
+        return InertFile(content, archive.storages())
     except MalformedError as error:
         raise InputError(f"{what} cannot be read: {error}. Get a fresh copy of the file.") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
@@ -367,6 +390,18 @@ def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> Any:
 
 def read_inert(path: str | os.PathLike[str]) -> Any:
     """What a file of ``torch.save`` holds, tensors on the CPU, without running anything that it contains.
+
+    Returns:
+        The content of :func:`read_inert_file`.
+
+    Raises:
+        InputError: as that.
+    """
+    return read_inert_file(path).content
+
+
+def read_inert_file(path: str | os.PathLike[str]) -> InertFile:
+    """As :func:`read_inert`, with the storages that tensors are views of.
 
     Returns:
         Tensors and plain values (numbers, text, bytes, containers, dtypes, sizes, devices, slices, numpy arrays) as
@@ -396,4 +431,4 @@ def read_inert(path: str | os.PathLike[str]) -> Any:
 
 def read_inert_bytes(content: bytes, what: str) -> Any:
     """As :func:`read_inert`, for an archive in memory, which may be a TorchScript one; its code is not looked at."""
-    return _read(io.BytesIO(content), len(content), what, scripted=True)
+    return _read(io.BytesIO(content), len(content), what, scripted=True).content

@@ -10,16 +10,13 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from forcetune.backbones.protocol import Base, Extension, Prediction
+from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.features import Features
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.plan import Plan, PlanCache, given_plan
 from forcetune.kernels.site import Site, WeightPath
-
-ADAPTER = "forcetune_adapter"
-"""Name of an attached adapter among the modules of a network."""
 
 
 class NetworkBackbone:
@@ -100,9 +97,10 @@ class NetworkBackbone:
             InputError: the model does not know one of the elements.
         """
         plan = given_plan(self)
+        if plan is None:
+            self._check_elements(batch)
         species = self._species[batch.numbers]
         if plan is None:
-            self._check_elements(batch, species)
             plan = self._plans.plan(batch.edge_index, batch.unit_shifts, species)
         with torch.enable_grad():
             if self.extension is None:
@@ -112,13 +110,26 @@ class NetworkBackbone:
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        return found._replace(energy=total + found.energy.double())
+        energies = None if found.energies is None else per_atom + found.energies
+        return found._replace(energy=total + found.energy.double(), energies=energies)
 
-    def _check_elements(self, batch: Batch, species: Tensor) -> None:
-        if bool((species < 0).any()):
-            unknown = sorted(set(batch.numbers[species < 0].tolist()))
-            names = ", ".join(chemical_symbols[z] for z in unknown)
-            raise InputError(f"{self.base.name} does not know the element {names}; choose a model that does.")
+    def _check_elements(self, batch: Batch) -> None:
+        """
+        Raises:
+            InputError: an element that the model does not know, or no longer knows since its table was cut.
+        """
+        known = (batch.numbers >= 0) & (batch.numbers < len(self._species))
+        known &= self._species[torch.where(known, batch.numbers, 0)] >= 0
+        if bool(known.all()):
+            return
+        first = int((~known).nonzero()[0])
+        number, graph = int(batch.numbers[first]), int(batch.graph_index[first])
+        symbol = chemical_symbols[number] if 0 < number < len(chemical_symbols) else f"of atomic number {number}"
+        raise InputError(
+            f"{self.base.name} does not know the element {symbol} (structure {graph}, atom "
+            f"{first - int(batch.ptr[graph])}); it has {', '.join(chemical_symbols[z] for z in self.elements)}. Load "
+            "it with all elements that occur, or choose a model that knows them."
+        )
 
     def _differentiated(self, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
         """Interaction energies and their derivatives by the vectors of all pairs."""
@@ -149,9 +160,10 @@ class NetworkBackbone:
             outer = vectors.unsqueeze(2) * pull.unsqueeze(1)
             strain = pull.new_zeros(batch.n_graphs, 3, 3).index_add(0, graph_index[plan.receiver], outer)
             stresses = per_volume((strain + strain.transpose(1, 2)) / 2, batch.cell)
-        if not create_graph:
-            energy = energy.detach()
-        return Prediction(energy, forces[plan.place], stresses)
+        if create_graph:
+            return Prediction(energy, forces[plan.place], stresses)
+        own = atoms.detach().double()[plan.place]
+        return Prediction(energy.detach(), forces[plan.place], stresses, energies=own)
 
     def _extended(self, extension: Extension, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
         """Interaction energy of the model and its extension, differentiated together."""
@@ -182,7 +194,11 @@ class NetworkBackbone:
         phase.forces_are_done()
         stresses = per_volume(slopes[1], batch.cell) if stress else None
         fields = -slopes[-1] if batch.spins.requires_grad else None
-        return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
+        energies = None
+        if not create_graph and (extra.energy is None or extra.energies is not None):
+            energies = atoms.double()[plan.place]
+            energies = energies if extra.energies is None else energies + extra.energies
+        return Prediction(energy, -slopes[0], stresses, extra.moments, fields, energies)
 
     def _invariants(self, features: Sequence[Features]) -> Tensor:
         """Even scalars of all layers, (atoms, n_scalars), atoms in the plan's order."""
@@ -208,12 +224,12 @@ def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tupl
         if declared is not None:
             sites.extend(declared(name))
         elif isinstance(module, nn.Linear):
-            path = WeightPath("out->in", 0, tuple(module.weight.shape))
+            path = WeightPath("out->in", 0, tuple(module.weight.shape), transposed=True)
             sites.append(Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,)))
     found = {site.name for site in sites}
     for name, module in modules:
-        if isinstance(module, nn.ParameterList) or hasattr(module, "zeroed"):
-            continue  # weights without any coupling are held at zero
+        if isinstance(module, nn.ParameterList):
+            continue  # of weights that no layer declares, as no coupling has them
         for parameter, tensor in module.named_parameters(recurse=False):
             full = f"{name}.{parameter}".lstrip(".")
             if full not in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.site import Site, WeightPath
 
-__all__ = ["Backbone", "Base", "Extension", "Extra", "Prediction", "Site", "WeightPath"]
+__all__ = ["ADAPTER", "Backbone", "Base", "Extension", "Extra", "Prediction", "Site", "WeightPath"]
+
+ADAPTER = "forcetune_adapter"
+"""Name of the submodule that holds an attached adapter."""
 
 
 class Prediction(NamedTuple):
@@ -26,6 +29,8 @@ class Prediction(NamedTuple):
         moments: (atoms, 3) magnetic moments, or (atoms, 1) magnitudes, μB; None of a model that knows none.
         fields: (atoms, 3) effective fields −∂E/∂s, eV per unit of the spins given; None unless the spins of the batch
             require gradients.
+        energies: (atoms,), eV, the share of each atom in the energy, reference energies included; None of a model that
+            has no such shares, and where gradients of the prediction are kept.
     """
 
     energy: Tensor
@@ -33,6 +38,7 @@ class Prediction(NamedTuple):
     stress: Tensor | None
     moments: Tensor | None = None
     fields: Tensor | None = None
+    energies: Tensor | None = None
 
     def to(self, device: torch.device) -> Prediction:
         """The same on another device."""
@@ -53,10 +59,12 @@ class Extra(NamedTuple):
     Attributes:
         energy: (graphs,), eV, or None.
         moments: as in :class:`Prediction`.
+        energies: (atoms,), eV, shares of the energy; None where there is no energy or nobody knows them.
     """
 
     energy: Tensor | None
     moments: Tensor | None
+    energies: Tensor | None = None
 
 
 class Extension(Protocol):
@@ -81,12 +89,18 @@ class Base:
         sha256: of the file.
         fingerprint: SHA-256 over architecture, parameters and coupling tensors as they were loaded.
         licence: SPDX identifier or ``unknown``.
+        source: the name or path it was loaded by; empty for what came from memory.
+        trusted: its file was allowed to run code.
+        folded: names of the methods whose adapters were written into its weights since it was loaded.
     """
 
     name: str
     sha256: str
     fingerprint: str
     licence: str
+    source: str = ""
+    trusted: bool = False
+    folded: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -140,10 +154,27 @@ class Backbone(Protocol):
         """Random values for its parameters by dotted name, as the library draws them; None takes the global state."""
         ...
 
+    def cut_to(self, elements: Sequence[int]) -> Backbone:
+        """The model as it is now, without an adapter, with these elements only."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters and coupling tensors as they are now, without an adapter."""
+        ...
+
     def save(self, path: str | Path) -> None:
         """Write a plain model of the library, atomically."""
         ...
 
     def read_back(self, path: str | Path) -> Backbone:
         """What :meth:`save` wrote, in the precision of this one, to be compared with it."""
+        ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Precision of the file that it was read from."""
+        ...
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """Write its file with its weights in it, so that it opens wherever that does; False where it cannot be done."""
         ...

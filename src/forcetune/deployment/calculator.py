@@ -13,23 +13,27 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.file import AdapterConfig
-from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
+from forcetune.config import as_word
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.deployment.traced import TracedPrediction
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin
 from forcetune.frames.spins import directions
 from forcetune.graphs.graph import Batch, graph_of
 from forcetune.magnetism.options import Magnetism
 
+SMALLEST_VOLUME = 1e-6
+"""Å³; a cell below it has no volume, and its structure no stress."""
+
 
 class ForcetuneCalculator(Calculator):
     """ASE calculator of a backbone with or without an adapter.
 
-    Energy in eV, forces in eV/Å, stress in eV/Å³ (ASE's sign and Voigt order; periodic systems only).
+    Energy in eV (``energies`` of the atoms, which add up to it, too), forces in eV/Å, stress in eV/Å³ (ASE's sign and
+    Voigt order, per volume of the whole cell; systems that are periodic in some direction and have a cell with volume).
 
     With a spin layer the magnetic state is that of ``atoms.get_initial_magnetic_moments()``, μB, (atoms, 3) or (atoms,)
     along z; of an adapter that was trained on directions or unit vectors their length does not matter. ``magmoms`` are
@@ -37,7 +41,7 @@ class ForcetuneCalculator(Calculator):
     (atoms, 3), eV per unit of the state that the layer is given (see ``magnetism.inputs``).
     """
 
-    implemented_properties = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012 (as ASE declares it)
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 (as ASE declares it)
 
     def __init__(
         self,
@@ -56,10 +60,12 @@ class ForcetuneCalculator(Calculator):
             InputError: ``compile`` is neither ``auto`` nor ``off``.
         """
         super().__init__()
+        compile = as_word(compile)
         if compile not in ("auto", "off"):
             raise InputError(f"compile={compile!r}: a calculator's is 'auto' or 'off'.")
         self.backbone = backbone
         self.compile = compile
+        self._charge_ignored = False
         self.traced = TracedPrediction(backbone, wanted=compile == "auto")
         adapter = adapter_of(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
@@ -74,18 +80,31 @@ class ForcetuneCalculator(Calculator):
     ) -> None:
         """
         Raises:
-            InputError: an element the model does not know, or periodic without a cell.
+            InputError: no atoms, atoms at one place or at none, an element the model does not know, or periodic
+                without a cell.
         """
         super().calculate(atoms, list(properties), list(system_changes))
         current = self.atoms
         assert current is not None
+        self.results = {}
+        _check_places(current)
+        self._check_charge(current)
         frame = frame_of(current)
         if self.magnetism is not None:
             frame = replace(frame, spins=spins_of(current, self.magnetism))
         check_elements(self.backbone, [frame])
-        stress = bool(current.pbc.all())
+        # as in the labels of slabs and wires: per volume of the whole cell, vacuum included
+        stress = bool(current.pbc.any()) and abs(float(np.linalg.det(current.cell.array))) > SMALLEST_VOLUME
         batch = graph_of(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
         self.results = self._results(batch, stress)
+
+    def _check_charge(self, atoms: Atoms) -> None:
+        """Warn once that a charge makes no difference."""
+        charge = atoms.info.get("charge", float(atoms.get_initial_charges().sum()))
+        charged = isinstance(charge, int | float | np.number) and abs(float(charge)) > 1e-6
+        if charged and not self._charge_ignored:
+            self._charge_ignored = True
+            warn(f"The atoms have a charge of {float(charge):+g}, which the model does not know and leaves aside.")
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
         if self.magnetism is not None and self.magnetism.layer == "spin":
@@ -101,6 +120,8 @@ class ForcetuneCalculator(Calculator):
         if found.stress is not None:
             tensor = found.stress[0].double().cpu().numpy()
             results["stress"] = tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        if found.energies is not None:
+            results["energies"] = found.energies.double().cpu().numpy()
         if found.moments is not None:
             moments = found.moments.double().cpu().numpy()
             results["magmoms"] = moments[:, 0] if moments.shape[1] == 1 else moments
@@ -130,6 +151,23 @@ class EnsembleCalculator(ForcetuneCalculator):
         results["energy_std"] = float(spread([np.asarray(one["energy"]) for one in found]))
         results["forces_std"] = spread([one["forces"] for one in found])
         return results
+
+
+def _check_places(atoms: Atoms) -> None:
+    """
+    Raises:
+        InputError: there are no atoms, or a position or the cell is not finite.
+    """
+    if len(atoms) == 0:
+        raise InputError("The structure has no atoms; give it at least one.")
+    if not np.isfinite(atoms.positions).all():
+        atom = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
+        raise InputError(
+            f"The position of atom {atom} ({atoms.symbols[atom]}) is not finite; in dynamics the steps before were too "
+            "large, take smaller ones."
+        )
+    if not np.isfinite(atoms.cell.array).all():
+        raise InputError("The cell of the structure is not finite; set it anew.")
 
 
 def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
@@ -217,8 +255,9 @@ def _check_equivariant(config: AdapterConfig, place: object) -> None:
     Raises:
         InputError: its method breaks rotational symmetry.
     """
-    if not Method.from_json(config.method).equivariant:
+    broken = [method.name for method in config.methods if not method.equivariant]
+    if broken:
         raise InputError(
-            f"{place}: method {config.method['name']} breaks rotational symmetry: turning a molecule changes its "
+            f"{place}: method {broken[0]} breaks rotational symmetry: turning a molecule changes its "
             "energy. It is a baseline for comparisons and not for use; train with mmea or elora."
         )

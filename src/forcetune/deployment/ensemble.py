@@ -15,9 +15,8 @@ import numpy as np
 
 from forcetune.adapters.attach import Adapter, detach, reattach
 from forcetune.adapters.file import AdapterConfig, load_adapter, read_adapter_config
-from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
-from forcetune.deployment.loading import adapter_folder, base_of_run
+from forcetune.deployment.loading import adapter_folder, load_base
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, predict
 from forcetune.frames.frame import FloatArray
@@ -107,15 +106,7 @@ def load_ensemble(
     first = configs[0]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         _check_same_base(folders[0], first, folder, config)
-    named = model if model is not None else base_of_run(folders[0])
-    backbone = load(
-        named if named is not None else first.base.name,
-        head=None if isinstance(named, Backbone) else first.base.head,
-        elements=first.numbers,
-        dtype=dtype or first.dtype,
-        device=device,
-        trust=trust,
-    )
+    backbone, _ = load_base(model, folders[0], first, device=device, dtype=dtype, trust=trust)
     members = []
     for folder, config in zip(folders, configs, strict=True):
         adapter = load_adapter(backbone, folder)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from forcetune.adapters.attach import check_mergeable, merge_weights
-from forcetune.backbones.protocol import Backbone
-from forcetune.deployment.loading import deploy
+from forcetune.backbones.models import resolve
+from forcetune.backbones.protocol import Backbone, Base
+from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.files import atomic_path
-from forcetune.frames.frame import Frame, Origin
+from forcetune.files import atomic_path, path_of, sha256_of
+from forcetune.frames.frame import FloatArray, Frame, Origin
 
 PARITY = {"float64": 1e-10, "float32": 1e-4}
+MODEL_SUFFIXES = (".model", ".pt", ".pth")
+"""Of files that a merged model may replace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,25 +31,30 @@ class Merged:
     Attributes:
         path: the plain model.
         n_probes: structures compared.
-        energy_difference: largest, relative to the largest interaction energy of the probes.
+        energy_difference: largest of the interaction energies, relative to the largest one of the probes.
         forces_difference: largest, relative to the largest force component of the probes.
+        references_difference: largest of the reference energies (E0), eV, which a float32 model rounds.
     """
 
     path: Path
     n_probes: int
     energy_difference: float
     forces_difference: float
+    references_difference: float = 0.0
 
 
 def merge(
     run: str | Path,
     output: str | Path,
     *,
-    model: str | Path | None = None,
+    model: str | Path | Backbone | None = None,
     dtype: str | None = None,
     trust: bool = False,
 ) -> Merged:
     """Write the fine-tuned model as a plain file that needs no forcetune.
+
+    It is the base's own file with other weights, so that it opens wherever that does, with all its elements and heads;
+    where that cannot be done, or another precision is asked for, a new file of the library installed here.
 
     The file is read back and compared with base + adapter on random structures of all its elements, molecules and
     crystals; it takes its place only when energies, forces and stresses agree.
@@ -51,47 +62,100 @@ def merge(
     Args:
         run: run folder or adapter folder.
         output: file to write, such as ``tuned.model``.
-        model: the base, when it is no longer where the run found it.
-        dtype: precision of the written model; by default that of the training.
+        model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
+            is.
+        dtype: precision of the written model; by default that of the base's file, or else that of the training.
         trust: allow the base's file to run its own code where it cannot be rebuilt without.
 
     Raises:
-        InputError: the method does not merge, or nothing usable at a path.
+        InputError: the method does not merge, nothing usable at a path, or ``output`` is a file of something else.
         ForcetuneError: the written model disagrees; nothing is left at ``output``.
     """
-    deployed = deploy(model, run, device="cpu", dtype=dtype, trust=trust, fold=False)
+    deployed = deploy_copy(model, run, dtype=dtype, trust=trust)
     backbone, config = deployed.backbone, deployed.adapter
     if config is None:
         raise InputError(f"{run}: holds no adapter to merge.")
     check_mergeable(backbone)
+    _check_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
     before = predict(backbone, graphs_of(backbone, probes), stress=True)
     merge_weights(backbone)
     with atomic_path(output) as temporary:
-        backbone.save(temporary)
+        if (dtype is not None and backbone.dtype != backbone.stored_dtype) or not backbone.save_into_source(temporary):
+            backbone.save(temporary)
         again = backbone.read_back(temporary)
+        if dtype is not None and again.stored_dtype != backbone.dtype:
+            written = str(again.stored_dtype).removeprefix("torch.")
+            raise InputError(f"--dtype {dtype}: files of {backbone.library} are written in {written}; leave it out.")
         after = predict(again, graphs_of(again, probes), stress=True)
-        energy, forces = _differences(backbone, before, after)
-        allowed = PARITY["float64" if str(backbone.dtype) == "torch.float64" else "float32"]
-        if not max(energy, forces) <= allowed:
+        energy, forces = _differences(before, after, backbone.reference_energies, again.reference_energies)
+        references, rounding = _reference_differences(backbone, again)
+        allowed = PARITY["float64" if {again.stored_dtype, backbone.dtype} == {torch.float64} else "float32"]
+        if not max(energy, forces) <= allowed or not references <= rounding:
             raise ForcetuneError(
                 f"{output}: the merged model differs from base + adapter by {max(energy, forces):.1e} (relative, "
-                f"allowed {allowed:.0e}); nothing was written. Please report this with the adapter's configuration."
+                f"allowed {allowed:.0e}), its reference energies by {references:.1e} eV (allowed {rounding:.1e}); "
+                "nothing was written. Please report this with the adapter's configuration."
             )
-    return Merged(Path(output), len(probes), energy, forces)
+    return Merged(Path(output), len(probes), energy, forces, references)
 
 
-def _differences(backbone: Backbone, before: Predictions, after: Predictions) -> tuple[float, float]:
-    references = backbone.reference_energies
-    ends = np.cumsum(before.atoms)
-    offsets = np.array([sum(references[int(z)] for z in part) for part in np.split(before.numbers, ends[:-1])])
-    scale = np.abs(before.energy - offsets).max()
-    energy = np.abs(after.energy - before.energy).max() / max(scale, 1e-12)
+def _check_output(output: Path, base: Base) -> None:
+    """
+    Raises:
+        InputError: writing there would replace the base or a copy of it, or a file that is no merged model.
+    """
+    target = path_of(output)
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; name a file, such as {target / 'tuned.model'}.")
+    if not target.exists():
+        return
+    source = _file_of(base.source)
+    if (source is not None and target.samefile(source)) or sha256_of(target) == base.sha256:
+        raise InputError(f"{target}: is the base of this adapter and stays as it is; choose another name.")
+    if target.suffix not in MODEL_SUFFIXES or target.name == BASE_NAME:
+        raise InputError(f"{target}: exists and is no merged model; choose another name, such as tuned.model.")
+
+
+def _file_of(source: str) -> Path | None:
+    """The file that a name or path stands for; None where it is no longer there."""
+    try:
+        return resolve(source).path if source else None
+    except ForcetuneError:
+        return None
+
+
+def _reference_differences(backbone: Backbone, written: Backbone) -> tuple[float, float]:
+    """The largest difference of reference energies, eV, and the largest that rounding explains."""
+    wanted, found = backbone.reference_energies, written.reference_energies
+    largest = max((abs(energy) for energy in wanted.values()), default=0.0)
+    return max(abs(found[z] - wanted[z]) for z in wanted), torch.finfo(written.stored_dtype).eps * largest
+
+
+def _differences(
+    before: Predictions, after: Predictions, references: Mapping[int, float], written: Mapping[int, float]
+) -> tuple[float, float]:
+    """The largest relative differences of interaction energies, and of forces and stress.
+
+    Energies are compared without reference energies: those of all electrons of a heavy atom are 10⁵ eV, of which the
+    parameters of a float32 model keep no more than some meV, which says nothing about the merged weights.
+    """
+    one, other = (_interaction(found, energies) for found, energies in ((before, references), (after, written)))
+    # total energies are float64 numbers, too
+    rounding = 4 * np.finfo(np.float64).eps * np.abs(before.energy).max()
+    energy = max(np.abs(other - one).max() - rounding, 0.0) / max(np.abs(one).max(), 1e-12)
     pairs = [(before.forces, after.forces)]
     if before.stress is not None and after.stress is not None:
         pairs.append((before.stress, after.stress))
     forces = max(np.abs(new - old).max() / max(np.abs(old).max(), 1e-12) for old, new in pairs)
     return float(energy), float(forces)
+
+
+def _interaction(found: Predictions, references: Mapping[int, float]) -> FloatArray:
+    """(frames,) energies, eV, without those of the isolated atoms."""
+    ends = np.cumsum(found.atoms)
+    offsets = [math.fsum(references[int(z)] for z in part) for part in np.split(found.numbers, ends[:-1])]
+    return found.energy - np.array(offsets)
 
 
 def probe_frames(elements: tuple[int, ...], cutoff: float, seed: int = 0) -> list[Frame]:

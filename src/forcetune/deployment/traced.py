@@ -105,7 +105,12 @@ class TracedPrediction:
         if self.recording is None:
             self.recording, self._checks = self._record(*fit, inputs, stress), CHECKED
         energy, forces, *others = self.recording(*inputs)
-        found = Prediction(energy[:1], forces[: batch.n_atoms], others[0][:1] if stress else None)
+        found = Prediction(
+            energy[:1],
+            forces[: batch.n_atoms],
+            others[0][:1] if stress else None,
+            energies=others[-1][: batch.n_atoms] if len(others) > stress else None,
+        )
         if self._checks:
             self._check(found, self._eager(batch, stress), batch)
             self._checks -= 1
@@ -117,7 +122,8 @@ class TracedPrediction:
         def step(*values: Tensor) -> list[Tensor | None]:
             with with_plan(self.backbone, plan_with(plan, values[n_batch:])):
                 found = self.backbone.predict(Batch(*values[:n_batch]), stress=stress)
-            return [found.energy, found.forces, *([found.stress] if stress else [])]
+            further = [*([found.stress] if stress else []), *([] if found.energies is None else [found.energies])]
+            return [found.energy, found.forces, *further]
 
         return record(step, inputs, [])
 
@@ -127,6 +133,9 @@ class TracedPrediction:
         pairs = [(mine.forces, eager.forces), (mine.energy - reference, eager.energy - reference)]
         if mine.stress is not None and eager.stress is not None:
             pairs.append((mine.stress, eager.stress))
+        if mine.energies is not None and eager.energies is not None:
+            own = mine.energies.new_tensor([energies[number] for number in batch.numbers.tolist()])
+            pairs.append((mine.energies - own, eager.energies - own))
         for one, two in pairs:
             far = float((one - two).abs().max())
             if not far <= TOLERANCE[self.backbone.dtype] * max(1.0, float(two.abs().max())):

@@ -1,7 +1,8 @@
 """What a foundation model's predictions say about a whole set of labels: sign, unit, order.
 
-An error is only what undoing it would mend: labels that then agree with the model. A model that knows nothing about
-these structures agrees with nothing, and is told as such.
+An error is only what undoing it would fix: labels that then agree with the model. A model that knows nothing about
+these structures agrees with nothing, and is told as such; what it says about energies is believed as far as it agrees
+with the forces.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from forcetune.evaluation.agreement import (
     element_agreement,
     energy_agreement,
     force_agreement,
-    stress_agreement,
 )
 from forcetune.evaluation.shuffles import Mismatch, find_mismatch, pair_correlation, same_order
-from forcetune.evaluation.units import ENERGY, FORCES, STRESS, Unit, candidates, is_usual, named
+from forcetune.evaluation.stress import check_stress
+from forcetune.evaluation.units import ENERGY, FORCES, Unit, candidates, is_usual, named, times, two
 from forcetune.frames.doctor.finding import Finding, Severity, in_set
 from forcetune.frames.frame import Frame
 
@@ -29,6 +30,13 @@ FEWEST = 10
 """Frames that a verdict on a whole set needs."""
 AGREES = 0.6
 """Correlation of forces from which the model speaks for or against a unit or sign."""
+PLAIN = (3, 0.8)
+"""Fewer frames, and the correlation of their forces, that show a sign or unit plainly."""
+SURE = 0.85
+"""Correlation of forces from which the model speaks about energies: liquid water has right energies that a model with
+0.68 does not follow at all."""
+UNSURE_RATIO = 10.0
+"""Below :data:`SURE` energies may be so many times too large or small without being in another unit."""
 VANISHED = 0.3
 SURE_FRAMES = 100
 """Frames from which energies without any correlation are no accident."""
@@ -43,18 +51,17 @@ def diagnose(found: Compared) -> list[Finding]:
     findings = _check_forces(found.with_forces(), forces)
     if not findings and forces is not None and forces.n_frames >= FEWEST and forces.correlation > VANISHED:
         findings += _check_elements(found) or _check_atoms(found.with_forces())
-    trusted = forces is None or forces.correlation >= AGREES or forces.correlation <= -AGREES
-    findings += _check_energies(found.with_energy(), forces, trusted)
-    return findings + _check_stress(found.with_stress())
+    findings += _check_energies(found.with_energy(), forces)
+    return findings + check_stress(found.with_stress(), forces)
 
 
 def _check_forces(found: Compared, agreement: Agreement | None) -> list[Finding]:
-    if agreement is None or agreement.n_frames < FEWEST:
+    if agreement is None or not _decides(agreement):
         return []
     frames = found.frames
     if agreement.correlation <= -AGREES:
         text = (
-            f"Forces point against the model's (correlation {_two(agreement.correlation)}): they are gradients; "
+            f"Forces point against the model's (correlation {two(agreement.correlation)}): they are gradients; "
             "multiply them by −1."
         )
         return [in_set("forces-sign", "error", text, frames), *_check_force_unit(found, agreement)]
@@ -68,8 +75,14 @@ def _check_forces(found: Compared, agreement: Agreement | None) -> list[Finding]
     return [_unrelated(found, agreement)]
 
 
+def _decides(agreement: Agreement) -> bool:
+    """Whether a verdict on a whole set can rest on these frames."""
+    few, plain = PLAIN
+    return agreement.n_frames >= FEWEST or (agreement.n_frames >= few and abs(agreement.correlation) >= plain)
+
+
 def _told(mismatch: Mismatch, agreement: Agreement, found: Compared) -> Finding:
-    before, after = _two(agreement.correlation), _two(mismatch.correlation)
+    before, after = two(agreement.correlation), two(mismatch.correlation)
     if mismatch.kind == "rotation":
         text = (
             f"Forces agree with the model only when all of them are rotated (correlation {before}, then {after}): "
@@ -98,7 +111,7 @@ def _unrelated(found: Compared, agreement: Agreement) -> Finding:
         )
         return in_set("structures-implausible", "warning", text, found.frames)
     text = (
-        f"Forces have nothing to do with the model's (correlation {_two(agreement.correlation)}): labels, elements or "
+        f"Forces have nothing to do with the model's (correlation {two(agreement.correlation)}): labels, elements or "
         "positions are wrong, or the model does not know this chemistry; compare with another model."
     )
     return in_set("forces-unrelated", "warning", text, found.frames)
@@ -112,43 +125,61 @@ def _check_force_unit(found: Compared, agreement: Agreement) -> list[Finding]:
         if not candidates(agreement.ratio, FORCES, 1.12) or abs(agreement.correlation) < 0.85:
             return []
         severity = "warning"
-    text = f"Forces are {_times(agreement.ratio)} the model's, as if they were " + (
+    text = f"Forces are {times(agreement.ratio)} the model's, as if they were " + (
         f"in {named(near)}; convert them to eV/Å." if near else "in another unit; convert them to eV/Å."
     )
     return [in_set("forces-unit", severity, text, found.frames)]
 
 
-def _two(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g} times" if ratio >= 1 else f"1/{1 / ratio:.3g} of"
-
-
-def _check_energies(found: Compared, forces: Agreement | None, trusted: bool) -> list[Finding]:
+def _check_energies(found: Compared, forces: Agreement | None) -> list[Finding]:
     agreement = energy_agreement(found)
-    if agreement is None or agreement.n_frames < FEWEST or not trusted:
+    if agreement is None or agreement.n_frames < FEWEST:
+        return []
+    if forces is not None and abs(forces.correlation) < AGREES:
         return []
     bound = max(0.3, 3 / math.sqrt(agreement.n_frames))
     if agreement.correlation <= -max(0.4, bound):
-        text = (
-            f"Energies fall where the model's rise (rank correlation {_two(agreement.correlation)}): they have the "
-            "wrong sign; multiply them by −1."
-        )
-        return [in_set("energy-sign", "error", text, found.frames)]
+        return _check_energy_sign(found, agreement, forces)
     if agreement.correlation >= bound:
         return _check_energy_unit(found, agreement, forces)
     return _check_energy_order(found, agreement, forces)
+
+
+def _is_sure(forces: Agreement | None) -> bool:
+    return forces is not None and abs(forces.correlation) >= SURE
+
+
+def _followed(found: Compared, forces: Agreement | None) -> float | None:
+    """How label energies follow label forces from frame to frame; None where these cannot say."""
+    if forces is None or forces.correlation < AGREES or not is_usual(forces.ratio):
+        return None
+    both = set(found.with_forces().frames)
+    return pair_correlation(found.select([k for k, frame in enumerate(found.frames) if frame in both]))
+
+
+def _check_energy_sign(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+    """Energies that fall where the model's rise; where the model is weak, the label forces must say so, too."""
+    if not _is_sure(forces):
+        followed = _followed(found, forces)
+        against = 2 / math.sqrt(agreement.n_frames)
+        if forces is not None and (followed is None or followed > -against):
+            return []
+    text = (
+        f"Energies fall where the model's rise (rank correlation {two(agreement.correlation)}): they have the "
+        "wrong sign; multiply them by −1."
+    )
+    return [in_set("energy-sign", "warning" if forces is None else "error", text, found.frames)]
 
 
 def _check_energy_unit(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
     """Without forces it is a doubt only: along a scan of one coordinate a model may be wrong by any factor."""
     if is_usual(agreement.ratio) or (forces is None and agreement.n_frames < 3 * FEWEST):
         return []
+    if forces is not None and not _is_sure(forces) and 1 / UNSURE_RATIO < agreement.ratio < UNSURE_RATIO:
+        return []
     atoms = float(np.median([len(frame) for frame in found.frames]))
     near = candidates(agreement.ratio, (*ENERGY, Unit("eV divided by the number of atoms", 1 / atoms)), 1.6)
-    text = f"Energy differences are {_times(agreement.ratio)} the model's, as if they were " + (
+    text = f"Energy differences are {times(agreement.ratio)} the model's, as if they were " + (
         f"in {named(near)}; convert energies to eV for the whole frame." if near else "in another unit; give eV."
     )
     return [in_set("energy-unit", "error" if near and forces is not None else "warning", text, found.frames)]
@@ -156,42 +187,19 @@ def _check_energy_unit(found: Compared, agreement: Agreement, forces: Agreement 
 
 def _check_energy_order(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
     """Energies that do not follow the model's although the forces do."""
-    if forces is None or forces.correlation < AGREES or agreement.n_frames < 3 * FEWEST:
+    if forces is None or forces.correlation < SURE or agreement.n_frames < 3 * FEWEST:
         return []
-    both = set(found.with_forces().frames)
-    pairs = found.select([k for k, frame in enumerate(found.frames) if frame in both])
-    followed = pair_correlation(pairs) if is_usual(forces.ratio) else None
+    followed = _followed(found, forces)
     bound = 2 / math.sqrt(agreement.n_frames)
     if agreement.correlation >= bound or (followed is not None and followed >= bound):
         return []
-    told = "" if followed is None else f" and {_two(followed)} with what the forces say"
+    told = "" if followed is None else f" and {two(followed)} with what the forces say"
     text = (
-        f"Forces agree with the model, but energies do not (rank correlation {_two(agreement.correlation)}{told}): "
-        "energies and structures are in different orders or of different calculations; write them anew."
+        f"Forces agree with the model, but energies do not (rank correlation {two(agreement.correlation)}{told}): "
+        "energies and structures are in different orders or of different calculations; write them again."
     )
     severity: Severity = "error" if agreement.n_frames >= SURE_FRAMES and followed is not None else "warning"
     return [in_set("energy-shuffled", severity, text, found.frames)]
-
-
-def _check_stress(found: Compared) -> list[Finding]:
-    agreement = stress_agreement(found)
-    if agreement is None or agreement.n_frames < FEWEST or abs(agreement.correlation) < AGREES:
-        return []
-    findings = []
-    if agreement.correlation < 0:
-        text = (
-            f"Stress has the sign against the model's (correlation {_two(agreement.correlation)}); positive is tension "
-            "here, as in ASE: multiply it by −1."
-        )
-        findings.append(in_set("stress-sign", "error", text, found.frames))
-    if is_usual(agreement.ratio):
-        return findings
-    volume = float(np.median([abs(np.linalg.det(frame.cell)) for frame in found.frames]))
-    near = candidates(agreement.ratio, (*STRESS, Unit("eV (a virial; stress is −virial / volume)", volume)), 1.6)
-    text = f"Stress is {_times(agreement.ratio)} the model's, as if it were " + (
-        f"in {named(near)}; convert it to eV/Å³." if near else "in another unit; convert it to eV/Å³."
-    )
-    return [*findings, in_set("stress-unit", "error" if near else "warning", text, found.frames)]
 
 
 def _check_elements(found: Compared) -> list[Finding]:

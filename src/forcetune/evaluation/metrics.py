@@ -10,7 +10,7 @@ import torch
 from ase.data import chemical_symbols
 
 from forcetune.backbones.protocol import Backbone, Prediction
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.frames.frame import FloatArray, Frame
 from forcetune.frames.stored import StoredFrames, elements_of
 from forcetune.graphs.graph import Batch, collate, graph_of, moment_labels
@@ -200,12 +200,22 @@ def graphs_of(
     check_elements(backbone, frames)
     if isinstance(frames, StoredFrames):
         return stored_graphs(frames, backbone.cutoff, backbone.dtype, workers=workers, progress=progress)
+    _tell_stress_without_cell(frames)
     graphs = []
     for frame in frames:
         graphs.append(graph_of(frame, backbone.cutoff, backbone.dtype))
         if progress is not None:
             progress(1)
     return graphs
+
+
+def _tell_stress_without_cell(frames: Sequence[Frame]) -> None:
+    found = [frame for frame in frames if frame.stress is not None and not frame.has_volume]
+    if found:
+        warn(
+            f"{found[0].origin}: has a stress but no cell that it could belong to ({len(found)} of {len(frames)} "
+            "frames); the stress does not count there."
+        )
 
 
 def predict(

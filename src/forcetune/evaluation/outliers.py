@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from forcetune.evaluation.agreement import Compared, cosine, saturated
@@ -54,12 +56,33 @@ def _levels(found: Compared, off: FloatArray) -> list[Finding]:
         if groups is None:
             continue
         gap, smaller = groups
+        inside = [found.frames[members[k]] for k in smaller]
+        outside = [found.frames[k] for place, k in enumerate(members) if place not in set(smaller)]
+        cause = _states(inside, outside) or (
+            "settings, units or molecules are mixed; calculate all with the same settings."
+        )
         text = (
             f"Energies fall into two groups {1e3 * gap:,.0f} meV/atom apart that structures do not explain, these "
-            "frames in the smaller one: settings, units or molecules are mixed; calculate all with the same settings."
+            f"frames in the smaller one: {cause}"
         )
-        findings += in_frames("energy-levels", "warning", text, [found.frames[members[k]] for k in smaller])
+        findings += in_frames("energy-levels", "warning", text, inside)
     return findings
+
+
+def _states(inside: Sequence[Frame], outside: Sequence[Frame]) -> str | None:
+    """How two groups of frames differ in the charge and spin that their file gives; None where they do not."""
+    parts = []
+    for name, field in (("charge", "charge"), ("spin", "multiplicity")):
+        ours, theirs = ({getattr(frame, field) for frame in frames} - {None} for frames in (inside, outside))
+        if ours and theirs and not ours & theirs:
+            listed = [", ".join(f"{value:g}" for value in sorted(values)) for values in (ours, theirs)]
+            parts.append(f"{name} {listed[0]} and not {listed[1]}")
+    if not parts:
+        return None
+    return (
+        f"they have {' and '.join(parts)} in the file, which the model does not know; train on one charge and spin "
+        "only."
+    )
 
 
 def _groups(off: FloatArray) -> tuple[float, list[int]] | None:

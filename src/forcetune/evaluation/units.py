@@ -71,3 +71,13 @@ def candidates(ratio: float, units: Sequence[Unit], tolerance: float) -> list[Un
 def named(units: Sequence[Unit]) -> str:
     """Two units at most, in words."""
     return " or ".join(unit.name for unit in units[:2])
+
+
+def two(value: float) -> str:
+    """A correlation with two decimals."""
+    return f"{value:.2f}".replace("-", "−")
+
+
+def times(ratio: float) -> str:
+    """How many times labels are as large as predictions, in words."""
+    return f"{ratio:.3g} times" if ratio >= 1 else f"1/{1 / ratio:.3g} of"

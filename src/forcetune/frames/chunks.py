@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,23 +15,15 @@ from ase import Atoms
 from forcetune.errors import InputError
 from forcetune.frames import aselmdb, hdf5
 from forcetune.frames.frame import Origin
-from forcetune.frames.sources import (
-    XYZ_FORMATS,
-    guarded,
-    iterate,
-    no_frames,
-    refusing,
-    structure_of,
-    xyz_structures,
-    xyz_texts,
-)
+from forcetune.frames.sources import guarded, iterate, no_frames, refusing, structure_of
+from forcetune.frames.xyz import PIECE, PIECE_TEXT, XYZ_FORMATS, xyz_pieces, xyz_structures
 from forcetune.workers import WorkerDiedError, in_order
 
 Item = TypeVar("Item")
 
-CHUNK = 128
+CHUNK = PIECE
 """Frames of a chunk, at most."""
-_CHUNK_TEXT = 4 * 2**20
+_CHUNK_TEXT = PIECE_TEXT
 _LEAST_UNPACKED = 2**28
 _RATIO = 200
 
@@ -89,7 +81,7 @@ class Chunk:
         return iter(self.content)
 
 
-def chunks_of(path: Path, format_name: str) -> Iterator[Chunk]:
+def chunks_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Chunk]:
     """The chunks of a file in order.
 
     Raises:
@@ -97,21 +89,21 @@ def chunks_of(path: Path, format_name: str) -> Iterator[Chunk]:
     """
     start = 0
     with refusing(path):
-        for count, content in _contents(path, format_name):
+        for count, content in _contents(path, format_name, type_map):
             yield Chunk(path, format_name, start, count, content)
             start += count
     if start == 0:
         raise no_frames(path, format_name)
 
 
-def structures_of(path: Path, format_name: str) -> Iterator[Atoms]:
+def structures_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Atoms]:
     """All structures of a file; those of a dangerous format are read by another process.
 
     Raises:
         InputError: as :func:`forcetune.frames.sources.iterate`.
     """
     if format_name not in DANGEROUS:
-        yield from iterate(path, format_name)
+        yield from iterate(path, format_name, type_map)
         return
     size, most = 0, max(_LEAST_UNPACKED, _RATIO * path.stat().st_size)
     for found in safely(path, in_order(_listed, chunks_of(path, format_name), 1)):
@@ -151,11 +143,10 @@ def _listed(chunk: Chunk) -> list[Atoms]:
     return list(chunk.structures())
 
 
-def _contents(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
+def _contents(path: Path, format_name: str, type_map: Sequence[str]) -> Iterator[tuple[int, Any]]:
     """The content of every chunk with its number of frames."""
     if format_name in XYZ_FORMATS:
-        for texts in _bounded(xyz_texts(path)):
-            yield len(texts), "".join(texts)
+        yield from xyz_pieces(path, _CHUNK_TEXT)
     elif format_name == "db":
         for some in _some(guarded(path, _ids(path))):
             yield len(some), (some[0], some[-1] + 1)
@@ -172,7 +163,7 @@ def _contents(path: Path, format_name: str) -> Iterator[tuple[int, Any]]:
                 some = names[low : low + CHUNK].tolist()
                 yield len(some), (batch, some)
     else:
-        for some in _some(iterate(path, format_name)):
+        for some in _some(iterate(path, format_name, type_map)):
             yield len(some), some
 
 
@@ -180,18 +171,6 @@ def _some(items: Iterable[Item]) -> Iterator[list[Item]]:
     left = iter(items)
     while found := list(islice(left, CHUNK)):
         yield found
-
-
-def _bounded(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Some frames at a time, fewer where they are large."""
-    kept: list[str] = []
-    for text in texts:
-        kept.append(text)
-        if len(kept) == CHUNK or sum(map(len, kept)) > _CHUNK_TEXT:
-            yield kept
-            kept = []
-    if kept:
-        yield kept
 
 
 def _connection(path: Path) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from forcetune.config import DataConfig, MagnetismConfig, SpinInputs
 from forcetune.errors import InputError, warn
@@ -15,7 +15,7 @@ from forcetune.files import cache_folder, path_of
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
-from forcetune.frames.sources import expand
+from forcetune.frames.sources import content_size, expand
 from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
 from forcetune.frames.stored import StoredFrames, elements_of
@@ -83,7 +83,7 @@ def is_streamed(config: DataConfig) -> bool:
     named = (config.train, config.valid if isinstance(config.valid, list) else [], config.test)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reader says what is named twice
-        return sum(file.stat().st_size for part in named if part for file in expand(list(part))) >= STREAM_FROM
+        return sum(content_size(file) for part in named if part for file in expand(list(part))) >= STREAM_FROM
 
 
 def read_dataset(
@@ -91,8 +91,9 @@ def read_dataset(
 ) -> Dataset:
     """Read, check and split the frames of a run.
 
-    Every training and validation frame needs an energy and, unless ``forces_key`` is ``none``, forces; test frames
-    need an energy. With a magnetic layer moments are read, too, and every frame needs the state that it is given.
+    Some training and validation frame needs an energy and some needs forces, unless ``energy_key`` or ``forces_key``
+    is ``none``; some test frame needs an energy. Labels that a frame lacks do not count. With a magnetic layer moments
+    are read, too, and every frame needs the state that it is given.
 
     Args:
         config: which, and whether they stay on disk.
@@ -102,10 +103,15 @@ def read_dataset(
     Raises:
         InputError: as :func:`forcetune.frames.read.read_frames`, or a split leaves nothing.
     """
-    needed: tuple[Label, ...] = ("energy",) if config.forces_key == NONE else ("energy", "forces")
+    needed: tuple[Label, ...] = ("energy", "forces")
     magnetic = magnetism is not None and magnetism.layer != "off"
     streamed = is_streamed(config)
-    read = partial(_read, config, _streamed(config, progress) if streamed else _in_memory, magnetic)
+    read = partial(
+        _read,
+        config,
+        _streamed(config, progress) if streamed else partial(_in_memory, type_map=config.type_map),
+        magnetic,
+    )
     found = read(config.train, needed, "training data")
     frames, isolated = separate_isolated(found.frames)
     if not frames:
@@ -150,14 +156,22 @@ def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:
 _Reader = Callable[[Sequence[str], LabelKeys, Sequence[Label], str], FrameSet]
 
 
-def _in_memory(sources: Sequence[str], asked: LabelKeys, require: Sequence[Label], name: str) -> FrameSet:
-    keys = {f"{label}_key": key for label, key in asked._asdict().items()}
-    return read_frames(list(sources), **keys, require=require, name=name)
+def _in_memory(
+    sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str, *, type_map: Sequence[str] = ()
+) -> FrameSet:
+    keys: dict[str, Any] = {f"{label}_key": key for label, key in asked._asdict().items()}
+    return read_frames(list(sources), **keys, require=(), expect=expect, name=name, type_map=type_map)
 
 
 def _streamed(config: DataConfig, progress: Callable[[int], None] | None) -> _Reader:
     folder = path_of(config.store) if config.store is not None else cache_folder("streams")
-    return partial(stream_frames, folder=folder, workers=worker_count(config.workers), progress=progress)
+    workers = worker_count(config.workers)
+
+    def read(sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str) -> FrameSet:
+        options: dict[str, Any] = {"folder": folder, "workers": workers, "progress": progress}
+        return stream_frames(sources, asked, (), name, **options, expect=expect, type_map=config.type_map)
+
+    return read
 
 
 def _read(
@@ -165,13 +179,13 @@ def _read(
     reader: _Reader,
     magnetic: bool,
     sources: Sequence[str],
-    require: Sequence[Label],
+    expect: Sequence[Label],
     name: str,
     expected: LabelKeys | None = None,
 ) -> FrameSet:
     unasked = () if magnetic else ("moments", "spins")
     asked = LabelKeys(*(NONE if name in unasked else getattr(config, f"{name}_key") for name in LabelKeys._fields))
-    found = reader(sources, asked, require, name)
+    found = reader(sources, asked, expect, name)
     for label, ours, theirs in zip(LabelKeys._fields, found.keys, expected or found.keys, strict=True):
         if ours != theirs and None not in (ours, theirs):
             warn(

@@ -13,6 +13,15 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
+SMALLEST_VOLUME = 1e-6
+"""Å³; a cell below it is none."""
+
+
+def volume_of(cell: FloatArray) -> float:
+    """Å³, of (3, 3) lattice vectors in rows."""
+    return abs(float(np.linalg.det(cell)))
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a frame was read: file and zero-based position in it. ``str()`` is what errors print."""
@@ -39,6 +48,9 @@ class Frame:
         origin: file and position, for error messages.
         moments: (atoms, 3), magnetic moments, μB (a number per atom in the file stands for its z component), or None.
         spins: (atoms, 3), the magnetic state that the labels belong to, as a spin-aware layer takes it, or None.
+        energy_weight, forces_weight, stress_weight, moments_weight: how much each label counts in the loss, positive;
+            from the file (:mod:`forcetune.frames.weights`).
+        charge, multiplicity: total charge and spin as the file names them, or None; no model here knows them.
     """
 
     numbers: IntArray
@@ -51,9 +63,20 @@ class Frame:
     origin: Origin
     moments: FloatArray | None = None
     spins: FloatArray | None = None
+    energy_weight: float = 1.0
+    forces_weight: float = 1.0
+    stress_weight: float = 1.0
+    moments_weight: float = 1.0
+    charge: float | None = None
+    multiplicity: float | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def has_volume(self) -> bool:
+        """Whether the cell has one; a stress is a share of it."""
+        return volume_of(self.cell) >= SMALLEST_VOLUME
 
 
 class LabelKeys(NamedTuple):

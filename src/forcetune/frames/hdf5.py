@@ -7,11 +7,13 @@ one for a frame:
 - ``positions``: (atoms, 3), Å
 - ``cell``: (3, 3), Å, and ``pbc``: (3,); may be missing
 - ``properties``: a group with the labels by name, such as ``energy`` (eV), ``forces`` ((atoms, 3), eV/Å), ``stress``
-- ``property_weights``: a group; a property with the weight 0 is no label
+- ``weight`` and ``property_weights`` (a group): of the frame and of each property, read as ``config_weight`` and
+  ``config_energy_weight``, … (:mod:`forcetune.frames.weights`); a property with the weight 0 is no label; both may be
+  missing
 - ``config_type``: a text; may be missing
 
-The text ``None`` stands for a value that is not there. ``weight`` is not used: every frame counts alike. The library
-below trusts much of what a file says, so these functions are called in a process that may die
+The text ``None`` stands for a value that is not there. The library below trusts much of what a file says, so these
+functions are called in a process that may die
 (:mod:`forcetune.frames.chunks`).
 """
 
@@ -33,6 +35,7 @@ _LARGEST_FRAME = 2**28
 _LEAST_UNPACKED = 2**24
 _RATIO = 100
 _MOST_PROPERTIES = 1000
+_WEIGHTED = ("energy", "forces", "stress", "virials")
 
 
 def frame_groups(path: Path) -> list[tuple[str, np.ndarray]]:
@@ -113,6 +116,10 @@ def _atoms(group: Any, budget: _Budget) -> Atoms:
             weight = None if weights is None else _value(weights, name, budget)
             if value is not None and (weight is None or float(weight) != 0):
                 atoms.info[name] = value
+                if weight is not None and float(weight) != 1 and name in _WEIGHTED:
+                    atoms.info[f"config_{name}_weight"] = float(weight)
+    if "weight" in group and (weight := _value(group, "weight", budget)) is not None:
+        atoms.info["config_weight"] = float(weight)
     if "config_type" in group:
         atoms.info["config_type"] = _value(group, "config_type", budget)
     return atoms

@@ -6,15 +6,15 @@ Labels are looked for under these names, in this order, and one choice holds for
   free_energy``
 - forces: ``REF_forces, dft_forces, DFT_forces, ref_forces, forces, Forces, force, dft_force, DFT_force``
 - stress: ``REF_stress, dft_stress, DFT_stress, ref_stress, stress, Stress``, then virials
-  ``REF_virials, REF_virial, dft_virials, dft_virial, DFT_virial, virials, virial``, from which
-  stress = −virial / volume
+  ``REF_virials, REF_virial, dft_virials, dft_virial, DFT_virials, DFT_virial, ref_virials, ref_virial, virials,
+  virial, Virials, Virial``, from which stress = −virial / volume
 - moments: ``REF_magmoms, REF_magmom, dft_magmoms, dft_magmom, magmoms, magmom, moments``; one number per atom
   stands for the z component
 - spins (the magnetic state that a spin-aware layer is given): ``REF_spins, spins, initial_magmoms``
 
 Moments and spins are looked for only where a run asks for them. Last come the results of an attached ASE calculator
-(``calculator``). ASE's extended-XYZ reader moves ``energy``, ``forces``, ``stress``, … into such a calculator; they are
-found under the name they have in the file.
+(``calculator``). A stress and a virial that say the same are one label. ASE's extended-XYZ reader moves ``energy``,
+``forces``, ``stress``, … into such a calculator; they are found under the name they have in the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.frame import LabelKeys, Origin
+from forcetune.frames.frame import SMALLEST_VOLUME, FloatArray, LabelKeys, Origin, volume_of
 
 Label = Literal["energy", "forces", "stress", "moments", "spins"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -47,8 +47,8 @@ CANDIDATES: dict[Label, tuple[str, ...]] = {
     ),
     "stress": (
         *("REF_stress", "dft_stress", "DFT_stress", "ref_stress", "stress", "Stress"),
-        *("REF_virials", "REF_virial", "dft_virials", "dft_virial", "DFT_virial"),
-        *("virials", "virial", CALCULATOR),
+        *("REF_virials", "REF_virial", "dft_virials", "dft_virial", "DFT_virials", "DFT_virial"),
+        *("ref_virials", "ref_virial", "virials", "virial", "Virials", "Virial", CALCULATOR),
     ),
     "moments": (
         *("REF_magmoms", "REF_magmom", "dft_magmoms", "dft_magmom"),
@@ -61,6 +61,10 @@ _NAMES_IN_RESULTS: dict[Label, str] = {"moments": "magmoms"}
 """Where a calculator's results have another name."""
 
 _STRUCTURE_ARRAYS = frozenset({"numbers", "positions"})
+
+_VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
+_SAME_STRESS = 1e-4
+"""Of the largest component; stress and virial that differ by less are one label, written with different digits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +114,7 @@ def choose_keys(
     require: Sequence[Label],
     name: str,
     files: Sequence[str] | None = None,
+    expect: Sequence[Label] = (),
 ) -> LabelKeys:
     """The key of each label for the whole set, None for a label that is not there or not wanted.
 
@@ -119,16 +124,19 @@ def choose_keys(
         require: labels that every frame must have.
         name: what the data are, for messages about all of them.
         files: where the frames come from, for the same; None takes those of ``raws``.
+        expect: labels that some frame must have, unless ``asked`` is ``none``.
 
     Raises:
-        InputError: a required label, or a key that was asked for, is not there or not in every frame.
+        InputError: a required or expected label, or a key that was asked for, is not there; or a required label is not
+            in every frame.
     """
-    if unknown := set(require) - set(LABELS):
+    if unknown := {*require, *expect} - set(LABELS):
         raise ValueError(f"require: {sorted(unknown)} are not among {list(LABELS)}")
     chosen: dict[str, str | None] = {}
     for label in LABELS:
-        required = label in require
-        key = choose_key(label, getattr(asked, label) or NONE, raws, required, name, files)
+        required, wanted = label in require, getattr(asked, label) or NONE
+        expected = required or (label in expect and wanted != NONE)
+        key = choose_key(label, wanted, raws, expected, name, files)
         if key is not None:
             _check_complete(label, key, raws, required, name)
         chosen[label] = key
@@ -183,19 +191,22 @@ def choose_key(
             return None
         raise InputError(
             f"{name} ({_files(raws, files)}): no {label} found under the usual keys; {_listing(raws)} "
-            f"Set {label}_key to the right one."
+            f"Set {label}_key to the right one, or to 'none' to do without."
         )
     first, *others = present
-    if aside := [repr(other) for other in others if _differs(label, first, other, raws)]:
+    different = {other: _differing_frame(label, first, other, raws) for other in others}
+    if aside := [repr(other) for other, raw in different.items() if raw is not None]:
+        opposed = [other for other, raw in different.items() if raw is not None and _opposed(label, first, other, raw)]
+        signs = f" ({opposed[0]} has the opposite sign)" if opposed else ""
         warn(
-            f"{name}: {label} taken from '{first}'; {', '.join(aside)} with other values left aside. "
+            f"{name}: {label} taken from '{first}'; {', '.join(aside)} with other values left aside{signs}. "
             f"Set {label}_key to choose."
         )
     return first
 
 
-def _differs(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) -> bool:
-    """Whether some frame holds both keys with different values, so that the choice matters."""
+def _differing_frame(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) -> RawFrame | None:
+    """The first frame that holds both keys with different values, so that the choice matters."""
     for raw in raws:
         ours, theirs = label_under(raw, label, chosen), own_label(raw, label, other)
         if ours is None or theirs is None or ours is theirs:
@@ -204,15 +215,55 @@ def _differs(label: Label, chosen: str, other: str, raws: Sequence[RawFrame]) ->
             same = np.array_equal(np.asarray(ours), np.asarray(theirs))
         except ValueError:
             same = False  # ragged lists are no labels
-        if not same:
-            return True
-    return False
+        if not same and not (label == "stress" and _is_same_stress(raw, chosen, other)):
+            return raw
+    return None
+
+
+def _is_same_stress(raw: RawFrame, one: str, other: str, sign: float = 1.0) -> bool:
+    """Whether a stress or virial under one key is that under another, in whatever form, times a sign."""
+    try:
+        first, second = (stress_tensor(raw, key, label_under(raw, "stress", key)) for key in (one, other))
+    except (InputError, TypeError, ValueError):
+        return False
+    size = max(float(np.abs(first).max()), float(np.abs(second).max()))
+    return bool(np.abs(first - sign * second).max() <= _SAME_STRESS * size)
+
+
+def _opposed(label: Label, one: str, other: str, raw: RawFrame) -> bool:
+    return label == "stress" and _is_same_stress(raw, one, other, sign=-1.0)
+
+
+def stress_tensor(raw: RawFrame, key: str, values: Any) -> FloatArray:
+    """(3, 3) stress, eV/Å³, from Voigt order (xx, yy, zz, yz, xz, xy), nine numbers or a matrix; or from a virial, eV.
+
+    Raises:
+        InputError: it has another shape, or a virial belongs to no cell; names file and frame.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.shape == (6,):
+        matrix = numbers[_VOIGT]
+    elif numbers.shape in {(9,), (3, 3)}:
+        matrix = numbers.reshape(3, 3)
+    else:
+        raise InputError(
+            f"{raw.origin}: the stress under '{key}' should be 6 or 9 numbers but has shape {numbers.shape}; fix it."
+        )
+    if "virial" not in key.lower():
+        return matrix
+    volume = volume_of(raw.atoms.cell.array)
+    if volume < SMALLEST_VOLUME:
+        raise InputError(
+            f"{raw.origin}: the virial under '{key}' cannot become a stress because the cell has no volume; "
+            "give the frame a cell or set stress_key to 'none'."
+        )
+    return -matrix / volume
 
 
 def differing(label: Label, keys: Sequence[str], raw: RawFrame) -> frozenset[tuple[str, str]]:
     """The pairs of these keys under which a frame holds different values."""
     pairs = [(one, other) for index, one in enumerate(keys) for other in keys[index + 1 :]]
-    return frozenset(pair for pair in pairs if _differs(label, *pair, [raw]))
+    return frozenset(pair for pair in pairs if _differing_frame(label, *pair, [raw]) is not None)
 
 
 def may_lack(raw: RawFrame, label: Label) -> bool:
@@ -238,7 +289,10 @@ def _check_complete(label: Label, key: str, raws: Sequence[RawFrame], required: 
             f"{missing[0].origin} has no {label} under '{key}' ({lack} of {total} frames lack "
             f"it); {_listing(missing[:1])} Remove the frame or set {label}_key."
         )
-    warn(f"{name}: {lack} of {total} frames have no {label} under '{key}', first {missing[0].origin}.")
+    warn(
+        f"{name}: {lack} of {total} frames have no {label} under '{key}', first {missing[0].origin}; they count by the "
+        "labels that they have."
+    )
 
 
 def _listing(raws: Sequence[RawFrame]) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from forcetune.errors import InputError
-from forcetune.files import sha256_of
+from forcetune.errors import InputError, warn
 from forcetune.frames.chunks import structures_of
+from forcetune.frames.comment_line import numbers_in
+from forcetune.frames.formats import say_conversions
 from forcetune.frames.frame import FloatArray, Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import (
     AUTO,
@@ -24,11 +25,14 @@ from forcetune.frames.labels import (
     choose_keys,
     label_under,
     raw_frame,
+    stress_tensor,
 )
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.sources import content_hash, expand, file_format
+from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS, scalar_under, tell_unread
+from forcetune.frames.weights import WeightTally, is_left_out, weights_of
+from forcetune.frames.xyz import XYZ_FORMATS
 
 _USUAL: tuple[Label, ...] = ("energy", "forces", "stress")
-_VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])
 
 
 def read_frames(
@@ -40,14 +44,18 @@ def read_frames(
     moments_key: str = NONE,
     spins_key: str = NONE,
     require: Sequence[Label] = ("energy",),
+    expect: Sequence[Label] = (),
     name: str = "training data",
+    type_map: Sequence[str] = (),
 ) -> FrameSet:
-    """Read frames and labels from files that ASE reads: extended XYZ, trajectories, databases, ….
+    """Read frames and labels from files that ASE reads: extended XYZ, trajectories, databases, …, and from those of
+    other programs (:mod:`forcetune.frames.formats`).
 
-    Forces of constrained atoms keep the values of the file: ASE's constraints are not applied.
+    Forces of constrained atoms keep the values of the file: ASE's constraints are not applied. Frames and labels whose
+    weight in the file is 0 are left out (:mod:`forcetune.frames.weights`).
 
     Args:
-        sources: a file, a pattern such as ``"runs/*/vasprun.xml"``, or several of either.
+        sources: a file, a folder of deepmd data, a pattern such as ``"runs/*/vasprun.xml"``, or several of them.
         energy_key: the key of the energy, eV; ``auto`` looks for it (see :mod:`forcetune.frames.labels`),
             ``calculator`` takes the results of an attached calculator, ``none`` leaves the label out.
         forces_key: as above for forces, (atoms, 3), eV/Å.
@@ -57,7 +65,10 @@ def read_frames(
         spins_key: as above for the magnetic state that a spin-aware layer is given, of the same shapes.
         require: labels that every frame must have. Isolated atoms may lack forces, and frames that are not
             periodic may lack stress.
+        expect: labels that some frame must have, unless their key is ``none``; where one lacks it, it simply does not
+            count.
         name: what the data are, for messages about all of them.
+        type_map: elements of numbered types, type 0 first, for files that name none (MTP's ``.cfg``).
 
     Raises:
         InputError: a file is missing, empty, damaged or of unknown format; a required label or a key that was
@@ -65,15 +76,16 @@ def read_frames(
             shape.
     """
     files = expand(sources)
+    kinds = [(file, file_format(file)) for file in files]
     raws: list[RawFrame] = []
-    for file in files:
-        format_name = file_format(file)
+    for file, format_name in kinds:
         moved = format_name in XYZ_FORMATS
-        for index, atoms in enumerate(structures_of(file, format_name)):
+        for index, atoms in enumerate(structures_of(file, format_name, type_map)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
+    say_conversions(kinds)
     asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
-    frames, keys = _label(raws, asked, require, name)
-    digest = hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    frames, keys = _label(raws, asked, require, name, expect)
+    digest = hashlib.sha256("".join(content_hash(file) for file in files).encode()).hexdigest()
     return FrameSet(frames, keys, tuple(str(file) for file in files), digest)
 
 
@@ -86,6 +98,7 @@ def frames_from_atoms(
     moments_key: str = NONE,
     spins_key: str = NONE,
     require: Sequence[Label] = ("energy",),
+    expect: Sequence[Label] = (),
     name: str = "training data",
 ) -> FrameSet:
     """Frames from ASE structures in memory, by the rules of :func:`read_frames`; their file is ``<atoms>``.
@@ -100,7 +113,7 @@ def frames_from_atoms(
     if not raws:
         raise InputError(f"{name}: the list of structures is empty; give at least one.")
     asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
-    frames, keys = _label(raws, asked, require, name)
+    frames, keys = _label(raws, asked, require, name, expect)
     return FrameSet(frames, keys, ("<atoms>",), _content_hash(frames))
 
 
@@ -117,12 +130,19 @@ def describe_keys(frameset: FrameSet) -> str:
 
 
 def _label(
-    raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str
+    raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str, expect: Sequence[Label]
 ) -> tuple[tuple[Frame, ...], LabelKeys]:
+    tally = WeightTally()
     for raw in raws:
         check_structure(raw)
-    keys = choose_keys(raws, asked, require, name)
-    return tuple(labelled_frame(raw, keys) for raw in raws), keys
+        tally.add(raw)
+    tally.check(name, raws[0].origin.file)
+    kept = [raw for raw in raws if not is_left_out(raw)]
+    keys = choose_keys(kept, asked, require, name, expect=expect)
+    for text in (tally.sentence(), tell_unread(kept, keys, asked)):
+        if text is not None:
+            warn(f"{name}: {text}")
+    return tuple(labelled_frame(raw, keys) for raw in kept), keys
 
 
 def check_structure(raw: RawFrame) -> None:
@@ -149,15 +169,16 @@ def check_structure(raw: RawFrame) -> None:
 
 
 def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
-    """The frame with the labels that stand under these keys.
+    """The frame with the labels that stand under these keys, but for those with weight 0.
 
     Raises:
-        InputError: a label is not finite or of the wrong shape.
+        InputError: a label is not finite or of the wrong shape, or a weight is no number.
     """
     atoms = raw.atoms
-    energy = _numbers(raw, "energy", keys.energy)
-    forces = _numbers(raw, "forces", keys.forces)
-    stress = _numbers(raw, "stress", keys.stress)
+    weights = weights_of(raw, keys)
+    energy = _numbers(raw, "energy", keys.energy if weights.energy else None)
+    forces = _numbers(raw, "forces", keys.forces if weights.forces else None)
+    stress = _numbers(raw, "stress", keys.stress if weights.stress else None)
     moments = _numbers(raw, "moments", keys.moments)
     spins = _numbers(raw, "spins", keys.spins)
     return Frame(
@@ -167,10 +188,16 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
         pbc=np.array(atoms.pbc, dtype=np.bool_),
         energy=None if energy is None else _energy(raw, keys.energy, energy),
         forces=None if forces is None else _forces(raw, keys.forces, forces),
-        stress=None if stress is None else _stress(raw, keys.stress, stress),
+        stress=None if stress is None else stress_tensor(raw, str(keys.stress), stress),
         origin=raw.origin,
         moments=None if moments is None else _vectors(raw, "moments", keys.moments, moments),
         spins=None if spins is None else _vectors(raw, "spins", keys.spins, spins),
+        energy_weight=weights.energy,
+        forces_weight=weights.forces,
+        stress_weight=weights.stress,
+        moments_weight=weights.moments,
+        charge=scalar_under(raw, CHARGE_KEYS),
+        multiplicity=scalar_under(raw, MULTIPLICITY_KEYS),
     )
 
 
@@ -179,6 +206,8 @@ def _numbers(raw: RawFrame, label: Label, key: str | None) -> FloatArray | None:
     value = None if key is None else label_under(raw, label, key)
     if value is None:
         return None
+    if label == "stress" and isinstance(value, str):
+        value = numbers_in(value) or value  # nested rows that ASE leaves as a text
     try:
         found = np.asarray(value)
     except ValueError:
@@ -215,27 +244,6 @@ def _forces(raw: RawFrame, key: str | None, values: FloatArray) -> FloatArray:
     return values.reshape(atoms, 3)
 
 
-def _stress(raw: RawFrame, key: str | None, values: FloatArray) -> FloatArray:
-    """(3, 3) stress from Voigt order (xx, yy, zz, yz, xz, xy), 9 numbers or a matrix, or a virial."""
-    if values.shape == (6,):
-        matrix = values[_VOIGT]
-    elif values.shape in {(9,), (3, 3)}:
-        matrix = values.reshape(3, 3)
-    else:
-        raise InputError(
-            f"{raw.origin}: the stress under '{key}' should be 6 or 9 numbers but has shape {values.shape}; mend it."
-        )
-    if key is None or "virial" not in key.lower():
-        return matrix
-    volume = abs(float(np.linalg.det(raw.atoms.cell.array)))
-    if volume < 1e-6:
-        raise InputError(
-            f"{raw.origin}: the virial under '{key}' cannot become a stress because the cell has no volume; "
-            "give the frame a cell or set stress_key to 'none'."
-        )
-    return -matrix / volume
-
-
 def _vectors(raw: RawFrame, label: Label, key: str | None, values: FloatArray) -> FloatArray:
     """(atoms, 3) from vectors, or from numbers along z as collinear calculations give them."""
     atoms = len(raw.atoms)
@@ -254,6 +262,9 @@ def _content_hash(frames: Sequence[Frame]) -> str:
     for frame in frames:
         labels = (np.asarray(value, dtype=np.float64) for value in (frame.energy, frame.forces, frame.stress))
         more = (value for value in (frame.moments, frame.spins) if value is not None)
+        weights = np.array([frame.energy_weight, frame.forces_weight, frame.stress_weight, frame.moments_weight])
+        if (weights != 1).any():
+            more = (*more, weights)
         for array in (frame.numbers, frame.positions, frame.cell, frame.pbc, *labels, *more):
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())

@@ -18,6 +18,7 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame, IntArray
+from forcetune.frames.stored import elements_of, has_label
 
 Mode = Literal["estimate", "model", "isolated", "average", "table"]
 
@@ -37,7 +38,7 @@ class ReferenceEnergies:
         mode: how they were found.
         offset_before_mev_per_atom: mean over frames of |E_label − E_model| / atoms with the model's own E0s,
             meV.
-        offset_after_mev_per_atom: the same with these E0s.
+        offset_after_mev_per_atom: the same with these E0s; both None where no frame has an energy.
         rank: rank of the composition matrix of the frames.
         n_elements: number of elements in the frames; where ``rank`` is smaller, the data fix only some sums
             of E0s, and the fit is the one of smallest change.
@@ -45,8 +46,8 @@ class ReferenceEnergies:
 
     energies: dict[int, float]
     mode: str
-    offset_before_mev_per_atom: float
-    offset_after_mev_per_atom: float
+    offset_before_mev_per_atom: float | None
+    offset_after_mev_per_atom: float | None
     rank: int
     n_elements: int
 
@@ -79,6 +80,8 @@ def reference_energies(
     if mode not in get_args(Mode):
         raise InputError(f"Reference energies '{mode}': choose one of {', '.join(get_args(Mode))}.")
     elements = tuple(sorted(model_references))
+    if not has_label(frames, "energy"):
+        return _without_energies(mode, frames, isolated_frames, model_references, table)
     found = _labelled(frames, elements, model_energies)
     present = tuple(z for z, occurs in zip(elements, found.occurring, strict=True) if occurs)
     if mode == "estimate":
@@ -104,6 +107,29 @@ def reference_energies(
         rank=_rank(found.counts),
         n_elements=len(present),
     )
+
+
+def _without_energies(
+    mode: str,
+    frames: Sequence[Frame],
+    isolated_frames: Sequence[Frame],
+    model_references: Mapping[int, float],
+    table: Mapping[str | int, float] | None,
+) -> ReferenceEnergies:
+    """For frames with forces alone, which reference energies do not touch: the model's, unless others are given.
+
+    Raises:
+        InputError: the mode takes reference energies from the energies of frames, or lacks what it needs.
+    """
+    if mode in ("estimate", "average"):
+        raise InputError("Reference energies: no frame has an energy; give data with energies or keep 'model'.")
+    present = elements_of(frames)
+    energies = {z: float(own) for z, own in sorted(model_references.items())}
+    if mode == "isolated":
+        energies = isolated(isolated_frames, model_references, present)
+    elif mode == "table":
+        energies = explicit(table, model_references, present)
+    return ReferenceEnergies(energies, mode, None, None, 0, len(present))
 
 
 def composition_matrix(frames: Sequence[Frame], elements: Sequence[int]) -> FloatArray:
@@ -138,9 +164,10 @@ def estimate(
 ) -> dict[int, float]:
     """The model's E0s moved by what explains its errors best: E0 = E0_model + ΔE0.
 
-    ΔE0 minimises Σ_frames ((E_label − E_model − C ΔE0) / atoms)²: each frame counts by its error per atom, so
-    large frames do not outweigh small ones. Where compositions do not fix every element (rank-deficient C),
-    ΔE0 is the solution of smallest norm; elements that do not occur keep the model's E0.
+    ΔE0 minimises Σ_frames w ((E_label − E_model − C ΔE0) / atoms)²: each frame counts by its error per atom, so
+    large frames do not outweigh small ones, and by the weight w that its file gives its energy. Where compositions do
+    not fix every element (rank-deficient C), ΔE0 is the solution of smallest norm; elements that do not occur keep the
+    model's E0.
 
     Args:
         frames: those without an energy are passed over.
@@ -154,15 +181,15 @@ def estimate(
 
 
 def _estimate(found: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
-    shift = _least_squares(found.counts, found.energies - found.predicted, per_atom=True)
+    shift = _least_squares(found.counts, found.energies - found.predicted, found.weights, per_atom=True)
     return {z: float(model_references[z] + change) for z, change in zip(sorted(model_references), shift, strict=True)}
 
 
 def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> dict[int, float]:
     """E0s from the labels alone: least squares of total energies on composition, min ‖E_label − C E0‖².
 
-    Every frame counts alike, as in mace's ``average``; rank-deficient compositions get the solution of
-    smallest norm. Elements that do not occur keep the model's E0.
+    Every frame counts alike, whatever its weight, as in mace's ``average``; rank-deficient compositions get the
+    solution of smallest norm. Elements that do not occur keep the model's E0.
 
     Raises:
         InputError: no frame has an energy, or one holds an element that the model does not know.
@@ -171,7 +198,7 @@ def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> d
 
 
 def _average(found: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
-    fitted = _least_squares(found.counts, found.energies, per_atom=False)
+    fitted = _least_squares(found.counts, found.energies, np.ones(len(found.energies)), per_atom=False)
     return {
         z: float(value if occurs else model_references[z])
         for z, value, occurs in zip(sorted(model_references), fitted, found.occurring, strict=True)
@@ -183,26 +210,28 @@ def _blocks(counts: np.ndarray, values: FloatArray) -> Iterator[tuple[FloatArray
         yield counts[start : start + BLOCK].astype(np.float64), values[start : start + BLOCK]
 
 
-def _triangle(counts: np.ndarray, values: FloatArray, per_atom: bool = False) -> FloatArray:
-    """R of the QR decomposition of [C | values], block by block, each row over the atoms of its frame if asked."""
+def _triangle(counts: np.ndarray, values: FloatArray, divisors: FloatArray) -> FloatArray:
+    """R of the QR decomposition of [C | values], block by block, each row over its divisor."""
     triangle = np.zeros((0, counts.shape[1] + 1))
-    for block, own in _blocks(counts, values):
-        rows = np.column_stack((block, own))
-        rows = rows / block.sum(axis=1)[:, None] if per_atom else rows
+    for (block, own), (_, divisor) in zip(_blocks(counts, values), _blocks(counts, divisors), strict=True):
+        rows = np.column_stack((block, own)) / divisor[:, None]
         triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"), dtype=np.float64)
     return triangle
 
 
-def _least_squares(counts: np.ndarray, values: FloatArray, *, per_atom: bool) -> FloatArray:
-    """x of smallest norm that minimises ‖C x − values‖², or the same with each row over the atoms of its frame.
+def _least_squares(counts: np.ndarray, values: FloatArray, weights: FloatArray, *, per_atom: bool) -> FloatArray:
+    """x of smallest norm that minimises Σ w (C x − values)², or the same with each row over the atoms of its frame.
 
     More than :data:`BLOCK` frames are reduced to a triangle first, which has the same solution and singular values.
     """
+    atoms = counts.sum(axis=1, dtype=np.float64) if per_atom else np.ones(len(counts))
+    roots = np.sqrt(weights)
     if len(counts) <= BLOCK:
-        composition = counts.astype(np.float64)
-        atoms = composition.sum(axis=1) if per_atom else np.ones(len(counts))
-        return np.asarray(np.linalg.lstsq(composition / atoms[:, None], values / atoms, rcond=None)[0], np.float64)
-    triangle = _triangle(counts, values, per_atom)
+        composition = counts.astype(np.float64) / atoms[:, None]
+        return np.asarray(
+            np.linalg.lstsq(composition * roots[:, None], values / atoms * roots, rcond=None)[0], np.float64
+        )
+    triangle = _triangle(counts, values, atoms / roots)
     tolerance = np.finfo(np.float64).eps * max(counts.shape)
     return np.asarray(np.linalg.lstsq(triangle[:, :-1], triangle[:, -1], rcond=tolerance)[0], np.float64)
 
@@ -211,7 +240,7 @@ def _rank(counts: np.ndarray) -> int:
     """Of the composition matrix."""
     if len(counts) <= BLOCK:
         return int(np.linalg.matrix_rank(counts.astype(np.float64)))
-    triangle = _triangle(counts, np.zeros(len(counts)))[:, :-1]
+    triangle = _triangle(counts, np.zeros(len(counts)), np.ones(len(counts)))[:, :-1]
     return int(np.linalg.matrix_rank(triangle, rtol=np.finfo(np.float64).eps * max(counts.shape)))
 
 
@@ -291,11 +320,13 @@ class _Labelled(NamedTuple):
     Attributes:
         counts: (frames, elements) atoms of each element.
         energies, predicted: (frames,), eV; of labels and of the model, which are zero where there is none.
+        weights: (frames,) of the energies, from the file.
     """
 
     counts: np.ndarray
     energies: FloatArray
     predicted: FloatArray
+    weights: FloatArray
 
     @property
     def occurring(self) -> list[bool]:
@@ -312,11 +343,12 @@ def _labelled(
         raise ValueError(f"model_energies: shape {predicted.shape}, expected ({len(frames)},)")
     columns = np.asarray(elements, dtype=np.int64)
     counts = np.zeros((len(frames), len(columns)), dtype=np.uint32)
-    energies = np.full(len(frames), np.nan)
+    energies, weights = np.full(len(frames), np.nan), np.ones(len(frames))
     for row, frame in enumerate(frames):
         if frame.energy is not None:
             counts[row] = _counts(frame, columns)
             energies[row] = frame.energy
+            weights[row] = frame.energy_weight
             if not np.isfinite(predicted[row]):
                 raise InputError(
                     f"{frame.origin}: the model's energy is not finite; look for atoms on top of each other."
@@ -324,7 +356,7 @@ def _labelled(
     kept = ~np.isnan(energies)
     if not kept.any():
         raise InputError("Reference energies: no frame has an energy; give data with energies or keep 'model'.")
-    return _Labelled(counts[kept], energies[kept], predicted[kept])
+    return _Labelled(counts[kept], energies[kept], predicted[kept], weights[kept])
 
 
 def _energy(frame: Frame) -> float:

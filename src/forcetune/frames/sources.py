@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-import io
-import lzma
-import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
 
 import ase.db
 import ase.io
 from ase import Atoms
 from ase.db.row import AtomsRow
-from ase.io.formats import UnknownFileTypeError, filetype, open_with_compression
+from ase.io.formats import UnknownFileTypeError, filetype
 
 from forcetune.errors import ForcetuneError, InputError, warn
-from forcetune.files import path_of
-from forcetune.frames import mptrj
+from forcetune.files import path_of, sha256_of
+from forcetune.frames import formats, mptrj
 from forcetune.frames.frame import Origin
 from forcetune.frames.mptrj import is_mptrj
-from forcetune.parsing import check_archive, check_unpacked
+from forcetune.frames.text import head_of
+from forcetune.frames.xyz import ARCHIVE, XYZ_FORMATS, is_xyz, xyz_pieces, xyz_structures
+from forcetune.parsing import first_line
 
-XYZ_FORMATS = frozenset({"extxyz", "xyz"})
 ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".aselmdb": "aselmdb", ".lmdb": "aselmdb", ".mdb": "aselmdb"}
 DATABASE_FORMATS = frozenset({"db", "json"})
-
-
-_LONGEST_LINE = 16 * 2**20
-_LARGEST_FRAME = 512 * 2**20
-_MOST_LINES = 10_000_000
-_MOST_COLUMNS = 10_000
-COMPRESSED = frozenset({".gz", ".bz2", ".xz"})
-ARCHIVE = ".zip"
-"""Ending of archives of extended-XYZ files, which are read one after another as if they were one."""
 
 
 def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
@@ -62,15 +48,19 @@ def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
 
 
 def _matches(path: Path) -> list[Path]:
-    """The path itself, or the files that match it where it is a pattern."""
+    """The path itself, the data folders in it, or the files and data folders that match it where it is a pattern."""
     if path.exists() or not any(character in str(path) for character in "*?["):
-        return [path]
+        return (formats.data_folders(path) or [path]) if path.is_dir() else [path]
     start = Path(path.anchor) if path.anchor else Path()
     pattern = str(path.relative_to(path.anchor)) if path.anchor else str(path)
     try:
-        found = sorted(match for match in start.glob(pattern) if match.is_file())
+        matches = sorted(start.glob(pattern))
     except ValueError as error:
         raise InputError(f"{path}: not a pattern that can be followed ({error}).") from error
+    folders = {folder for match in matches if match.is_dir() for folder in formats.data_folders(match)}
+    files = {match for match in matches if match.is_file()}
+    # what stands in a data folder is read with it
+    found = sorted(match for match in files | folders if not folders & set(match.parents))
     if not found:
         raise InputError(f"{path}: no file matches this pattern; check the folder and the ending.")
     return found
@@ -78,7 +68,12 @@ def _matches(path: Path) -> list[Path]:
 
 def _check_readable(path: Path) -> None:
     if path.is_dir():
-        raise InputError(f"{path}: a folder, not a file; name a file in it or a pattern such as {path}/*.xyz.")
+        if formats.recognize(path, ""):
+            return
+        raise InputError(
+            f"{path}: a folder, not a file, and none of deepmd data (type.raw and set.000); name a file in it or a "
+            f"pattern such as {path}/*.xyz."
+        )
     if not path.exists():
         raise InputError(f"{path}: there is no such file; check its name and folder.")
     try:
@@ -91,28 +86,54 @@ def _check_readable(path: Path) -> None:
 
 
 def file_format(path: Path) -> str:
-    """ASE's name for the format of a file, or ``hdf5`` or ``aselmdb``, which are read without ASE.
+    """Our name for a format of ours (:mod:`forcetune.frames.formats`, ``hdf5``, ``aselmdb``, …), or ASE's for others.
+
+    What a file holds goes before its ending.
 
     Raises:
-        InputError: ASE does not know it.
+        InputError: nobody knows it.
     """
     if path.suffix in ENDINGS:
         return ENDINGS[path.suffix]
     if path.suffix == ARCHIVE:
         return "extxyz"
-    if is_mptrj(path):
-        return mptrj.FORMAT
     try:
-        return filetype(str(path))
+        head = "" if path.is_dir() else head_of(path)
+        if name := formats.recognize(path, head):
+            return name
+        if is_mptrj(path):
+            return mptrj.FORMAT
+        return "extxyz" if is_xyz(head) else filetype(str(path))
     except UnknownFileTypeError as error:
         raise _unknown_format(path) from error
+    except ForcetuneError:
+        raise
     except Exception as error:
         # a damaged compressed file raises whatever its library raises
-        raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); copy the file again.") from error
 
 
-def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files that are read with what is named."""
+    parts = formats.parts_of(path)
+    if parts == [path]:
+        return sha256_of(path)
+    named = "".join(f"{part.name}:{sha256_of(part)}\n" for part in parts)
+    return hashlib.sha256(named.encode()).hexdigest()
+
+
+def content_size(path: Path) -> int:
+    """Bytes of a file, or of all files that are read with what is named."""
+    return sum(part.stat().st_size for part in formats.parts_of(path))
+
+
+def iterate(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Atoms]:
     """The structures of one file, one at a time; ``format_name`` is what :func:`file_format` says.
+
+    Args:
+        path: the file.
+        format_name: of it.
+        type_map: elements of numbered types, for formats that have them.
 
     Raises:
         InputError: the file is damaged, cut short or holds no frames; the message has the frame reached.
@@ -120,10 +141,8 @@ def iterate(path: Path, format_name: str) -> Iterator[Atoms]:
     if format_name == mptrj.FORMAT:
         yield from mptrj.iterate_mptrj(path)
         return
-    if format_name in XYZ_FORMATS:
-        check_xyz(path)
     count = 0
-    for atoms in guarded(path, _structures(path, format_name)):
+    for atoms in _structures(path, format_name, type_map):
         yield atoms
         count += 1
     if count == 0:
@@ -154,7 +173,7 @@ def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator
         except Exception as error:
             # ASE's readers raise KeyError, ValueError, OSError, sqlite3 and json errors, … for a damaged file
             raise InputError(
-                f"{Origin(str(path), count)}: cannot be read ({_told(error)}); "
+                f"{Origin(str(path), count)}: cannot be read ({first_line(error)}); "
                 "the file is cut short or damaged here, mend or remove this frame."
             ) from error
         yield atoms
@@ -173,19 +192,26 @@ def refusing(path: Path) -> Iterator[None]:
     except ForcetuneError:
         raise
     except Exception as error:
-        raise InputError(f"{path}: cannot be read ({_told(error)}); it is damaged, copy or write it again.") from error
+        raise InputError(
+            f"{path}: cannot be read ({first_line(error)}); it is damaged, copy or write it again."
+        ) from error
 
 
-def _structures(path: Path, format_name: str) -> Iterator[Atoms]:
-    if format_name in DATABASE_FORMATS:
-        return _database_rows(path, format_name)
-    if path.suffix == ARCHIVE:
-        return chain.from_iterable(xyz_structures(text, format_name) for text in xyz_texts(path))
-    # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
-    found: Iterable[Atoms] = ase.io.iread(
-        str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True
-    )
-    return iter(found)
+def _structures(path: Path, format_name: str, type_map: Sequence[str]) -> Iterator[Atoms]:
+    if format_name in XYZ_FORMATS:
+        start = 0
+        for count, text in xyz_pieces(path):
+            yield from guarded(path, xyz_structures(text, format_name), start)
+            start += count
+        return
+    if format_name in formats.FORMATS:
+        found: Iterable[Atoms] = formats.FORMATS[format_name].read(path, type_map)
+    elif format_name in DATABASE_FORMATS:
+        found = _database_rows(path, format_name)
+    else:
+        # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
+        found = ase.io.iread(str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True)
+    yield from guarded(path, iter(found))
 
 
 def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
@@ -200,175 +226,8 @@ def structure_of(row: AtomsRow) -> Atoms:
     return atoms
 
 
-def xyz_structures(text: str, format_name: str) -> Iterator[Atoms]:
-    """The structures in the text of an XYZ file."""
-    found: Any = ase.io.iread(io.StringIO(text), ":", format=format_name, parallel=False)
-    return iter(found)
-
-
-def check_xyz(path: Path) -> None:
-    """Walk the skeleton of an XYZ file: ASE stops silently at a blank line and reports no position.
-
-    Raises:
-        InputError: a frame is cut short, or something else stands where a number of atoms is expected.
-    """
-    for _ in _walk(path, lambda _: None):
-        pass
-
-
-def xyz_texts(path: Path) -> Iterator[str]:
-    """The text of each frame of an XYZ file, one at a time.
-
-    Raises:
-        InputError: as :func:`check_xyz`, or the text of one frame is larger than any frame is.
-    """
-    kept: list[str] = []
-    size = 0
-
-    def keep(line: str) -> None:
-        nonlocal size
-        size += len(line)
-        if size > _LARGEST_FRAME or len(kept) > _MOST_LINES:
-            raise ValueError("it has a frame that is larger than memory should hold")
-        kept.append(line)
-
-    for _ in _walk(path, keep):
-        # the first line of the next frame, if there is one, was kept, too
-        *own, following = kept
-        yield "".join(own)
-        kept, size = [following], len(following)
-    if kept:
-        yield "".join(kept)
-
-
-def _walk(path: Path, keep: Callable[[str], None]) -> Iterator[None]:
-    """Walk through an XYZ file; yields where a frame ends and the first line of the next has been read.
-
-    Args:
-        path: the file.
-        keep: called with every line that belongs to a frame.
-
-    Raises:
-        InputError: as :func:`check_xyz`.
-    """
-    try:
-        if path.suffix == ARCHIVE:
-            yield from _walk_xyz(path, enumerate(_lines_of_members(path), start=1), keep)
-            return
-        with open_with_compression(str(path), "rt") as stream:
-            yield from _walk_xyz(path, enumerate(_lines(path, stream), start=1), keep)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be read ({_told(error)}); copy the file again.") from error
-    except (zipfile.BadZipFile, RuntimeError) as error:
-        # encrypted members and unknown ways to compress are a RuntimeError
-        raise InputError(
-            f"{path}: cannot be read ({_told(error)}); copy it again, or unpack it and name what is in it."
-        ) from error
-
-
-def _lines_of_members(path: Path) -> Iterator[str]:
-    """The lines of all XYZ files in a ZIP archive, without blank ones at their ends.
-
-    Raises:
-        InputError: there are none.
-        ValueError: as :func:`_lines`.
-        OSError, RuntimeError, zipfile.BadZipFile: it cannot be read.
-    """
-    check_archive(path)
-    with zipfile.ZipFile(path) as archive:
-        # what macOS adds to an archive begins with a dot
-        names = [PurePosixPath(name) for name in archive.namelist()]
-        members = [str(name) for name in names if name.suffix in (".xyz", ".extxyz") and name.name[0] != "."]
-        if not members:
-            raise InputError(f"{path}: has no .xyz or .extxyz files in it; unpack it and name what is to be read.")
-        for member in members:
-            blank: list[str] = []
-            with io.TextIOWrapper(archive.open(member), encoding="utf-8") as stream:
-                for line in _lines(path, stream):
-                    if line.strip():
-                        yield from (*blank, line if line.endswith("\n") else line + "\n")
-                        blank = []
-                    elif len(blank) < 2:  # within a frame it can be one, its comment
-                        blank.append(line)
-
-
-def _lines(path: Path, stream: IO[Any]) -> Iterator[str]:
-    """The lines of a text file, which may be compressed.
-
-    Raises:
-        ValueError: a line without end, or a file that unpacks to far more than frames do.
-    """
-    done = 0
-    while line := stream.readline(_LONGEST_LINE):
-        done += len(line)
-        if len(line) == _LONGEST_LINE:
-            raise ValueError(f"it has a line of more than {_LONGEST_LINE:,} characters")
-        if path.suffix in COMPRESSED:
-            check_unpacked(path, done)
-        yield line
-
-
-def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]], keep: Callable[[str], None]) -> Iterator[None]:
-    frame, vectors = 0, 3  # no lattice vectors before the first frame
-    for line_number, line in lines:
-        words = line.split()
-        if not words:
-            trailing = next(((n, rest) for n, rest in lines if rest.strip()), None)
-            if trailing is None:
-                return
-            raise InputError(
-                f"{Origin(str(path), frame)}: line {line_number} is blank where a number of atoms is "
-                "expected, and more follows; remove the blank line."
-            )
-        if words[0].startswith("VEC") and vectors < 3:
-            vectors += 1
-            keep(line)
-            continue
-        if len(words) > 1 or not re.fullmatch("[0-9]{1,18}", words[0]):
-            raise InputError(
-                f"{Origin(str(path), frame)}: line {line_number} should be a number of atoms but is "
-                f"'{line.strip()[:40]}'; the frame before it has more lines than it announces, "
-                "or this is no XYZ file."
-            )
-        atoms = int(words[0])
-        keep(line)
-        if frame:
-            yield
-        comment = next(lines, (0, ""))[1]
-        _check_columns(path, frame, comment)
-        keep(comment)
-        missing = atoms
-        for _, (_, own) in zip(range(atoms), lines, strict=False):
-            keep(own)
-            missing -= 1
-        if missing > 0 and atoms > 0:
-            raise InputError(
-                f"{Origin(str(path), frame)}: the file ends after {atoms - missing} of the frame's "
-                f"{atoms} atoms; it was cut short, copy it again or remove this frame."
-            )
-        frame, vectors = frame + 1, 0
-
-
-def _check_columns(path: Path, frame: int, comment: str) -> None:
-    """
-    Raises:
-        InputError: the comment line announces more columns than any frame has; ASE would make room for all of them.
-    """
-    announced = re.findall(r":[A-Za-z]:([0-9]+)", comment)
-    if len(announced) > _MOST_COLUMNS or sum(int(count[:9]) for count in announced) > _MOST_COLUMNS:
-        raise InputError(
-            f"{Origin(str(path), frame)}: the comment line announces more than {_MOST_COLUMNS:,} columns; mend its "
-            "Properties."
-        )
-
-
 def _unknown_format(path: Path) -> InputError:
-    return InputError(f"{path}: not a format that ASE can read; convert it to extended XYZ (.xyz).")
-
-
-def _told(error: BaseException) -> str:
-    """The first line of an exception of another library, short enough for a sentence."""
-    if isinstance(error, KeyError) and error.args:
-        return f"unknown element or key '{error.args[0]}'"
-    text = str(error).strip()
-    return text.splitlines()[0][:120] if text else type(error).__name__
+    return InputError(
+        f"{path}: not a format that ASE can read, nor one of {', '.join(formats.FORMATS)}; convert it to extended XYZ "
+        "(.xyz)."
+    )

@@ -25,15 +25,20 @@ def split(frames: Sequence[Frame], valid: float | int, seed: int = 123) -> tuple
     Args:
         frames: what to split.
         valid: the fraction of the frames that validates, above 0 and below 1 and rounded down to whole
-            frames, or their number.
+            frames, but to one at least, or their number.
         seed: of the shuffle.
 
     Returns:
         training and validation frames, in shuffled order.
 
     Raises:
-        InputError: ``valid`` is neither, or nothing is left for training or for validation.
+        InputError: ``valid`` is neither, or nothing is left for training.
     """
+    if len(frames) == 1:
+        raise InputError(
+            f"{frames[0].origin.file}: holds one frame to train on and none to validate on; add frames, or name a "
+            "validation file (--valid)."
+        )
     count = _validation_count(len(frames), valid)
     indices = list(range(len(frames)))
     # a list and not an array: the published split shuffles a list
@@ -51,14 +56,9 @@ def _validation_count(total: int, valid: float | int) -> int:
         if count < 1:
             raise InputError(f"Validation by {count} frames: give 1 or more, or a fraction such as 0.1.")
     elif isinstance(valid, float) and 0.0 < valid < 1.0:
-        count = int(valid * total)
+        count = max(1, int(valid * total))
     else:
         raise InputError(f"Validation by {valid!r}: give a fraction above 0 and below 1, or a whole number of frames.")
-    if count == 0:
-        raise InputError(
-            f"A fraction of {valid} of {total} frames leaves none for validation; "
-            "give a larger fraction, a number of frames or a validation file."
-        )
     if count >= total:
         raise InputError(
             f"Validation with {count} of {total} frames leaves none for training; give fewer or more data."

@@ -126,3 +126,10 @@ def elements_of(frames: Sequence[Frame]) -> tuple[int, ...]:
 def atoms_of(frames: Sequence[Frame]) -> np.ndarray:
     """(frames,) number of atoms of each."""
     return frames.atoms if isinstance(frames, StoredFrames) else np.array([len(frame) for frame in frames], dtype=int)
+
+
+def has_label(frames: Sequence[Frame], name: str) -> bool:
+    """Whether some frame has a value in this field."""
+    if isinstance(frames, StoredFrames):
+        return frames.any_label(name)
+    return any(getattr(frame, name) is not None for frame in frames)

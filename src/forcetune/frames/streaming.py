@@ -28,14 +28,18 @@ from forcetune import parallel
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
 from forcetune.files import sha256_of
 from forcetune.frames.chunks import DANGEROUS, Chunk, chunks_of, crashed
+from forcetune.frames.formats import parts_of, say_conversions
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
 from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format, refusing
+from forcetune.frames.sources import content_hash, expand, file_format, refusing
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.stored import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.survey import Survey, survey_of
+from forcetune.frames.unread import tell_unread
+from forcetune.frames.weights import WeightTally, is_left_out
+from forcetune.frames.xyz import XYZ_FORMATS
 from forcetune.workers import WorkerDiedError, in_order
 
 try:
@@ -43,7 +47,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 2
+VERSION = 3
 _LOCK = "lock"
 Progress = Callable[[int], None]
 
@@ -60,10 +64,11 @@ class _Task:
 
 @dataclass(slots=True)
 class _Part:
-    """What was read of a chunk: frames as rows, or why a label cannot be used."""
+    """What was read of a chunk: frames as rows, or why a label cannot be used; those with weight 0 are only counted."""
 
     count: int
     witnesses: list[RawFrame]
+    weights: WeightTally = field(default_factory=WeightTally)
     rows: list[bytes] = field(default_factory=list)
     atoms: list[int] = field(default_factory=list)
     alone: list[bool] = field(default_factory=list)
@@ -81,15 +86,18 @@ def stream_frames(
     folder: Path,
     workers: int,
     progress: Progress | None = None,
+    expect: Sequence[Label] = (),
+    type_map: Sequence[str] = (),
 ) -> FrameSet:
     """As :func:`forcetune.frames.read.read_frames`, but with frames that stay on disk.
 
     Args:
         sources: files and patterns.
-        asked, require, name: as there.
+        asked, require, expect, name: as there.
         folder: of all stores.
         workers: processes that read.
         progress: called with the number of frames done.
+        type_map: as there.
 
     Raises:
         InputError: as there, a file changed while it was read, or the folder cannot be written.
@@ -100,12 +108,14 @@ def stream_frames(
     columns = [asdict(column) for column in FRAME_COLUMNS]
     # other versions of ASE may read other numbers, and other candidates may choose other labels
     read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
-    identity = [*read_by, digest, [str(file) for file in files], asked, list(require), name, columns]
+    needed = [list(require), list(expect)]
+    identity = [*read_by, digest, [str(file) for file in files], asked, needed, name, columns, *type_map]
     place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
 
     def make() -> None:
         with new_store(place) as temporary:
-            building = _Building(files, asked, require, name, workers, progress or (lambda _: None))
+            shown = progress or (lambda _: None)
+            building = _Building(files, asked, require, expect, name, workers, shown, type_map)
             try:
                 building.carry_out(temporary)
             except ForcetuneError:
@@ -117,22 +127,23 @@ def stream_frames(
     rows = RowReader(place)
     for text in rows.facts["warnings"]:
         warn(text)
+    say_conversions((file, file_format(file)) for file in files)
     keys = LabelKeys(**rows.facts["keys"])
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
 
 
 def _hash_of(file: Path) -> str:
     with refusing(file):
-        return sha256_of(file)
+        return sha256_of(file) if parts_of(file) == [file] else content_hash(file)
 
 
-def _signature(file: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written or replaced."""
+def _signature(file: Path) -> list[tuple[int, int, int]] | None:
+    """What changes when a file, or one that is read with it, is written or replaced."""
     try:
-        status = file.stat()
+        found = [part.stat() for part in parts_of(file)]
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in found]
 
 
 def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
@@ -218,47 +229,72 @@ class _Building:
         files: Sequence[Path],
         asked: LabelKeys,
         require: Sequence[Label],
+        expect: Sequence[Label],
         name: str,
         workers: int,
         progress: Progress,
+        type_map: Sequence[str] = (),
     ) -> None:
         self.files = [(file, file_format(file)) for file in files]
         self.asked = asked
         self.require = require
+        self.expect = expect
         self.name = name
         self.least = int(bool(DANGEROUS & {kind for _, kind in self.files}))
         self.workers = max(workers, self.least)
         self.progress = progress
+        self.type_map = type_map
 
     def carry_out(self, folder: Path) -> None:
         """
         Raises:
             InputError: as :func:`stream_frames`.
         """
+        heard: list[warnings.WarningMessage] = []
+        try:
+            # files are read twice or thrice, and what their readers warn of is told whenever the store is opened
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always", ForcetuneWarning)
+                keys, told = self._read_and_write(folder)
+        except ForcetuneError:
+            for text in _texts(heard):
+                warn(text)
+            raise
+        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *told]})
+
+    def _read_and_write(self, folder: Path) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and what is to be told about them."""
         guess = self._guess()
-        survey, error = self._write(folder, guess)
-        keys, told = self._choice(survey)
+        survey, weights, error = self._write(folder, guess)
+        weights.check(self.name, self.files[0][0])
+        keys, told = self._choice(survey, weights)
         if keys != guess:
-            _, error = self._write(folder, keys)
+            *_, error = self._write(folder, keys)
         if error is not None:
             raise error
-        add_facts(folder, {"keys": keys._asdict(), "warnings": told})
+        return keys, told
 
-    def _choice(self, survey: Survey) -> tuple[LabelKeys, list[str]]:
+    def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told whenever the store is opened."""
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
-                keys = choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
+                keys = self._chosen(survey)
+                for text in (weights.sentence(), tell_unread(survey.witnesses, keys, self.asked)):
+                    if text is not None:
+                        warn(f"{self.name}: {text}")
             except InputError as error:
                 refusal = error
-        texts = [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
+        texts = _texts(told)
         if refusal is not None:
             for text in texts:
                 warn(text)
             raise refusal
         return keys, texts
+
+    def _chosen(self, survey: Survey) -> LabelKeys:
+        return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files, self.expect)
 
     def _guess(self) -> LabelKeys | None:
         """The keys by the first frames; None where they do not tell."""
@@ -268,17 +304,17 @@ class _Building:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files)
+                return self._chosen(survey)
             except InputError:
                 return None
 
-    def _write(self, folder: Path, keys: LabelKeys | None) -> tuple[Survey, InputError | None]:
+    def _write(self, folder: Path, keys: LabelKeys | None) -> tuple[Survey, WeightTally, InputError | None]:
         """Read everything; write the frames unless there is an error.
 
         Returns:
-            what labels there are, and the first error in one.
+            what labels there are, what weights, and the first error in a label.
         """
-        survey, writer = Survey(self.asked), RowWriter(folder, FRAME_COLUMNS)
+        survey, weights, writer = Survey(self.asked), WeightTally(), RowWriter(folder, FRAME_COLUMNS)
         error: InputError | None = None
         atoms, alone, kinds = array("i"), array("b"), array("i")
         sets: dict[tuple[int, ...], int] = {}
@@ -286,6 +322,7 @@ class _Building:
         try:
             for part in self._parts(keys, self.workers):
                 survey.add(part.witnesses)
+                weights.merge(part.weights)
                 error = error or part.error
                 if error is None:
                     writer.write(part.rows)
@@ -303,13 +340,13 @@ class _Building:
             writer.close(facts, numbers)
         finally:
             writer.abandon()
-        return survey, error
+        return survey, weights, error
 
     def _parts(self, keys: LabelKeys | None, workers: int) -> Iterator[_Part]:
         tasks = (
             _Task(chunk, number, self.asked, keys)
             for number, (file, kind) in enumerate(self.files)
-            for chunk in chunks_of(file, kind)
+            for chunk in chunks_of(file, kind, self.type_map)
         )
         try:
             yield from in_order(_read, tasks, workers)
@@ -319,15 +356,23 @@ class _Building:
             raise
 
 
+def _texts(heard: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What our warnings say, each once."""
+    ours = (str(one.message) for one in heard if issubclass(one.category, ForcetuneWarning))
+    return list(dict.fromkeys(ours))
+
+
 def _read(task: _Task) -> _Part:
     """Read a chunk; runs in a worker."""
     chunk = task.chunk
-    raws = []
+    raws, weights = [], WeightTally()
     for index, atoms in enumerate(chunk.structures(), chunk.start):
         raw = raw_frame(atoms, Origin(str(chunk.path), index), moved=chunk.format_name in XYZ_FORMATS)
         check_structure(raw)
-        raws.append(raw)
-    part = _Part(len(raws), survey_of(raws, task.asked))
+        weights.add(raw)
+        if not is_left_out(raw):
+            raws.append(raw)
+    part = _Part(weights.frames, survey_of(raws, task.asked), weights)
     if task.keys is None:
         return part
     try:

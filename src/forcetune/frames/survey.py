@@ -7,7 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from forcetune.errors import InputError
-from forcetune.frames.labels import CANDIDATES, LABELS, LabelKeys, RawFrame, differing, label_under, may_lack, own_label
+from forcetune.frames.labels import (
+    CANDIDATES,
+    LABELS,
+    LabelKeys,
+    RawFrame,
+    differing,
+    label_under,
+    may_lack,
+    own_label,
+)
 
 _MOST_WITNESSES = 2000
 _MOST_NAMED = 200

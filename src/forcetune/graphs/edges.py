@@ -15,6 +15,9 @@ from forcetune.frames.stored import StoredFrames
 EDGE_COLUMNS = (Column("edges", "int32", (2,)), Column("shifts", "int32", (3,)))
 """What is stored of the neighbours in a frame."""
 
+COINCIDING = 1e-3
+"""Å; two atoms nearer than this are at one place."""
+
 _LARGEST_EXTENT = 1000.0
 _MOST_IMAGES = 1e6
 _MOST_EDGES = 1e9
@@ -55,8 +58,8 @@ def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
     """Neighbours in one frame as :func:`forcetune.frames.neighbours.neighbours` gives them.
 
     Raises:
-        InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others, or
-            so large that its neighbours would exhaust memory.
+        InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others, so
+            large that its neighbours would exhaust memory, or has two atoms at one place.
     """
     pbc = frame.pbc
     if pbc.any() and np.linalg.matrix_rank(frame.cell[pbc]) < pbc.sum():
@@ -65,7 +68,27 @@ def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
             "give the frame a cell or set pbc to F F F."
         )
     _check_extent(frame, cutoff)
-    return neighbours(frame.positions, frame.cell, pbc, cutoff)
+    edge_index, shifts = neighbours(frame.positions, frame.cell, pbc, cutoff)
+    _check_apart(frame, edge_index, shifts)
+    return edge_index, shifts
+
+
+def _check_apart(frame: Frame, edge_index: IntArray, shifts: FloatArray) -> None:
+    """
+    Raises:
+        InputError: two atoms are at one place, where no direction leads from one to the other.
+    """
+    sender, receiver = edge_index
+    vectors = frame.positions[receiver] - frame.positions[sender] + shifts @ frame.cell
+    together = np.einsum("ij,ij->i", vectors, vectors) < COINCIDING**2
+    if together.any():
+        edge = int(np.argmax(together))
+        one, other = sorted((int(sender[edge]), int(receiver[edge])))
+        raise InputError(
+            f"{frame.origin}: atoms {one} and {other} are at the same place; remove one of them, or the frame."
+            if one != other
+            else f"{frame.origin}: atom {one} is at the place of its own periodic image; correct the cell."
+        )
 
 
 @dataclass(frozen=True, slots=True)

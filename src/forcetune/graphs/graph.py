@@ -12,6 +12,9 @@ from torch import Tensor
 from forcetune.frames.frame import FloatArray, Frame, IntArray
 from forcetune.graphs.edges import edges_of
 
+GRAPH_FIELDS = ("cell", "energy", "stress", "weight", "file_weights", "replayed")
+"""Fields of a batch with one row for each graph."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
@@ -31,7 +34,9 @@ class Batch:
         stress: (graphs, 3, 3), eV/Å³; NaN where there is no label.
         moments: (atoms, 3), μB; NaN where there is no label.
         spins: (atoms, 3), the magnetic state; NaN where none was given.
-        weight: (graphs,), how much each graph counts in the loss; float64.
+        weight: (graphs,), how much each graph counts in the means of the loss; float64.
+        file_weights: (graphs, 4), factors of the errors of energy, forces, stress and moments in the loss, from the
+            weights in the file; float64.
         replayed: (graphs,), whether it is a replay frame, which may have a head of its own.
     """
 
@@ -48,6 +53,7 @@ class Batch:
     moments: Tensor
     spins: Tensor
     weight: Tensor
+    file_weights: Tensor
     replayed: Tensor
 
     @property
@@ -68,11 +74,11 @@ class Batch:
         return self.ptr[1:] - self.ptr[:-1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch elsewhere; ``dtype`` applies to the real-valued tensors but energy and weight."""
+        """The same batch elsewhere; ``dtype`` applies to the real-valued tensors but energy and weights."""
         moved = {}
         for field in fields(self):
             tensor: Tensor = getattr(self, field.name)
-            converted = tensor.is_floating_point() and field.name not in ("energy", "weight")
+            converted = tensor.is_floating_point() and field.name not in ("energy", "weight", "file_weights")
             moved[field.name] = tensor.to(device=device, dtype=dtype if converted else None)
         return replace(self, **moved)
 
@@ -113,10 +119,14 @@ def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtyp
         ptr=torch.tensor([0, atoms]),
         energy=label(frame.energy, (1,), torch.float64),
         forces=label(frame.forces, (atoms, 3)),
-        stress=label(frame.stress, (1, 3, 3)),
+        # without a volume there is no stress to compare a label with
+        stress=label(frame.stress if frame.has_volume else None, (1, 3, 3)),
         moments=label(frame.moments, (atoms, 3)),
         spins=label(frame.spins, (atoms, 3)),
         weight=torch.ones(1, dtype=torch.float64),
+        file_weights=torch.tensor(
+            [[frame.energy_weight, frame.forces_weight, frame.stress_weight, frame.moments_weight]], dtype=torch.float64
+        ),
         replayed=torch.zeros(1, dtype=torch.bool),
     )
 
@@ -145,6 +155,7 @@ def collate(graphs: Sequence[Batch]) -> Batch:
         moments=joined("moments"),
         spins=joined("spins"),
         weight=joined("weight"),
+        file_weights=joined("file_weights"),
         replayed=joined("replayed"),
     )
 
@@ -164,7 +175,7 @@ def parts_of(batch: Batch, most: int) -> list[Batch]:
         cut = {
             name: getattr(batch, name)[atoms]
             for name in ("numbers", "positions", "graph_index", "forces", "moments", "spins")
-        } | {name: getattr(batch, name)[graphs] for name in ("cell", "energy", "stress", "weight", "replayed")}
+        } | {name: getattr(batch, name)[graphs] for name in GRAPH_FIELDS}
         found.append(
             Batch(
                 **cut | {"graph_index": cut["graph_index"] - graphs.start},

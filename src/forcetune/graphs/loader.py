@@ -179,6 +179,15 @@ class BatchLoader:
         """All of them, those for replay behind the others."""
         return self._graphs if self._stored else [*self._graphs, *self._replay]
 
+    @property
+    def n_own(self) -> int:
+        """Graphs that are not for replay."""
+        return self._own
+
+    def numbers(self, batch: int) -> list[int]:
+        """The numbers of the graphs in a batch of the epoch in :attr:`epoch`, by that of the batch."""
+        return list(self._batches()[batch])
+
     def graph(self, index: int) -> Batch:
         """The graph of this number, those for replay behind the others."""
         return self._graphs[index] if index < self._own else self._replay[index - self._own]

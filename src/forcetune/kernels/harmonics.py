@@ -182,15 +182,15 @@ def _ascending_3j(first: int, second: int, third: int) -> Tensor:
 
 def _real_from_complex(order: int) -> Tensor:
     """The unitary matrix from complex spherical harmonics (Condon–Shortley) to real ones."""
-    matrix = torch.zeros(2 * order + 1, 2 * order + 1, dtype=torch.complex128)
-    matrix[order, order] = 1
+    matrix = [[0j] * (2 * order + 1) for _ in range(2 * order + 1)]
+    matrix[order][order] = 1
     for m in range(1, order + 1):
         sign = (-1) ** m
-        matrix[order + m, order + m] = sign / math.sqrt(2)
-        matrix[order + m, order - m] = 1 / math.sqrt(2)
-        matrix[order - m, order + m] = -1j * sign / math.sqrt(2)
-        matrix[order - m, order - m] = 1j / math.sqrt(2)
-    return matrix
+        matrix[order + m][order + m] = sign / math.sqrt(2)
+        matrix[order + m][order - m] = 1 / math.sqrt(2)
+        matrix[order - m][order + m] = -1j * sign / math.sqrt(2)
+        matrix[order - m][order - m] = 1j / math.sqrt(2)
+    return torch.tensor(matrix, dtype=torch.complex128)
 
 
 def _clebsch_gordan(j1: int, m1: int, j2: int, m2: int, j: int, m: int) -> float:

@@ -53,7 +53,11 @@ class EquivariantLinear(nn.Module):
         kind: of its site.
         further_inputs: even scalars among the inputs that were cut away, which the normalisation still counts.
         merge: whether equal neighbours among the inputs count as one irrep.
+        one_hot: whether the input is the one-hot element.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class EquivariantLinear(nn.Module):
         kind: str = "linear",
         further_inputs: int = 0,
         merge: bool = True,
+        one_hot: bool = False,
     ) -> None:
         super().__init__()
         inputs, outputs = parse_irreps(irreps_in), parse_irreps(irreps_out)
@@ -72,7 +77,7 @@ class EquivariantLinear(nn.Module):
         if len(merge_neighbours(outputs)) != len(outputs):
             raise UnfitError(f"a linear layer has the outputs {irreps_out}, one irrep twice in a row")
         self.irreps_in, self.irreps_out = irreps_text(inputs), irreps_text(outputs)
-        self.kind = kind
+        self.kind, self.one_hot = kind, one_hot
         self.layout = layout_for(outputs)
         self.blocks: list[Block] = []
         labels: list[str] = []
@@ -109,7 +114,12 @@ class EquivariantLinear(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
-            WeightPath(label, block.start, (block.fan_in, block.fan_out))
+            WeightPath(
+                label,
+                block.start,
+                (block.fan_in, block.fan_out),
+                by_element=(1, block.fan_in, block.fan_out) if self.one_hot else None,
+            )
             for label, block in zip(self._labels, self.blocks, strict=True)
         )
         yield Site(f"{name}.weight", name, "weight", name, self.kind, paths, self.irreps_in, self.irreps_out)
@@ -126,6 +136,8 @@ class SpeciesLinear(nn.Module):
         source: of ``weight``, and of the couplings 1/√(2 l + 1) as the file has them rounded.
         counted_species: that the normalisation counts, where some were cut away.
     """
+
+    weight: Tensor
 
     def __init__(
         self,
@@ -171,7 +183,12 @@ class SpeciesLinear(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
-            WeightPath(label, block.start, (block.fan_in * self.n_species, block.fan_out))
+            WeightPath(
+                label,
+                block.start,
+                (block.fan_in * self.n_species, block.fan_out),
+                by_element=(block.fan_in, self.n_species, block.fan_out),
+            )
             for label, block in zip(self._labels, self.blocks, strict=True)
         )
         yield Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, self.irreps_in, self.irreps_out)
@@ -248,7 +265,7 @@ class Convolution(nn.Module):
         super().__init__()
         inputs, angular, outputs = parse_irreps(irreps_in), parse_irreps(harmonics), parse_irreps(irreps_mid)
         merged, places = merged_places(irreps_mid)
-        self.irreps_out = irreps_text(merged)
+        self.irreps_in, self.harmonics, self.irreps_out = irreps_in, harmonics, irreps_text(merged)
         self.paths = tuple(paths)
         self.couplings: dict[str, Tensor] = {}
         self.widths: list[int] = []

@@ -23,6 +23,10 @@ RADII = torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64))
 class BesselBasis(nn.Module):
     """√(2/r_c) sin(w_n r) / r (DimeNet, eq. 7), with trainable frequencies where the file has them as a parameter."""
 
+    bessel_weights: Tensor
+    r_max: Tensor
+    prefactor: Tensor
+
     def __init__(self, cutoff: float, size: int, source: TensorSource) -> None:
         super().__init__()
         frequencies = torch.pi / cutoff * torch.arange(1, size + 1, dtype=torch.float64)
@@ -38,6 +42,8 @@ class BesselBasis(nn.Module):
 
 class GaussianBasis(nn.Module):
     """exp(c (r − r_n)²) at equal distances up to the cutoff."""
+
+    gaussian_weights: Tensor
 
     def __init__(self, cutoff: float, size: int, source: TensorSource, coefficient: float | None = None) -> None:
         super().__init__()
@@ -56,6 +62,8 @@ class ChebyshevBasis(nn.Module):
     That is how mace computes them (PyTorch's polynomials have no derivative), and what such models were trained with:
     their forces are not the slopes of their energies.
     """
+
+    n: Tensor
 
     def __init__(self, size: int, source: TensorSource) -> None:
         super().__init__()
@@ -84,6 +92,9 @@ def envelope(ratio: Tensor, power: float) -> Tensor:
 class PolynomialCutoff(nn.Module):
     """The envelope of a radial basis, 1 at 0 and 0 with two derivatives at the cutoff."""
 
+    p: Tensor
+    r_max: Tensor
+
     def __init__(self, cutoff: float, power: float, source: TensorSource) -> None:
         super().__init__()
         register(self, "p", source.take("p", None, torch.tensor(int(power), dtype=torch.int32), parameter=False))
@@ -103,6 +114,11 @@ def smooth_step(lengths: Tensor, start: float, cutoff: float) -> Tensor:
 
 class AgnesiTransform(nn.Module):
     """1 / (1 + a sᵠ / (1 + sᵠ⁻ᵖ)) of s = r over the mean covalent radius (ACEpotentials.jl, 10.1063/5.0158783)."""
+
+    q: Tensor
+    p: Tensor
+    a: Tensor
+    covalent_radii: Tensor
 
     def __init__(self, source: TensorSource) -> None:
         super().__init__()
@@ -125,6 +141,11 @@ class SoftTransform(nn.Module):
 
     Models of mace before 0.3.10 have another one, r + (1 − tanh(s + a sᵇ)) / 2 with s = r over a quarter of that sum.
     """
+
+    a: Tensor
+    b: Tensor
+    alpha: Tensor
+    covalent_radii: Tensor
 
     def __init__(self, source: TensorSource) -> None:
         super().__init__()
@@ -159,6 +180,12 @@ class ZBLRepulsion(nn.Module):
     """
 
     EXPONENTS = (3.2, 0.9423, 0.4028, 0.2016)
+
+    c: Tensor
+    p: Tensor
+    a_exp: Tensor
+    a_prefactor: Tensor
+    covalent_radii: Tensor
 
     def __init__(self, power: float, source: TensorSource, *, rounded: bool = False) -> None:
         super().__init__()
@@ -199,6 +226,8 @@ def _register_radii(module: nn.Module, source: TensorSource) -> None:
 
 class RadialLayer(nn.Module):
     """x W / √(inputs), and unless it is the last an activation of second moment 1."""
+
+    weight: Tensor
 
     def __init__(
         self,

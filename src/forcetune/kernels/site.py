@@ -15,15 +15,25 @@ class WeightPath:
         name: unique within the site and independent of the library's layout, such as ``1o->1o``.
         start: first element of the block in the flattened weight.
         shape: (fan in, fan out); for contractions (elements, couplings, channels).
+        transposed: the shape is (fan out, fan in), as in PyTorch's linear layers.
+        by_element: the block seen as (outer, elements, inner) has a slice for each element in the order of the model's
+            table; None where elements share the weights.
     """
 
     name: str
     start: int
     shape: tuple[int, ...]
+    transposed: bool = False
+    by_element: tuple[int, int, int] | None = None
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the shape that output channels run along."""
+        return 0 if self.transposed else len(self.shape) - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +107,7 @@ class Contraction(nn.Module):
             drawn = product_couplings(irreps_in, irrep_out, nu) if source.fresh else None
             tensor = source.take(f"U_matrix_{nu}", None, drawn, parameter=False)
             couplings[nu] = tensor.shape[-1] if tensor.ndim else 0
-            if tensor.numel() != dim * size**nu * couplings[nu]:
+            if tuple(tensor.shape) != ((dim,) if dim > 1 else ()) + (size,) * nu + (couplings[nu],):
                 raise UnfitError(f"its U_matrix_{nu} has shape {tuple(tensor.shape)}, which couples other features")
             register(self, f"U_matrix_{nu}", tensor)
         for nu in range(order, 0, -1):
@@ -133,7 +135,8 @@ class Contraction(nn.Module):
 
     def sites(self, name: str) -> Iterator[Site]:
         def site(owner: str, parameter: str, nu: int, kind: str, weight: Tensor) -> Site:
-            path = WeightPath(f"order{nu}", 0, tuple(weight.shape))
+            elements, *rest = weight.shape
+            path = WeightPath(f"order{nu}", 0, tuple(weight.shape), by_element=(1, elements, math.prod(rest)))
             return Site(f"{owner}.{parameter}", owner, parameter, name, kind, (path,))
 
         if "max" not in self.zeroed:
@@ -152,9 +155,7 @@ class Coefficients:
 
     def __init__(self, form: BilinearForm) -> None:
         self.form = form
-        self._key: tuple[tuple[Tensor, int], ...] = ()
-        self._present: Tensor | None = None
-        self._kept: list[Tensor] = []
+        self._kept: _Folded | None = None
 
     def fold(self, weights: list[list[Tensor]], present: Tensor) -> list[Tensor]:
         """For each segment (species present, channels, rows, columns); one species for a product without species."""
@@ -162,26 +163,40 @@ class Coefficients:
         flat = [weight for orders in weights for weight in orders]
         if any(weight.requires_grad for weight in flat):
             return self._folded(weights, None if agnostic else present)
-        key = tuple((weight, weight._version) for weight in flat)
-        if not self._same(key, present):
+        kept = self._kept  # other threads may put theirs in its place
+        if kept is None or not kept.belongs_to(flat, present):
             with torch.no_grad():
-                self._kept = self._folded(weights, None if agnostic else present)
-            self._key, self._present = key, present
-        return self._kept
+                coefficients = self._folded(weights, None if agnostic else present)
+            self._kept = kept = _Folded(flat, [_state(weight) for weight in flat], present, coefficients)
+        return kept.coefficients
 
     def _folded(self, weights: list[list[Tensor]], present: Tensor | None) -> list[Tensor]:
         joined = [torch.cat(orders, dim=1) if len(orders) > 1 else orders[0] for orders in weights]
         return fold(self.form, joined if present is None else [weight.index_select(0, present) for weight in joined])
 
-    def _same(self, key: tuple[tuple[Tensor, int], ...], present: Tensor) -> bool:
-        if self._present is None or len(key) != len(self._key):
-            return False
-        if not all(a[0] is b[0] and a[1] == b[1] for a, b in zip(key, self._key, strict=True)):
-            return False
-        return self._present is present or torch.equal(self._present, present)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Coefficients, (self.form,)
 
-    def __deepcopy__(self, memo: object) -> Coefficients:
-        return Coefficients(self.form)
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes with its values, written in place or given as other memory."""
+    return weight._version, weight.data_ptr()
+
+
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """Coefficients, and what they were folded from."""
+
+    weights: list[Tensor]
+    states: list[tuple[int, int]]
+    present: Tensor
+    coefficients: list[Tensor]
+
+    def belongs_to(self, weights: list[Tensor], present: Tensor) -> bool:
+        same = len(weights) == len(self.weights) and all(map(operator.is_, weights, self.weights))
+        if not same or [_state(weight) for weight in weights] != self.states:
+            return False
+        return self.present is present or torch.equal(self.present, present)
 
 
 class SymmetricContraction(nn.Module):

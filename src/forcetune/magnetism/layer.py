@@ -140,7 +140,9 @@ class SpinLayer(nn.Module):
         energy = torch.zeros(batch.n_graphs, dtype=scalars.dtype, device=scalars.device)
         energy = energy.index_add(0, batch.graph_index, of_sites[:, 0])
         energy = energy.index_add(0, batch.graph_index[sender], of_pairs[:, 0])
-        return Extra(energy, moments)
+        half_pairs = of_pairs[:, 0] / 2
+        energies = of_sites[:, 0].index_add(0, sender, half_pairs).index_add(0, receiver, half_pairs)
+        return Extra(energy, moments, energies)
 
     def _moments(
         self,

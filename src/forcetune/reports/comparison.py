@@ -212,7 +212,8 @@ def target_note(comparison: Comparison) -> str:
 
 
 def _title(comparison: Comparison) -> str:
-    frames = "test frames" if comparison.split != "valid" else "validation frames"
+    named = {"test": "test frames", "valid": "validation frames"}
+    frames = named.get(comparison.split, f"frames of {comparison.split}")
     return f"Mean absolute errors on the {frames}"
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from forcetune._version import __version__
-from forcetune.files import write_text
+from forcetune.errors import InputError
+from forcetune.files import path_of, write_text
 from forcetune.reports.page import page
 from forcetune.reports.plots import parity
 from forcetune.reports.tables import (
@@ -109,6 +110,18 @@ def _memory_text(facts: Mapping[str, Any]) -> str:
     )
 
 
+def check_page(path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        InputError: a page cannot be written there, or would replace a file that is none.
+    """
+    target = path_of(path)
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; name a file for the page, such as {target / 'checkup.html'}.")
+    if target.exists() and target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{target}: exists and is no HTML page; choose another name for the page.")
+
+
 def write_checkup(
     path: str | os.PathLike[str], found: Mapping[str, Any], arrays: Mapping[str, NDArray] | None = None
 ) -> Path:
@@ -120,8 +133,9 @@ def write_checkup(
         arrays: labels and predictions, for plots.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or is one of something else.
     """
+    check_page(path)
     facts = found["facts"]
     sections = [
         ("findings", "Findings", _findings(found)),

@@ -39,6 +39,8 @@ from forcetune.reports.tables import (
     share_text,
 )
 
+REPORT_NAME = "report.html"
+
 
 def write_report(run: str | os.PathLike[str]) -> Path:
     """Write ``report.html`` into a run folder, finished or not, and return its path.
@@ -51,6 +53,9 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"{run}: is not a run folder (it has no config.yaml); name the folder that `forcetune fit` wrote."
         )
+    target = run / REPORT_NAME
+    if target.exists() and not any((run / name).is_file() for name in ("results.json", "environment.json")):
+        raise InputError(f"{target}: is no report of a run, as {run} holds none; move it away first.")
     config = load_config(run / "config.yaml")
     results = read_results(run, config)
     metrics = read_metrics(run / "metrics.csv")
@@ -77,7 +82,6 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         f"Written by forcetune {results.forcetune}. Energies in meV, forces in meV/Å, stresses in meV/Å³; "
         "force and stress errors over all components."
     )
-    target = run / "report.html"
     write_text(target, page(title, _header(results), sections, footer=footer))
     return target
 
@@ -103,10 +107,13 @@ def _data_name(results: Results) -> str:
 
 
 def _date(created: str | None) -> str:
+    if not created:
+        return ""
     try:
-        return datetime.fromisoformat(created).strftime("%-d %B %Y, %H:%M") if created else ""
+        moment = datetime.fromisoformat(created)
     except ValueError:
-        return created or ""
+        return created
+    return f"{moment.day} {moment:%B %Y, %H:%M}"  # without the day of strftime, which pads it or is not on Windows
 
 
 def _epochs_text(training: Mapping[str, Any]) -> str:
@@ -157,12 +164,16 @@ def _split_title(results: Results, split: str, pair: Mapping[str, Mapping[str, A
     data = results.data.get(split)
     counts = [pair["after"].get("n_frames"), pair["before"].get("n_frames"), data.n_frames if data else None]
     frames = next((count for count in counts if finite(count) is not None), None)
-    kind, _, rest = split.partition(" ")
-    named = f"{ {'test': 'Test', 'valid': 'Validation', 'train': 'Training'}.get(kind, kind) } {rest}".rstrip()
     meanings = {"test": "never trained on", "valid": "chose the best epoch", "train": "trained on"}
     meaning = next((text for start, text in meanings.items() if split.startswith(start)), "")
     facts = ", ".join(fact for fact in (f"{count_text(frames)} frames" if frames is not None else "", meaning) if fact)
-    return Html(f"<h3>{html(named)} <small>{html(facts)}</small></h3>")
+    return Html(f"<h3>{html(_split_name(split))} <small>{html(facts)}</small></h3>")
+
+
+def _split_name(split: str) -> str:
+    """In words; of several test sets each with its own name."""
+    kind, _, rest = split.partition(" ")
+    return f"{ {'test': 'Test', 'valid': 'Validation', 'train': 'Training'}.get(kind, kind) } {rest}".rstrip()
 
 
 def _tile(name: str, unit: str, pair: Mapping[str, Mapping[str, Any]], key: str) -> str:
@@ -340,8 +351,9 @@ def _with_unit(value: float | None, unit: str) -> str | None:
 
 def _data(results: Results) -> Html:
     parts = []
-    for split in ("train", "valid", "test"):
-        data = results.data.get(split)
+    first = [split for split in ("train", "valid") if split in results.data]
+    for split in (*first, *(split for split in results.data if split not in first)):
+        data = results.data[split]
         if data is None:
             continue
         atoms = f"{min(data.n_atoms)} to {max(data.n_atoms)}" if data.n_atoms else None
@@ -355,8 +367,7 @@ def _data(results: Results) -> Html:
             ("Keys", ", ".join(f"{name}: {key}" for name, key in data.keys.items() if key)),
             ("SHA-256", _digest(data.sha256)),
         )
-        name = {"train": "Training", "valid": "Validation", "test": "Test"}[split]
-        parts.append(f"<div><h3>{name}</h3>{html_pairs(pairs)}</div>")
+        parts.append(f"<div><h3>{html(_split_name(split))}</h3>{html_pairs(pairs)}</div>")
     replay = results.replay
     if replay is not None:
         pairs = (

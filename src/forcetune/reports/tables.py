@@ -165,8 +165,13 @@ def error_rows(pair: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, ob
 
 
 def in_order(errors: Mapping[str, Any]) -> list[str]:
-    """Names of the splits, test first."""
-    return [split for split in SPLITS if split in errors] + [split for split in errors if split not in SPLITS]
+    """Names of the splits, all test sets first."""
+
+    def place(split: str) -> int:
+        kind = "test" if split.startswith("test") else split
+        return SPLITS.index(kind) if kind in SPLITS else len(SPLITS)
+
+    return sorted(errors, key=place)
 
 
 # Tables for the terminal

@@ -1,4 +1,4 @@
-"""What happens around the training: the table of metrics, TensorBoard, and a bar with the time left."""
+"""What is told of a training: the table of metrics, TensorBoard, checkpoints, and a bar with the time left."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning
-from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from forcetune.errors import InputError
 from forcetune.files import atomic_path
-from forcetune.training.module import FineTuning
+from forcetune.training.module import FineTuning, Observer
 
 METRICS_NAME = "metrics.csv"
 VALID_KEYS = (
@@ -52,16 +51,15 @@ def metrics_row(module: FineTuning, seconds: float) -> dict[str, Any]:
     return row
 
 
-class MetricsTable(Callback):
+class MetricsTable(Observer):
     """Appends a row to ``metrics.csv`` after every epoch, on the disk before the next begins."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS_NAME
         self.began = time.monotonic()
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, FineTuning)
-        kept = self._rows(pl_module.epochs_done)
+    def on_start(self, training: FineTuning) -> None:
+        kept = self._rows(training.epochs_done)
         self.began = time.monotonic() - (float(kept[-1]["seconds"]) if kept else 0.0)
         with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, COLUMNS)
@@ -76,39 +74,63 @@ class MetricsTable(Callback):
             rows = [row for row in csv.DictReader(stream) if all(row.get(name) is not None for name in COLUMNS)]
         return [row for row in rows if int(row["epoch"]) <= epochs]
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, FineTuning)
-        row = metrics_row(pl_module, time.monotonic() - self.began)
+    def on_epoch(self, training: FineTuning) -> None:
+        row = metrics_row(training, time.monotonic() - self.began)
         with self.path.open("a", newline="", encoding="utf-8") as stream:
             csv.DictWriter(stream, COLUMNS).writerow(row)
             stream.flush()
             os.fsync(stream.fileno())
-        if trainer.logger is not None:
-            numbers = {key: float(value) for key, value in row.items() if value not in (None, "")}
-            trainer.logger.log_metrics(numbers, step=pl_module.epoch)
 
 
-class Checkpoint(Callback):
+class TensorBoardLog(Observer):
+    """The same numbers for TensorBoard.
+
+    Args:
+        folder: of its files.
+
+    Raises:
+        InputError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, began: float | None = None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                "output.tensorboard needs tensorboard; install it with: pip install 'forcetune[tensorboard]'."
+            ) from error
+        self.began = time.monotonic() if began is None else began
+        self.writer = SummaryWriter(str(folder))
+
+    def on_epoch(self, training: FineTuning) -> None:
+        row = metrics_row(training, time.monotonic() - self.began)
+        for key, value in row.items():
+            if value not in (None, ""):
+                self.writer.add_scalar(key, float(value), training.epoch)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Checkpoint(Observer):
     """Hands the state over after every epoch that was validated, the last step of the epoch."""
 
     def __init__(self, save: Callable[[dict[str, Any]], None]) -> None:
         self.save = save
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, FineTuning)
-        if pl_module.epoch % pl_module.config.valid_every == 0:
-            self.save(pl_module.training_state())
+    def on_epoch(self, training: FineTuning) -> None:
+        if training.epoch % training.config.valid_every == 0:
+            self.save(training.training_state())
 
 
-class ProgressBar(Callback):
+class ProgressBar(Observer):
     """One bar over all epochs on standard error; without a terminal, a line at every twentieth of the run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, soft_wrap=True)
         self.bar: Progress | None = None
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, FineTuning)
+    def on_start(self, training: FineTuning) -> None:
         if not self.console.is_terminal:
             return
         columns = (
@@ -120,36 +142,26 @@ class ProgressBar(Callback):
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console)
-        done, epochs = pl_module.epochs_done, pl_module.config.epochs
+        done, epochs = training.epochs_done, training.epochs
         self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, told="")
         self.bar.start()
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, FineTuning)
+    def on_step(self, training: FineTuning) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=pl_module.progress, epoch=pl_module.epoch, told=_told(pl_module))
+            self.bar.update(
+                self.task,
+                total=training.epochs,
+                epochs=training.epochs,
+                completed=training.progress,
+                epoch=training.epoch,
+                told=_told(training),
+            )
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, FineTuning)
-        every = max(1, math.ceil(pl_module.config.epochs / 20))
-        if self.bar is None and pl_module.epoch % every == 0:
-            told = _told(pl_module)
-            self.console.print(f"epoch {pl_module.epoch}/{pl_module.config.epochs} {told}", highlight=False)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.close()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        self.close()
+    def on_epoch(self, training: FineTuning) -> None:
+        every = max(1, math.ceil(training.config.epochs / 20))
+        if self.bar is None and training.epoch % every == 0:
+            told = _told(training)
+            self.console.print(f"epoch {training.epoch}/{training.epochs} {told}", highlight=False)
 
     def close(self) -> None:
         """Take the bar down, whatever ended the run."""

@@ -18,7 +18,8 @@ def loss_of(
 ) -> Tensor:
     """w_E f(E) + w_F f(F) + w_S f(S) + w_M f(μ), each f a mean over the labels there are.
 
-    Graphs count by their weights.
+    A term is Σ w v f / Σ w over the labels there are, with w the weight of a replay frame (1 for others) and v that
+    which the file gives the label (1 where it gives none).
 
     The published form is 1 · MSE(E) + 1000 · MSE(F), with the energy of a frame in eV and the mean over all force
     components; ``energy_per_atom`` divides the energy's error by the number of atoms first.
@@ -68,7 +69,7 @@ def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
     found = [_weights(batch.energy, batch.weight)]
     if config.forces:
         found.append(_weights(batch.forces, batch.weight[batch.graph_index]))
-    if config.stress:
+    if config.stress_weight:
         found.append(_weights(batch.stress, batch.weight))
     return [weights.sum() for weights in found]
 
@@ -83,7 +84,7 @@ def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
     factors = (
         config.energy,
         *((config.forces,) if config.forces else ()),
-        *((config.stress,) if config.stress else ()),
+        *((config.stress_weight,) if config.stress_weight else ()),
         *((config.moments,) if config.moments else ()),
     )
     parts = [
@@ -99,21 +100,25 @@ def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
 def _terms(config: LossConfig, prediction: Prediction, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Of energy, forces, stress and moments, where they count: the sum over entries, and the sum of their weights."""
     atoms = batch.atoms_per_graph if config.energy_per_atom else 1
-    found = [_sums(config, prediction.energy / atoms, batch.energy / atoms, batch.weight)]
+    graph = batch.graph_index
+    energy, forces, stress, moments = batch.file_weights.unbind(1)
+    found = [_sums(config, prediction.energy / atoms, batch.energy / atoms, batch.weight, energy)]
     if config.forces:
-        found.append(_sums(config, prediction.forces, batch.forces, batch.weight[batch.graph_index]))
-    if config.stress:
+        found.append(_sums(config, prediction.forces, batch.forces, batch.weight[graph], forces[graph]))
+    if config.stress_weight:
         assert prediction.stress is not None
-        found.append(_sums(config, prediction.stress, batch.stress, batch.weight))
+        found.append(_sums(config, prediction.stress, batch.stress, batch.weight, stress))
     if config.moments:
         assert prediction.moments is not None
         labels = moment_labels(prediction.moments, batch.moments)
-        found.append(_sums(config, prediction.moments, labels, batch.weight[batch.graph_index]))
+        found.append(_sums(config, prediction.moments, labels, batch.weight[graph], moments[graph]))
     return found
 
 
-def _sums(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the errors of entries that have a label, by the weight of their row, and the sum of these weights."""
+def _sums(
+    config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor, file_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of the errors of entries that have a label, by both weights of their row, and the sum of the former."""
     missing = torch.isnan(label)
     values = torch.where(missing, 0.0, predicted - label).double()
     if config.form == "mse":
@@ -123,4 +128,5 @@ def _sums(config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor) 
     else:
         values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
     weights = _weights(label, weight)
-    return (weights * values).sum(), weights.sum()
+    factors = file_weight.view(-1, *[1] * (label.ndim - 1))
+    return (weights * factors * values).sum(), weights.sum()

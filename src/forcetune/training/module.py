@@ -1,13 +1,13 @@
-"""The fine-tuning of an attached adapter as a Lightning module."""
+"""The fine-tuning of an attached adapter: epochs, steps, validation, and what a resumed run needs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -17,9 +17,10 @@ from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.recording import UntraceableError
+from forcetune.training.failure import Cause, cause_in, copies_of, describe_failure, put_back
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from forcetune.training.replay_head import ReplayHead, objective
@@ -27,12 +28,28 @@ from forcetune.training.traced import TracedTraining
 
 _COUNTERS = (
     *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
-    *("epochs_done", "steps_done", "stopped"),
+    *("epochs_done", "steps_done", "stopped", "skipped"),
 )
 
 
-class FineTuning(lightning.LightningModule):
-    """Trains the adapter attached to a backbone; the backbone itself stays outside of Lightning's books.
+class Observer:
+    """What is told of a training while it runs; every method may be left out."""
+
+    def on_start(self, training: FineTuning) -> None:
+        """Before the first step."""
+
+    def on_step(self, training: FineTuning) -> None:
+        """After every step."""
+
+    def on_epoch(self, training: FineTuning) -> None:
+        """After every epoch, and after its validation if it has one."""
+
+    def close(self) -> None:
+        """After the training, whatever ended it."""
+
+
+class FineTuning:
+    """Trains the adapter attached to a backbone.
 
     Attributes:
         stage: 1, or 2 once the second stage has begun.
@@ -42,10 +59,13 @@ class FineTuning(lightning.LightningModule):
         waited: validations since the last improvement.
         epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
         stopped: early stopping ended the run.
+        skipped: epochs of the first stage that early stopping left out; the second stage begins so much earlier.
+        tell: shows a line of text.
         traced: steps without Python between their operations, or None where they are eager.
         untraced: why they are.
         shares_validation: every process validates on other frames.
         keeps_validation: predictions are kept until a validation ends; otherwise only sums of them.
+        frame_name: what to call the training frame of a number, for messages.
     """
 
     def __init__(
@@ -58,7 +78,6 @@ class FineTuning(lightning.LightningModule):
         observe: Callable[[int, Errors], None] | None = None,
         head: ReplayHead | None = None,
     ) -> None:
-        super().__init__()
         self.backbone = backbone
         self.adapter = attached(backbone)
         self.config = config
@@ -81,17 +100,19 @@ class FineTuning(lightning.LightningModule):
         self.epochs_done = 0
         self.steps_done = 0
         self.stopped = False
+        self.skipped = 0
+        self.tell: Callable[[str], None] = lambda text: None
         self.traced: TracedTraining | None = None
         self.untraced: str | None = None
         self.shares_validation = False
         self.keeps_validation = True
-        self._epochs_before = 0
+        self.frame_name: Callable[[int], str] | None = None
         self._optimizer_state: dict[str, Any] | None = None
+        self._made_optimizer: torch.optim.Optimizer | None = None
+        self._in_epoch = False
         self._n_batches = 0
         self._losses: list[Tensor] = []
-        self._validated: list[tuple[Batch, Prediction]] = []
-        self._counted = (LossSums(self.loss_config), Tally())
-        self._during_validation = ExitStack()
+        self._began_with: list[Tensor] = []
 
     @property
     def loss_config(self) -> LossConfig:
@@ -99,8 +120,20 @@ class FineTuning(lightning.LightningModule):
 
     @property
     def epoch(self) -> int:
-        """The epoch in progress, counted from 1 over the whole run."""
-        return self._epochs_before + self.current_epoch + 1
+        """The epoch in progress, or the last one between two, counted from 1 over the whole run."""
+        return self.epochs_done + self._in_epoch
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run; early stopping before the second stage leaves some out."""
+        return self.config.epochs - self.skipped
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no epoch is left; the last one of a stage that began early is one that was validated."""
+        if self.stopped or self.epochs_done >= self.config.epochs:
+            return True
+        return self.skipped > 0 and self.epochs_done >= self.epochs and self.epochs_done % self.config.valid_every == 0
 
     @property
     def progress(self) -> float:
@@ -113,23 +146,19 @@ class FineTuning(lightning.LightningModule):
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(
-            self.adapter,
-            self.config,
-            self.schedule.base,
-            self.loader.n_batches,
-            self.head,
-            first_rate=self.first_rate,
-        )
-        if self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
-            self._optimizer_state = None
-        return optimizer
+        if self._made_optimizer is None:
+            self._made_optimizer = make_optimizer(
+                self.adapter,
+                self.config,
+                self.schedule.base,
+                self.loader.n_batches,
+                self.head,
+                first_rate=self.first_rate,
+            )
+            if self._optimizer_state is not None:
+                self._made_optimizer.load_state_dict(self._optimizer_state)
+                self._optimizer_state = None
+        return self._made_optimizer
 
     def training_state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, after a complete epoch: tensors and plain values only."""
@@ -155,13 +184,8 @@ class FineTuning(lightning.LightningModule):
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
         for name in _COUNTERS:
-            setattr(self, name, state[name])
-        self._epochs_before = self.epochs_done
-        # Lightning takes the first batch before it says that an epoch starts
-        self.loader.epoch = self.epochs_done
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device=device)
+            if name in state or name != "skipped":  # which checkpoints of earlier versions do not have
+                setattr(self, name, state[name])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -179,7 +203,44 @@ class FineTuning(lightning.LightningModule):
             if optimizer is not None:
                 optimizer.train()
 
-    def on_train_epoch_start(self) -> None:
+    def run(self, validation: Iterable[Batch], observers: Sequence[Observer] = ()) -> None:
+        """All epochs that are left.
+
+        Args:
+            validation: batches of the validation frames.
+            observers: are told of what happens, in this order.
+
+        Raises:
+            ForcetuneError: the loss is no longer finite.
+        """
+        self._began_with = copies_of(self._trained())
+        try:
+            for observer in observers:
+                observer.on_start(self)
+            while not self.is_over:
+                self._run_epoch(validation, observers)
+        finally:
+            for observer in observers:
+                observer.close()
+
+    def _run_epoch(self, validation: Iterable[Batch], observers: Sequence[Observer]) -> None:
+        self._in_epoch = True
+        self._start_epoch()
+        for index, batch in enumerate(self.loader):
+            self._step(batch.to(device=self.backbone.device), index)
+            for observer in observers:
+                observer.on_step(self)
+        self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
+        if not math.isfinite(self.train_loss):
+            raise ForcetuneError(self._why_not_finite())
+        if self.epoch % self.config.valid_every == 0:
+            self._validate(validation)
+        for observer in observers:
+            observer.on_epoch(self)
+        self._in_epoch = False
+        self.epochs_done += 1
+
+    def _start_epoch(self) -> None:
         self.loader.epoch = self.epoch - 1
         self._n_batches = self.loader.n_batches
         self._losses.clear()
@@ -187,15 +248,30 @@ class FineTuning(lightning.LightningModule):
             optimizer: Any = self._optimizer
             optimizer.train()
         second = self.config.second_stage
-        if self.stage == 1 and second.start is not None and self.epoch >= second.start:
+        if self.stage == 1 and second.start is not None and self.epoch + self.skipped >= second.start:
             self.stage = 2
             self.schedule.restart(second.learning_rate)
             self._set_rate(second.learning_rate)
             self.best_loss, self.waited = math.inf, 0
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def _step(self, batch: Batch, index: int) -> None:
+        """One step of the optimizer."""
         if self.config.optimizer != "schedulefree":
-            self._set_rate(self.schedule.at(self.epoch - 1 + (batch_idx + 1) / self._n_batches))
+            self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (index + 1) / self._n_batches))
+        loss = self._traced_loss(batch)
+        if loss is None:
+            loss = objective(self.backbone, self.head, self.loss_config, batch, total=parallel.total)
+        self._losses.append(loss.detach())
+        self._optimizer.zero_grad()
+        loss.backward()
+        parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
+        if self.config.clip is not None:
+            parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        self._optimizer.step()
+        self.steps_done += 1
+        if self.average is not None:
+            self.average.update()
 
     def _set_rate(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
@@ -203,21 +279,12 @@ class FineTuning(lightning.LightningModule):
 
     def trace(self, tell: Callable[[str], None]) -> None:
         """Let the steps be traced where the run asks for it and it can be done."""
-        parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
         try:
-            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, trained)
+            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, self._trained())
         except UntraceableError as error:
             self.untraced = str(error)
             if not error.wanted:
                 tell(f"training steps are eager, not traced (training.compile): {error}")
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._traced_loss(batch)
-        if loss is None:
-            loss = objective(self.backbone, self.head, self.loss_config, batch, total=parallel.total)
-        self._losses.append(loss.detach())
-        return loss
 
     def _traced_loss(self, batch: Batch) -> Tensor | None:
         if self.traced is None:
@@ -229,64 +296,83 @@ class FineTuning(lightning.LightningModule):
             warn(f"The steps of this run are eager, not traced (training.compile): {error}.")
             return None
 
-    def on_after_backward(self) -> None:
-        parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
+    def _why_not_finite(self) -> str:
+        """What to say of an epoch whose loss is not finite, judged with the weights that the training began with."""
+        step = next((k for k, loss in enumerate(self._losses) if not bool(loss.isfinite())), 0)
+        put_back(self._trained(), self._began_with)
+        cause: Cause | None = None
+        name_of = None
+        # weights that are not finite come from the step before
+        for index in range(max(0, step - 1), step + 1) if not parallel.joined() else ():
+            numbers = self.loader.numbers(index)
+            graphs = [self.loader.graph(number).to(device=self.backbone.device) for number in numbers]
+            cause = cause_in(self.backbone, self.head, self.loss_config, graphs, collate(graphs))
+            if cause is not None:
+                name_of = partial(self._name_of, numbers)
+                break
+        return describe_failure(cause, self.train_loss, self.epoch, self.learning_rate, name_of)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.steps_done += 1
-        if self.average is not None:
-            self.average.update()
-        if batch_idx + 1 == self._n_batches:
-            # here and not at the end of the epoch: Lightning validates before that
-            self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
-            if not math.isfinite(self.train_loss):
-                raise ForcetuneError(
-                    f"the training loss became {self.train_loss} in epoch {self.epoch}; lower training.learning_rate "
-                    f"(now {self.learning_rate:g}) or training.clip. The best adapter so far is kept."
-                )
+    def _name_of(self, numbers: Sequence[int], index: int) -> str:
+        number = numbers[index]
+        own = number < self.loader.n_own
+        if own and self.frame_name is not None:
+            return self.frame_name(number)
+        return f"training frame {number}" if own else f"replay frame {number - self.loader.n_own}"
 
-    def on_train_epoch_end(self) -> None:
-        self.epochs_done += 1
+    def _trained(self) -> list[torch.nn.Parameter]:
+        parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
-    def on_validation_start(self) -> None:
-        self._validated.clear()
-        self._counted = (LossSums(self.loss_config), Tally())
-        self._during_validation.enter_context(self.averaged())
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        found = self.backbone.predict(batch, stress=self.loss_config.stress > 0)
-        batch, found = batch.to(device="cpu"), found.detached().to(torch.device("cpu"))
-        if self.keeps_validation:
-            self._validated.append((batch, found))
-        else:
-            losses, errors = self._counted
-            losses.add(found, batch)
-            errors.add(Predictions.of(batch, found))
-
-    def _validation(self) -> tuple[float, Errors]:
+    def _validation(self, validation: Iterable[Batch]) -> tuple[float, Errors]:
         """Loss and errors over the validation frames of all processes."""
+        kept: list[tuple[Batch, Prediction]] = []
+        counted = (LossSums(self.loss_config), Tally())
+        for batch in validation:
+            moved = batch.to(device=self.backbone.device)
+            prediction = self.backbone.predict(moved, stress=self.loss_config.stress_weight > 0)
+            batch, prediction = batch.to(device="cpu"), prediction.detached().to(torch.device("cpu"))
+            if self.keeps_validation:
+                kept.append((batch, prediction))
+            else:
+                counted[0].add(prediction, batch)
+                counted[1].add(Predictions.of(batch, prediction))
         if self.keeps_validation:
-            batch, found = gather(parallel.collected(self._validated) if self.shares_validation else self._validated)
-            return float(loss_of(self.loss_config, found, batch)), Predictions.of(batch, found).errors()
-        counted = parallel.collected([self._counted]) if self.shares_validation else [self._counted]
-        (losses, errors), *others = counted
+            batch, prediction = gather(parallel.collected(kept) if self.shares_validation else kept)
+            return float(loss_of(self.loss_config, prediction, batch)), Predictions.of(batch, prediction).errors()
+        parts = parallel.collected([counted]) if self.shares_validation else [counted]
+        (losses, errors), *others = parts
         for more_losses, more_errors in others:
             losses.sums += more_losses.sums
             errors.merge(more_errors)
         return losses.loss(), errors.errors()
 
-    def on_validation_epoch_end(self) -> None:
-        self.valid_loss, self.valid_errors = self._validation()
+    def _validate(self, validation: Iterable[Batch]) -> None:
+        with self.averaged():
+            self.valid_loss, self.valid_errors = self._validation(validation)
+            self._judge(self.valid_errors)
+
+    def _judge(self, errors: Errors) -> None:
+        """What a validation means for the best adapter, the learning rate and the end of the stage."""
         self.sparsity = self.adapter.sparsity()
         self.schedule.observe(self.valid_loss)
         self.waited += 1
         if self.valid_loss < self.best_loss:
-            self.save_best(self.valid_errors)
+            self.save_best(errors)
             self.best_loss, self.best_epoch, self.waited = self.valid_loss, self.epoch, 0
         if self.observe is not None:
-            self.observe(self.epoch, self.valid_errors)
+            self.observe(self.epoch, errors)
         if self.config.early_stopping is not None and self.waited >= self.config.early_stopping:
-            self.trainer.should_stop = self.stopped = True
+            self._end_stage()
 
-    def on_validation_end(self) -> None:
-        self._during_validation.close()
+    def _end_stage(self) -> None:
+        """Early stopping ends the stage: the second one begins, with as many epochs as planned, or the run is over."""
+        second = self.config.second_stage.start
+        if self.stage == 2 or second is None:
+            self.stopped = True
+            return
+        self.skipped = second - 1 - self.epoch
+        if self.skipped:
+            self.tell(
+                f"no improvement in {self.waited} validations: the second stage begins in epoch {self.epoch + 1} "
+                f"instead of {second}"
+            )

@@ -31,15 +31,17 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over the adapter's parameters, and those of a head for replay frames.
 
-    The run's weight decay acts on linear and contraction sites only. Parameters that say how they are trained have a
-    group of their own; ``rate`` is the factor of its learning rate. A resumed run, too, says the ``first_rate`` that it
-    began with, so that its groups are the same.
+    The run's weight decay acts on linear and contraction sites only, and on what asks for it. Parameters that say how
+    they are trained have a group of their own; ``rate`` is the factor of its learning rate. A resumed run, too, says
+    the ``first_rate`` that it began with, so that its groups are the same.
     """
     begun = learning_rate if first_rate is None else first_rate
     found: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for kind, parameter, own in adapter.parameter_kinds():
-        decay = config.weight_decay if kind in DECAYED_KINDS else 0.0
-        key = (decay, 1.0, False) if own is None else (own.decay, _rate(own, begun), True)
+        if own is None:
+            key = (config.weight_decay if kind in DECAYED_KINDS else 0.0, 1.0, False)
+        else:
+            key = (config.weight_decay if own.decay is None else own.decay, _rate(own, begun), True)
         found.setdefault(key, []).append(parameter)
     if head is not None:
         found.setdefault((0.0, LEARNING_RATE / begun, True), []).extend(head.parameters())

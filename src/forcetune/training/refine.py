@@ -88,7 +88,7 @@ def refine(
         return total
 
     def valid_loss() -> float:
-        pairs = ((b, backbone.predict(b, stress=loss.stress > 0).detached()) for b in validating)
+        pairs = ((b, backbone.predict(b, stress=loss.stress_weight > 0).detached()) for b in validating)
         if isinstance(validation, StoredGraphs):
             sums = LossSums(loss)
             for batch, found in pairs:
@@ -134,7 +134,7 @@ def _label_weights(backbone: Backbone, loss: LossConfig, batches: Iterable[Batch
     # moments are labelled in the shape of what is predicted
     labels = LossSums(loss)
     for batch in batches:
-        labels.add(backbone.predict(batch, stress=loss.stress > 0).detached(), batch)
+        labels.add(backbone.predict(batch, stress=loss.stress_weight > 0).detached(), batch)
     return [whole.to(backbone.device) for whole in labels.wholes()]
 
 

@@ -24,6 +24,7 @@ from forcetune.frames.labels import AUTO, NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import composition_matrix, estimate
 from forcetune.frames.splits import separate_isolated
+from forcetune.frames.stored import elements_of
 from forcetune.graphs.graph import Batch
 from forcetune.training.replay_head import ReplayHead
 
@@ -49,7 +50,12 @@ class ReplayFrames:
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
-        return tuple(sorted({int(z) for frame in (*self.frames, *self.held) for z in frame.numbers}))
+        return elements_of((*self.frames, *self.held))
+
+    @property
+    def trained_elements(self) -> tuple[int, ...]:
+        """Those in the frames to train on."""
+        return elements_of(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +91,16 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
     if not config.data:
         return None
     own = config.labels == "file"
-    needed: tuple[Label, ...] = ("energy",) if data.forces_key == NONE else ("energy", "forces")
+    expected: tuple[Label, ...] = ("energy", "forces")
     found = read_frames(
         config.data,
-        energy_key=AUTO if own else NONE,
+        energy_key=(NONE if data.energy_key == NONE else AUTO) if own else NONE,
         forces_key=(NONE if data.forces_key == NONE else AUTO) if own else NONE,
         stress_key=(NONE if data.stress_key == NONE else AUTO) if own else NONE,
-        require=needed if own else (),
+        require=(),
+        expect=expected if own else (),
         name="replay data",
+        type_map=data.type_map,
     )
     frames, _ = separate_isolated(found.frames)
     frames = tuple(frame for frame in frames if len(frame) > 1)
@@ -125,7 +133,7 @@ def prepare_replay(
     """
     frames = (*found.frames, *found.held)
     graphs = graphs_of(backbone, frames)
-    stress = max(training.loss.stress, training.second_stage.loss.stress) > 0 and config.labels == "base"
+    stress = max(training.loss.stress_weight, training.second_stage.loss.stress_weight) > 0 and config.labels == "base"
     predicted = predict(backbone, graphs, stress=stress)
     check_finite(predicted, frames)
     own = backbone.reference_energies

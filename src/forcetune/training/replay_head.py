@@ -105,5 +105,5 @@ def objective(
         total: as :func:`forcetune.training.losses.loss_of`.
     """
     with replay_head(backbone, head):
-        found = backbone.predict(batch, stress=config.stress > 0, create_graph=True)
+        found = backbone.predict(batch, stress=config.stress_weight > 0, create_graph=True)
     return loss_of(config, found, batch, total=total)

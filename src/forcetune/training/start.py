@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from forcetune.adapters.attach import Adapter, attach
 from forcetune.adapters.gradients import start_from_gradients, weight_gradients, within_budget
 from forcetune.adapters.methods import Method
+from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
 from forcetune.errors import InputError
@@ -24,6 +25,7 @@ def attach_for_training(
     config: TrainingConfig,
     graphs: Sequence[Batch],
     reference_energies: Mapping[int, float],
+    elements: Collection[int],
 ) -> Adapter:
     """Attach ``method``; where its start depends on the gradient, that of the first :data:`FIRST_FRAMES` frames.
 
@@ -33,13 +35,14 @@ def attach_for_training(
         config: loss, batch size and seed.
         graphs: of the training frames, with labels.
         reference_energies: of the run, eV.
+        elements: atomic numbers that anything is trained on; sparse updates leave the others alone.
 
     Raises:
         InputError: as :func:`forcetune.adapters.attach.attach` and
             :func:`forcetune.adapters.gradients.within_budget`; a gradient is asked for of a loss of moments alone.
     """
     if not method.needs_gradients:
-        return _calibrated(attach(backbone, method, seed=config.seed), graphs)
+        return _calibrated(_left_alone(attach(backbone, method, seed=config.seed), backbone, elements), graphs)
     own = backbone.reference_energies
     backbone.set_reference_energies(reference_energies)
     loader = BatchLoader(
@@ -51,20 +54,29 @@ def attach_for_training(
     )
     # the foundation model has no moments yet
     loss = config.loss.model_copy(update={"moments": 0.0})
-    if loss.energy == loss.forces == loss.stress == 0:
+    if loss.energy == loss.forces == loss.stress_weight == 0:
         raise InputError(
             "a start from the gradient (method.init, method.budget) needs a loss of energies, forces or stresses; "
             "moments alone have no gradient yet."
         )
     gradients = weight_gradients(
-        backbone, loader, lambda found, batch: loss_of(loss, found, batch), stress=loss.stress > 0
+        backbone, loader, lambda found, batch: loss_of(loss, found, batch), stress=loss.stress_weight > 0
     )
     backbone.set_reference_energies(own)
     if method.budget is not None:
         method = within_budget(method, backbone.sites(), gradients)
     adapter = attach(backbone, method, seed=config.seed)
     start_from_gradients(adapter, gradients)
-    return _calibrated(adapter, graphs)
+    return _calibrated(_left_alone(adapter, backbone, elements), graphs)
+
+
+def _left_alone(adapter: Adapter, backbone: Backbone, elements: Collection[int]) -> Adapter:
+    """The same; sparse updates do not change weights of elements that are in the model's table only."""
+    absent = [index for index, number in enumerate(backbone.elements) if number not in elements]
+    for _, part in adapter.trainable_parts():
+        if isinstance(part, SparseWeight) and absent:
+            part.leave_elements(absent, len(backbone.elements))
+    return adapter
 
 
 def _calibrated(adapter: Adapter, graphs: Sequence[Batch]) -> Adapter:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from forcetune import parallel
@@ -23,9 +18,12 @@ from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored import StoredGraphs, any_label, sizes_of
-from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
-from forcetune.training.module import FineTuning
+from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
+from forcetune.training.module import FineTuning, Observer
 from forcetune.training.replay import Replay
+
+TENSORBOARD_NAME = "tensorboard"
+"""Folder of its logs, in the run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +33,7 @@ class TrainingOutcome:
     Attributes:
         status: ``finished``, ``stopped early`` or ``interrupted`` (by Ctrl-C; the best adapter so far is kept).
         epochs_done, steps: what was done.
+        epochs_skipped: of the first stage, which early stopping ended; the second one was whole.
         best_epoch, best_valid_loss: of the adapter that was kept.
         seconds, seconds_per_step: wall time of the training, validation included, and its share of one step.
         traced_operations: of the graph that computed the steps; 0 where they were eager.
@@ -50,6 +49,7 @@ class TrainingOutcome:
     seconds_per_step: float
     traced_operations: int = 0
     untraced: str | None = None
+    epochs_skipped: int = 0
 
 
 def train(
@@ -67,6 +67,7 @@ def train(
     observe: Callable[[int, Errors], None] | None = None,
     console: Console | None = None,
     replay: Replay | None = None,
+    frame_name: Callable[[int], str] | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
 
@@ -84,6 +85,7 @@ def train(
         observe: called with epoch and errors of every validation; what it raises ends the training.
         console: where progress is told; standard error by default.
         replay: graphs that every epoch has some of between those of ``training``.
+        frame_name: what to call the frame of a number among ``training``, for messages.
 
     Raises:
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
@@ -95,18 +97,21 @@ def train(
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head)
     module.shares_validation = _shares_validation(validation)
     module.keeps_validation = not isinstance(validation, StoredGraphs)
+    module.frame_name = frame_name
+    module.tell = _teller(console)
     if state is not None:
-        module.load_training_state(state)
-    callbacks: list[Callback] = [MetricsTable(folder), ProgressBar(console)]
+        _restore(module, state, folder)
+    observers: list[Observer] = [MetricsTable(folder), ProgressBar(console)]
+    if tensorboard:
+        observers.append(TensorBoardLog(folder / TENSORBOARD_NAME))
     if save_state is not None:
-        callbacks.append(Checkpoint(save_state))
+        observers.append(Checkpoint(save_state))
     began, steps_before = time.monotonic(), module.steps_done
-    if module.stopped or module.epochs_done >= config.epochs:
-        status = "finished" if module.epochs_done == config.epochs else "stopped early"
+    if module.is_over:
+        status = _status(module)
     else:
-        module.trace(_teller(console))
-        trainer = _trainer(backbone, config, folder, tensorboard, callbacks, config.epochs - module.epochs_done)
-        status = _carry_out(trainer, module, valid_loader)
+        module.trace(module.tell)
+        status = _run(module, valid_loader, observers)
     seconds = time.monotonic() - began
     return TrainingOutcome(
         status=status,
@@ -118,7 +123,22 @@ def train(
         seconds_per_step=seconds / max(1, module.steps_done - steps_before),
         traced_operations=0 if module.traced is None else module.traced.operations,
         untraced=module.untraced,
+        epochs_skipped=module.skipped,
     )
+
+
+def _restore(module: FineTuning, state: dict[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        InputError: the state is of a run with other options, or of another version.
+    """
+    try:
+        module.load_training_state(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder}: its checkpoint does not fit config.yaml, which has changed since the run began (or forcetune "
+            "has); undo the changes, or start a new run with `fit`."
+        ) from error
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:
@@ -154,45 +174,19 @@ def _shares_validation(validation: Sequence[Batch]) -> bool:
     return len(validation) >= parallel.place().count
 
 
-def _carry_out(trainer: lightning.Trainer, module: FineTuning, validation: BatchLoader) -> str:
+def _run(module: FineTuning, validation: BatchLoader, observers: Sequence[Observer]) -> str:
     """Train to an end, whichever it is; says which."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            trainer.fit(module, module.loader, validation)
-    except (KeyboardInterrupt, SystemExit):
-        if not trainer.interrupted or module.best_epoch == 0:
+        module.run(validation, observers)
+    except KeyboardInterrupt:
+        if module.best_epoch == 0:
             raise
         return "interrupted"
-    return "finished" if module.epochs_done == module.config.epochs else "stopped early"
+    return _status(module)
 
 
-def _trainer(
-    backbone: Backbone,
-    config: TrainingConfig,
-    folder: Path,
-    tensorboard: bool,
-    callbacks: list[Callback],
-    epochs: int,
-) -> lightning.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    cuda = backbone.device.type == "cuda"
-    return lightning.Trainer(
-        accelerator="gpu" if cuda else "cpu",
-        devices=[backbone.device.index or 0] if cuda else 1,
-        max_epochs=epochs,
-        gradient_clip_val=config.clip,
-        check_val_every_n_epoch=config.valid_every,
-        # forces are gradients: validation needs autograd as training does
-        inference_mode=False,
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(str(folder), name="tensorboard", version="") if tensorboard else False,
-        callbacks=callbacks,
-    )
+def _status(module: FineTuning) -> str:
+    return "stopped early" if module.stopped and module.epochs_done < module.epochs else "finished"
 
 
 def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
@@ -202,11 +196,11 @@ def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
     """
     stages = [config.loss] + ([config.second_stage.loss] if config.second_stage.start is not None else [])
     for name in ("energy", "forces", "stress", "moments"):
-        weight = max(getattr(stage, name) for stage in stages)
+        weight = max(getattr(stage, name) or 0.0 for stage in stages)
         if weight > 0 and not any_label(graphs, name):
             raise InputError(
                 f"the loss weighs {name} by {weight:g}, but no training frame has {name} labels; "
                 f"set data.{name}_key, or training.loss.{name}=0."
             )
-    if all(stage.energy == stage.forces == stage.stress == stage.moments == 0 for stage in stages):
+    if all(stage.energy == stage.forces == stage.stress_weight == stage.moments == 0 for stage in stages):
         raise InputError("every weight of the loss is zero; set training.loss.energy or training.loss.forces.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import pytest
 import torch
 from ase import Atoms
 
+from forcetune.adapters.attach import attach
+from forcetune.adapters.methods import method
 from forcetune.backbones.loading import choose_device, load
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.graphs.graph import collate
 from forcetune.kernels.install import accelerate
+from forcetune.magnetism.options import Magnetism
 from models import make_mace
 from systems import backbone, cluster, crystal, frames_of, write_model
 
@@ -95,3 +100,37 @@ def test_devices() -> None:
             choose_device("cuda:1")
     with pytest.raises(InputError, match="there is no device"):
         choose_device("quantum")
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["library", "kernels"])
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [
+        *((9, "element F "), (7, "element N "), (118, "element Og ")),
+        *((number, f"element of atomic number {number} ") for number in (0, -1, 500)),
+    ],
+)
+def test_an_unknown_element_is_an_error_and_no_number(fast: bool, number: int, named: str) -> None:
+    model = MaceBackbone.from_module(make_mace(), elements=[1, 6, 8])  # nitrogen is cut away
+    if fast:
+        accelerate(model)
+    known = collate(graphs_of(model, frames_of(cluster((1, 6, 8)), crystal((1, 6, 8)))))
+    numbers = known.numbers.clone()
+    numbers[int(known.ptr[1]) + 2] = number
+    for stress in (False, True):
+        with pytest.raises(InputError, match=f"does not know the {named}.*structure 1, atom 2.*it has H, C, O") as told:
+            model.predict(replace(known, numbers=numbers), stress=stress)
+        assert str(told.value).count(".") == 2
+    assert model.predict(known).energy.isfinite().all()
+
+
+def test_an_unknown_element_with_a_spin_layer() -> None:
+    model = backbone(elements=(1, 6, 8))
+    attach(model, replace(method("readout"), magnetism=Magnetism(inputs="unit")))
+    (known,) = graphs_of(model, frames_of(cluster((1, 6, 8))))
+    spins = torch.zeros_like(known.positions)
+    spins[:, 2] = 1.0
+    known = replace(known, spins=spins)
+    assert model.predict(known).energy.isfinite().all()
+    with pytest.raises(InputError, match="does not know the element F"):
+        model.predict(replace(known, numbers=torch.full_like(known.numbers, 9)))

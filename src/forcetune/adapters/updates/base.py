@@ -5,12 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from forcetune.backbones.protocol import Site
+from forcetune.backbones.protocol import Site, WeightPath
+
+OUT: Literal["out"] = "out"
+Axis = Literal["out", "last"]
+"""Which axis of a weight holds the channels that a factor or norm belongs to: that of the outputs, or the last one,
+which has the inputs where a weight is stored transposed. Adapters of earlier versions took the last one."""
+
+
+def check_axis(axis: Axis) -> None:
+    """
+    Raises:
+        ValueError: there is no such axis.
+    """
+    if axis not in get_args(Axis):
+        raise ValueError(f"unknown axis {axis!r}")
+
+
+def channel_axis(path: WeightPath, axis: Axis) -> int:
+    """The axis of a path's shape that ``axis`` means."""
+    return path.output_axis if axis == OUT else len(path.shape) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +38,23 @@ class ParameterOptions:
 
     Attributes:
         rate: learning rate in units of the run's.
-        decay: decoupled weight decay.
+        decay: decoupled weight decay; None for that of the run, on sites of every kind.
         learning_rate: at the beginning, whatever the run's is; instead of ``rate``.
     """
 
     rate: float = 1.0
-    decay: float = 0.0
+    decay: float | None = 0.0
     learning_rate: float | None = None
 
 
 class TrainablePart(nn.Module, ABC):
-    """What an update trains at one site."""
+    """What an update trains at one site.
+
+    Attributes:
+        update_name: of the update that it was built by; empty where it was built by none.
+    """
+
+    update_name: str = ""
 
     def options(self) -> dict[str, ParameterOptions]:
         """Parameters, by name, that have a learning rate and decay of their own."""
@@ -109,10 +134,17 @@ class Update(ABC):
     def build(self, site: Site, weight: Tensor) -> WeightUpdate | ActivationUpdate | None:
         """The trainable part for ``site``, in the dtype and on the device of ``weight``; None for none."""
 
+    @classmethod
+    def earlier_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of an adapter file, which may be of an earlier version and lack some, as that version meant them."""
+        return options
+
     def describe(self) -> str:
         """Name and hyper-parameters, as in a table."""
         given = ", ".join(
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in asdict(self).items()
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in asdict(self).items()
+            if (key, value) != ("axis", OUT)  # the other axis is an exception, and told
         )
         return f"{self.name}({given})" if given else self.name
 

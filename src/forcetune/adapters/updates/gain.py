@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from forcetune.adapters.updates.base import Update, WeightUpdate
+from forcetune.adapters.updates.base import OUT, Axis, Update, WeightUpdate, channel_axis, check_axis
 from forcetune.backbones.protocol import Site, WeightPath
 
 
@@ -40,15 +40,29 @@ class Gain(Update):
 
     Attributes:
         per_element: contractions have a factor for each element, too.
+        axis: ``last`` only in adapters of earlier versions, where the factor of a transposed radial layer belongs to
+            an input.
     """
 
     per_element: bool = True
+    axis: Axis = OUT
     name: ClassVar[str] = "Gain"
+
+    def __post_init__(self) -> None:
+        check_axis(self.axis)
+
+    @classmethod
+    def earlier_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {"axis": "last"} | options
 
     def shape_for(self, path: WeightPath) -> tuple[int, ...]:
         """Shape of g on ``path``, to be broadcast against it."""
-        elements = path.shape[0] if len(path.shape) == 3 and self.per_element else 1
-        return (elements, *(1 for _ in path.shape[1:-1]), path.shape[-1]) if len(path.shape) > 1 else path.shape
+        shape = [1] * len(path.shape)
+        channels = channel_axis(path, self.axis)
+        shape[channels] = path.shape[channels]
+        if len(path.shape) == 3 and self.per_element:
+            shape[0] = path.shape[0]
+        return tuple(shape)
 
     def build(self, site: Site, weight: Tensor) -> GainWeight:
         return GainWeight(site, weight, self)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from forcetune.adapters.updates.base import Update, WeightUpdate
+from forcetune.adapters.updates.base import OUT, Axis, Update, WeightUpdate, channel_axis, check_axis
 from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.config import LARGEST_RANK
 
@@ -47,7 +47,11 @@ class LowRankWeight(WeightUpdate):
             self.scales[path.name] = spec.scale / couplings
             if spec.norms:
                 block = as_matrix(weight.detach().reshape(-1), path)
-                self.norm[path.name] = nn.Parameter(torch.linalg.vector_norm(block, dim=0))
+                self.norm[path.name] = nn.Parameter(torch.linalg.vector_norm(block, dim=self._fan_in_axis(path)))
+
+    def _fan_in_axis(self, path: WeightPath) -> int:
+        """The axis of a path as a matrix that the norm of a channel sums over."""
+        return 1 if channel_axis(path, self.spec.axis) == 0 else 0
 
     @torch.no_grad()
     def start_from(self, gradient: Tensor) -> None:
@@ -77,8 +81,9 @@ class LowRankWeight(WeightUpdate):
                 if path.name in self.norm:
                     matrix = block.view(-1, path.shape[-1])
                     # a channel without weights has no norm to keep: it stays zero
-                    length = torch.linalg.vector_norm(matrix, dim=0).clamp(min=torch.finfo(matrix.dtype).tiny)
-                    block = (matrix * (self.norm[path.name] / length)).reshape(-1)
+                    axis = self._fan_in_axis(path)
+                    length = torch.linalg.vector_norm(matrix, dim=axis).clamp(min=torch.finfo(matrix.dtype).tiny)
+                    block = (matrix * (self.norm[path.name] / length).unsqueeze(axis)).reshape(-1)
             parts.append(block)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(weight.shape)
 
@@ -100,6 +105,8 @@ class LowRank(Update):
             multiplicities).
         init: A at random, or from the gradient of the first batches (``gradient``; compare arXiv 2407.05000).
         ranks: ranks of single paths, by ``site/path``; 0 leaves a path frozen. Others have ``rank``.
+        axis: ``last`` only in adapters of earlier versions, where the norms of a transposed radial layer belong to its
+            inputs.
     """
 
     rank: int = 16
@@ -108,9 +115,11 @@ class LowRank(Update):
     norms: bool = False
     init: Literal["normal", "gradient"] = "normal"
     ranks: Mapping[str, int] | None = None
+    axis: Axis = OUT
     name: ClassVar[str] = "LowRank"
 
     def __post_init__(self) -> None:
+        check_axis(self.axis)
         if self.init not in ("normal", "gradient"):
             raise ValueError(f"unknown init {self.init!r}")
         ranks = self.ranks or {}
@@ -120,7 +129,21 @@ class LowRank(Update):
             raise ValueError(f"a rank is at least 1 and at most {LARGEST_RANK}, or 0 for a path that stays frozen")
 
     def __hash__(self) -> int:
-        return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.init))
+        return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.init, self.axis))
+
+    @classmethod
+    def earlier_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {"axis": "last"} | options if options.get("norms") else options
+
+    def to_json(self) -> dict[str, Any]:
+        content = super().to_json()
+        if not self.norms:
+            del content["axis"]  # earlier versions read it as it is
+        return content
+
+    def n_norms(self, path: WeightPath) -> int:
+        """Norms that are trained on ``path``."""
+        return path.shape[channel_axis(path, self.axis)] if self.norms else 0
 
     @property
     def scale(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,9 +51,30 @@ class SparseWeight(WeightUpdate):
         """Number of weights whose update is not zero."""
         return int(torch.count_nonzero(self.update()))
 
+    @torch.no_grad()
+    def leave_elements(self, absent: Sequence[int], count: int) -> None:
+        """ΔW = 0, where it has no gradient and stays, for elements that nothing is trained on.
+
+        They would keep the noise that ΔW starts as.
+
+        Args:
+            absent: their places in the model's table.
+            count: elements in the table.
+        """
+        flat = self.change.view(-1)
+        for path in self.paths:
+            if path.by_element is not None and path.by_element[1] == count:
+                flat[path.start : path.start + path.size].view(path.by_element)[:, list(absent)] = 0
+
     def options(self) -> dict[str, ParameterOptions]:
-        """τ has a learning rate and a decay of its own: the decay pulls δ up, towards σ(0) = ½."""
-        return {"tau": ParameterOptions(rate=self.spec.threshold_rate, decay=self.spec.threshold_decay)}
+        """τ has a learning rate and a decay of its own: the decay pulls δ up, towards σ(0) = ½.
+
+        ΔW decays everywhere, decoupled from its gradient, by the run's weight decay λ_Δ.
+        """
+        return {
+            "change": ParameterOptions(decay=None),
+            "tau": ParameterOptions(rate=self.spec.threshold_rate, decay=self.spec.threshold_decay),
+        }
 
     def packed(self) -> dict[str, Tensor]:
         """τ, and of every path the places and values of the changed weights."""

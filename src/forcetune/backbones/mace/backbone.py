@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from ase.data import chemical_symbols
 from torch import Tensor, nn
 
-from forcetune.backbones.mace.content import MaceContent, build_network, content_from_module
+from forcetune.backbones.mace.content import MaceContent, build_network, content_from_network
+from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.network import MaceNetwork
-from forcetune.backbones.mace.reading import read_content
+from forcetune.backbones.mace.original import write_into_original
+from forcetune.backbones.mace.reading import read_content, read_module
 from forcetune.backbones.mace.surgery import cut_elements, select_head
 from forcetune.backbones.mace.trusted import LibraryMace, library_fingerprint, load_pickled
 from forcetune.backbones.mace.writing import write_model
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base
-from forcetune.errors import InputError, warn
+from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.kernels.features import Features
 from forcetune.kernels.tensors import TensorSource, UnfitError
+
+_LOST_REFERENCE = 1e-4  # eV
 
 
 class MaceBackbone(NetworkBackbone):
@@ -31,12 +36,17 @@ class MaceBackbone(NetworkBackbone):
         elements: atomic numbers it knows, ascending as in the model.
         cutoff: Å.
         head: name of the head in use.
+        stored_dtype: precision of the file or module that it was made from.
     """
 
     library = "mace"
 
-    def __init__(self, model: MaceNetwork, base: Base) -> None:
+    def __init__(
+        self, model: MaceNetwork, base: Base, *, stored_dtype: torch.dtype | None = None, file: Path | None = None
+    ) -> None:
         architecture = model.architecture
+        self.stored_dtype = stored_dtype or model.atomic_energies_fn.atomic_energies.dtype
+        self._file = file
         super().__init__(
             model,
             base,
@@ -53,17 +63,19 @@ class MaceBackbone(NetworkBackbone):
         name: str | None = None,
         licence: str = "unknown",
         sha256: str = "",
+        source: str | None = None,
         head: str | None = None,
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
         trust: bool = False,
-    ) -> MaceBackbone:
+    ) -> NetworkBackbone:
         """Read a model without running code from its file.
 
         Args:
             path: a ``.model`` file of mace-torch, or a ``.safetensors`` file of :meth:`save`.
             name, licence, sha256: identity, recorded in adapters.
+            source: the name it is known by; its path where there is none.
             head: which head of a multi-head model.
             elements: cut the element table to these atomic numbers; None keeps it.
             dtype: precision to compute in.
@@ -73,7 +85,7 @@ class MaceBackbone(NetworkBackbone):
         Raises:
             InputError: the file cannot be read or understood, the head is unknown or missing, an element is unknown.
         """
-        file = Path(path)
+        file, place = Path(path), str(path) if source is None else source
         chosen = {"head": head, "elements": elements, "dtype": dtype, "device": device}
         try:
             content = read_content(file)
@@ -85,10 +97,10 @@ class MaceBackbone(NetworkBackbone):
                 ) from error
             warn(f"{file} cannot be rebuilt ({error}); it is loaded as pickled code, as --trust allows.")
             model = load_pickled(file)
-            base = Base(name or file.stem, sha256, library_fingerprint(model), licence)
+            base = Base(name or file.stem, sha256, library_fingerprint(model), licence, place, trusted=True)
             return cls.from_module(model, base=base, **chosen)  # pyright: ignore[reportArgumentType]
-        base = Base(name or file.stem, sha256, content.fingerprint, licence)
-        return cls._from_content(content, base, **chosen)  # pyright: ignore[reportArgumentType]
+        base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
+        return cls._from_content(content, base, file=file, **chosen)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def from_module(
@@ -100,22 +112,21 @@ class MaceBackbone(NetworkBackbone):
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
-    ) -> MaceBackbone:
+    ) -> NetworkBackbone:
         """A backbone with the weights of a loaded module, mace's or ours, which is left as it is.
 
         A module of mace that forcetune does not compute is used itself, as it is.
 
         Raises:
-            InputError: as :meth:`load`.
+            InputError: the model was converted to an accelerator; as :meth:`load`.
         """
         kind = type(model).__name__
+        check_not_converted(model, kind if base is None else base.name)
         try:
-            content = content_from_module(model)
-            network = build_network(content)
+            content = read_module(model)
         except UnfitError as error:
             base = base or Base(kind, "", library_fingerprint(model), "unknown")
             return LibraryMace(model, base, reason=str(error), head=head, elements=elements, dtype=dtype, device=device)
-        del network
         base = base or Base(content.architecture.kind, "", content.fingerprint, "unknown")
         return cls._from_content(content, base, head=head, elements=elements, dtype=dtype, device=device)
 
@@ -129,6 +140,8 @@ class MaceBackbone(NetworkBackbone):
         elements: Sequence[int] | None,
         dtype: torch.dtype,
         device: str | torch.device,
+        stored_dtype: torch.dtype | None = None,
+        file: Path | None = None,
     ) -> MaceBackbone:
         heads = content.architecture.heads
         if head is None and len(heads) > 1:
@@ -147,12 +160,22 @@ class MaceBackbone(NetworkBackbone):
             network = build_network(content)
         except UnfitError as error:
             raise InputError(f"{base.name} cannot be rebuilt: {error}.") from error
-        return cls(network.to(dtype=dtype, device=torch.device(device)), base)
+        stored = stored_dtype or content.dtype
+        return cls(network.to(dtype=dtype, device=torch.device(device)), base, stored_dtype=stored, file=file)
 
     @property
     def content(self) -> MaceContent:
         """Architecture and tensors as they are now, an adapter left out."""
-        return content_from_module(self.model)
+        return content_from_network(self.model)
+
+    def cut_to(self, elements: Sequence[int]) -> MaceBackbone:
+        """The model as it is now, with these elements only.
+
+        Raises:
+            InputError: it does not know one of them.
+        """
+        chosen = {"dtype": self.dtype, "device": self.device, "stored_dtype": self.stored_dtype, "file": self._file}
+        return self._from_content(self.content, self.base, head=None, elements=elements, **chosen)  # pyright: ignore[reportArgumentType]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -179,11 +202,18 @@ class MaceBackbone(NetworkBackbone):
         return sum(product.n_scalars for product in self.model.products)
 
     def read_back(self, path: str | Path) -> MaceBackbone:
-        """What was written by :meth:`save`, in the precision of this one, to be compared with it."""
-        again = MaceBackbone.load(path, dtype=self.dtype)
-        if isinstance(again.model, MaceNetwork) and again.model.pair_repulsion_fn is not None:
-            again.model.pair_repulsion_fn.rounded = self.model.rounded_charges
-        return again
+        """What was written by :meth:`save`, in the precision of this one, to be compared with it.
+
+        Raises:
+            ForcetuneError: it is not understood.
+        """
+        try:
+            content = replace(read_content(path), rounded_charges=self.model.rounded_charges)
+            network = build_network(content)
+        except UnfitError as error:
+            raise ForcetuneError(f"{path} was written and cannot be read back: {error}.") from error
+        base = Base(Path(path).stem, "", content.fingerprint, "unknown")
+        return MaceBackbone(network.to(dtype=self.dtype), base, stored_dtype=content.dtype)
 
     def _layers_behind(self, name: str) -> int:
         """Readouts count with the last layer; what comes before the layers counts as one more."""
@@ -202,6 +232,10 @@ class MaceBackbone(NetworkBackbone):
             drawn = MaceNetwork(content.architecture, TensorSource(content.tensors, content.constants, redraw=True))
         return {name: parameter.detach().to(self.device) for name, parameter in drawn.named_parameters()}
 
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture, parameters and coupling tensors as they are now, without an adapter."""
+        return self.content.fingerprint
+
     def save(self, path: str | Path) -> None:
         """Write a plain model, atomically: ``.safetensors`` without pickle, others as mace's calculator reads it.
 
@@ -211,3 +245,20 @@ class MaceBackbone(NetworkBackbone):
             InputError: the folder cannot be written, or mace-torch is needed and not installed.
         """
         write_model(self.content, path)
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """Write the file that it was read from with its weights in it, atomically, in the precision of that file.
+
+        Returns:
+            False where this cannot be done: the model was not read from a ``.model`` file, or the file's precision
+            would lose more than 0.1 meV of a reference energy.
+        """
+        wanted = torch.tensor(list(self.reference_energies.values()), dtype=torch.float64)
+        lost = (wanted - wanted.to(self.stored_dtype)).abs().max()
+        if self._file is None or self._file.suffix == ".safetensors" or lost > _LOST_REFERENCE:
+            return False
+        try:
+            write_into_original(self._file, path, self.content.tensors, head=self.head, numbers=self.elements)
+        except UnfitError:
+            return False
+        return True

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from forcetune.backbones.mace.architecture import MaceArchitecture, read_architecture
+from forcetune.backbones.mace.architecture import MaceArchitecture, check_sane, read_architecture
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.tree import Node, node_from_module
 from forcetune.kernels.tensors import TensorSource, UnfitError
@@ -97,16 +97,24 @@ def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t.numel() and not name.endswith("output_mask")}
 
 
-def content_from_module(model: nn.Module) -> MaceContent:
-    """The content of mace's own module, or of a network of ours; an adapter on it is left out.
+def content_from_network(network: MaceNetwork) -> MaceContent:
+    """The content of a network; an adapter on it is left out."""
+    tensors = _kept(node_from_module(network).all_tensors())
+    return MaceContent(network.architecture, tensors, network.constants(), network.rounded_charges)
+
+
+def draw_network(architecture: MaceArchitecture, *, seed: int = 0) -> MaceNetwork:
+    """A network with random weights, distributed as mace's constructor draws them, in float64.
+
+    Its contractions have the full basis of couplings. PyTorch's random state stays as it was.
 
     Raises:
-        UnfitError: as :func:`content_from_node`.
+        UnfitError: sizes or names make no sense.
     """
-    if isinstance(model, MaceNetwork):
-        tensors = _kept(node_from_module(model).all_tensors())
-        return MaceContent(model.architecture, tensors, model.constants(), model.rounded_charges)
-    return content_from_node(node_from_module(model))
+    check_sane(architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MaceNetwork(architecture, TensorSource(None)).double()
 
 
 def build_network(content: MaceContent) -> MaceNetwork:
@@ -116,4 +124,7 @@ def build_network(content: MaceContent) -> MaceNetwork:
         UnfitError: tensors and architecture do not belong together.
     """
     source = TensorSource(content.tensors, content.constants)
-    return MaceNetwork(content.architecture, source, rounded_charges=content.rounded_charges)
+    try:
+        return MaceNetwork(content.architecture, source, rounded_charges=content.rounded_charges)
+    except (ValueError, IndexError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UnfitError(f"its sizes do not belong together ({error})") from error

@@ -60,7 +60,7 @@ class NodeEmbedding(nn.Module):
 
     def __init__(self, n_species: int, channels: int, source: TensorSource) -> None:
         super().__init__()
-        self.linear = EquivariantLinear(f"{n_species}x0e", f"{channels}x0e", source.within("linear"))
+        self.linear = EquivariantLinear(f"{n_species}x0e", f"{channels}x0e", source.within("linear"), one_hot=True)
 
     def forward(self, attributes: Features) -> Features:
         return self.linear(attributes)
@@ -108,6 +108,8 @@ class RadialEmbedding(nn.Module):
 class AtomicEnergies(nn.Module):
     """Energies of isolated atoms as the file has them; they are added in float64 outside of the network."""
 
+    atomic_energies: Tensor
+
     def __init__(self, heads: int, n_species: int, source: TensorSource) -> None:
         super().__init__()
         drawn = torch.zeros(heads, n_species, dtype=torch.float64)
@@ -119,6 +121,9 @@ class AtomicEnergies(nn.Module):
 
 class ScaleShift(nn.Module):
     """Interaction energies of atoms times a scale, plus a shift."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, heads: int, source: TensorSource) -> None:
         super().__init__()
@@ -183,13 +188,20 @@ class Interaction(nn.Module):
 class NonLinearInteraction(nn.Module):
     """The interaction of MACE-OMOL and later: radial weights know both species, and a gate follows the messages."""
 
+    alpha: Tensor
+    beta: Tensor
+
     def __init__(self, irreps: BlockIrreps, source: TensorSource) -> None:
         super().__init__()
         self.irreps = irreps
         scalars = sum(block.multiplicity for block in parse_irreps(irreps.features) if block.is_even_scalar)
         species = f"{irreps.n_species}x0e"
-        self.source_embedding = EquivariantLinear(species, f"{scalars}x0e", source.within("source_embedding"))
-        self.target_embedding = EquivariantLinear(species, f"{scalars}x0e", source.within("target_embedding"))
+        self.source_embedding = EquivariantLinear(
+            species, f"{scalars}x0e", source.within("source_embedding"), one_hot=True
+        )
+        self.target_embedding = EquivariantLinear(
+            species, f"{scalars}x0e", source.within("target_embedding"), one_hot=True
+        )
         self.linear_up = EquivariantLinear(irreps.features, irreps.edges, source.within("linear_up"))
         paths, irreps_mid = channelwise_paths(irreps.edges, irreps.harmonics, irreps.target)
         self.conv_tp = Convolution(irreps.edges, irreps.harmonics, paths, irreps_mid, source.within("conv_tp"))
@@ -349,6 +361,9 @@ class MaceNetwork(nn.Module):
     Raises:
         UnfitError: a tensor is missing, has another shape, or has no place.
     """
+
+    atomic_numbers: Tensor
+    r_max: Tensor
 
     def __init__(self, architecture: MaceArchitecture, source: TensorSource, *, rounded_charges: bool = False) -> None:
         super().__init__()

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from forcetune.backbones.inert import Record, read_inert
 from forcetune.backbones.mace.architecture import MaceArchitecture, check_sizes
 from forcetune.backbones.mace.check import check_node
-from forcetune.backbones.mace.content import MaceContent, build_network, content_from_node, content_from_tensors
+from forcetune.backbones.mace.content import (
+    MaceContent,
+    build_network,
+    content_from_network,
+    content_from_node,
+    content_from_tensors,
+)
+from forcetune.backbones.mace.converted import check_not_converted
+from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.traced_readout import traced_readout
-from forcetune.backbones.mace.tree import node_from_record
+from forcetune.backbones.mace.tree import Node, node_from_module, node_from_record
 from forcetune.errors import InputError
 from forcetune.kernels.tensors import UnfitError
 from forcetune.parsing import short
@@ -41,9 +49,34 @@ def read_content(path: str | os.PathLike[str]) -> MaceContent:
     file = Path(path)
     if file.suffix == ".safetensors":
         return read_plain(file)
-    record = _uncompiled(read_inert(file))
+    return content_from_record(read_inert(file), file)
+
+
+def content_from_record(record: Any, file: Path) -> MaceContent:
+    """The content of a model that was read from a ``.model`` file; its tensors are views of what was read.
+
+    Raises:
+        InputError, UnfitError: as :func:`read_content`.
+    """
+    record = _uncompiled(record)
     _check_whole_model(record, file)
-    node = node_from_record(record, traced_readout)
+    check_not_converted(record, file)
+    return _checked_content(node_from_record(record, traced_readout))
+
+
+def read_module(model: nn.Module) -> MaceContent:
+    """The content of a module of mace in memory, which forcetune computes all of, or of a network of ours.
+
+    An adapter that is attached to a network is left out.
+
+    Raises:
+        UnfitError: it is a model that forcetune does not compute.
+    """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile gives
+    return content_from_network(model) if isinstance(model, MaceNetwork) else _checked_content(node_from_module(model))
+
+
+def _checked_content(node: Node) -> MaceContent:
     content = content_from_node(node)
     check_sizes(content.architecture, sum(tensor.numel() for tensor in content.tensors.values()))
     check_node(node, build_network(content))

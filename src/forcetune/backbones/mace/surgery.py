@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -56,9 +56,34 @@ def cut_elements(content: MaceContent, numbers: Iterable[int]) -> MaceContent:
         network = build_network(content)
     except UnfitError as error:
         raise InputError(f"the model cannot be cut: {error}; pass it uncut.") from error
-    changed = _some_elements(content, network, keep, len(table))
+    changed = _some_elements(content.architecture, network, content.tensors, keep)
     changed["atomic_numbers"] = torch.tensor(wanted, dtype=content.tensors["atomic_numbers"].dtype)
     return _changed(content, replace(content.architecture, atomic_numbers=tuple(wanted)), changed)
+
+
+def cut_of_tensors(
+    content: MaceContent, head: str, numbers: Iterable[int]
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """What :func:`select_head` and :func:`cut_elements` do to the tensors of this model, as a linear map.
+
+    Raises:
+        InputError: as those.
+        UnfitError: tensors and architecture do not belong together.
+    """
+    heads, table = content.architecture.heads, content.architecture.atomic_numbers
+    single = select_head(content, head)
+    network = build_network(single)
+    keep = torch.tensor([table.index(z) for z in sorted(set(numbers))])
+
+    def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(tensors)
+        if len(heads) > 1:
+            found |= _one_head(found, heads.index(head), len(heads))
+        if len(keep) < len(table):
+            found |= _some_elements(single.architecture, network, found, keep)
+        return found
+
+    return cut
 
 
 def _changed(content: MaceContent, architecture: MaceArchitecture, tensors: dict[str, Tensor]) -> MaceContent:
@@ -70,7 +95,7 @@ def _changed(content: MaceContent, architecture: MaceArchitecture, tensors: dict
     return replace(content, architecture=architecture, tensors=result)
 
 
-def _one_head(tensors: dict[str, Tensor], head: int, heads: int) -> dict[str, Tensor]:
+def _one_head(tensors: Mapping[str, Tensor], head: int, heads: int) -> dict[str, Tensor]:
     """Tensors of the readouts, scale, shift and reference energies that belong to one head.
 
     Hidden features of the readout are ordered by head and those of other heads are masked, so that only the block
@@ -91,7 +116,7 @@ def _one_head(tensors: dict[str, Tensor], head: int, heads: int) -> dict[str, Te
     return changed
 
 
-def _one_head_of_mlp(tensors: dict[str, Tensor], prefix: str, head: int, heads: int) -> dict[str, Tensor]:
+def _one_head_of_mlp(tensors: Mapping[str, Tensor], prefix: str, head: int, heads: int) -> dict[str, Tensor]:
     first, last = tensors[f"{prefix}linear_1.weight"], tensors[f"{prefix}linear_2.weight"]
     width = last.numel() // heads**2
     fewer_inputs = 1 / math.sqrt(heads)
@@ -108,13 +133,15 @@ def _one_head_of_mlp(tensors: dict[str, Tensor], prefix: str, head: int, heads: 
     return changed
 
 
-def _some_elements(content: MaceContent, network: MaceNetwork, keep: Tensor, total: int) -> dict[str, Tensor]:
+def _some_elements(
+    architecture: MaceArchitecture, network: MaceNetwork, tensors: Mapping[str, Tensor], keep: Tensor
+) -> dict[str, Tensor]:
     """Tensors with an axis of elements, cut.
 
     Layers that take one-hot elements divide by the root of the number of elements (e3nn's path normalisation), so
     their weights shrink by √(kept/total) when that number does.
     """
-    tensors, changed = content.tensors, {}
+    total, changed = len(architecture.atomic_numbers), {}
     fewer_elements = math.sqrt(len(keep) / total)
     for name, module in network.named_modules():
         if name.endswith(_ONE_HOT):
@@ -128,7 +155,7 @@ def _some_elements(content: MaceContent, network: MaceNetwork, keep: Tensor, tot
                 for path in site.paths
             ]
             changed[f"{name}.weight"] = torch.cat(blocks) * fewer_elements if blocks else weight
-        elif isinstance(module, Contraction) and not content.architecture.use_agnostic_product:
+        elif isinstance(module, Contraction) and not architecture.use_agnostic_product:
             for weight_name in ("weights_max", *(f"weights.{k}" for k in range(module.order - 1))):
                 changed[f"{name}.{weight_name}"] = tensors[f"{name}.{weight_name}"].detach()[keep]
     energies = tensors["atomic_energies_fn.atomic_energies"]

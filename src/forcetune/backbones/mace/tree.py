@@ -171,6 +171,7 @@ def node_from_module(module: nn.Module) -> Node:
             node.constants.update({f"{name}.{key}": t for key, t in child.named_buffers()})
         elif not isinstance(child, fx.GraphModule):
             node.children[name] = node_from_module(child)
+    node.hooked = any(getattr(module, table, None) for table in _HOOKS)
     internal = nn.Module().__dict__.keys() | {"__codegen__"}
     node.attributes = {name: v for name, v in vars(module).items() if name not in internal}
     return node
@@ -198,12 +199,17 @@ def irreps_text(value: Any) -> str:
 
 
 def function_name(value: Any) -> str | None:
-    """Name of a function in either form, without its module; None for what is no function."""
+    """Name of a function in either form, with its module unless that is PyTorch's; None for what is no function."""
     if isinstance(value, Global):
-        return value.name
-    if isinstance(value, Record) and value.name == "getattr" and len(value.args) == 2:
-        return str(value.args[1])  # functions of C, such as torch.tanh, are stored as members of a class
-    return getattr(value, "__name__", None) if callable(value) else None
+        name, home = value.name, value.module
+    elif isinstance(value, Record) and value.name == "getattr" and len(value.args) == 2:
+        # functions of C, such as torch.tanh, are stored as members of a class
+        name, home = str(value.args[1]), str(getattr(value.args[0], "module", "?"))
+    elif callable(value) and hasattr(value, "__name__"):
+        name, home = str(value.__name__), str(getattr(value, "__module__", None) or "torch")
+    else:
+        return None
+    return name if home.split(".")[0] == "torch" else f"{home}.{name}"
 
 
 def canonical(name: str, value: Any) -> Any:

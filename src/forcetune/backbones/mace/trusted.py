@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from forcetune.backbones.mace.content import fingerprint_tensors
 from forcetune.backbones.mace.library import import_mace
 from forcetune.backbones.mace.tree import node_from_module
-from forcetune.backbones.network import ADAPTER, NetworkBackbone, per_volume
-from forcetune.backbones.protocol import Base, Extension, Prediction
+from forcetune.backbones.network import NetworkBackbone, per_volume
+from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.files import atomic_path
 from forcetune.graphs.graph import Batch
@@ -70,7 +71,6 @@ class LibraryMace(NetworkBackbone):
         module: Any = model
         if not hasattr(module, "atomic_energies_fn") or not hasattr(module, "r_max"):
             raise InputError(f"{base.name} is a {type(model).__name__} and no potential of mace ({reason}).")
-        _refuse_accelerated(module, base)
         heads = [str(name) for name in getattr(module, "heads", None) or ["Default"]]
         if head is None and len(heads) > 1:
             raise InputError(f"{base.name} has the heads {', '.join(heads)}; choose one with --head (model.head).")
@@ -82,6 +82,7 @@ class LibraryMace(NetworkBackbone):
         if unknown:
             raise InputError(f"{base.name} does not know the atomic numbers {', '.join(map(str, unknown))}.")
         self.reason = reason
+        self.stored_dtype: torch.dtype = module.atomic_energies_fn.atomic_energies.dtype
         module = module.to(dtype=dtype, device=torch.device(device)).eval()
         name = heads[self._head_index]
         super().__init__(module, base, elements=table, cutoff=float(module.r_max), head=name)
@@ -107,18 +108,26 @@ class LibraryMace(NetworkBackbone):
         torch.atleast_2d(self.model.atomic_energies_fn.atomic_energies)[self._head_index].copy_(energies)
 
     def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
+        self._check_elements(batch)
         species = self._species[batch.numbers]
-        self._check_elements(batch, species)
         if self.extension is not None:
             found = self._by_library_extended(self.extension, batch, species, stress, create_graph)
         else:
             with torch.enable_grad():
                 out = self.model(self._inputs(batch, species), training=create_graph, compute_stress=stress)
-            found = Prediction(self._interaction_energy(out), out["forces"], out["stress"] if stress else None)
+            own = None if create_graph else self._interaction_of_atoms(out, species)
+            stresses = out["stress"] if stress else None
+            found = Prediction(self._interaction_energy(out), out["forces"], stresses, energies=own)
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        return found._replace(energy=total + found.energy.double())
+        energies = None if found.energies is None else per_atom + found.energies
+        return found._replace(energy=total + found.energy.double(), energies=energies)
+
+    def _interaction_of_atoms(self, out: Mapping[str, Tensor], species: Tensor) -> Tensor:
+        """(atoms,) share of each in the interaction energy, eV, float64."""
+        stored = torch.atleast_2d(self.model.atomic_energies_fn.atomic_energies)[self._head_index]
+        return out["node_energy"].double() - stored[species].double()
 
     @torch.enable_grad()
     def _by_library_extended(
@@ -193,6 +202,18 @@ class LibraryMace(NetworkBackbone):
             "head": head,
         }
 
+    def cut_to(self, elements: Sequence[int]) -> LibraryMace:
+        """A copy: the elements of such a model cannot be cut.
+
+        Raises:
+            InputError: it does not know one of them.
+        """
+        options = {"head": self.head, "elements": elements, "dtype": self.dtype, "device": self.device}
+        return LibraryMace(copy.deepcopy(self.model), self.base, reason=self.reason, **options)  # pyright: ignore[reportArgumentType]
+
+    def fingerprint(self) -> str:
+        return library_fingerprint(self.model)
+
     def sites(self) -> tuple[Site, ...]:
         return library_sites(self.model)
 
@@ -214,7 +235,12 @@ class LibraryMace(NetworkBackbone):
             if hooks or name.split(".")[0] == ADAPTER:
                 raise ForcetuneError("the model cannot be written while an adapter is attached; merge it first.")
         with atomic_path(path) as temporary:
-            torch.save(copy.deepcopy(self.model).cpu(), temporary)
+            torch.save(self.model if self.device.type == "cpu" else _on_cpu(self.model), temporary)
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """False: :meth:`save` pickles the module, which is the file's own."""
+        del path
+        return False
 
     def read_back(self, path: str | Path) -> LibraryMace:
         """What was written by :meth:`save`."""
@@ -222,14 +248,12 @@ class LibraryMace(NetworkBackbone):
         return LibraryMace(load_pickled(Path(path)), self.base, reason=self.reason, **options)
 
 
-def _refuse_accelerated(module: Any, base: Base) -> None:
-    """Accelerated layers have no weights where an adapter would look for them."""
-    for part in module.modules():
-        home = type(part).__module__.split(".")[0]
-        if home.startswith(("cuequivariance", "openequivariance")):
-            raise InputError(
-                f"{base.name} was converted for {home}; convert it back by mace_cueq_to_e3nn and pass that file."
-            )
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """A copy; some parameters of mace cannot be copied by ``copy.deepcopy``."""
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, map_location="cpu", weights_only=False)
 
 
 # ---- sites ----------------------------------------------------------------------------------------------------------
@@ -243,7 +267,7 @@ def library_sites(model: nn.Module) -> tuple[Site, ...]:
         sites.extend(_sites_of(name, module))
     found = {site.name for site in sites}
     for name, module in modules:
-        if name.split(".")[-1] == "weights" or type(module).__name__ == "Contraction":
+        if isinstance(module, nn.ParameterList):
             continue
         for parameter, tensor in module.named_parameters(recurse=False):
             full = f"{name}.{parameter}".lstrip(".")
@@ -270,8 +294,10 @@ def _sites_of(name: str, module: Any) -> Iterator[Site]:
     elif kind == "FullyConnectedTensorProduct" and "weight" in module._parameters:
         yield _tensor_product(name, module)
     elif kind == "_Layer" or isinstance(module, nn.Linear):
-        label = "out->in" if isinstance(module, nn.Linear) else "in->out"
-        path = WeightPath(label, 0, tuple(module._parameters["weight"].shape))
+        transposed = isinstance(module, nn.Linear)
+        label = "out->in" if transposed else "in->out"
+        weight: Tensor = module._parameters["weight"]  # pyright: ignore[reportAssignmentType]
+        path = WeightPath(label, 0, tuple(weight.shape), transposed)
         yield Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,))
     elif kind == "Contraction":
         yield from _contraction(name, module)
@@ -302,14 +328,18 @@ def _equivariant_linear(name: str, module: Any) -> Site:
             shapes.append((fan_in, fan_out))
             outputs.append(instruction.i_out)
         start += fan_in * fan_out
-    paths = tuple(WeightPath(*entry) for entry in zip(numbered(labels), starts, shapes, strict=True))
+    takes = name == "node_embedding.linear" or name.split(".")[-1] in ("source_embedding", "target_embedding")
+    paths = tuple(
+        WeightPath(*entry, by_element=(1, *entry[2]) if takes else None)
+        for entry in zip(numbered(labels), starts, shapes, strict=True)
+    )
     kind = "readout" if name.split(".")[0] in ("readouts", "embedding_readout") else "linear"
     return Site(f"{name}.weight", name, "weight", name, kind, paths, str(module.irreps_in), str(module.irreps_out))
 
 
 def _tensor_product(name: str, module: Any) -> Site:
     labels: list[str] = []
-    shapes: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int, int]] = []
     for instruction in module.instructions:
         if not instruction.has_weight:
             continue
@@ -318,9 +348,12 @@ def _tensor_product(name: str, module: Any) -> Site:
             f"{module.irreps_in1[instruction.i_in1].ir}*{module.irreps_in2[instruction.i_in2].ir}"
             f"->{module.irreps_out[instruction.i_out].ir}"
         )
-        shapes.append((first * second, out))
+        shapes.append((first, second, out))
     starts = [sum(math.prod(shape) for shape in shapes[:k]) for k in range(len(shapes))]
-    paths = tuple(WeightPath(*entry) for entry in zip(numbered(labels), starts, shapes, strict=True))
+    paths = tuple(
+        WeightPath(label, start, (first * second, out), by_element=(first, second, out))
+        for label, start, (first, second, out) in zip(numbered(labels), starts, shapes, strict=True)
+    )
     irreps = (str(module.irreps_in1), str(module.irreps_out))
     return Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, *irreps)
 
@@ -329,7 +362,8 @@ def _contraction(name: str, module: Any) -> Iterator[Site]:
     order = len(module.weights) + 1
 
     def site(owner: str, parameter: str, nu: int, kind: str, weight: Any) -> Site:
-        path = WeightPath(f"order{nu}", 0, tuple(weight.shape))
+        elements, *rest = weight.shape
+        path = WeightPath(f"order{nu}", 0, tuple(weight.shape), by_element=(1, elements, math.prod(rest)))
         return Site(f"{owner}.{parameter}", owner, parameter, name, kind, (path,))
 
     def zeroed(which: str) -> bool:

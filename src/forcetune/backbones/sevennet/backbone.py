@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ class SevenNetBackbone(NetworkBackbone):
     """A SevenNet model; of a multi-modal one the modality that was chosen as head."""
 
     library = "sevennet"
+    stored_dtype = torch.float32  # of every checkpoint that sevenn writes
 
     def __init__(self, content: SevenNetContent, cut: Cut, model: SevenNetNetwork, base: Base, head: str) -> None:
         self.content, self._cut = content, cut
@@ -39,6 +41,7 @@ class SevenNetBackbone(NetworkBackbone):
         name: str | None = None,
         licence: str = "unknown",
         sha256: str = "",
+        source: str | None = None,
         head: str | None = None,
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
@@ -50,6 +53,7 @@ class SevenNetBackbone(NetworkBackbone):
         Args:
             path: ``checkpoint_*.pth`` of sevenn.
             name, licence, sha256: identity, recorded in adapters.
+            source: the name it is known by; its path where there is none.
             head: the modality of a multi-modal model.
             elements: cut the element table to these atomic numbers; None keeps it.
             dtype: precision to compute in.
@@ -65,7 +69,8 @@ class SevenNetBackbone(NetworkBackbone):
             content = read_content(file)
         except UnfitError as error:
             raise InputError(f"{file} cannot be rebuilt: {error}.") from error
-        base = Base(name or file.stem, sha256, content.fingerprint, licence)
+        place = str(path) if source is None else source
+        base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
         return cls.from_content(content, base, head=head, elements=elements, dtype=dtype, device=device)
 
     @classmethod
@@ -129,6 +134,26 @@ class SevenNetBackbone(NetworkBackbone):
             drawn = SevenNetNetwork(self.content.architecture, tuple(self.elements), source)
         return {name: parameter.detach().to(self.device) for name, parameter in drawn.named_parameters()}
 
+    def _content_now(self) -> SevenNetContent:
+        """The checkpoint with the weights as they are now."""
+        written = self._cut.written_back(self.model)
+        tensors = {name: written[self.content.names[name]] for name in self.content.tensors}
+        return replace(self.content, tensors=tensors)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over architecture and tensors of the checkpoint as they are now, without an adapter."""
+        return self._content_now().fingerprint
+
+    def cut_to(self, elements: Sequence[int]) -> SevenNetBackbone:
+        """The model as it is now, with these elements only.
+
+        Raises:
+            InputError: it does not know one of them.
+        """
+        head = None if self.head == NO_MODALITY else self.head
+        options = {"head": head, "elements": elements, "dtype": self.dtype, "device": self.device}
+        return SevenNetBackbone.from_content(self._content_now(), self.base, **options)  # pyright: ignore[reportArgumentType]
+
     def save(self, path: str | Path) -> None:
         """Write a checkpoint that sevenn reads, atomically; an adapter attached to the model is not written.
 
@@ -139,6 +164,11 @@ class SevenNetBackbone(NetworkBackbone):
             InputError: the folder cannot be written.
         """
         write_checkpoint(self.content, self._cut.written_back(self.model), path)
+
+    def save_into_source(self, path: str | Path) -> bool:
+        """As :meth:`save`, which writes the checkpoint that it was read from with its weights in it."""
+        self.save(path)
+        return True
 
     def read_back(self, path: str | Path) -> SevenNetBackbone:
         """What was written by :meth:`save`, to be compared with this one."""

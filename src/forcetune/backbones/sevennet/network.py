@@ -85,6 +85,7 @@ class IrrepsLinear(nn.Module):
         biases: bool = False,
         kind: str = "linear",
         further_inputs: int = 0,
+        one_hot: bool = False,
     ) -> None:
         super().__init__()
         inner = source.within("linear")
@@ -100,7 +101,13 @@ class IrrepsLinear(nn.Module):
             )
         else:
             self.linear = EquivariantLinear(
-                irreps_in, irreps_out, inner, biases=biases, kind=kind, further_inputs=further_inputs
+                irreps_in,
+                irreps_out,
+                inner,
+                biases=biases,
+                kind=kind,
+                further_inputs=further_inputs,
+                one_hot=one_hot,
             )
 
     def forward(self, features: Features) -> Features:
@@ -178,6 +185,7 @@ class SevenNetNetwork(nn.Module):
             modalities=modal.get("node_embedding", 0),
             biases=biases,
             further_inputs=counted - known,
+            one_hot=True,
         )
         self.layers: list[tuple[SelfConnection | None, IrrepsLinear, IrrepsConvolution, IrrepsLinear, GatedActivation]]
         self.layers = []

@@ -8,7 +8,7 @@ import numpy as np
 
 from forcetune.frames.doctor.composition import composition_residual
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames, in_set
-from forcetune.frames.doctor.shape import Shape
+from forcetune.frames.doctor.shape import Shape, by_composition
 from forcetune.frames.frame import FloatArray, Frame
 
 NET_SHARE = 0.1
@@ -26,6 +26,8 @@ COARSE_ENERGY = (1e-3, 5e-5)
 COARSE_FORCE = 0.01
 ENERGY_OUTLIER = (12.0, 0.2)
 """Robust standard deviations, and eV an atom, by which an energy must lie off to be an outlier without a model."""
+REPEATED_BY_CHANCE = 4.0
+"""So many times as often as rounding makes them so, energies of different structures may be equal."""
 UNEXPLAINED = 2.0
 """eV an atom; composition alone explains energies of one level of theory better than this."""
 
@@ -61,7 +63,7 @@ def _check_energies(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> 
             "learn through; write them with all digits (single precision has 7)."
         )
         findings.append(in_set("energy-rounded", "warning", text, [frames[k] for k in labelled]))
-    elif len(repeated) >= 2:
+    elif len(repeated) >= 2 + REPEATED_BY_CHANCE * _chance_repeats([frames[k] for k in labelled], step):
         findings += in_frames(
             "energy-repeated",
             "warning",
@@ -75,7 +77,8 @@ def _check_energies(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> 
 def _check_forces(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> list[Finding]:
     labelled = [k for k, frame in enumerate(frames) if frame.forces is not None and len(frame) > 1]
     moving = [k for k in labelled if _forces(frames[k]).any()]
-    still = sorted(set(labelled) - set(moving))
+    # atoms out of each other's reach feel no forces
+    still = [k for k in labelled if k not in set(moving) and ((shape := shapes[k]) is None or shape.n_edges > 0)]
     molecules = [k for k in still if (shape := shapes[k]) is not None and shape.is_molecule]
     findings = []
     if labelled and not moving and len(molecules) >= 2:
@@ -121,8 +124,22 @@ def _repeated(
     return found
 
 
+def _chance_repeats(frames: Sequence[Frame], step: float) -> float:
+    """Pairs of equal energies that are expected among frames of one composition whose energies have this step.
+
+    For a normal distribution of width s two values fall into one step with the probability step / (2 √π s).
+    """
+    expected = 0.0
+    for members in by_composition(frames).values():
+        energies = np.array([frames[k].energy for k in members], dtype=np.float64)
+        width = max(1.4826 * float(np.median(np.abs(energies - np.median(energies)))), step)
+        expected += len(members) * (len(members) - 1) / 2 * step / (2 * np.sqrt(np.pi) * width)
+    return expected
+
+
 def _is_other(one: FloatArray, other: FloatArray) -> bool:
-    return one.shape != other.shape or float(np.abs(one - other).max()) > 1e-3
+    # atoms out of each other's reach have nothing to compare
+    return one.shape != other.shape or float(np.abs(one - other).max(initial=0.0)) > 1e-3
 
 
 def _step(values: FloatArray) -> float:

@@ -10,39 +10,65 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.errors import ForcetuneNote, ForcetuneWarning, InputError
 from forcetune.frames.chunks import structures_of
 from forcetune.frames.doctor.finding import Finding, Severity, in_frames
+from forcetune.frames.formats import say_conversions
 from forcetune.frames.frame import Frame, LabelKeys, Origin
-from forcetune.frames.labels import LABELS, NONE, Label, RawFrame, choose_key, label_under, lacking, raw_frame
+from forcetune.frames.labels import (
+    LABELS,
+    NONE,
+    Label,
+    RawFrame,
+    choose_key,
+    label_under,
+    lacking,
+    raw_frame,
+)
 from forcetune.frames.read import check_structure, labelled_frame
-from forcetune.frames.sources import XYZ_FORMATS, expand, file_format
+from forcetune.frames.sources import expand, file_format
+from forcetune.frames.unread import tell_unread
+from forcetune.frames.weights import WeightTally, is_left_out
+from forcetune.frames.xyz import XYZ_FORMATS
 
 Source = str | Path
 
 
 def read_leniently(
-    sources: Sequence[Source] | Sequence[Atoms], asked: LabelKeys, require: Sequence[Label], name: str
+    sources: Sequence[Source] | Sequence[Atoms],
+    asked: LabelKeys,
+    expect: Sequence[Label],
+    name: str,
+    type_map: Sequence[str] = (),
 ) -> tuple[tuple[Frame, ...], LabelKeys, list[Finding]]:
     """Read what can be read.
 
     Args:
         sources: files and patterns, or structures in memory.
         asked: for each label a key, ``auto``, ``none`` or ``calculator``.
-        require: labels that every frame must have; a frame without one is an error and still returned.
+        expect: labels that some frame must have, unless their key is ``none``; it is an error where none has, and a
+            warning where one lacks it.
         name: what the data are, for messages.
+        type_map: as :func:`forcetune.frames.read.read_frames`.
 
     Returns:
         the frames that could be read, the label keys, and what was wrong with the others.
     """
     findings: list[Finding] = []
-    raws = []
-    for raw in _raw_frames(sources, findings):
+    raws, tally = [], WeightTally()
+    with _told("reading", findings):
+        everything = list(_raw_frames(sources, type_map, findings))
+    for raw in everything:
         found = _refusal("structure-broken", raw.origin, lambda raw=raw: check_structure(raw))
+        found += _refusal("weight-broken", raw.origin, lambda raw=raw: tally.add(raw))
         findings += found
-        if not found:
+        if not found and not is_left_out(raw):
             raws.append(raw)
-    keys = _keys(raws, asked, require, name, findings)
+    keys = _keys(raws, asked, expect, name, findings)
+    for code, text in (("weights", tally.sentence()), ("labels-unread", tell_unread(raws, keys, asked))):
+        if text is not None:
+            severity: Severity = "note" if code == "weights" else "warning"
+            findings.append(Finding(code, severity, f"{name}: {text}", _file_of(raws)))
     frames = []
     for raw in raws:
         own, broken = _sound_labels(raw, keys)
@@ -51,7 +77,9 @@ def read_leniently(
     return tuple(frames), keys, _gathered(findings)
 
 
-def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Finding]) -> Iterator[RawFrame]:
+def _raw_frames(
+    sources: Sequence[Source] | Sequence[Atoms], type_map: Sequence[str], findings: list[Finding]
+) -> Iterator[RawFrame]:
     for source in sources:
         if isinstance(source, Atoms):
             yield from (
@@ -70,40 +98,45 @@ def _raw_frames(sources: Sequence[Source] | Sequence[Atoms], findings: list[Find
                     files |= dict.fromkeys(expand([str(source)]))
                 except InputError as error:
                     findings.append(Finding("file-unreadable", "error", _without(str(error), str(source)), str(source)))
+    kinds: list[tuple[Path, str]] = []
     for file in files:
         reached = 0
         try:
             format_name = file_format(file)
-            for index, atoms in enumerate(structures_of(file, format_name)):
+            for index, atoms in enumerate(structures_of(file, format_name, type_map)):
                 reached = index + 1
                 yield raw_frame(atoms, Origin(str(file), index), moved=format_name in XYZ_FORMATS)
         except InputError as error:
             message = _without(str(error), str(Origin(str(file), reached)), str(file))
             findings.append(Finding("file-unreadable", "error", message, str(file)))
+        else:
+            kinds.append((file, format_name))
+    say_conversions(kinds)
 
 
 def _keys(
-    raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str, findings: list[Finding]
+    raws: Sequence[RawFrame], asked: LabelKeys, expect: Sequence[Label], name: str, findings: list[Finding]
 ) -> LabelKeys:
     chosen: dict[str, str | None] = {}
     for label in LABELS:
-        required = label in require
+        wanted = getattr(asked, label) or NONE
+        expected = label in expect and wanted != NONE
         key = None
         with _told("label-keys", findings):
             try:
-                key = choose_key(label, getattr(asked, label) or NONE, raws, required, name) if raws else None
+                key = choose_key(label, wanted, raws, expected, name) if raws else None
             except InputError as error:
                 findings.append(Finding(f"{label}-missing", "error", str(error), _file_of(raws), (), len(raws)))
         chosen[label] = key
         if key is None:
             continue
-        severity: Severity = "error" if required else "note"
+        severity: Severity = "warning" if expected else "note"
         without = lacking(label, key, raws)
         findings += in_frames(
             f"{label}-missing",
             severity,
-            f"No {label} under '{key}' ({len(without)} of {len(raws)} frames of the {name}); remove these frames, "
-            f"repeat their calculation or set {label}_key.",
+            f"No {label} under '{key}' ({len(without)} of {len(raws)} frames of the {name}); they count by the labels "
+            f"that they have. If some were to have it, repeat their calculation or set {label}_key.",
             [raw.origin for raw in without],
         )
     return LabelKeys(**chosen)
@@ -164,9 +197,14 @@ def _told(code: str, findings: list[Finding]) -> Iterator[None]:
     """Within this context our warnings become findings."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always", ForcetuneWarning)
+        warnings.simplefilter("always", ForcetuneNote)
         yield
+    severities: dict[type[Warning], Severity] = {ForcetuneWarning: "warning", ForcetuneNote: "note"}
     findings += [
-        Finding(code, "warning", str(item.message)) for item in heard if issubclass(item.category, ForcetuneWarning)
+        Finding(code, severity, str(item.message))
+        for item in heard
+        for kind, severity in severities.items()
+        if issubclass(item.category, kind)
     ]
 
 

@@ -1,0 +1,42 @@
+"""The weights of the loss that depend on which labels the training frames have."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from forcetune.config import LossConfig, TrainingConfig
+
+STRESS_PER_FORCES = {"mse": 1000.0, "huber": 10.0, "mae": 10.0}
+"""Weight of stress over that of forces, for each form of the loss.
+
+Errors of stress, in eV/Å³, are about a hundred times smaller than those of forces, in eV/Å, so that squares need a
+larger factor than absolute values. 10 for Huber is what mace's foundation models were trained with (``--loss
+universal``, forces 10, stress 100); mace's ``--loss stress`` has squares with a hundredth of the weight of forces,
+where stress counts for next to nothing.
+"""
+
+
+def settle(config: TrainingConfig, labelled: Collection[str], magnetic: bool = False) -> TrainingConfig:
+    """The configuration with a weight for every term: 0 where no training frame has the label.
+
+    Args:
+        config: of the run; weights of stress that were not given are None.
+        labelled: names of the labels that some training frame has.
+        magnetic: a run with a magnetic layer weighs all terms alike.
+    """
+
+    def settled(loss: LossConfig) -> LossConfig:
+        changed = {name: 0.0 for name in ("energy", "forces") if name not in labelled}
+        stress = loss.stress
+        if stress is None:
+            usual = 1.0 if magnetic else STRESS_PER_FORCES[loss.form] * loss.forces
+            stress = usual if "stress" in labelled else 0.0
+        return loss.model_copy(update=changed | {"stress": stress})
+
+    second = config.second_stage
+    return config.model_copy(
+        update={
+            "loss": settled(config.loss),
+            "second_stage": second.model_copy(update={"loss": settled(second.loss)}),
+        }
+    )

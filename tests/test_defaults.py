@@ -1,0 +1,174 @@
+"""Defaults that follow from other options: another method has its own, and a stored run repeats itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import forcetune
+from forcetune.adapters.methods import method_of
+from forcetune.config import RunConfig, load_config
+from forcetune.errors import InputError
+from systems import write_labelled, write_model
+from terminal import Command
+
+LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    method = method_of(config.method)
+    return config.with_defaults_of(method.learning_rate, method.optimizer)
+
+
+def stored(path: Path, *, record: bool = True, **given: Any) -> Path:
+    """The ``config.yaml`` of a run; without the record as versions before it wrote it."""
+    resolved(load_config(given=LEAST, overrides={key.replace("__", "."): value for key, value in given.items()})).save(
+        path
+    )
+    if not record:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        del content["defaults"]
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def chosen(config: RunConfig) -> tuple[Any, ...]:
+    training = resolved(config).training
+    return training.optimizer, training.learning_rate, training.ema
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["with record", "of an earlier version"])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("mmea", "sparse", ("schedulefree", 1e-2, None)),
+        ("sparse", "mmea", ("adam", 5e-3, 0.995)),
+        ("sparse-h", "full", ("adam", 1e-3, 0.995)),
+        ("scratch", "elora", ("adam", 5e-3, 0.995)),
+        ("mmea", "mmea", ("adam", 5e-3, 0.995)),
+        ("full", "sparse", ("schedulefree", 1e-2, None)),
+    ],
+)
+def test_another_method_has_its_own_optimizer_and_rate(
+    tmp_path: Path, first: str, second: str, expected: tuple[Any, ...], record: bool
+) -> None:
+    path = stored(tmp_path / "config.yaml", record=record, method__name=first)
+    assert chosen(load_config(path, given={"method": {"name": second}})) == expected
+    assert chosen(load_config(path, settings=[f"method.name={second}"])) == expected
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_what_was_given_stays(tmp_path: Path, record: bool) -> None:
+    given = {"training__learning_rate": 7e-4, "training__ema": None}
+    path = stored(tmp_path / "config.yaml", record=record, method__name="mmea", **given)
+    assert chosen(load_config(path, given={"method": {"name": "sparse"}})) == ("schedulefree", 7e-4, None)
+    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 7e-4, None)
+    now = {"method": {"name": "full"}, "training": {"learning_rate": 2e-3}}
+    assert chosen(load_config(path, given=now)) == ("adam", 2e-3, None)
+
+
+def test_what_was_given_stays_even_where_it_equals_a_default(tmp_path: Path) -> None:
+    path = stored(tmp_path / "config.yaml", method__name="mmea", training__learning_rate=5e-3)
+    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 5e-3, 0.995)
+    # a file that a user wrote holds what the user wants
+    path.write_text("data: {train: [a]}\nmethod: {name: mmea}\ntraining: {learning_rate: 0.005}\n", encoding="utf-8")
+    assert chosen(load_config(path, given={"method": {"name": "sparse"}})) == ("schedulefree", 5e-3, None)
+
+
+def test_the_average_follows_the_optimizer(tmp_path: Path) -> None:
+    path = stored(tmp_path / "config.yaml", method__name="sparse")
+    assert chosen(load_config(path, settings=["training.optimizer=adamw"])) == ("adamw", 1e-2, 0.995)
+    path = stored(tmp_path / "config.yaml", method__name="mmea")
+    assert chosen(load_config(path, settings=["training.optimizer=schedulefree"])) == ("schedulefree", 5e-3, None)
+
+
+def test_a_stored_file_can_be_edited(tmp_path: Path) -> None:
+    path = stored(tmp_path / "config.yaml", method__name="mmea")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("\n  learning_rate: 0.005\n  weight", "\n  learning_rate: 0.02\n  weight"), "utf-8")
+    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 0.02, 0.995)
+    path.write_text(text.replace("method:\n  name: mmea", "method:\n  name: sparse"), "utf-8")
+    assert chosen(load_config(path)) == ("schedulefree", 1e-2, None)
+
+
+def test_a_default_that_changed_since_repeats_the_run(tmp_path: Path) -> None:
+    """The stored value counts, whatever this version would choose."""
+    config = load_config(given=LEAST | {"method": {"name": "elora"}}).with_defaults_of(3e-3, "adamw")
+    config.save(tmp_path / "config.yaml")
+    assert chosen(load_config(tmp_path / "config.yaml")) == ("adamw", 3e-3, 0.995)
+    assert chosen(load_config(tmp_path / "config.yaml", given={"method": {"name": "gain"}})) == ("adam", 5e-3, 0.995)
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_the_loss_follows_the_magnetic_layer(tmp_path: Path, record: bool) -> None:
+    def loss(config: RunConfig) -> tuple[Any, ...]:
+        found = resolved(config).training.loss
+        return found.energy, found.forces, found.moments, found.form, found.energy_per_atom
+
+    plain = stored(tmp_path / "plain.yaml", record=record)
+    assert loss(load_config(plain)) == (1.0, 1000.0, 0.0, "mse", False)
+    assert loss(load_config(plain, given={"magnetism": {"layer": "spin"}})) == (1.0, 1.0, 1.0, "huber", True)
+    options = {"training__loss__forces": 30.0, "training__second_stage__start": 3, "training__second_stage__loss": {}}
+    magnetic = stored(tmp_path / "magnetic.yaml", record=record, magnetism__layer="spin", **options)
+    assert loss(load_config(magnetic)) == (1.0, 30.0, 1.0, "huber", True)
+    assert resolved(load_config(magnetic)).training.second_stage.loss.energy == 10.0
+    off = load_config(magnetic, settings=["magnetism.layer=off"])
+    assert loss(off) == (1.0, 30.0, 0.0, "mse", False)
+    second = resolved(off).training.second_stage.loss
+    assert (second.energy, second.moments, second.form, second.energy_per_atom) == (1000.0, 0.0, "mse", True)
+    # a second stage that begins only now
+    without = stored(tmp_path / "without.yaml", record=record, magnetism__layer="spin")
+    begun = resolved(load_config(without, settings=["training.second_stage.start=3"])).training.second_stage.loss
+    assert (begun.energy, begun.forces, begun.form) == (10.0, 1.0, "huber")
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_a_table_of_its_own(tmp_path: Path, record: bool) -> None:
+    table = {"linear": [{"update": "SoftThreshold"}], "readout": [{"update": "Dense"}]}
+    path = stored(tmp_path / "config.yaml", record=record, method__table=table)
+    assert method_of(load_config(path).method).name == "custom"
+    assert chosen(load_config(path)) == ("schedulefree", 5e-3, None)
+    assert method_of(load_config(path, given={"method": {"name": "mine"}}).method).name == "mine"
+    with pytest.raises(InputError, match="leave the table out"):
+        method_of(load_config(path, given={"method": {"name": "full"}}).method)
+    other = load_config(path, settings=["method.table=null"], given={"method": {"name": "full"}})
+    assert chosen(other) == ("adam", 1e-3, 0.995)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{values: 3}", "{values: {training.epochs: 3}, for: {}}", "nonsense"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: {{train: [a.xyz]}}\ndefaults: {content}\n", encoding="utf-8")
+    with pytest.raises(InputError, match="defaults is written by forcetune; remove this part"):
+        load_config(path)
+
+
+def settings_of(run: Path) -> tuple[str, float]:
+    config = load_config(run / "config.yaml").training
+    assert config.optimizer is not None and config.learning_rate is not None
+    return config.optimizer, config.learning_rate
+
+
+def test_fit_and_compare_start_from_the_configuration_of_a_run(tmp_path: Path, command: Command) -> None:
+    data, model = write_labelled(tmp_path / "a.xyz", 8), write_model(tmp_path / "m.model")
+    first = forcetune.fit(data, model=model, method="mmea", valid=4, epochs=1, out=tmp_path / "one")
+    config = first.folder / "config.yaml"
+    assert command("fit", "--config", config, "--method", "sparse", "--out", tmp_path / "two")[0] == 0
+    assert settings_of(tmp_path / "two") == ("schedulefree", 1e-2)
+    assert command("compare", "--config", config, "--methods", "full,sparse", "--out", tmp_path / "both")[0] == 0
+    assert settings_of(tmp_path / "both" / "full-1") == ("adam", 1e-3)
+    assert settings_of(tmp_path / "both" / "sparse-1") == ("schedulefree", 1e-2)
+    two, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("two", "both/sparse-1"))
+    assert two.read_bytes() == other.read_bytes()
+    # the same command finds its runs
+    _, _, told = command("compare", "--config", config, "--methods", "full,sparse", "--out", tmp_path / "both")
+    assert "2 of 2 runs are finished already" in told
+
+
+def test_the_demo_has_options_for_every_optimizer(tmp_path: Path, command: Command) -> None:
+    given = ("--out", tmp_path / "demo", "--picoseconds", 0.01, "--set", "training.epochs=2")
+    assert command("demo", "--method", "sparse", *given)[0] == 0
+    assert settings_of(tmp_path / "demo") == ("schedulefree", 1e-2)
