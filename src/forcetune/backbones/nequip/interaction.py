@@ -43,7 +43,7 @@ class ModalLinear(EquivariantLinear):
         irreps_in, irreps_out: without the modality.
         source: of ``weight`` and ``modality``.
         modalities: that there were; the normalisation counts them.
-        biases, kind: as :class:`EquivariantLinear`.
+        biases, kind, further_inputs: as :class:`EquivariantLinear`.
     """
 
     modality: Tensor
@@ -57,12 +57,14 @@ class ModalLinear(EquivariantLinear):
         modalities: int,
         biases: bool = False,
         kind: str = "linear",
+        further_inputs: int = 0,
     ) -> None:
-        super().__init__(irreps_in, irreps_out, source, biases=biases, kind=kind, further_inputs=modalities)
+        counted = modalities + further_inputs
+        super().__init__(irreps_in, irreps_out, source, biases=biases, kind=kind, further_inputs=counted)
         outputs = parse_irreps(irreps_out)
         self.scalars = next(index for index, block in enumerate(outputs) if block.is_even_scalar)
         scalars = sum(b.multiplicity for b in parse_irreps(irreps_in) if b.is_even_scalar)
-        self.modality_factor = 1 / math.sqrt(scalars + modalities)
+        self.modality_factor = 1 / math.sqrt(scalars + counted)
         register(self, "modality", source.take("modality", (outputs[self.scalars].multiplicity,), torch.zeros))
 
     def forward(self, features: Features) -> Features:

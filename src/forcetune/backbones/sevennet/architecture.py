@@ -80,7 +80,8 @@ class SevenNetArchitecture:
 
     Attributes:
         cutoff: Å.
-        type_map: atomic number of each species, in the order of the tensors.
+        type_map: atomic number of each species, in the order of the tensors; sevenn's table of everything begins
+            with 0, which is no element.
         harmonics: irreps of the directions.
         solid_harmonics: they are not normalised (models of early versions).
         features: irreps of the embedding and of the features behind each layer.
@@ -172,7 +173,7 @@ def _read(config: Mapping[str, Any]) -> SevenNetArchitecture:
     }
     modal_map = dict(config.get("_modal_map") or {}) if config.get("use_modality", False) else {}
     type_map = {int(z): int(index) for z, index in dict(config["_type_map"]).items()}
-    if sorted(type_map.values()) != list(range(len(type_map))) or not all(0 < z < 119 for z in type_map):
+    if sorted(type_map.values()) != list(range(len(type_map))) or not all(0 <= z < 119 for z in type_map):
         raise UnfitError("its table of elements has gaps")
     connections = config.get("self_connection_type", "nequip")
     connections = (connections,) * layers if isinstance(connections, str) else tuple(connections)

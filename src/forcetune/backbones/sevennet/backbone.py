@@ -92,7 +92,7 @@ class SevenNetBackbone(NetworkBackbone):
             )
         if head is not None and head not in (modalities or (NO_MODALITY,)):
             raise InputError(f"the model has no head {head!r}; it has {', '.join(modalities or (NO_MODALITY,))}.")
-        known = sorted(content.architecture.type_map)
+        known = sorted(z for z in content.architecture.type_map if z)
         wanted = known if elements is None else sorted(set(elements))
         if unknown := sorted(set(wanted) - set(known)):
             names = ", ".join(chemical_symbols[z] for z in unknown)

@@ -132,17 +132,18 @@ class Cut:
         return (chosen if len(chosen) > 1 else chosen.expand(self.n_species))[self.rows]
 
     def _weights(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         place = self._modal_place(name)
         if place is not None:
-            stem = name.removesuffix(".weight")
             rows = tensor[place[0] :].view(self.n_modalities, place[1])
-            return {name: tensor[: place[0]], f"{stem}.modality": rows[self.modality]}
+            found[f"{name.removesuffix('.weight')}.modality"] = rows[self.modality]
+            tensor = tensor[: place[0]]
         if name == "onehot_to_feature_x.linear.weight":
-            return {name: tensor.view(self.n_species, -1)[self.rows].reshape(-1)}
+            return found | {name: tensor.view(self.n_species, -1)[self.rows].reshape(-1)}
         if name.endswith("fc_tensor_product.weight"):
             blocks = [block[:, self.rows].reshape(-1) for block in self._species_blocks(name, tensor)]
             return {name: torch.cat(blocks)}
-        return {name: tensor}
+        return found | {name: tensor}
 
     def _modal_place(self, name: str) -> tuple[int, int] | None:
         """Where the rows of the modalities begin in a weight, and how wide they are."""
@@ -222,10 +223,10 @@ class Cut:
         """Put the network's weights into their places."""
         place = self._modal_place(name)
         if place is not None:
-            value[: place[0]] = own[name].to(value.dtype)
             rows = value[place[0] :].view(self.n_modalities, place[1])
             rows[self.modality] = own[f"{name.removesuffix('.weight')}.modality"].to(value.dtype)
-        elif name == "onehot_to_feature_x.linear.weight":
+            value = value[: place[0]]
+        if name == "onehot_to_feature_x.linear.weight":
             value.view(self.n_species, -1)[self.rows] = own[name].view(len(self.rows), -1).to(value.dtype)
         elif name.endswith("fc_tensor_product.weight"):
             start = 0

@@ -91,7 +91,13 @@ class IrrepsLinear(nn.Module):
         inner = source.within("linear")
         if modalities:
             self.linear: EquivariantLinear = ModalLinear(
-                irreps_in, irreps_out, inner, modalities=modalities, biases=biases, kind=kind
+                irreps_in,
+                irreps_out,
+                inner,
+                modalities=modalities,
+                biases=biases,
+                kind=kind,
+                further_inputs=further_inputs,
             )
         else:
             self.linear = EquivariantLinear(
@@ -181,8 +187,6 @@ class SevenNetNetwork(nn.Module):
             further_inputs=counted - known,
             one_hot=True,
         )
-        if modal.get("node_embedding") and counted != known:
-            raise UnfitError("its embedding knows the modality, so that its elements cannot be cut")
         self.layers: list[tuple[SelfConnection | None, IrrepsLinear, IrrepsConvolution, IrrepsLinear, GatedActivation]]
         self.layers = []
         for index in range(architecture.n_layers):

@@ -1,0 +1,251 @@
+"""sevenn itself, of any version, in a process of its own.
+
+A version is installed beside the environment (``pip install --no-deps --target``); what it needs besides and is missing
+here goes into another folder. A process with both on its path does the work (``sevennet_worker.py``). Everything is
+kept in the folder that ``FORCETUNE_SEVENNET`` names, or in pytest's cache; results are found again until the recipes,
+the worker or the checkpoint change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from filelock import FileLock
+
+from sevennet_models import RECIPES, Recipe
+
+FOLDER_VARIABLE = "FORCETUNE_SEVENNET"
+REQUIRED_VARIABLE = "FORCETUNE_REQUIRE_VERSIONS"
+NEWEST = "0.13.0"
+_WORKER = Path(__file__).with_name("sevennet_worker.py")
+_CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints" / "sevennet.txt"
+# modules that sevenn needs, by the name of their package; PyTorch, NumPy, SciPy and ASE are forcetune's own
+_NEEDED = {
+    "torch-geometric": "torch_geometric",
+    "opt-einsum": "opt_einsum",
+    "opt-einsum-fx": "opt_einsum_fx",
+    "sympy": "sympy",
+    "mpmath": "mpmath",
+    "pandas": "pandas",
+    "python-dateutil": "dateutil",
+    "scikit-learn": "sklearn",
+    "narwhals": "narwhals",
+    "joblib": "joblib",
+    "cloudpickle": "cloudpickle",
+    "threadpoolctl": "threadpoolctl",
+    "requests": "requests",
+    "urllib3": "urllib3",
+    "certifi": "certifi",
+    "idna": "idna",
+    "charset-normalizer": "charset_normalizer",
+    "braceexpand": "braceexpand",
+    "tqdm": "tqdm",
+    "packaging": "packaging",
+    "jinja2": "jinja2",
+    "markupsafe": "markupsafe",
+    "fsspec": "fsspec",
+    "psutil": "psutil",
+    "pyparsing": "pyparsing",
+    "xxhash": "xxhash",
+    "aiohttp": "aiohttp",
+    "attrs": "attr",
+    "aiohappyeyeballs": "aiohappyeyeballs",
+    "aiosignal": "aiosignal",
+    "frozenlist": "frozenlist",
+    "multidict": "multidict",
+    "propcache": "propcache",
+    "yarl": "yarl",
+}
+
+Results = dict[str, np.ndarray]
+
+
+class UnavailableError(Exception):
+    """sevenn cannot be installed here; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SevenNets:
+    """Versions of sevenn and what they make and compute, kept in a folder that several processes may share."""
+
+    folder: Path
+
+    def install(self, version: str = NEWEST) -> Path:
+        """The folder with this version of sevenn.
+
+        Raises:
+            UnavailableError: pip cannot get it.
+        """
+        needed = [name for name, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
+        # e3nn goes first on the path, whatever mace-torch has brought
+        self._install("needed", ["e3nn", *needed], "e3nn", constrained=True)
+        return self._install(version, [f"sevenn=={version}"], "sevenn", constrained=False)
+
+    def _install(self, name: str, requirements: Sequence[str], module: str, *, constrained: bool) -> Path:
+        target = self.folder / "installed" / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"install-{name}.lock"):
+            if (target / module).is_dir():
+                return target
+            scratch = target.with_name(f".{name}")
+            shutil.rmtree(scratch, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            limits = ["-c", str(_CONSTRAINTS)] if constrained else []
+            done = subprocess.run(
+                [*command, *limits, "--target", str(scratch), *requirements],
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            if done.returncode or not (scratch / module).is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise UnavailableError(f"sevenn {name} cannot be installed here: {last}")
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
+        return target
+
+    def published(self, name: str) -> Path:
+        """The published checkpoint in this folder of the wheel."""
+        (found,) = (self.install() / "sevenn" / "pretrained_potentials" / name).glob("*.pth")
+        return found
+
+    def run(self, work: dict[str, Any], version: str = NEWEST) -> str:
+        """Carry out work in a process with this version; returns what it printed.
+
+        Raises:
+            UnavailableError: pip cannot get the version.
+            RuntimeError: the process failed; says how.
+        """
+        installed = self.install(version)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(installed), str(installed.parent / "needed")]),
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            listing = Path(folder) / "work.json"
+            listing.write_text(json.dumps(work), encoding="utf-8")
+            command = [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(listing)]
+            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"sevenn {version} failed: {done.stdout[-500:]}\n{done.stderr[-3000:]}")
+        assert done.stdout.strip().endswith("False"), "forcetune was imported beside sevenn"
+        return done.stdout
+
+    # ---- making ----------------------------------------------------------------------------------------------------
+
+    def make(self, names: Sequence[str], version: str = NEWEST) -> list[Path]:
+        """Checkpoints of recipes, made where they are not there yet."""
+        found = {name: self.folder / version / f"{name}-{_digest(RECIPES[name])}.pth" for name in names}
+        (self.folder / version).mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f"make-{version}.lock"):
+            missing = [name for name, path in found.items() if not path.is_file()]
+            if missing:
+                with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+                    jobs = [
+                        _making(RECIPES[name], Path(scratch) / f"{index}.pth") for index, name in enumerate(missing)
+                    ]
+                    self.run({"make": jobs}, version)
+                    for name, job in zip(missing, jobs, strict=True):
+                        Path(job["model"]).replace(found[name])
+        return list(found.values())
+
+    # ---- computing -------------------------------------------------------------------------------------------------
+
+    def compute(
+        self,
+        kind: str,
+        requests: Sequence[tuple[Path, str | None]],
+        structures: Sequence[Atoms],
+        *,
+        version: str = NEWEST,
+        **options: Any,
+    ) -> list[Results]:
+        """What sevenn computes from checkpoints, in one process; kept, and found again.
+
+        Args:
+            kind: ``evaluate``, ``calculate`` or ``deploy``, see the worker.
+            requests: checkpoint and modality.
+            structures: for all of them.
+            options: of the work.
+        """
+        arrays = arrays_of(structures)
+        kept = self.folder / "results"
+        kept.mkdir(parents=True, exist_ok=True)
+        tag = f"{kind} {version} {sorted(options.items())} {_WORKER.read_bytes()}"
+        places = [kept / f"{_fingerprint(tag, model, modal, arrays)}.npz" for model, modal in requests]
+        todo = [k for k, place in enumerate(places) if not place.is_file()]
+        if todo:
+            with tempfile.TemporaryDirectory(dir=self.folder) as name:
+                scratch = Path(name)
+                np.savez(scratch / "structures.npz", **arrays)  # pyright: ignore[reportArgumentType]
+                jobs = []
+                for k in todo:
+                    model, modal = requests[k]
+                    place = {"model": str(model.resolve()), "modal": modal, "results": str(scratch / f"{k}.npz")}
+                    (scratch / str(k)).mkdir()
+                    more = {"structures": str(scratch / "structures.npz"), "folder": str(scratch / str(k))}
+                    jobs.append(place | more | options)
+                self.run({kind: jobs}, version)
+                for k in todo:
+                    (scratch / f"{k}.npz").replace(places[k])
+        found = []
+        for place in places:
+            with np.load(place) as table:
+                found.append({key: table[key] for key in table.files})
+        return found
+
+
+def arrays_of(structures: Sequence[Atoms]) -> dict[str, np.ndarray]:
+    found = {}
+    for k, atoms in enumerate(structures):
+        found |= {f"{k}/numbers": atoms.numbers, f"{k}/positions": atoms.positions}
+        found |= {f"{k}/cell": atoms.cell.array, f"{k}/pbc": atoms.pbc}
+    return found
+
+
+def open_folder(config: pytest.Config, fallback: Path) -> SevenNets:
+    """Where versions and results are kept: the folder that is named, pytest's cache, or ``fallback``."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    cache = getattr(config, "cache", None)
+    return SevenNets(Path(named) if named else fallback if cache is None else Path(cache.mkdir("sevennet")))
+
+
+def skip_or_raise(error: UnavailableError) -> None:
+    """Without sevenn there is nothing to compare with; ``FORCETUNE_REQUIRE_VERSIONS`` makes that a failure."""
+    if os.environ.get(REQUIRED_VARIABLE):
+        raise error
+    pytest.skip(str(error))
+
+
+def _making(recipe: Recipe, path: Path) -> dict[str, Any]:
+    species = recipe.species if recipe.species == "univ" else list(recipe.species)
+    made = {"config": dict(recipe.config), "species": species, "modalities": list(recipe.modalities)}
+    return made | {"seed": 0, "model": str(path)}
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(f"{recipe} {_WORKER.read_text(encoding='utf-8')}".encode()).hexdigest()[:16]
+
+
+def _fingerprint(tag: str, model: Path, modal: str | None, arrays: Results) -> str:
+    digest = hashlib.sha256(f"{tag} {modal}".encode())
+    digest.update(model.read_bytes())
+    for value in arrays.values():
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:32]
