@@ -344,14 +344,22 @@ def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
     return f"method {method.name} matches none of the model's sites; it acts on {acts}, the model has {kinds}."
 
 
-def adapter_of(backbone: Backbone) -> Adapter | None:
-    """The attached adapter, or None.
-
+def check_loaded(backbone: Backbone) -> None:
+    """
     Raises:
         InputError: a name or a path was given instead of a loaded backbone.
     """
     if isinstance(backbone, str | Path):
         raise InputError(f"{short(str(backbone))}: load the model first, as in forcetune.load({short(str(backbone))}).")
+
+
+def adapter_of(backbone: Backbone) -> Adapter | None:
+    """The attached adapter, or None.
+
+    Raises:
+        InputError: as :func:`check_loaded`.
+    """
+    check_loaded(backbone)
     found = backbone.model._modules.get(ADAPTER)
     assert found is None or isinstance(found, Adapter)
     return found

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, detach, folded_note, reattach
+from forcetune.adapters.attach import Adapter, attach, attached, check_loaded, detach, folded_note, reattach
 from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
@@ -304,6 +304,7 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     Raises:
         InputError: damaged folder, or a base it was not trained on; the backbone is then left as it was.
     """
+    check_loaded(backbone)
     config = read_adapter_config(folder)
     check_base(config, backbone, folder)
     try:
