@@ -538,6 +538,9 @@ def load_config(
 ) -> RunConfig:
     """Merge a YAML file, command-line options and ``--set`` settings, in rising priority, and check the result.
 
+    Where the file is that of a run, a default that stands in it gives way when an option that it follows from changes
+    (:mod:`forcetune.defaults`).
+
     Args:
         path: YAML file, or None.
         settings: ``section.key=value`` texts.
