@@ -76,7 +76,7 @@ def _states(inside: Sequence[Frame], outside: Sequence[Frame]) -> str | None:
         ours, theirs = ({getattr(frame, field) for frame in frames} - {None} for frames in (inside, outside))
         if ours and theirs and not ours & theirs:
             listed = [", ".join(f"{value:g}" for value in sorted(values)) for values in (ours, theirs)]
-            parts.append(f"{name} {listed[0]} and not {listed[1]}")
+            parts.append(f"{name} {listed[0]} (the others {listed[1]})")
     if not parts:
         return None
     return (

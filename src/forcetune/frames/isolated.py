@@ -48,8 +48,8 @@ class IsolatedAtoms:
         if mode == "isolated":
             advice = "--references estimate fits the frames"
         else:
-            than = "" if offset is None else f" instead of {offset:,.1f}"
-            text += f"{than} (--references {mode})"
+            if offset is not None:
+                text += f" instead of {offset:,.1f} (--references {mode})"
             advice = "they are left aside; --references isolated takes them all the same"
         if self.disagree:
             return (
