@@ -35,7 +35,8 @@ from forcetune.adapters.file import CONFIG_NAME, TENSORS_NAME, load_adapter, sav
 from forcetune.adapters.methods import method
 from forcetune.backbones.loading import load
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.backbones.mace.rebuild import read_mace, save_mace, save_plain
+from forcetune.backbones.mace.reading import read_module
+from forcetune.backbones.mace.writing import write_plain
 from forcetune.config import RunConfig, load_config
 from forcetune.deployment.loading import base_of_run
 from forcetune.errors import ForcetuneError
@@ -227,7 +228,7 @@ def adapter_files(name: str) -> dict[str, bytes]:
 def model_bytes(plain: bool) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.model"
-        (save_plain if plain else save_mace)(make_mace(), path)
+        write_plain(read_module(make_mace()), path) if plain else torch.save(make_mace(), path)
         return path.read_bytes()
 
 
@@ -398,7 +399,7 @@ def _pickled(folder: Path, program: bytes, members: dict[str, bytes] | None = No
         archive.writestr("a/data.pkl", program)
         for name, content in (members or {}).items():
             archive.writestr(name, content)
-    read_mace(path)
+    MaceBackbone.load(path)
 
 
 def _program(program: bytes) -> Callable[[Path], None]:
@@ -429,7 +430,7 @@ def _spoilt_model(change: Callable[[Any], None], **options: Any) -> Callable[[Pa
         model = make_mace(**options)
         change(model)
         torch.save(model, folder / "a.model")
-        read_mace(folder / "a.model")
+        MaceBackbone.load(folder / "a.model")
 
     return read
 
@@ -445,7 +446,7 @@ def _plain(change: Callable[[dict[str, str], dict[str, torch.Tensor]], None]) ->
         tensors = load_file(path)
         change(header, tensors)
         path.write_bytes(save(tensors, metadata=header))
-        read_mace(path)
+        MaceBackbone.load(path)
 
     return read
 
@@ -468,7 +469,7 @@ def _sparse_shape(shape: Any) -> Callable[[dict[str, str], dict[str, torch.Tenso
 def _model_bytes(content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         (folder / "a.model").write_bytes(content(model_bytes(False)))
-        read_mace(folder / "a.model")
+        MaceBackbone.load(folder / "a.model")
 
     return read
 

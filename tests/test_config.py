@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from forcetune.config import DataConfig, LossConfig, RunConfig, TrainingConfig, load_config, parse_setting
-from forcetune.errors import InputError
+from forcetune.errors import ForcetuneWarning, InputError
 
 LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
 
@@ -35,19 +35,40 @@ def test_settings_win_over_options_and_options_over_the_file(tmp_path: Path) -> 
 
 
 def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_path: Path) -> None:
-    found = load_config(settings=["data.doctor=off", "model.kernels=off"], given=LEAST)
-    assert (found.data.doctor, found.model.kernels) == ("off", "off")
+    found = load_config(settings=["data.doctor=off", "training.compile=off"], given=LEAST)
+    assert (found.data.doctor, found.training.compile) == ("off", "off")
     path = tmp_path / "run.yaml"
-    path.write_text("data: {train: [a.xyz], doctor: off}\nmodel: {kernels: off}\n", encoding="utf-8")
+    path.write_text("data: {train: [a.xyz], doctor: off}\n", encoding="utf-8")
     assert load_config(path).data.doctor == "off"
-    with pytest.raises(InputError, match=r"model\.kernels"):
-        load_config(settings=["model.kernels=on"], given=LEAST)
+    with pytest.raises(InputError, match=r"data\.doctor"):
+        load_config(settings=["data.doctor=auto"], given=LEAST)
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "false"])
+def test_switching_kernels_off_is_an_option_of_earlier_versions(word: str, tmp_path: Path) -> None:
+    path, written = tmp_path / "run.yaml", tmp_path / "again.yaml"
+    path.write_text(f"data: {{train: [a.xyz]}}\nmodel: {{model: m, kernels: {word}}}\n", encoding="utf-8")
+    with pytest.warns(ForcetuneWarning, match="model.kernels=off is ignored") as told:
+        config = load_config(path)
+    assert len(told) == 1 and len(str(told[0].message).splitlines()) == 1
+    assert not hasattr(config.model, "kernels") and config.model.model == "m"
+    config.save(written)
+    assert "kernels" not in written.read_text(encoding="utf-8")
+    assert load_config(written) == config
+
+
+def test_kernels_of_earlier_configurations_that_were_on_say_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: [a.xyz]}\nmodel: {kernels: auto}\n", encoding="utf-8")
+    load_config(path)
+    for word in ("on", "fast", "[1]", "{a: 1}", "null"):
+        with pytest.raises(InputError, match=r"model\.kernels: there is no such option"):
+            load_config(settings=[f"model.kernels={word}"], given=LEAST)
 
 
 SWITCHES = {
     "data.doctor": ("on", "off"),
     "data.stream": ("auto", "on", "off"),
-    "model.kernels": ("auto", "off"),
     "magnetism.layer": ("off",),
     "training.compile": ("auto", "on", "off"),
 }

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import hostile
 from forcetune.adapters.attach import adapter_of, detach
 from forcetune.adapters.file import CONFIG_NAME, TENSORS_NAME, load_adapter
-from forcetune.backbones.mace.rebuild import read_mace
+from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import load_config
 from forcetune.errors import ForcetuneError
 from terminal import Command
@@ -321,7 +321,7 @@ def test_pickles(program: list[bytes]) -> None:
 
     def read(folder: Path) -> None:
         (folder / "a.model").write_bytes(stream.getvalue())
-        read_mace(folder / "a.model")
+        MaceBackbone.load(folder / "a.model")
 
     refused_or_read(read)
 
@@ -354,7 +354,7 @@ def test_model_bytes(drawn: tuple[bool, bool, list[tuple[int, bytes]]]) -> None:
     def read(folder: Path) -> None:
         path = folder / ("a.safetensors" if plain else "a.model")
         path.write_bytes(content)
-        read_mace(path)
+        MaceBackbone.load(path)
 
     refused_or_read(read)
 

@@ -26,7 +26,7 @@ from forcetune.defaults import (
     with_given_as_in,
     with_unset,
 )
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.files import write_text
 from forcetune.parsing import parse_yaml, short
 
@@ -51,7 +51,6 @@ Names = Annotated[list[str], BeforeValidator(_as_names)]
 Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(as_word)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
 ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
-AutoSwitch = Annotated[Literal["auto", "off"], BeforeValidator(as_word)]
 
 
 class Section(BaseModel):
@@ -136,13 +135,19 @@ class ModelConfig(Section):
         default="float64", description="Precision of the model during training."
     )
     device: str = Field(default="auto", description="`cpu`, `cuda`, `cuda:1` …; `auto` takes a GPU if there is one.")
-    kernels: AutoSwitch = Field(
-        default="auto",
-        description="`auto` computes by faster exact equivalents of the library's layers, `off` by the library's own.",
-    )
     trust: bool = Field(
         default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_earlier_options(cls, section: Any) -> Any:
+        """``kernels`` stands in the configuration of earlier runs; there is one way to compute now."""
+        if not isinstance(section, dict) or as_word(section.get("kernels")) not in ("auto", "off"):
+            return section
+        if as_word(section["kernels"]) == "off":
+            warn("model.kernels=off is ignored: it is an option of earlier versions, and there is one way to compute.")
+        return {name: value for name, value in section.items() if name != "kernels"}
 
 
 class ReferenceConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from forcetune.adapters.combine import Combination, combine
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.network import NetworkBackbone
 from forcetune.deployment.ensemble import load_ensemble
 from forcetune.deployment.merge import merge
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
 from forcetune.files import sha256_of
-from systems import backbone, cluster, crystal, frames_of, perturb, write_model
+from systems import backbone, cluster, crystal, frames_of, library, perturb, write_model
 
 EXACT = 1e-10
 
@@ -40,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def predictions(model: MaceBackbone) -> Predictions:
+def predictions(model: NetworkBackbone) -> Predictions:
     return predict(model, graphs_of(model, frames_of(cluster(), crystal())), stress=True)
 
 
@@ -54,8 +56,10 @@ def same(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= EXACT * np.abs(expected).max()
 
 
-def test_switch_disable_and_remove(folders: dict[str, Path]) -> None:
-    model = backbone()
+@pytest.mark.parametrize("make", [library, backbone], ids=["mace", "network"])
+def test_switch_disable_and_remove(folders: dict[str, Path], make: Callable[[], NetworkBackbone]) -> None:
+    model = make()
+    model.base = backbone().base  # that adapters are pinned to
     before = predictions(model)
     made = combine(model, folders)
     for name, folder in folders.items():

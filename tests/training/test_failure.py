@@ -127,7 +127,7 @@ def mixed(path: Path) -> Path:
 @pytest.fixture
 def fit(tmp_path: Path) -> Any:
     def run(**settings: Any) -> forcetune.Run:
-        usual = {"data.doctor": "off", "training.loss.stress": 10.0, "training.compile": "off", "model.kernels": "off"}
+        usual = {"data.doctor": "off", "training.loss.stress": 10.0, "training.compile": "off"}
         named = usual | {key.replace("__", "."): value for key, value in settings.items()}
         data, model = mixed(tmp_path / "a.xyz"), write_model(tmp_path / "m.model")
         return forcetune.fit(
@@ -137,7 +137,7 @@ def fit(tmp_path: Path) -> Any:
     return run
 
 
-def test_molecules_and_crystals_train_together_without_the_kernels(fit: Any) -> None:
+def test_molecules_and_crystals_train_together(fit: Any) -> None:
     run = fit()
     assert run.after["train"].stress_mae_mev_per_ang3 is not None
     assert run.results["training"]["status"] == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,27 +15,27 @@ from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
 from forcetune.backbones.loading import choose_device, load
 from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import graphs_of, predict
 from forcetune.graphs.graph import collate
-from forcetune.kernels.install import accelerate
 from forcetune.magnetism.options import Magnetism
 from models import make_mace
-from systems import backbone, cluster, crystal, frames_of, write_model
+from systems import backbone, cluster, crystal, frames_of, library, write_model
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"kind": "MACE", "hidden_irreps": "6x0e+6x1o+6x2e"}], ids=["scale-shift", "plain"]
 )
-@pytest.mark.parametrize("fast", [False, True], ids=["library", "kernels"])
-def test_same_numbers_as_the_librarys_calculator(options: dict[str, object], fast: bool) -> None:
+@pytest.mark.parametrize("make", [library, backbone], ids=["mace", "network"])
+def test_same_numbers_as_the_librarys_calculator(
+    options: dict[str, object], make: Callable[..., NetworkBackbone]
+) -> None:
     from mace.calculators import MACECalculator
 
-    model = backbone(**options)
+    model = make(**options)
     theirs = MACECalculator(models=[make_mace(**options)], device="cpu", default_dtype="float64")  # pyright: ignore[reportArgumentType]
-    if fast:
-        accelerate(model)
     for atoms in (cluster(), crystal(), Atoms("O", cell=[9, 9, 9], pbc=True)):
         found = predict(model, graphs_of(model, frames_of(atoms)), stress=True)
         atoms.calc = theirs
@@ -47,6 +48,7 @@ def test_same_numbers_as_the_librarys_calculator(options: dict[str, object], fas
 
 def test_it_follows_the_protocol() -> None:
     assert isinstance(backbone(), Backbone)
+    assert isinstance(library(), Backbone)
 
 
 def test_heads_are_chosen_or_asked_for(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_devices() -> None:
         choose_device("quantum")
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["library", "kernels"])
+@pytest.mark.parametrize("make", [library, backbone], ids=["mace", "network"])
 @pytest.mark.parametrize(
     ("number", "named"),
     [
@@ -110,10 +112,10 @@ def test_devices() -> None:
         *((number, f"element of atomic number {number} ") for number in (0, -1, 500)),
     ],
 )
-def test_an_unknown_element_is_an_error_and_no_number(fast: bool, number: int, named: str) -> None:
-    model = MaceBackbone.from_module(make_mace(), elements=[1, 6, 8])  # nitrogen is cut away
-    if fast:
-        accelerate(model)
+def test_an_unknown_element_is_an_error_and_no_number(
+    make: Callable[..., NetworkBackbone], number: int, named: str
+) -> None:
+    model = make(elements=(1, 6, 8))
     known = collate(graphs_of(model, frames_of(cluster((1, 6, 8)), crystal((1, 6, 8)))))
     numbers = known.numbers.clone()
     numbers[int(known.ptr[1]) + 2] = number
