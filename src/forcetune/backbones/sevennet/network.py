@@ -162,6 +162,29 @@ class IrrepsConvolution(nn.Module):
         return self.convolution.irreps_out
 
 
+class FullyConnectedReadout(nn.Module):
+    """Energies of atoms by a network of scalars."""
+
+    def __init__(self, fcn: RadialNetwork) -> None:
+        super().__init__()
+        self.fcn = fcn
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        return self.fcn(scalars)[:, 0]
+
+
+class Rescaling(nn.Module):
+    """Energies of isolated atoms and the unit of interaction energies, by element."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, source: TensorSource, known: int) -> None:
+        super().__init__()
+        for name, drawn in (("shift", torch.zeros(known)), ("scale", torch.ones(known))):
+            register(self, name, source.take(name, (known,), drawn, parameter=False).detach())
+
+
 class SevenNetNetwork(nn.Module):
     """SevenNet with one modality.
 
@@ -192,11 +215,7 @@ class SevenNetNetwork(nn.Module):
         for index in range(architecture.n_layers):
             self._add_layer(index, modal, (known, counted), source)
         self._add_readout(modal, source)
-        self.rescale_atomic_energy = nn.Module()
-        for name in ("shift", "scale"):
-            drawn = torch.zeros(known) if name == "shift" else torch.ones(known)
-            tensor = source.within("rescale_atomic_energy").take(name, (known,), drawn, parameter=False)
-            register(self.rescale_atomic_energy, name, tensor.detach())
+        self.rescale_atomic_energy = Rescaling(source.within("rescale_atomic_energy"), known)
         if left := source.left_over():
             raise UnfitError(f"there is no place for its tensor {left[0]}")
         self._species = Constant(torch.arange(known))
@@ -247,14 +266,14 @@ class SevenNetNetwork(nn.Module):
         if any(not block.is_even_scalar for block in last):
             raise UnfitError(f"its last features are {architecture.features[-1]}")
         width = sum(block.multiplicity for block in last)
-        self.readout_FCN = None
+        self.readout_FCN: FullyConnectedReadout | None = None
         if architecture.readout_hidden is not None:
             assert architecture.readout_activation is not None
-            self.readout_FCN = nn.Module()
             widths = (width, *architecture.readout_hidden, 1)
             activation = ACTIVATIONS[architecture.readout_activation]
             inner = source.within("readout_FCN").within("fcn")
-            self.readout_FCN.fcn = RadialNetwork(widths, inner, activation=activation, kind="readout")
+            fcn = RadialNetwork(widths, inner, activation=activation, kind="readout")
+            self.readout_FCN = FullyConnectedReadout(fcn)
             return
         features, biases = irreps_text(last), architecture.biases
         self.reduce_input_to_hidden = IrrepsLinear(
@@ -325,8 +344,7 @@ class SevenNetNetwork(nn.Module):
             )
             kept.append(features)
         if self.readout_FCN is not None:
-            energies = self.readout_FCN.fcn(features.blocks[0][:, 0])[:, 0]
+            energies = self.readout_FCN(features.blocks[0][:, 0])
         else:
             energies = self.reduce_hidden_to_energy(self.reduce_input_to_hidden(features)).blocks[0][:, 0, 0]
-        scale: Tensor = self.rescale_atomic_energy.scale
-        return energies * scale[plan.species], kept
+        return energies * self.rescale_atomic_energy.scale[plan.species], kept
