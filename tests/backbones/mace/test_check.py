@@ -68,7 +68,7 @@ def _other_couplings(model: Any) -> None:
 
 def _other_symbols(model: Any) -> None:
     for name, tensor in model.named_buffers():
-        if "_w3j_1_1_0" in name:
+        if "_w3j_1_2_1" in name:
             tensor.mul_(2)
 
 
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Change, str]] = {
     "a function from elsewhere": (
         {},
         _set("interactions.0.conv_tp_weights.layer1.act.f", operator.neg),
-        "layer1.act has f = '_operator.neg'",
+        "act has f = '_operator.neg'",
     ),
     "no activation": ({}, _set("interactions.0.conv_tp_weights.layer0.act", None), "none where there should be one"),
     "factor that is left out": ({}, _set("readouts.1.non_linearity.acts.0._is_id", True), "_is_id = True"),
@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Change, str]] = {
     ),
     "unknown private option": ({}, _set("products.0._mode", "fast"), "products.0 .* has _mode = 'fast'"),
     "couplings": ({}, _other_couplings, "U_matrix_2 has shape"),
-    "3j symbols": ({}, _other_symbols, "_w3j_1_1_0 has other values"),
+    "3j symbols": ({}, _other_symbols, "_w3j_1_2_1 has other values"),
     "normalisation of harmonics": ({}, _set("spherical_harmonics.normalization", "norm"), "normalization = 'norm'"),
     "harmonics of a vector": ({}, _set("spherical_harmonics.normalize", False), "normalize = False"),
     "order of harmonics": ({}, _irreps("spherical_harmonics", "irreps_out", "1x0e+1x1o"), "irreps_out = '1x0e"),

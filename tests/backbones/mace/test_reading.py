@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from torch import nn
 
 import forcetune
@@ -151,8 +152,9 @@ def test_charges_that_earlier_versions_rounded_stay_so(tmp_path: Path) -> None:
     model = backbone(pair_repulsion=True)
     write_plain(replace(model.content, rounded_charges=True), tmp_path / "rounded.safetensors")
     rounded = load(tmp_path / "rounded.safetensors", device="cpu")
-    difference = float((predicted(rounded).forces - predicted(model).forces).abs().max())
-    assert 0 < difference < 1e-6 * float(predicted(model).forces.abs().max())
+    close = frames_of(Atoms("NO", [[0, 0, 0], [0.3, 0.4, 0.5]]))  # closer than their radii, where charges count
+    one, other = (found.predict(collate(graphs_of(found, close))).forces for found in (rounded, model))
+    assert 0 < float((one - other).abs().max()) < 1e-6 * float(other.abs().max())
     rounded.save(tmp_path / "again.safetensors")
     assert_same(predicted(load(tmp_path / "again.safetensors", device="cpu")), predicted(rounded), 1e-15)
     rounded.save(tmp_path / "again.model")
@@ -303,7 +305,7 @@ class _Scripted:
     ("place", "words"),
     [
         ("whole", "it holds a system where a module should be"),
-        ("attribute", "has extra = something, which forcetune does not know"),
+        ("attribute", "has extra = .*, which forcetune does not know"),
         ("module", "it holds a system where a module should be"),
         ("graph", "traced"),
         ("hook", "code of the file's own"),

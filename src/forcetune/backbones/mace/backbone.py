@@ -146,6 +146,8 @@ class MaceBackbone(NetworkBackbone):
         heads = content.architecture.heads
         if head is None and len(heads) > 1:
             raise InputError(f"{base.name} has the heads {', '.join(heads)}; choose one with --head (model.head).")
+        stored = stored_dtype or content.dtype
+        content = content.widened(dtype)
         if head is not None:
             content = select_head(content, head)
         if elements is not None:
@@ -160,7 +162,6 @@ class MaceBackbone(NetworkBackbone):
             network = build_network(content)
         except UnfitError as error:
             raise InputError(f"{base.name} cannot be rebuilt: {error}.") from error
-        stored = stored_dtype or content.dtype
         return cls(network.to(dtype=dtype, device=torch.device(device)), base, stored_dtype=stored, file=file)
 
     @property

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import MaceArchitecture, check_sane, read_architecture
 from forcetune.backbones.mace.network import MaceNetwork
@@ -47,6 +47,16 @@ class MaceContent:
             raise UnfitError("it is neither in float32 nor in float64")
         return found.dtype
 
+    def widened(self, dtype: torch.dtype) -> MaceContent:
+        """In this precision where it is a higher one than the model's, so that what is computed is not rounded."""
+        if torch.finfo(dtype).bits <= torch.finfo(self.dtype).bits:
+            return self
+        tensors = {
+            name: _like(tensor, tensor.detach().to(dtype) if tensor.dtype.is_floating_point else tensor)
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over architecture, parameters, buffers and coupling tensors, as 64 hexadecimal digits.
@@ -56,6 +66,11 @@ class MaceContent:
         others are left out, so are 3j symbols, the device and whether a tensor is trainable.
         """
         return fingerprint_tensors(self.architecture.to_json(), self.tensors)
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """A parameter where the old one is one."""
+    return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
 def fingerprint_tensors(description: str, tensors: Mapping[str, Tensor]) -> str:
@@ -77,7 +92,9 @@ def content_from_node(node: Node) -> MaceContent:
     Raises:
         UnfitError: it has parts that forcetune does not compute.
     """
-    return content_from_tensors(read_architecture(node), node.all_tensors(), node.all_constants())
+    content = content_from_tensors(read_architecture(node), node.all_tensors(), node.all_constants())
+    _ = content.dtype  # refused where it is another
+    return content
 
 
 def content_from_tensors(

@@ -285,7 +285,10 @@ class NonLinearReadout(nn.Module):
     def __init__(self, irreps: str, architecture: MaceArchitecture, source: TensorSource) -> None:
         super().__init__()
         heads = len(architecture.heads)
-        (block,) = merge_neighbours(parse_irreps(architecture.MLP_irreps))
+        blocks = merge_neighbours(parse_irreps(architecture.MLP_irreps))
+        if len(blocks) != 1:
+            raise UnfitError(f"its readouts have the irreps {architecture.MLP_irreps}")
+        (block,) = blocks
         hidden = irreps_text([block._replace(multiplicity=heads * block.multiplicity)])
         biased = architecture.readout == "NonLinearBiasReadoutBlock"
         self.linear_1 = EquivariantLinear(irreps, hidden, source.within("linear_1"), kind="readout")

@@ -78,7 +78,9 @@ def changes_to_whole(whole: Mapping[str, Tensor], cut: Cut, trained: Mapping[str
     Raises:
         UnfitError: the part has other tensors than the cut gives.
     """
-    before = cut(whole)
+    # cut in the precision in which the part was made
+    wide = any(value.dtype == torch.float64 for value in trained.values())
+    before = cut({name: t.detach().double() if wide and t.dtype.is_floating_point else t for name, t in whole.items()})
     places = cut({name: torch.arange(t.numel(), dtype=torch.float64).reshape(t.shape) for name, t in whole.items()})
     factors = cut({name: torch.ones(t.shape, dtype=torch.float64) for name, t in whole.items()})
     changed = {}
@@ -88,7 +90,7 @@ def changes_to_whole(whole: Mapping[str, Tensor], cut: Cut, trained: Mapping[str
         if name not in before or before[name].shape != value.shape:
             raise UnfitError(f"it has no tensor {name} of shape {tuple(value.shape)}")
         value = value.detach().cpu()
-        differs = before[name].detach().to(value.dtype) != value
+        differs = before[name].to(value.dtype) != value
         if not differs.any():
             continue
         place = (places[name] / factors[name]).round().long()[differs]
