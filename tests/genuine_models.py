@@ -176,12 +176,34 @@ RECIPES: tuple[Recipe, ...] = (
     _scale_shift("chebyshev", since=5, radial_type="chebyshev", distance_transform="Agnesi"),
     # another function before 0.3.10, which today's mace does not have
     _scale_shift("soft", since=5, distance_transform="Soft", may_refuse="Soft transform", may_refuse_until=9),
-    _scale_shift("attention", interaction_cls="RealAgnosticAttResidualInteractionBlock"),
+    _scale_shift(
+        "attention", interaction_cls="RealAgnosticAttResidualInteractionBlock", may_refuse="AttResidualInteractionBlock"
+    ),
     _scale_shift("many_elements", elements=tuple(range(1, 90)), hidden_irreps="4x0e", MLP_irreps="4x0e"),
     _scale_shift("one_element", elements=(14,)),
     _scale_shift("unsorted_elements", elements=(8, 1, 7, 6)),
     _scale_shift("agnostic_product", since=14, use_agnostic_product=True),
-    _scale_shift("nonlinear", since=14, heads=("a", "b"), **_NONLINEAR),
+    _scale_shift("nonlinear", since=14, may_refuse="constant", may_refuse_until=15, **_NONLINEAR),
+    # in 0.3.14 the features of other heads are not masked before the readout's middle layer
+    _scale_shift(
+        "nonlinear_heads",
+        since=14,
+        heads=("a", "b"),
+        may_refuse="head|constant",
+        may_refuse_until=15,
+        **_NONLINEAR,
+    ),
+    _scale_shift(
+        "edge_irreps",
+        since=15,
+        edge_irreps="4x0e+4x1o",
+        use_edge_irreps_first=True,
+        may_refuse="constant",
+        may_refuse_until=15,
+        **_NONLINEAR,
+    ),
+    # before 0.3.14 messages had no pseudoscalars
+    _scale_shift("pseudoscalars", hidden_irreps="4x0e+4x0o+4x1o+4x1e", MLP_irreps="4x0e", may_refuse="."),
     _scale_shift("so3", since=14, use_so3=True, hidden_irreps="4x0e+4x1e", MLP_irreps="4x0e"),
     _scale_shift("last_readout", since=14, use_last_readout_only=True),
     _scale_shift("kept_irreps", since=16, keep_last_layer_irreps=True),
