@@ -109,14 +109,17 @@ def construct(
                     model = getattr(modules, architecture.kind)(**arguments)
         except (KeyError, StopIteration, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             raise UnfitError(f"mace's constructor failed ({type(error).__name__}: {error})") from error
+    parts = dict(model.named_modules())
     model.use_reduced_cg = architecture.use_reduced_cg
     for block, neighbours in zip(model.interactions, architecture.avg_num_neighbors, strict=True):
         if "avg_num_neighbors" not in block._buffers:
             block.avg_num_neighbors = neighbours
     for name, value in architecture.constants:
         owner, _, attribute = name.rpartition(".")
-        if attribute in ("cst", "coeff") and hasattr(model.get_submodule(owner), attribute):
-            setattr(model.get_submodule(owner), attribute, value)
+        if owner not in parts:
+            raise UnfitError(f"today's mace has no place for its constant {name}")
+        if attribute in ("cst", "coeff") and hasattr(parts[owner], attribute):
+            setattr(parts[owner], attribute, value)
     return model.eval()
 
 
