@@ -176,7 +176,7 @@ RECIPES: tuple[Recipe, ...] = (
     # 0.3.14 computes other energies of them: it masks features of other heads behind the middle layer only
     _scale_shift("nonlinear_heads", since=15, heads=("a", "b"), **_NONLINEAR),
     _scale_shift("edge_irreps", since=15, edge_irreps="4x0e+4x1o", use_edge_irreps_first=True, **_NONLINEAR),
-    _scale_shift("pseudoscalars", hidden_irreps="4x0e+4x0o+4x1o+4x1e", MLP_irreps="4x0e"),
+    _scale_shift("pseudoscalars", since=14, hidden_irreps="4x0e+4x0o+4x1o+4x1e", MLP_irreps="4x0e"),
     _scale_shift("so3", since=14, use_so3=True, hidden_irreps="4x0e+4x1e", MLP_irreps="4x0e"),
     _scale_shift("last_readout", since=14, use_last_readout_only=True),
     _scale_shift("kept_irreps", since=16, keep_last_layer_irreps=True),
