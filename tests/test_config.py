@@ -127,7 +127,7 @@ def test_a_part_of_the_second_stage_leaves_its_other_options_as_they_are(way: st
         training = TrainingConfig(second_stage={"loss": LossConfig(energy=500.0)})  # pyright: ignore
         config = RunConfig(data=DataConfig(train=["a.xyz"]), training=training)
     stage = config.training.second_stage
-    assert (stage.loss.energy, stage.loss.forces, stage.loss.stress) == (500.0, 100.0, 0.0)
+    assert (stage.loss.energy, stage.loss.forces, stage.loss.stress) == (500.0, 100.0, None)
     assert stage.loss.energy_per_atom and stage.learning_rate == 1e-3
     assert stage.loss.model_fields_set == {"energy"}
     assert (config.training.loss.forces, config.training.loss.energy_per_atom) == (1000.0, False)

@@ -24,6 +24,7 @@ from forcetune.frames.read import frames_from_atoms, read_frames
 from forcetune.frames.spins import with_spins
 from forcetune.magnetism.options import Magnetism
 from forcetune.training.optimizers import make_optimizer
+from forcetune.training.weights import settle
 from recipes.spin_lattice.data import cell, directions, labelled, make, shaken, spiral
 from recipes.spin_lattice.hamiltonian import MOMENT, exchange, solve
 from systems import write_model
@@ -75,6 +76,7 @@ def test_the_spin_lattice_model_has_known_answers() -> None:
     assert told.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*read only with a magnetic layer")
 def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     atoms = Atoms("Fe2", [[0, 0, 0], [0, 0, 2.4]], cell=[4, 4, 5], pbc=True)
     vectors = np.array([[0.0, 1.0, 2.0], [0.5, 0.0, 0.01]])
@@ -150,6 +152,7 @@ def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> Non
     assert field[3] @ side == pytest.approx(-(energies[0] - energies[1]) / (2 * step), rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:replay data.*read only with a magnetic layer")
 def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its second stage, and with a head for replay frames: rates of their own for what starts from nothing."""
     more = {"training.second_stage.start": 2, "replay.data": [str(iron / "valid.xyz")], "replay.head": "own"}
@@ -181,12 +184,13 @@ def test_what_a_magnetic_run_is_trained_on_by_default() -> None:
     config = RunConfig.model_validate(given | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
     training = config.with_defaults_of(0.005, "adam").training
     usual = training.loss
-    assert (usual.energy, usual.forces, usual.stress, usual.moments) == (1, 1, 1, 1)
+    assert (usual.energy, usual.forces, usual.stress, usual.moments) == (1, 1, None, 1)
     assert (usual.form, usual.energy_per_atom) == ("huber", True)
     second = training.second_stage.loss
-    assert (second.energy, second.forces, second.stress, second.moments, second.form) == (10, 3, 1, 1, "huber")
-    given["data"]["stress_key"] = "none"
-    assert RunConfig.model_validate(given).with_defaults_of(0.005, "adam").training.loss.stress == 0
+    assert (second.energy, second.forces, second.stress, second.moments, second.form) == (10, 3, None, 1, "huber")
+    for labels, weight in (({"energy", "forces", "stress", "moments"}, 1), ({"energy", "forces", "moments"}, 0)):
+        settled = settle(training, labels, magnetic=True)
+        assert (settled.loss.stress, settled.second_stage.loss.stress) == (weight, weight)
 
 
 def without_stress(path: Path, source: Path) -> Path:
@@ -201,19 +205,19 @@ def without_stress(path: Path, source: Path) -> Path:
 def test_stress_counts_as_the_others_where_frames_have_it(iron: Path, tmp_path: Path, layer: str) -> None:
     settings = {"magnetism.layer": layer, "training.second_stage.start": 2}
 
-    def weights(run: forcetune.Run) -> tuple[float, float]:
+    def weights(run: forcetune.Run) -> tuple[float | None, float | None]:
         training = forcetune.load_config(run.folder / "config.yaml").training
         return training.loss.stress, training.second_stage.loss.stress
 
     first = fit(iron, tmp_path / "with", 2, **settings)
-    assert weights(first) == (1, 1)
+    assert weights(first) == (None, None)
     given = {"model": iron / "iron.model", "method": "readout", "epochs": 2, "valid": 4}
     train = without_stress(tmp_path / "train.xyz", iron / "train.xyz")
     bare = forcetune.fit(train, out=tmp_path / "bare", settings=SETTINGS | settings, **given)
-    assert weights(bare) == (0, 0)
+    assert weights(bare) == (None, None)
     # what the labels of one run decided is decided again for other frames
     given = {"config": bare.folder / "config.yaml", "valid": 4}
-    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **given)) == (1, 1)
+    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **given)) == (None, None)
     asked = {"training.loss.stress": 1.0}
     with pytest.raises(InputError, match="no training frame has stress labels"):
         forcetune.fit(out=tmp_path / "no", settings=asked, **given)
@@ -232,6 +236,7 @@ def test_the_layer_has_a_learning_rate_of_its_own(iron: Path, rate: float | None
         assert group["lr"] == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*training.loss.stress is 0")
 def test_ranks_from_gradients_go_with_a_layer(iron: Path, tmp_path: Path) -> None:
     run = fit(iron, tmp_path / "run", 2, "elora", **{"method.init": "gradient", "method.budget": 600})
     assert run.after["test"].moment_mae_mub is not None

@@ -159,6 +159,8 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
         species=plan.species.to("meta"),
     )
     wholes = [value.to("meta") for value in label_weights(config, batch)]
+    for module in model.model.modules():
+        _ = getattr(module, "coefficients", None)  # arranged from values, which tensors on meta lack
     model.model.to("meta")
     for attribute, value in list(vars(model).items()):
         if isinstance(value, torch.Tensor):

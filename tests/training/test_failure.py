@@ -17,14 +17,14 @@ from torch import Tensor
 import forcetune
 from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
-from forcetune.backbones.mace import backbone as mace_backbone
+from forcetune.backbones import network
 from forcetune.config import LossConfig
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.magnetism.options import Magnetism
 from forcetune.training.losses import loss_of
-from models import evaluate
+from models import evaluate, make_mace
 from systems import backbone, cluster, crystal, frames_of, perturb, write_model
 
 # without a cell, with one, with two lattice vectors of three, with vacuum, and without a single edge
@@ -102,7 +102,7 @@ def test_magnetic_layers_without_spins_have_finite_gradients(layer: Any, fast: b
 @pytest.mark.parametrize("kind", KINDS)
 def test_stress_is_that_of_the_library(kind: str) -> None:
     model = backbone(**KINDS[kind])
-    expected = evaluate(model.model, CRYSTAL).stress
+    expected = evaluate(make_mace(**KINDS[kind]), CRYSTAL).stress
     found = model.predict(batch_of(model, MOLECULE, CRYSTAL), stress=True).stress
     assert found is not None
     assert (found[0] == 0).all()
@@ -150,7 +150,7 @@ def test_a_frame_with_a_gradient_that_is_not_finite_is_named(fit: Any, monkeypat
         quotient = slopes / torch.linalg.det(cell).abs().view(-1, 1, 1)
         return torch.where(quotient.abs() < 1e10, quotient, torch.zeros_like(quotient))
 
-    monkeypatch.setattr(mace_backbone, "per_volume", as_the_library)
+    monkeypatch.setattr(network, "per_volume", as_the_library)
     with pytest.raises(ForcetuneError) as failed:
         fit()
     text = str(failed.value)

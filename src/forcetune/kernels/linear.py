@@ -32,6 +32,8 @@ class Block:
 
 def _pieces(weight: Tensor, starts: Sequence[int]) -> tuple[Tensor, ...]:
     """The flat weight cut at ``starts``, the first of which is 0; one cut is cheaper to differentiate than slices."""
+    if not starts:
+        return ()
     ends = [*starts[1:], weight.numel()]
     return weight.split([end - start for start, end in zip(starts, ends, strict=True)])
 

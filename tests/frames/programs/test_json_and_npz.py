@@ -110,6 +110,7 @@ def test_fitsnap(style: str | None, unit: float, tmp_path: Path) -> None:
     np.testing.assert_allclose(frame.moments, [[1.2, 0.0, 1.6]] * 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*read only with a magnetic layer")
 def test_fitsnap_in_other_units(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(fitsnap(EnergyStyle="hartree", PositionsStyle="bohr", LatticeStyle="bohr")))

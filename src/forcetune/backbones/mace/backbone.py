@@ -258,8 +258,12 @@ class MaceBackbone(NetworkBackbone):
         lost = (wanted - wanted.to(self.stored_dtype)).abs().max()
         if self._file is None or self._file.suffix == ".safetensors" or lost > _LOST_REFERENCE:
             return False
+        tensors = self.content.tensors
+        name = "atomic_energies_fn.atomic_energies"
+        # with all digits, whatever the precision of the training was
+        tensors = tensors | {name: wanted.view_as(tensors[name])}
         try:
-            write_into_original(self._file, path, self.content.tensors, head=self.head, numbers=self.elements)
+            write_into_original(self._file, path, tensors, head=self.head, numbers=self.elements)
         except UnfitError:
             return False
         return True

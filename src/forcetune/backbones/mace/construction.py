@@ -109,7 +109,7 @@ def construct(
                     model = getattr(modules, architecture.kind)(**arguments)
         except (KeyError, StopIteration, RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
             raise UnfitError(f"mace's constructor failed ({type(error).__name__}: {error})") from error
-    parts = dict(model.named_modules())
+    parts = dict(model.named_modules(remove_duplicate=False))
     model.use_reduced_cg = architecture.use_reduced_cg
     for block, neighbours in zip(model.interactions, architecture.avg_num_neighbors, strict=True):
         if "avg_num_neighbors" not in block._buffers:

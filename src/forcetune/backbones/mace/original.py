@@ -79,14 +79,15 @@ def changes_to_whole(whole: Mapping[str, Tensor], cut: Cut, trained: Mapping[str
         UnfitError: the part has other tensors than the cut gives.
     """
     # cut in the precision in which the part was made
-    wide = any(value.dtype == torch.float64 for value in trained.values())
-    before = cut({name: t.detach().double() if wide and t.dtype.is_floating_point else t for name, t in whole.items()})
+    wide = cut({name: t.detach().double() if t.dtype.is_floating_point else t for name, t in whole.items()})
+    stored = cut(whole)
     places = cut({name: torch.arange(t.numel(), dtype=torch.float64).reshape(t.shape) for name, t in whole.items()})
     factors = cut({name: torch.ones(t.shape, dtype=torch.float64) for name, t in whole.items()})
     changed = {}
     for name, value in trained.items():
         if name.endswith(_DERIVED) or not value.numel():
             continue
+        before = wide if value.dtype == torch.float64 else stored
         if name not in before or before[name].shape != value.shape:
             raise UnfitError(f"it has no tensor {name} of shape {tuple(value.shape)}")
         value = value.detach().cpu()
