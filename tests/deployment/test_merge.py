@@ -71,7 +71,7 @@ BROMINE = -70_038.737
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_reference_energies_of_all_electrons(tmp_path: Path, dtype: str) -> None:
-    """Float32 keeps no more than some meV of them, which is no fault of the merged weights."""
+    """A float64 base keeps them whatever the precision of the training was."""
     base = write_model(tmp_path / "base.model", elements=(1, 6, 35))
     model = MaceBackbone.load(base, sha256=sha256_of(base), dtype=getattr(torch, dtype))
     perturb(attach(model, method("elora")))
@@ -83,8 +83,7 @@ def test_reference_energies_of_all_electrons(tmp_path: Path, dtype: str) -> None
     for z, energy in references.items():
         kept = np.float32(energy) if dtype == "float32" else energy
         assert written.reference_energies[z] == float(kept)
-    rounding = max(abs(float(np.float32(energy)) - energy) for energy in references.values())
-    assert merged.references_difference == pytest.approx(rounding if dtype == "float32" else 0.0, rel=1e-9)
+    assert merged.references_difference == 0
     assert merged.energy_difference < (1e-4 if dtype == "float32" else 1e-10)
     atoms = cluster((1, 6, 35))
     found = []

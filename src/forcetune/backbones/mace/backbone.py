@@ -214,7 +214,10 @@ class MaceBackbone(NetworkBackbone):
         except UnfitError as error:
             raise ForcetuneError(f"{path} was written and cannot be read back: {error}.") from error
         base = Base(Path(path).stem, "", content.fingerprint, "unknown")
-        return MaceBackbone(network.to(dtype=self.dtype), base, stored_dtype=content.dtype)
+        written = MaceBackbone(network.to(dtype=self.dtype), base, stored_dtype=content.dtype)
+        stored = torch.atleast_2d(content.tensors["atomic_energies_fn.atomic_energies"])[0].double()
+        written.set_reference_energies(dict(zip(written.elements, stored.tolist(), strict=True)))
+        return written
 
     def _layers_behind(self, name: str) -> int:
         """Readouts count with the last layer; what comes before the layers counts as one more."""
