@@ -46,6 +46,7 @@ from forcetune.frames.read import read_frames
 from forcetune.frames.streaming import stream_frames
 from forcetune.reports.html import write_report
 from forcetune.run_folder import read_checkpoint, status_of
+from hostile_programs import ARRAYS, PROGRAMS, write_program, write_system
 from hostile_stores import HDF5S, LMDBS
 from models import make_mace
 from systems import backbone
@@ -130,6 +131,13 @@ def _streamed_frames(text: str) -> Callable[[Path], None]:
         path = folder / "a.xyz"
         path.write_text(text, encoding="utf-8")
         stream_and_build(path)
+
+    return read
+
+
+def _of_program(write: Callable[[Path, str], Path], name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        read_and_build(write(folder, name))
 
     return read
 
@@ -652,6 +660,8 @@ def cases() -> dict[str, Callable[[Path], None]]:
     found |= {f"streamed frames: {name}": _streamed_frames(text) for name, text in FRAMES.items()}
     found |= {f"LMDB: {name}": _stored_frames("a.aselmdb", write) for name, write in LMDBS.items()}
     found |= {f"HDF5: {name}": _stored_frames("a.h5", write) for name, write in HDF5S.items()}
+    found |= {f"program: {name}": _of_program(write_program, name) for name in PROGRAMS}
+    found |= {f"deepmd: {name}": _of_program(write_system, name) for name in ARRAYS}
     found["streamed frames: gzip of blanks"] = lambda folder: _compressed_frames(
         folder, "a.xyz.gz", gzip.compress, stream_and_build
     )

@@ -140,7 +140,9 @@ def _cell_of_restart(path: Path) -> _Fixed | None:
 
 def _is_trajectory(path: Path, head: str) -> bool:
     lines = head.split("\n", 2)
-    return len(lines) == 3 and lines[0].strip().isdecimal() and _COMMENT.match(lines[1]) is not None
+    if len(lines) < 3 or not lines[0].strip().isdecimal() or "Properties=" in lines[1]:
+        return False
+    return _COMMENT.match(lines[1]) is not None
 
 
 FORMAT = Format(

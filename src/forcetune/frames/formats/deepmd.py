@@ -24,6 +24,9 @@ from forcetune.frames.formats.format import Format, labelled, symbols_of_types
 from forcetune.frames.frame import IntArray
 from forcetune.frames.text import open_text
 
+DEEPEST = 5
+"""Folders within folders in which systems are looked for."""
+_MOST_TEXT = 2**26
 _READ = ("coord", "box", "energy", "force", "virial", "spin", "real_atom_types")
 
 
@@ -36,7 +39,8 @@ def systems_in(path: Path) -> list[Path]:
     """The folder itself if it is a system, otherwise those below it."""
     if is_system(path):
         return [path]
-    return sorted({kind.parent for kind in path.rglob("type.raw") if is_system(kind.parent)})
+    levels = ("*/" * depth + "type.raw" for depth in range(1, DEEPEST + 1))
+    return sorted(kind.parent for level in levels for kind in path.glob(level) if is_system(kind.parent))
 
 
 def read_system(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
@@ -147,7 +151,7 @@ def _sets(path: Path) -> list[Path]:
 
 def _words(path: Path) -> list[str]:
     with open_text(path) as stream:
-        return stream.read(2**20).split()
+        return stream.read(_MOST_TEXT).split()
 
 
 def _integers(path: Path) -> IntArray:

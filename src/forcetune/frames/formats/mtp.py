@@ -128,6 +128,6 @@ FORMAT = Format(
     name="mtp-cfg",
     title="MTP's .cfg",
     conversion="energies in eV and forces in eV/Å as they are, stress = −PlusStress / volume.",
-    recognizes=lambda path, head: re.search(r"^\s*BEGIN_CFG\s*$", head, re.MULTILINE) is not None,
+    recognizes=lambda path, head: re.search(r"^[ \t]*BEGIN_CFG[ \t]*$", head, re.MULTILINE) is not None,
     read=read_cfg,
 )

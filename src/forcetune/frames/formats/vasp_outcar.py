@@ -79,7 +79,9 @@ def voigt_matrix(six: Any) -> list[list[float]]:
 
 
 def _is_outcar(path: Path, head: str) -> bool:
-    return "OUTCAR" in path.name or re.match(r"\s*vasp\.\d+\.\d+", head) is not None
+    if re.match(r"\s*vasp\.\d+\.\d+", head):
+        return True
+    return "OUTCAR" in path.name and any(word in head for word in ("POTCAR:", "VRHFIN", "INCAR:"))
 
 
 FORMAT = Format(
