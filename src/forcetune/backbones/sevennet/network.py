@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,10 @@ class IrrepsConvolution(nn.Module):
             # radial weights as the paths were found: by input, harmonic and order
             outputs = parse_irreps(irreps_mid)
             paths = sorted(paths, key=lambda path: (path.source, path.harmonic, outputs[path.target].order))
-        register(self, "denominator", source.take("denominator", (1,), torch.ones(1), parameter=False).detach())
+        denominator = source.take("denominator", (1,), torch.ones(1), parameter=False).detach()
+        if not bool(denominator):
+            raise UnfitError(f"it divides its sums over neighbours by {float(denominator)}")
+        register(self, "denominator", denominator)
         self.convolution = Convolution(
             irreps_in, architecture.harmonics, paths, irreps_mid, source.within("convolution")
         )
@@ -192,7 +196,7 @@ class SevenNetNetwork(nn.Module):
         for index in range(architecture.n_layers):
             self._add_layer(index, modal, (known, counted), source)
         self._add_readout(modal, source)
-        self.rescale_atomic_energy = nn.Module()
+        self.rescale_atomic_energy: Any = nn.Module()
         for name in ("shift", "scale"):
             drawn = torch.zeros(known) if name == "shift" else torch.ones(known)
             tensor = source.within("rescale_atomic_energy").take(name, (known,), drawn, parameter=False)
@@ -247,7 +251,7 @@ class SevenNetNetwork(nn.Module):
         if any(not block.is_even_scalar for block in last):
             raise UnfitError(f"its last features are {architecture.features[-1]}")
         width = sum(block.multiplicity for block in last)
-        self.readout_FCN = None
+        self.readout_FCN: Any = None
         if architecture.readout_hidden is not None:
             assert architecture.readout_activation is not None
             self.readout_FCN = nn.Module()
