@@ -79,6 +79,15 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """A checkpoint, a modality of it, and structures to compute."""
+
+    model: Path
+    modal: str | None
+    structures: Sequence[Atoms]
+
+
+@dataclass(frozen=True, slots=True)
 class SevenNets:
     """Versions of sevenn and what they make and compute, kept in a folder that several processes may share."""
 
@@ -170,8 +179,7 @@ class SevenNets:
     def compute(
         self,
         kind: str,
-        requests: Sequence[tuple[Path, str | None]],
-        structures: Sequence[Atoms],
+        requests: Sequence[Request],
         *,
         version: str = NEWEST,
         **options: Any,
@@ -180,27 +188,25 @@ class SevenNets:
 
         Args:
             kind: ``evaluate``, ``calculate`` or ``deploy``, see the worker.
-            requests: checkpoint and modality.
-            structures: for all of them.
+            requests: what to compute.
             options: of the work.
         """
-        arrays = arrays_of(structures)
         kept = self.folder / "results"
         kept.mkdir(parents=True, exist_ok=True)
-        tag = f"{kind} {version} {sorted(options.items())} {_WORKER.read_bytes()}"
-        places = [kept / f"{_fingerprint(tag, model, modal, arrays)}.npz" for model, modal in requests]
+        tag = f"{kind} {version} {sorted(options.items())} {_WORKER.read_text(encoding='utf-8')}"
+        places = [kept / f"{_fingerprint(tag, request)}.npz" for request in requests]
         todo = [k for k, place in enumerate(places) if not place.is_file()]
         if todo:
             with tempfile.TemporaryDirectory(dir=self.folder) as name:
                 scratch = Path(name)
-                np.savez(scratch / "structures.npz", **arrays)  # pyright: ignore[reportArgumentType]
                 jobs = []
                 for k in todo:
-                    model, modal = requests[k]
-                    place = {"model": str(model.resolve()), "modal": modal, "results": str(scratch / f"{k}.npz")}
-                    (scratch / str(k)).mkdir()
-                    more = {"structures": str(scratch / "structures.npz"), "folder": str(scratch / str(k))}
-                    jobs.append(place | more | options)
+                    one, folder = requests[k], scratch / str(k)
+                    folder.mkdir()
+                    np.savez(folder / "structures.npz", **arrays_of(one.structures))  # pyright: ignore[reportArgumentType]
+                    job = {"model": str(one.model.resolve()), "modal": one.modal, "folder": str(folder)}
+                    files = {"structures": str(folder / "structures.npz"), "results": str(scratch / f"{k}.npz")}
+                    jobs.append(job | files | options)
                 self.run({kind: jobs}, version)
                 for k in todo:
                     (scratch / f"{k}.npz").replace(places[k])
@@ -243,9 +249,9 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(f"{recipe} {_WORKER.read_text(encoding='utf-8')}".encode()).hexdigest()[:16]
 
 
-def _fingerprint(tag: str, model: Path, modal: str | None, arrays: Results) -> str:
-    digest = hashlib.sha256(f"{tag} {modal}".encode())
-    digest.update(model.read_bytes())
-    for value in arrays.values():
+def _fingerprint(tag: str, request: Request) -> str:
+    digest = hashlib.sha256(f"{tag} {request.modal}".encode())
+    digest.update(request.model.read_bytes())
+    for value in arrays_of(request.structures).values():
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:32]

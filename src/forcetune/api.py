@@ -208,6 +208,8 @@ def compare_methods(
 ) -> list[dict[str, Any]]:
     """What each method would train: ``method, trainable, total, coverage``, one object per method.
 
+    Methods that have nothing to train in this model are left out (``modality`` in one without modalities).
+
     Args:
         model: name, path or loaded backbone; left as it was.
         elements: cut the element table to these symbols.
@@ -225,7 +227,10 @@ def compare_methods(
     rows = []
     for name, make in METHODS.items():
         options: dict[str, Any] = {"rank": rank} if rank is not None and "rank" in options_of(make) else {}
-        adapter = attach(backbone, method(name, **options))
+        chosen = method(name, **options)
+        if not chosen.reaches(backbone.sites()):
+            continue
+        adapter = attach(backbone, chosen)
         coverage = [asdict(row) for row in adapter.coverage()]
         total = sum(row["total"] for row in coverage)
         rows.append({"method": name, "trainable": adapter.trainable, "total": total, "coverage": coverage})

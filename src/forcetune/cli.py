@@ -220,6 +220,7 @@ def compare(
     valid: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "valid"))] = None,
     test: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "test"))] = None,
     model: Annotated[str | None, typer.Option(help=_about(configuration.ModelConfig, "model"))] = None,
+    head: Head = None,
     epochs: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "epochs"))] = None,
     out: Annotated[str, typer.Option(help="Folder of all runs, the table and the report.")] = "comparison",
     config: Annotated[
@@ -231,7 +232,7 @@ def compare(
     """Methods side by side: the same frames and steps, several seeds, one table and a recommendation."""
     given: dict[str, Any] = {
         "data": {"train": train or None, "valid": _valid(valid), "test": test or None},
-        "model": {"model": model},
+        "model": {"model": model, "head": head},
         "training": {"epochs": epochs},
         "output": {"run": out},
     }
@@ -405,17 +406,25 @@ def merge(
     run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The plain model to write, such as tuned.model.")],
     base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    modality: Annotated[
+        str | None,
+        typer.Option(help="Name of the modality that method `modality` adds; that of the run's folder if not given."),
+    ] = None,
     dtype: Dtype = None,
     trust: Trust = False,
 ) -> None:
     """Write base + adapter as a plain model of the base's own library, after proving that they are equal."""
     from forcetune.deployment.merge import merge as merge_run
 
-    merged = merge_run(run, output, model=base, dtype=dtype, trust=trust)
+    merged = merge_run(run, output, model=base, dtype=dtype, trust=trust, modality=modality)
     print(
         f"{merged.path}: differs from base + adapter on {merged.n_probes} random structures by at most "
         f"{merged.energy_difference:.1e} in energy and {merged.forces_difference:.1e} in forces and stress (relative)"
     )
+    if merged.added:
+        print(f"modality {merged.modality} was added; the others are what they were")
+    elif merged.modality is not None:
+        print(f"modality {merged.modality} was replaced; the others share its layers and are no longer what they were")
     if merged.references_difference > 1e-6:
         print(
             f"reference energies differ by at most {merged.references_difference:.1e} eV an atom, as float32 rounds "

@@ -125,7 +125,7 @@ class ModelConfig(Section):
     """The foundation model and how it is run."""
 
     model: str = Field(default="mini", description="Name of a model (`forcetune models`) or a path.")
-    head: str | None = Field(default=None, description="Head of a multi-head model; needed when it has several.")
+    head: str | None = Field(default=None, description="Head, or modality, of a model that has several; needed then.")
     elements: Literal["data", "keep"] | list[str] = Field(
         default="data",
         description="`data` cuts the element table to the elements of the frames, `keep` leaves it whole, a list of "

@@ -339,6 +339,11 @@ def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:
             f"method {method.name} with target {method.target!r} matches none of the model's {len(sites)} sites, "
             f"such as {sites[0].name}; a text must match a whole name as a regular expression, a list gives endings."
         )
+    if set(method.table) == {"modality"}:
+        return (
+            f"method {method.name} trains the rows of a modality, and this model has no modalities: only multi-modal "
+            "SevenNet models have some, such as sevennet-mf-0. Choose such a model, or another method."
+        )
     kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
     acts = ", ".join(method.table)
     return f"method {method.name} matches none of the model's sites; it acts on {acts}, the model has {kinds}."

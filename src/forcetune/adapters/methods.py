@@ -116,6 +116,10 @@ class Method:
             if not isinstance(update, Frozen) and update.reason_against(site) is None
         )
 
+    def reaches(self, sites: Sequence[Site]) -> bool:
+        """Whether there is a site that it updates."""
+        return self.magnetism is not None or any(self.updates_at(site) for site in sites)
+
     def _targets(self, site: Site) -> bool:
         if self.target is None:
             return True
@@ -297,6 +301,15 @@ def freeze(layers: int = 1) -> Method:
     )
 
 
+def modality() -> Method:
+    """Only the rows of a modality and reference energies: a new level of theory for a multi-modal SevenNet model.
+
+    They are some thousand numbers beside the features that all modalities share; merged they become a modality of
+    their own, and the others stay what they were.
+    """
+    return Method("modality", {"modality": (Dense(),)}, "rows of a modality (multi-modal models)", learning_rate=3e-2)
+
+
 def bias() -> Method:
     """A constant shift of the even scalars of every linear layer."""
     return Method("bias", {"linear": (Shift(),), "readout": (Shift(),)}, "a bias for each scalar channel")
@@ -361,6 +374,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "adapter": adapter,
     "freeze": freeze,
     "bias": bias,
+    "modality": modality,
     "readout": readout,
     "scratch": scratch,
 }

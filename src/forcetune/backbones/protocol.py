@@ -178,3 +178,21 @@ class Backbone(Protocol):
     def save_into_source(self, path: str | Path) -> bool:
         """Write its file with its weights in it, so that it opens wherever that does; False where it cannot be done."""
         ...
+
+
+@runtime_checkable
+class Multimodal(Protocol):
+    """A backbone of a file with several modalities (levels of theory), of which it is one."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Their names; none where there is nothing to choose."""
+        ...
+
+    def with_modality(self, name: str) -> Backbone:
+        """Another modality of the file that this one was made from."""
+        ...
+
+    def save_modality(self, path: str | Path, name: str, dtype: torch.dtype | None = None) -> None:
+        """Write the file with this one as a further modality, which leaves the others what they were."""
+        ...

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from forcetune.adapters.attach import check_mergeable, merge_weights
+from forcetune.adapters.attach import attached, check_mergeable, merge_weights
+from forcetune.adapters.updates import WeightUpdate
 from forcetune.backbones.models import resolve
-from forcetune.backbones.protocol import Backbone, Base
+from forcetune.backbones.protocol import Backbone, Base, Multimodal
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
@@ -34,6 +35,8 @@ class Merged:
         energy_difference: largest of the interaction energies, relative to the largest one of the probes.
         forces_difference: largest, relative to the largest force component of the probes.
         references_difference: largest of the reference energies (E0), eV, which a float32 model rounds.
+        modality: that was replaced or added; None of a model without modalities.
+        added: it was added, and the others are what they were.
     """
 
     path: Path
@@ -41,6 +44,8 @@ class Merged:
     energy_difference: float
     forces_difference: float
     references_difference: float = 0.0
+    modality: str | None = None
+    added: bool = False
 
 
 def merge(
@@ -50,6 +55,7 @@ def merge(
     model: str | Path | Backbone | None = None,
     dtype: str | None = None,
     trust: bool = False,
+    modality: str | None = None,
 ) -> Merged:
     """Write the fine-tuned model as a plain file that needs no forcetune.
 
@@ -59,6 +65,9 @@ def merge(
     The file is read back and compared with base + adapter on random structures of all its elements, molecules and
     crystals; it takes its place only when energies, forces and stresses agree.
 
+    Of a multi-modal model the modality that was tuned is replaced. Where nothing but its rows and reference energies
+    was trained (method ``modality``), a new modality is added instead, and the others are proven to be what they were.
+
     Args:
         run: run folder or adapter folder.
         output: file to write, such as ``tuned.model``.
@@ -66,9 +75,12 @@ def merge(
             is.
         dtype: precision of the written model; by default that of the base's file, or else that of the training.
         trust: allow the base's file to run its own code where it cannot be rebuilt without.
+        modality: name of the new modality, by default that of the run's folder; the name of the modality that was
+            tuned replaces it.
 
     Raises:
-        InputError: the method does not merge, nothing usable at a path, or ``output`` is a file of something else.
+        InputError: the method does not merge, nothing usable at a path, ``output`` is a file of something else, or
+            no modality of this name can be added.
         ForcetuneError: the written model disagrees; nothing is left at ``output``.
     """
     deployed = deploy_copy(model, run, dtype=dtype, trust=trust)
@@ -79,14 +91,10 @@ def merge(
     _check_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
     before = predict(backbone, graphs_of(backbone, probes), stress=True)
+    added = _new_modality(backbone, Path(run), modality)
     merge_weights(backbone)
     with atomic_path(output) as temporary:
-        if (dtype is not None and backbone.dtype != backbone.stored_dtype) or not backbone.save_into_source(temporary):
-            backbone.save(temporary)
-        again = backbone.read_back(temporary)
-        if dtype is not None and again.stored_dtype != backbone.dtype:
-            written = str(again.stored_dtype).removeprefix("torch.")
-            raise InputError(f"--dtype {dtype}: files of {backbone.library} are written in {written}; leave it out.")
+        again = _written(backbone, temporary, dtype, added)
         after = predict(again, graphs_of(again, probes), stress=True)
         energy, forces = _differences(before, after, backbone.reference_energies, again.reference_energies)
         references, rounding = _reference_differences(backbone, again)
@@ -97,7 +105,78 @@ def merge(
                 f"allowed {allowed:.0e}), its reference energies by {references:.1e} eV (allowed {rounding:.1e}); "
                 "nothing was written. Please report this with the adapter's configuration."
             )
-    return Merged(Path(output), len(probes), energy, forces, references)
+        if added is not None:
+            _check_others(backbone, again, probes, output)
+    tuned = backbone.head if isinstance(backbone, Multimodal) and backbone.modalities else None
+    return Merged(Path(output), len(probes), energy, forces, references, added or tuned, added is not None)
+
+
+def _written(backbone: Backbone, path: Path, dtype: str | None, added: str | None) -> Backbone:
+    """What was written and read back.
+
+    Raises:
+        InputError: the file cannot be written in this precision.
+    """
+    if added is not None:
+        assert isinstance(backbone, Multimodal)
+        backbone.save_modality(path, added, None if dtype is None else backbone.dtype)
+    elif (dtype is not None and backbone.dtype != backbone.stored_dtype) or not backbone.save_into_source(path):
+        backbone.save(path)
+    again = backbone.read_back(path)
+    if dtype is not None and again.stored_dtype != backbone.dtype:
+        written = str(again.stored_dtype).removeprefix("torch.")
+        raise InputError(f"--dtype {dtype}: this model is written in {written}; leave it out.")
+    if added is not None:
+        assert isinstance(again, Multimodal)
+        return again.with_modality(added)
+    return again
+
+
+def _new_modality(backbone: Backbone, run: Path, wanted: str | None) -> str | None:
+    """The name of the modality to add; None where the one that was tuned is replaced, or there is none.
+
+    Raises:
+        InputError: a modality is asked for where none can be added, or there is one of this name already.
+    """
+    known = backbone.modalities if isinstance(backbone, Multimodal) else ()
+    if wanted is not None and not known:
+        raise InputError(f"--modality {wanted}: {backbone.base.name} has no modalities; leave it out.")
+    if not known or wanted == backbone.head:
+        return None
+    adapter = attached(backbone)
+    kinds = {site.kind for site in adapter.sites if adapter.part(site, WeightUpdate) is not None}
+    if kinds != {"modality"}:
+        if wanted is None:
+            return None
+        raise InputError(
+            f"--modality {wanted}: method {adapter.method.name} has changed layers that all modalities share, so that "
+            f"{backbone.head} is replaced and none can be added beside it; leave it out, or train with --method "
+            "modality."
+        )
+    if wanted is None:
+        folder = run.resolve()
+        named = folder.parent.name if folder.name == "adapter" else folder.name
+        wanted = next((name for name in (named, "forcetune") if name and name not in known), None)
+    if not wanted or wanted in known:
+        raise InputError(f"{backbone.base.name} has the modality {wanted} already; name the new one with --modality.")
+    return wanted
+
+
+def _check_others(backbone: Backbone, written: Backbone, probes: Sequence[Frame], output: str | Path) -> None:
+    """
+    Raises:
+        ForcetuneError: a modality that was there before is no longer what it was.
+    """
+    assert isinstance(backbone, Multimodal) and isinstance(written, Multimodal)
+    for name in backbone.modalities:
+        one, other = backbone.with_modality(name), written.with_modality(name)
+        before, after = (predict(model, graphs_of(model, probes), stress=True) for model in (one, other))
+        worst = max(_differences(before, after, one.reference_energies, other.reference_energies))
+        if not worst <= PARITY["float32"]:
+            raise ForcetuneError(
+                f"{output}: modality {name} would no longer be what it was ({worst:.1e}, relative); nothing was "
+                "written. Please report this with the adapter's configuration."
+            )
 
 
 def _check_output(output: Path, base: Base) -> None:

@@ -24,7 +24,7 @@ from forcetune.deployment.calculator import frame_of
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from sevennet_models import ALL_VERSIONS, PUBLISHED, RECIPES, structures, universal_structures
-from sevennet_oracle import NEWEST, Results, SevenNets
+from sevennet_oracle import NEWEST, Request, Results, SevenNets
 
 EXACT = 1e-9
 VOIGT = (0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1)
@@ -112,8 +112,9 @@ def assert_equal_gradients(backbone: SevenNetBackbone, results: Results, systems
 def published(sevennets: SevenNets) -> dict[tuple[str, str | None], Results]:
     """sevenn's results for all published checkpoints and modalities, computed in one process."""
     cases = [(name, head) for name, model in PUBLISHED.items() for head in model.modalities]
-    requests = [(sevennets.published(PUBLISHED[name].folder), head) for name, head in cases]
-    found = sevennets.compute("evaluate", requests, universal_structures(), gradients=True)
+    systems = universal_structures()
+    requests = [Request(sevennets.published(PUBLISHED[name].folder), head, systems) for name, head in cases]
+    found = sevennets.compute("evaluate", requests, gradients=True)
     return dict(zip(cases, found, strict=True))
 
 
@@ -149,23 +150,24 @@ def test_published_models_are_what_sevenn_computes(
 
 @pytest.mark.parametrize(("version", "name"), marked(CASES))
 def test_models_of_each_version_are_what_sevenn_computes(sevennets: SevenNets, version: str, name: str) -> None:
-    recipe = RECIPES[name]
-    together = [other for _, other in QUICK_CASES if version == NEWEST] if (version, name) in QUICK_CASES else []
-    names = (
-        list(dict.fromkeys([name, *together])) if together else [n for n, r in RECIPES.items() if version in r.versions]
-    )
+    # those that are asked for together are made and computed in one process
+    quick = [other for its, other in QUICK_CASES if its == version]
+    names = quick if name in quick else [other for other, recipe in RECIPES.items() if version in recipe.versions]
     paths = dict(zip(names, sevennets.make(names, version), strict=True))
-    systems = structures(recipe.symbols)
-    heads = recipe.modalities or (None,)
-    requests = [(paths[name], head) for head in heads]
-    for head, results in zip(heads, sevennets.compute("evaluate", requests, systems, gradients=True), strict=True):
-        backbone = SevenNetBackbone.load(paths[name], head=head)
-        assert_parity(backbone, results, systems)
-        assert_equal_gradients(backbone, results, systems)
-        cut = SevenNetBackbone.load(paths[name], head=head, elements=systems[3].numbers.tolist())
-        assert_parity(cut, results, systems)
-        single = SevenNetBackbone.load(paths[name], head=head, dtype=torch.float32)
-        assert_parity(single, results, systems, tolerance=1e-4)
+    cases = [(other, head) for other in names for head in RECIPES[other].modalities or (None,)]
+    requests = [Request(paths[other], head, structures(RECIPES[other].symbols)) for other, head in cases]
+    results = sevennets.compute("evaluate", requests, gradients=True)
+    for (other, head), request, expected in zip(cases, requests, results, strict=True):
+        if other != name:
+            continue
+        systems = request.structures
+        backbone = SevenNetBackbone.load(request.model, head=head)
+        assert_parity(backbone, expected, systems)
+        assert_equal_gradients(backbone, expected, systems)
+        cut = SevenNetBackbone.load(request.model, head=head, elements=systems[3].numbers.tolist())
+        assert_parity(cut, expected, systems)
+        single = SevenNetBackbone.load(request.model, head=head, dtype=torch.float32)
+        assert_parity(single, expected, systems, tolerance=1e-4)
 
 
 @pytest.mark.slow
@@ -174,14 +176,11 @@ def test_versions_compute_what_the_newest_does(sevennets: SevenNets, version: st
     """The versions' own calculators, in float32: what they saved means what the newest reads."""
     names = [name for name, recipe in RECIPES.items() if version in recipe.versions and recipe.symbols == ("Hf", "O")]
     systems = structures(("Hf", "O"))[:3]
-    requests = [
-        (path, None if not RECIPES[name].modalities else RECIPES[name].modalities[-1])
-        for name, path in zip(names, sevennets.make(names, version), strict=True)
-    ]
-    for (path, head), results in zip(
-        requests, sevennets.compute("calculate", requests, systems, version=version), strict=True
-    ):
-        assert_parity(SevenNetBackbone.load(path, head=head), results, systems, tolerance=1e-4)
+    heads = [RECIPES[name].modalities[-1] if RECIPES[name].modalities else None for name in names]
+    requests = [Request(*case, systems) for case in zip(sevennets.make(names, version), heads, strict=True)]
+    results = sevennets.compute("calculate", requests, version=version)
+    for request, expected in zip(requests, results, strict=True):
+        assert_parity(SevenNetBackbone.load(request.model, head=request.modal), expected, systems, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cp_0.pth", "cp_0_old.pth"])
@@ -194,7 +193,7 @@ def test_checkpoints_of_the_repository(sevennets: SevenNets, reference_data: Pat
     systems = structures(("Hf", "O"))
     # the old one says no version, which sevenn asks for
     known = file if name == "cp_0.pth" else file.with_name("cp_0.pth")
-    (results,) = sevennets.compute("evaluate", [(known, None)], systems, gradients=True)
+    (results,) = sevennets.compute("evaluate", [Request(known, None, systems)], gradients=True)
     if name == "cp_0.pth":
         assert_equal_gradients(backbone, results, systems)
     assert_parity(backbone, results, systems)

@@ -301,7 +301,8 @@ class Gate(Update):
     def reason_against(self, site: Site) -> str | None:
         if site.irreps_in is None or site.irreps_out is None:
             return "its module has no irreps"
-        if self.species and site.kind != "tensor_product":
+        # a linear layer may stand in the place of a tensor product with the species
+        if self.species and not all("*" in path.name for path in site.paths):
             return "it is not told the species"
         if not any(block.is_even_scalar for block in parse_irreps(site.irreps_in)):
             return "its input has no even scalars to drive a gate"

@@ -44,6 +44,10 @@ class ModalLinear(EquivariantLinear):
         source: of ``weight`` and ``modality``.
         modalities: that there were; the normalisation counts them.
         biases, kind, further_inputs: as :class:`EquivariantLinear`.
+
+    Attributes:
+        scalars: the output block that has the modality.
+        scalar_inputs: even scalars that lead to it, all modalities included.
     """
 
     modality: Tensor
@@ -64,7 +68,8 @@ class ModalLinear(EquivariantLinear):
         outputs = parse_irreps(irreps_out)
         self.scalars = next(index for index, block in enumerate(outputs) if block.is_even_scalar)
         scalars = sum(b.multiplicity for b in parse_irreps(irreps_in) if b.is_even_scalar)
-        self.modality_factor = 1 / math.sqrt(scalars + counted)
+        self.scalar_inputs = scalars + counted
+        self.modality_factor = 1 / math.sqrt(self.scalar_inputs)
         register(self, "modality", source.take("modality", (outputs[self.scalars].multiplicity,), torch.zeros))
 
     def forward(self, features: Features) -> Features:

@@ -14,6 +14,7 @@ from torch import Tensor
 from forcetune.backbones.nequip.interaction import ACTIVATIONS, product_irreps
 from forcetune.irreps import irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.tensors import UnfitError
+from forcetune.parsing import short
 
 _LARGEST = 16384
 
@@ -145,42 +146,49 @@ def read_architecture(config: Mapping[str, Any]) -> SevenNetArchitecture:
     """
     try:
         return _read(config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
-        raise UnfitError(f"its configuration cannot be read ({type(error).__name__}: {error})") from error
+    except KeyError as error:
+        raise UnfitError(f"its configuration has no {error}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, StopIteration, OverflowError) as error:
+        raise UnfitError(f"its configuration cannot be read ({type(error).__name__}: {short(str(error))})") from error
 
 
 def _read(config: Mapping[str, Any]) -> SevenNetArchitecture:
     _refuse_unknown(config)
     version = _version(config)
-    layers = _whole(config["num_convolution_layer"], "num_convolution_layer", 64)
-    parity = bool(config.get("is_parity", True))
+    layers = _whole(config["num_convolution_layer"], "num_convolution_layer", 64, smallest=1)
+    parity = _flag(config, "is_parity", default=True)
     highest = _whole(config["lmax"], "lmax", 8)
-    edge = int(config.get("lmax_edge", -1))
+    edge = _whole(config.get("lmax_edge", -1), "lmax_edge", 8, smallest=-1)
     harmonics = "+".join(
         f"1x{order}{'o' if parity and order % 2 else 'e'}" for order in range((edge if edge > 0 else highest) + 1)
     )
     cutoff_function, parameter = _cutoff_function(config["cutoff_function"])
     basis = dict(config["radial_basis"])
     if basis.pop("radial_basis_name") != "bessel" or set(basis) - {"bessel_basis_num", "trainable_coeff"}:
-        raise UnfitError(f"its radial basis is {config['radial_basis']}")
+        raise UnfitError(f"its radial basis is {short(config['radial_basis'])}")
     scalars, gates = dict(config["act_scalar"]), dict(config["act_gate"])
-    readout_network = bool(config.get("readout_as_fcn", False))
+    readout_network = _flag(config, "readout_as_fcn")
     modal_keys = {
         "use_modal_node_embedding": "node_embedding",
         "use_modal_self_inter_intro": "self_interaction_1",
         "use_modal_self_inter_outro": "self_interaction_2",
         "use_modal_output_block": "reduce_input_to_hidden",
     }
-    modal_map = dict(config.get("_modal_map") or {}) if config.get("use_modality", False) else {}
-    type_map = {int(z): int(index) for z, index in dict(config["_type_map"]).items()}
-    if sorted(type_map.values()) != list(range(len(type_map))) or not all(0 <= z < 119 for z in type_map):
-        raise UnfitError("its table of elements has gaps")
+    modal_map = _table(config["_modal_map"], "_modal_map", str) if _flag(config, "use_modality") else {}
+    type_map = _table(config["_type_map"], "_type_map", int)
+    if not all(0 <= z < 119 for z in type_map):
+        raise UnfitError("its table of elements has atomic numbers that there are not")
     connections = config.get("self_connection_type", "nequip")
     connections = (connections,) * layers if isinstance(connections, str) else tuple(connections)
+    if len(connections) != layers:
+        raise UnfitError("its self_connection_type does not fit its number of layers")
     activation = _known(config.get("act_radial", "silu"))
-    normalised = config.get("_normalize_sph", version >= (0, 10))
+    normalised = _flag(config, "_normalize_sph", default=version >= (0, 10))
+    cutoff = _number(config["cutoff"], "cutoff")
+    if cutoff_function == "XPLOR" and parameter >= cutoff:
+        raise UnfitError(f"its cutoff_on is {parameter}, which is not below its cutoff")
     return SevenNetArchitecture(
-        cutoff=_number(config["cutoff"], "cutoff"),
+        cutoff=cutoff,
         type_map=tuple(sorted(type_map, key=lambda z: type_map[z])),
         harmonics=harmonics,
         solid_harmonics=not normalised,
@@ -193,11 +201,13 @@ def _read(config: Mapping[str, Any]) -> SevenNetArchitecture:
         scalar_activations=(_known(scalars.get("e", "silu")), _known(scalars.get("o", "tanh"))),
         gate_activation=_known(gates.get("e", "silu")),
         self_connections=tuple(_self_connection(kind) for kind in connections),
-        biases=bool(config.get("use_bias_in_linear", False)),
-        readout_hidden=tuple(int(n) for n in config["readout_fcn_hidden_neurons"]) if readout_network else None,
+        biases=_flag(config, "use_bias_in_linear"),
+        readout_hidden=tuple(_whole(n, "readout_fcn_hidden_neurons") for n in config["readout_fcn_hidden_neurons"])
+        if readout_network
+        else None,
         readout_activation=_known(config["readout_fcn_activation"]) if readout_network else None,
         modalities=tuple(sorted(modal_map, key=lambda name: modal_map[name])),
-        modal_layers=tuple(kind for key, kind in modal_keys.items() if modal_map and config.get(key, False)),
+        modal_layers=tuple(kind for key, kind in modal_keys.items() if modal_map and _flag(config, key)),
         sorted_paths=version >= (0, 11),
     )
 
@@ -205,9 +215,9 @@ def _read(config: Mapping[str, Any]) -> SevenNetArchitecture:
 def _refuse_unknown(config: Mapping[str, Any]) -> None:
     unknown = [str(key) for key in config if str(key) not in _TRAINING_KEYS | _MODEL_KEYS]
     if unknown:
-        raise UnfitError(f"its configuration has the option {unknown[0]}, which forcetune does not know")
+        raise UnfitError(f"its configuration has the option {short(unknown[0])}, which forcetune does not know")
     if config.get("interaction_type", "nequip") != "nequip":
-        raise UnfitError(f"its interactions are of the type {config['interaction_type']}")
+        raise UnfitError(f"its interactions are of the type {short(config['interaction_type'])}")
     if config.get("optimize_by_reduce") is False:
         raise UnfitError("it was trained with optimize_by_reduce = False, which sevenn no longer reads either")
     accelerated = dict(config.get("cuequivariance_config") or {}).get("use", False)
@@ -217,7 +227,10 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
         ("OpenEquivariance", config.get("use_oeq")),
     ):
         if used:
-            raise UnfitError(f"it was saved with {name}; save it with sevenn for e3nn (sevenn checkpoint --help) first")
+            raise UnfitError(
+                f"it was trained with {name}, whose layout forcetune does not read; in sevenn, "
+                "SevenNetCheckpoint(FILE).build_model().state_dict() has the weights in the usual one"
+            )
 
 
 def _version(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -230,11 +243,11 @@ def _version(config: Mapping[str, Any]) -> tuple[int, int]:
 def _features(config: Mapping[str, Any], layers: int, harmonics: str, highest: int) -> tuple[str, ...]:
     manual = config.get("irreps_manual", False)
     if manual:
-        if len(manual) != layers + 1:
+        if not isinstance(manual, (list, tuple)) or len(manual) != layers + 1:
             raise UnfitError("its irreps_manual do not fit its number of layers")
         return tuple(_checked_irreps(str(irreps)) for irreps in manual)
     channels = _whole(config["channel"], "channel")
-    node = int(config.get("lmax_node", -1))
+    node = _whole(config.get("lmax_node", -1), "lmax_node", 8, smallest=-1)
     features = [f"{channels}x0e"]
     for layer in range(layers):
         last = layer == layers - 1
@@ -246,9 +259,9 @@ def _features(config: Mapping[str, Any], layers: int, harmonics: str, highest: i
 def _checked_irreps(text: str) -> str:
     blocks = parse_irreps(text.replace(" ", ""))
     if len(merge_neighbours(blocks)) != len(blocks) or sum(b.multiplicity for b in blocks) > _LARGEST:
-        raise UnfitError(f"its irreps are {text}")
+        raise UnfitError(f"its irreps are {short(text)}")
     if any(block.order > 8 for block in blocks):
-        raise UnfitError(f"its irreps are {text}")
+        raise UnfitError(f"its irreps are {short(text)}")
     return irreps_text(blocks)
 
 
@@ -257,26 +270,48 @@ def _cutoff_function(found: Mapping[str, Any]) -> tuple[str, float]:
     name = options.pop("cutoff_function_name")
     key = {"XPLOR": "cutoff_on", "poly_cut": "poly_cut_p_value"}.get(name)
     if key is None or set(options) - {"cutoff_on", "poly_cut_p_value"}:
-        raise UnfitError(f"its cutoff function is {found}")
+        raise UnfitError(f"its cutoff function is {short(found)}")
     return name, _number(options.get(key, 6) if name == "poly_cut" else options[key], key)
 
 
 def _self_connection(kind: Any) -> str:
-    if kind not in ("linear", "nequip", "none"):
-        raise UnfitError(f"its self-connections are {kind}")
+    if not isinstance(kind, str) or kind not in ("linear", "nequip", "none"):
+        raise UnfitError(f"its self-connections are {short(kind)}")
     return str(kind)
 
 
 def _known(name: Any) -> str:
-    if name not in ACTIVATIONS:
-        raise UnfitError(f"its activation is {name}, which is none of {', '.join(ACTIVATIONS)}")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise UnfitError(f"its activation is {short(name)}, which is none of {', '.join(ACTIVATIONS)}")
     return str(name)
 
 
-def _whole(value: Any, what: str, largest: int = _LARGEST) -> int:
-    if type(value) is not int or not 0 <= value <= largest:
-        raise UnfitError(f"its {what} is {value!r}")
+def _whole(value: Any, what: str, largest: int = _LARGEST, *, smallest: int = 0) -> int:
+    if type(value) is not int or not smallest <= value <= largest:
+        raise UnfitError(f"its {what} is {short(value)}")
     return value
+
+
+def _flag(config: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, (bool, np.bool_)):
+        raise UnfitError(f"its {key} is {short(value)}")
+    return bool(value)
+
+
+def _table(value: Any, what: str, kind: type) -> dict[Any, int]:
+    """A table of places, in their order, without gaps."""
+    if not isinstance(value, Mapping) or not value or len(value) > _LARGEST:
+        raise UnfitError(f"its {what} is {short(value)}")
+    numbers = (int, np.integer)
+    kinds = numbers if kind is int else kind
+    if any(isinstance(part, bool) for entry in value.items() for part in entry) or not all(
+        isinstance(key, kinds) and isinstance(place, numbers) for key, place in value.items()
+    ):
+        raise UnfitError(f"its {what} is {short(value)}")
+    if sorted(value.values()) != list(range(len(value))):
+        raise UnfitError(f"its {what} has gaps")
+    return {kind(key): int(place) for key, place in value.items()}
 
 
 def _number(value: Any, what: str) -> float:
@@ -288,5 +323,5 @@ def _number(value: Any, what: str) -> float:
         or not math.isfinite(value)
         or not 0 < value < 100
     ):
-        raise UnfitError(f"its {what} is {value!r}")
+        raise UnfitError(f"its {what} is {short(value)}")
     return float(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base
 from forcetune.backbones.sevennet.content import Cut, SevenNetContent
+from forcetune.backbones.sevennet.modalities import with_new_modality
 from forcetune.backbones.sevennet.network import SevenNetNetwork
 from forcetune.backbones.sevennet.reading import read_content
 from forcetune.backbones.sevennet.writing import write_checkpoint
@@ -24,13 +24,27 @@ NO_MODALITY = "Default"
 
 
 class SevenNetBackbone(NetworkBackbone):
-    """A SevenNet model; of a multi-modal one the modality that was chosen as head."""
+    """A SevenNet model; of a multi-modal one the modality that was chosen as head.
+
+    Attributes:
+        content: the checkpoint that it was made from.
+        stored_dtype: precision of the checkpoint: float32 of all that sevenn writes.
+    """
 
     library = "sevennet"
-    stored_dtype = torch.float32  # of every checkpoint that sevenn writes
 
-    def __init__(self, content: SevenNetContent, cut: Cut, model: SevenNetNetwork, base: Base, head: str) -> None:
+    def __init__(
+        self,
+        content: SevenNetContent,
+        cut: Cut,
+        model: SevenNetNetwork,
+        base: Base,
+        head: str,
+        *,
+        stored_dtype: torch.dtype | None = None,
+    ) -> None:
         self.content, self._cut = content, cut
+        self.stored_dtype = stored_dtype or next(iter(content.tensors.values())).dtype
         super().__init__(model, base, elements=model.elements, cutoff=content.architecture.cutoff, head=head)
 
     @classmethod
@@ -83,15 +97,21 @@ class SevenNetBackbone(NetworkBackbone):
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
+        stored_dtype: torch.dtype | None = None,
     ) -> SevenNetBackbone:
         """As :meth:`load`, from what was read."""
         modalities = content.architecture.modalities
         if modalities and head is None:
             raise InputError(
-                f"{base.name} has the modalities {', '.join(modalities)}; choose one with --head (model.head)."
+                f"{base.name} has the modalities {', '.join(modalities)} (levels of theory); choose one with --head, "
+                f"such as --head {modalities[-1]}."
             )
         if head is not None and head not in (modalities or (NO_MODALITY,)):
-            raise InputError(f"the model has no head {head!r}; it has {', '.join(modalities or (NO_MODALITY,))}.")
+            raise InputError(
+                f"{base.name} has no modality {head!r}; it has {', '.join(modalities)}: choose one with --head."
+                if modalities
+                else f"{base.name} has no modalities, and so no head {head!r}; leave --head out."
+            )
         known = sorted(z for z in content.architecture.type_map if z)
         wanted = known if elements is None else sorted(set(elements))
         if unknown := sorted(set(wanted) - set(known)):
@@ -102,7 +122,8 @@ class SevenNetBackbone(NetworkBackbone):
             network = cut.build()
         except UnfitError as error:
             raise InputError(f"{base.name} cannot be rebuilt: {error}.") from error
-        return cls(content, cut, network.to(dtype=dtype, device=torch.device(device)), base, head or NO_MODALITY)
+        network = network.to(dtype=dtype, device=torch.device(device))
+        return cls(content, cut, network, base, head or NO_MODALITY, stored_dtype=stored_dtype)
 
     def _stored_references(self) -> dict[int, float]:
         shift = self.model.rescale_atomic_energy.shift.double()
@@ -134,15 +155,22 @@ class SevenNetBackbone(NetworkBackbone):
             drawn = SevenNetNetwork(self.content.architecture, tuple(self.elements), source)
         return {name: parameter.detach().to(self.device) for name, parameter in drawn.named_parameters()}
 
-    def _content_now(self) -> SevenNetContent:
-        """The checkpoint with the weights as they are now."""
-        written = self._cut.written_back(self.model)
-        tensors = {name: written[self.content.names[name]] for name in self.content.tensors}
-        return replace(self.content, tensors=tensors)
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities of the checkpoint; none of one without."""
+        return self.content.architecture.modalities
+
+    @property
+    def _modality(self) -> str | None:
+        return self.head if self.modalities else None
 
     def fingerprint(self) -> str:
         """SHA-256 over architecture and tensors of the checkpoint as they are now, without an adapter."""
         return self._content_now().fingerprint
+
+    def _content_now(self) -> SevenNetContent:
+        """The checkpoint with the weights as they are now."""
+        return self._cut.written_back(self.model, torch.promote_types(self.stored_dtype, self.dtype))
 
     def cut_to(self, elements: Sequence[int]) -> SevenNetBackbone:
         """The model as it is now, with these elements only.
@@ -150,27 +178,62 @@ class SevenNetBackbone(NetworkBackbone):
         Raises:
             InputError: it does not know one of them.
         """
-        head = None if self.head == NO_MODALITY else self.head
-        options = {"head": head, "elements": elements, "dtype": self.dtype, "device": self.device}
-        return SevenNetBackbone.from_content(self._content_now(), self.base, **options)  # pyright: ignore[reportArgumentType]
+        return SevenNetBackbone.from_content(
+            self._content_now(),
+            self.base,
+            head=self._modality,
+            elements=elements,
+            dtype=self.dtype,
+            device=self.device,
+            stored_dtype=self.stored_dtype,
+        )
+
+    def with_modality(self, name: str) -> SevenNetBackbone:
+        """Another modality of the checkpoint that this one was made from, with the same elements.
+
+        Raises:
+            InputError: it has no such modality.
+        """
+        return SevenNetBackbone.from_content(
+            self.content, self.base, head=name, elements=self.elements, dtype=self.dtype, device=self.device
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint that sevenn reads, atomically; an adapter attached to the model is not written.
 
         The full table of elements, and other modalities, are kept; what belongs to the elements and the modality of
-        this backbone is replaced.
+        this backbone is replaced. Tensors are written in this backbone's precision; sevenn itself computes in float32.
 
         Raises:
             InputError: the folder cannot be written.
         """
-        write_checkpoint(self.content, self._cut.written_back(self.model), path)
+        write_checkpoint(self._cut.written_back(self.model, self.dtype), path)
 
     def save_into_source(self, path: str | Path) -> bool:
-        """As :meth:`save`, which writes the checkpoint that it was read from with its weights in it."""
-        self.save(path)
+        """As :meth:`save`, in the precision of the checkpoint that it was read from."""
+        write_checkpoint(self._cut.written_back(self.model, self.stored_dtype), path)
         return True
+
+    def save_modality(self, path: str | Path, name: str, dtype: torch.dtype | None = None) -> None:
+        """Write the checkpoint that this one was read from with one more modality: the rows and E0 of this backbone.
+
+        Args:
+            path: to write.
+            name: of the new modality.
+            dtype: of the written tensors; None keeps that of the checkpoint.
+
+        Raises:
+            InputError: it has this modality already or knows none, weights that modalities share have changed, or the
+                folder cannot be written.
+        """
+        if not self.modalities or name in self.modalities:
+            raise InputError(f"{self.base.name} has the modalities {', '.join(self.modalities) or 'none'}.")
+        try:
+            content = with_new_modality(self._cut, self.model, name, dtype or self.stored_dtype)
+        except UnfitError as error:
+            raise InputError(f"no modality can be added to {self.base.name}: {error}.") from error
+        write_checkpoint(content, path)
 
     def read_back(self, path: str | Path) -> SevenNetBackbone:
         """What was written by :meth:`save`, to be compared with this one."""
-        head = None if self.head == NO_MODALITY else self.head
-        return SevenNetBackbone.load(path, head=head, elements=self.elements, dtype=self.dtype)
+        return SevenNetBackbone.load(path, head=self._modality, elements=self.elements, dtype=self.dtype)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from forcetune.backbones.sevennet.network import SevenNetNetwork
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.layers import GatedActivation
 from forcetune.kernels.tensors import TensorSource, UnfitError
+from forcetune.parsing import short
 
 # names in checkpoints from before April 2024
 _OLD_NAMES = {
@@ -24,6 +26,7 @@ _OLD_NAMES = {
     "rescale atomic energy": "rescale_atomic_energy",
 }
 _OLD_LAYERS = ("self connection intro", "convolution", "self interaction 2", "self interaction 1", "equivariant gate")
+RESCALING = "rescale_atomic_energy."
 _NOT_READ = ("output_mask", "equivariant_gate.gate.mul.weight")
 
 
@@ -57,6 +60,19 @@ class SevenNetContent:
             digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
         return digest.hexdigest()
 
+    def replaced(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> SevenNetContent:
+        """With other tensors under the same names, and these entries of the configuration changed.
+
+        Shift and scale stand in the configuration as well, where newer versions of sevenn look at them first.
+        """
+        changed = dict(self.config) | dict(config)
+        for key in ("shift", "scale"):
+            if (tensor := tensors.get(f"{RESCALING}{key}")) is not None and key in changed:
+                values = tensor.tolist()
+                changed[key] = values[0] if tensor.ndim == 1 and len(values) == 1 else values
+        state = dict(self.state) | {self.names[name]: tensor for name, tensor in tensors.items()}
+        return replace(self, tensors=dict(tensors), config=changed, state=state)
+
 
 def content_from_state(
     architecture: SevenNetArchitecture, state: Mapping[str, Any], config: Mapping[str, Any]
@@ -71,10 +87,14 @@ def content_from_state(
     constants: dict[str, Tensor] = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            raise UnfitError(f"its entry {key} is no tensor")
+            raise UnfitError(f"its entry {short(str(key))} is no tensor")
         name = present_name(str(key))
         if not value.numel() or name.endswith(_NOT_READ):
             continue
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise UnfitError(f"its tensor {key} holds no real numbers but {value.dtype}")
+        if not bool(value.isfinite().all()):
+            raise UnfitError(f"its tensor {key} has values that are not finite")
         if "._w3j_" in name:
             constants[name.replace("._compiled_main_left_right", "")] = value
             continue
@@ -117,15 +137,20 @@ class Cut:
         """Tensors of the network: parameters where they are trained, buffers else."""
         found: dict[str, Tensor] = {}
         for name, tensor in self.content.tensors.items():
-            if name.startswith("rescale_atomic_energy."):
-                found[name] = self._per_element(tensor)
+            if name.startswith(RESCALING):
+                found[name] = self.per_element(tensor)
             elif name.endswith(".denominator"):
                 found[name] = tensor
             else:
                 found.update({key: nn.Parameter(value.detach()) for key, value in self._weights(name, tensor).items()})
         return found
 
-    def _per_element(self, tensor: Tensor) -> Tensor:
+    def per_element(self, tensor: Tensor) -> Tensor:
+        """Shift or scale of the chosen elements and modality.
+
+        Raises:
+            UnfitError: its shape is none that belongs to the table of elements.
+        """
         chosen = tensor[self.modality] if tensor.ndim == 2 and self.modality is not None else tensor
         if chosen.ndim != 1 or len(chosen) not in (1, self.n_species):
             raise UnfitError(f"its shift or scale has shape {tuple(tensor.shape)}")
@@ -133,28 +158,31 @@ class Cut:
 
     def _weights(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        place = self._modal_place(name)
+        place = self.modal_place(name)
         if place is not None:
-            rows = tensor[place[0] :].view(self.n_modalities, place[1])
+            rows = _viewed(name, tensor[place[0] :], self.n_modalities, place[1])
             found[f"{name.removesuffix('.weight')}.modality"] = rows[self.modality]
             tensor = tensor[: place[0]]
         if name == "onehot_to_feature_x.linear.weight":
-            return found | {name: tensor.view(self.n_species, -1)[self.rows].reshape(-1)}
+            width = sum(block.multiplicity for block in parse_irreps(self.content.architecture.features[0]))
+            return found | {name: _viewed(name, tensor, self.n_species, width)[self.rows].reshape(-1)}
         if name.endswith("fc_tensor_product.weight"):
             blocks = [block[:, self.rows].reshape(-1) for block in self._species_blocks(name, tensor)]
             return {name: torch.cat(blocks)}
         return found | {name: tensor}
 
-    def _modal_place(self, name: str) -> tuple[int, int] | None:
+    def modal_place(self, name: str) -> tuple[int, int] | None:
         """Where the rows of the modalities begin in a weight, and how wide they are."""
         architecture = self.content.architecture
         layer = name.split(".")[0]
         kind = layer.partition("_")[2] if layer[0].isdigit() else layer.replace("onehot_to_feature_x", "node_embedding")
         if not name.endswith(".linear.weight") or kind not in architecture.modal_layers or self.modality is None:
             return None
-        whole = self.content.tensors[name].numel()
+        tensor = self.content.tensors[name]
         width = self._scalars_out(layer, kind)
-        return whole - width * self.n_modalities, width
+        if tensor.ndim != 1 or len(tensor) <= width * self.n_modalities:
+            raise UnfitError(f"the shape of {name} differs from what its architecture needs: {tuple(tensor.shape)}")
+        return len(tensor) - width * self.n_modalities, width
 
     def _scalars_out(self, layer: str, kind: str) -> int:
         features = self.content.architecture.features
@@ -181,7 +209,8 @@ class Cut:
             for irrep, width in outputs:
                 if irrep == block.irrep:
                     size = block.multiplicity * self.n_species * width
-                    blocks.append(tensor[start : start + size].view(block.multiplicity, self.n_species, width))
+                    piece = tensor[start : start + size] if tensor.ndim == 1 else tensor
+                    blocks.append(_viewed(name, piece, block.multiplicity, self.n_species, width))
                     start += size
         if start != tensor.numel():
             raise UnfitError(f"the shape of {name} differs from what its architecture needs")
@@ -196,32 +225,26 @@ class Cut:
         source = TensorSource(self.tensors(), self.content.constants)
         return SevenNetNetwork(self.content.architecture, self.elements, source)
 
-    def written_back(self, network: SevenNetNetwork) -> dict[str, Tensor]:
-        """The tensors of the checkpoint with what the network has in its places, by their names in the file."""
-        own = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-        found: dict[str, Tensor] = {}
-        for name, tensor in self.content.tensors.items():
-            value = tensor.detach().clone()
-            if name.startswith("rescale_atomic_energy."):
-                value = self._with_elements(value, own[name])
-            else:
-                self._write(name, value, own)
-            found[self.content.names[name]] = value
-        return found
+    def written_back(self, network: SevenNetNetwork, dtype: torch.dtype | None = None) -> SevenNetContent:
+        """The checkpoint with what the network has in its places; everything else stays as it was.
 
-    def _with_elements(self, value: Tensor, own: Tensor) -> Tensor:
-        """Shift or scale with those of the network's elements; one number for all becomes one for each where needed."""
-        chosen = value[self.modality] if value.ndim == 2 and self.modality is not None else value
-        if len(chosen) == self.n_species:
-            chosen[self.rows] = own.to(value.dtype)
-            return value
-        whole = chosen.expand(self.n_species).clone()
-        whole[self.rows] = own.to(value.dtype)
-        return whole if bool((whole != whole[0]).any()) else whole[:1]
+        Args:
+            network: that :meth:`build` made.
+            dtype: of the written tensors; None keeps that of each.
+        """
+        own = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.content.tensors.items():
+            value = tensor.detach().to(dtype or tensor.dtype, copy=True)
+            if not name.startswith(RESCALING):
+                self._write(name, value, own)
+            tensors[name] = value
+        rescaling, config = with_references(self, own[f"{RESCALING}shift"], dtype)
+        return self.content.replaced(tensors | rescaling, config)
 
     def _write(self, name: str, value: Tensor, own: Mapping[str, Tensor]) -> None:
         """Put the network's weights into their places."""
-        place = self._modal_place(name)
+        place = self.modal_place(name)
         if place is not None:
             rows = value[place[0] :].view(self.n_modalities, place[1])
             rows[self.modality] = own[f"{name.removesuffix('.weight')}.modality"].to(value.dtype)
@@ -237,6 +260,49 @@ class Cut:
                 start += size
         else:
             value.copy_(own[name].view(value.shape))
+
+
+def with_references(
+    cut: Cut, energies: Tensor, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Shift and scale with other reference energies, and what changes in the configuration for them.
+
+    One number for all elements becomes one for each, and one shift for all modalities one for each, where that is
+    needed: other elements and modalities keep theirs.
+
+    Args:
+        cut: elements and modality.
+        energies: (elements,) eV.
+        dtype: of what is returned; None keeps that of the checkpoint.
+    """
+    shift, scale = (
+        tensor.detach().to(dtype or tensor.dtype, copy=True)
+        for tensor in (cut.content.tensors[f"{RESCALING}{key}"] for key in ("shift", "scale"))
+    )
+    config: dict[str, Any] = {}
+    own = energies.to(shift.dtype)
+    if torch.equal(cut.per_element(shift), own):
+        return {}, {}
+    if shift.ndim == 1 and len(shift) != cut.n_species:
+        shift, scale = (values.expand(cut.n_species).clone() for values in (shift, scale))
+        if "use_species_wise_shift_scale" in cut.content.config:
+            config["use_species_wise_shift_scale"] = True
+    if shift.ndim == 1 and cut.modality is not None:
+        shift = shift.expand(cut.n_modalities, cut.n_species).clone()
+        config["use_modal_wise_shift"] = True
+    chosen = shift if cut.modality is None or shift.ndim == 1 else shift[cut.modality]
+    chosen[cut.rows] = own
+    return {f"{RESCALING}shift": shift, f"{RESCALING}scale": scale}, config
+
+
+def _viewed(name: str, tensor: Tensor, *shape: int) -> Tensor:
+    """
+    Raises:
+        UnfitError: the tensor has another size.
+    """
+    if tensor.ndim != 1 or tensor.numel() != math.prod(shape):
+        raise UnfitError(f"the shape of {name} differs from what its architecture needs: {tuple(tensor.shape)}")
+    return tensor.view(shape)
 
 
 def _gate_inputs(irreps_out: str) -> list[tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +149,10 @@ class IrrepsConvolution(nn.Module):
             # radial weights as the paths were found: by input, harmonic and order
             outputs = parse_irreps(irreps_mid)
             paths = sorted(paths, key=lambda path: (path.source, path.harmonic, outputs[path.target].order))
-        register(self, "denominator", source.take("denominator", (1,), torch.ones(1), parameter=False).detach())
+        denominator = source.take("denominator", (1,), torch.ones(1), parameter=False).detach()
+        if not bool(denominator):
+            raise UnfitError(f"it divides its sums over neighbours by {float(denominator)}")
+        register(self, "denominator", denominator)
         self.convolution = Convolution(
             irreps_in, architecture.harmonics, paths, irreps_mid, source.within("convolution")
         )

@@ -11,33 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcetune.backbones.sevennet.content import SevenNetContent, present_name
+from forcetune.backbones.sevennet.content import SevenNetContent
 from forcetune.files import atomic_path
 
 
-def write_checkpoint(content: SevenNetContent, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a checkpoint with other numbers, atomically.
+def write_checkpoint(content: SevenNetContent, path: str | Path) -> None:
+    """Write a checkpoint, atomically.
 
     Configuration, version, names and layout of the tensors stay those of the file it came from, so that it loads
-    wherever that did. Arrays become lists and devices text: ``torch.load(weights_only=True)`` opens it.
-
-    Args:
-        content: of the checkpoint.
-        tensors: those that were replaced, by their names in the file.
-        path: to write.
+    wherever that did: whatever sevenn does to files of that version, it does to this one. Arrays become lists and
+    devices text, so that ``torch.load(weights_only=True)`` opens it.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    state = OrderedDict()
-    for name, tensor in content.state.items():
-        state[name] = tensors.get(name, tensor).detach().cpu().clone()
+    state = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in content.state.items())
     config = {key: plain(value) for key, value in content.config.items()}
-    for key in ("shift", "scale"):
-        found = next((t for name, t in state.items() if present_name(name) == f"rescale_atomic_energy.{key}"), None)
-        if found is not None and key in config:
-            values = found.tolist()
-            config[key] = values[0] if isinstance(values, list) and len(values) == 1 and found.ndim == 1 else values
     with atomic_path(path) as temporary:
         torch.save({"config": config, "model_state_dict": state, "epoch": 0}, temporary)
 
