@@ -27,7 +27,7 @@ from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.traced_readout import traced_readout
 from forcetune.backbones.mace.tree import Node, node_from_module, node_from_record
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.kernels.tensors import UnfitError
 from forcetune.parsing import short
 
@@ -61,7 +61,16 @@ def content_from_record(record: Any, file: Path) -> MaceContent:
     record = _uncompiled(record)
     _check_whole_model(record, file)
     check_not_converted(record, file)
-    return _checked_content(node_from_record(record, traced_readout))
+    node = node_from_record(record, traced_readout)
+    content = _checked_content(node)
+    # what mace before 0.3.15 did not have
+    late = "use_edge_irreps_first" in node.attributes
+    if len(content.architecture.heads) > 1 and content.architecture.readout == "NonLinearBiasReadoutBlock" and not late:
+        warn(
+            f"{file} is of mace before 0.3.15, which mixed heads within readouts of this kind; energies are those that "
+            "mace from 0.3.15 on computes with it."
+        )
+    return content
 
 
 def read_module(model: nn.Module) -> MaceContent:
