@@ -211,7 +211,7 @@ def die_at_the_second_checkpoint(monkeypatch: pytest.MonkeyPatch, out: Path, **o
 def test_a_second_stage_that_begins_early_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {1: 5.0, 2: 6.0, 3: 9.0, 4: 8.0}
     validate = FineTuning._validation
-    monkeypatch.setattr(FineTuning, "_validation", lambda self: (losses[self.epoch], validate(self)[1]))
+    monkeypatch.setattr(FineTuning, "_validation", lambda self, *given: (losses[self.epoch], validate(self, *given)[1]))
     options = {"method.name": "readout", "training.early_stopping": 1, "training.second_stage.start": 5}
     whole = content(fit(tmp_path / "peace", **options).folder)
     assert [row["stage"] for row in whole["metrics"]] == ["1", "1", "2", "2"]

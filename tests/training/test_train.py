@@ -129,7 +129,7 @@ def test_early_stopping_of_the_first_stage_begins_the_second(
     ended: str,
 ) -> None:
     validate, told = FineTuning._validation, iter(losses)
-    monkeypatch.setattr(FineTuning, "_validation", lambda self, *_: (next(told), validate(self, *_)[1]))
+    monkeypatch.setattr(FineTuning, "_validation", lambda self, *given: (next(told), validate(self, *given)[1]))
     outcome, saved, _ = run(model, tmp_path, "readout", schedule={"name": "cosine"}, early_stopping=2, **options)
     table = rows(tmp_path)
     assert "".join(row["stage"] for row in table) == stages
