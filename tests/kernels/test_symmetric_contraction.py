@@ -20,10 +20,10 @@ from forcetune.kernels.tensors import TensorSource, UnfitError
 from models import default_dtype
 
 COUPLINGS = [
-    ("0e+1o", 3),
+    ("0e+1o", 4),
     ("0e+1o+2e", 3),
     ("0e+1o+2e+3o", 3),
-    ("0e+0o+1o+1e", 1),
+    ("0e+0o+1o+1e", 3),
     ("0e+1e+2e", 3),
     ("0o+0e+1o+1e+2o+2e", 2),
     ("1o", 2),

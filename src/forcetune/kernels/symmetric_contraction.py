@@ -38,38 +38,40 @@ def product_couplings(irreps_in: str, irrep_out: str, order: int) -> Tensor:
         none. The couplings span, and for more than two factors repeat, the symmetric ones.
     """
     (target,) = parse_irreps(irrep_out)
-    found = [table for irrep, table in _products(irreps_in, order) if irrep == target.irrep]
+    found = [table for irrep, table in _products(irreps_in, order, order == 4) if irrep == target.irrep]
     size = sum(block.dim for block in parse_irreps(irreps_in))
     stacked = torch.stack(found, dim=-1) if found else torch.zeros(target.dim, *order * [size], 1, dtype=torch.float64)
     return stacked if target.dim > 1 else stacked.squeeze(0)
 
 
 @functools.lru_cache(maxsize=8)
-def _products(irreps_in: str, order: int) -> tuple[tuple[str, Tensor], ...]:
-    """Every way to couple so many factors, from left to right, sorted by the irrep that results."""
+def _products(irreps_in: str, order: int, natural_only: bool) -> tuple[tuple[str, Tensor], ...]:
+    """Every way to couple so many factors, from left to right; products are sorted by the irrep that results.
+
+    Args:
+        irreps_in, order: as :func:`product_couplings`.
+        natural_only: leave out products, intermediate ones too, whose parity is not that of their order.
+    """
     blocks = [block._replace(multiplicity=1, start=0) for block in parse_irreps(irreps_in)]
     starts = [sum(block.dim for block in blocks[:index]) for index in range(len(blocks))]
     size = sum(block.dim for block in blocks)
     found: list[tuple[Block, Tensor]] = []
     if order == 1:
         identity = torch.eye(size, dtype=torch.float64)
-        found = [(block, identity[s : s + block.dim]) for block, s in zip(blocks, starts, strict=True)]
-    else:
-        for irrep, left in _products(irreps_in, order - 1):
-            (before,) = parse_irreps(irrep)
-            for block, start in zip(blocks, starts, strict=True):
-                parity = "e" if before.parity == block.parity else "o"
-                for result in range(abs(before.order - block.order), before.order + block.order + 1):
-                    natural = (parity == "e") == (result % 2 == 0)
-                    if order == 4 and not (natural and result < _MIDDLE_ORDER):
-                        continue
-                    coupling = wigner_3j(result, before.order, block.order) * math.sqrt(2 * result + 1)
-                    joined = torch.einsum("jk,ijl->ikl", left.flatten(1), coupling)
-                    whole = torch.zeros(2 * result + 1, *order * [size], dtype=torch.float64)
-                    whole[..., start : start + block.dim] = joined.view(
-                        2 * result + 1, *(order - 1) * [size], block.dim
-                    )
-                    found.append((Block(1, result, parity, 0), whole))
+        return tuple((block.irrep, identity[s : s + block.dim]) for block, s in zip(blocks, starts, strict=True))
+    for irrep, left in _products(irreps_in, order - 1, natural_only):
+        (before,) = parse_irreps(irrep)
+        for block, start in zip(blocks, starts, strict=True):
+            parity = "e" if before.parity == block.parity else "o"
+            for result in range(abs(before.order - block.order), before.order + block.order + 1):
+                natural = (parity == "e") == (result % 2 == 0)
+                if natural_only and not (natural and result < _MIDDLE_ORDER):
+                    continue
+                coupling = wigner_3j(result, before.order, block.order) * math.sqrt(2 * result + 1)
+                joined = torch.einsum("jk,ijl->ikl", left.flatten(1), coupling)
+                whole = torch.zeros(2 * result + 1, *order * [size], dtype=torch.float64)
+                whole[..., start : start + block.dim] = joined.view(2 * result + 1, *(order - 1) * [size], block.dim)
+                found.append((Block(1, result, parity, 0), whole))
     found.sort(key=lambda entry: (entry[0].order, entry[0].parity == "e"))
     return tuple((block.irrep, table) for block, table in found)
 
