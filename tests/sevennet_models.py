@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from forcetune.adapters.attach import Adapter
+from forcetune.backbones.protocol import Base
 from forcetune.backbones.sevennet.architecture import read_architecture
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
+from forcetune.backbones.sevennet.content import content_from_state
 from forcetune.backbones.sevennet.network import SevenNetNetwork
 from forcetune.kernels.tensors import TensorSource
 
@@ -255,11 +257,21 @@ def write_checkpoint(path: Path, recipe: Recipe, seed: int = 0) -> Path:
     return path
 
 
-def small_backbone(path: Path, name: str, *, head: str | None = None, **options: Any) -> SevenNetBackbone:
-    """The backbone of a recipe, by way of a file; of its first modality unless another is named."""
-    recipe = RECIPES[name]
-    file = write_checkpoint(path / "checkpoint.pth", recipe)
-    return SevenNetBackbone.load(file, head=head or next(iter(recipe.modalities), None), **options)
+def backbone_of(recipe: Recipe, *, head: str | None = None, seed: int = 0, **options: Any) -> SevenNetBackbone:
+    """The backbone of :func:`checkpoint`; of its first modality unless another is named."""
+    made = checkpoint(recipe, seed)
+    content = content_from_state(read_architecture(made["config"]), made["model_state_dict"], made["config"])
+    base = Base("small", "", content.fingerprint, "unknown")
+    return SevenNetBackbone.from_content(content, base, head=head or next(iter(recipe.modalities), None), **options)
+
+
+FOUR = ("H", "C", "N", "O")
+BATTERY = {
+    "SevenNet, fully connected": replace(RECIPES["parity, fully connected"], species=FOUR),
+    "SevenNet, no parity, linear": replace(RECIPES["no parity, linear, XPLOR"], species=FOUR),
+    "SevenNet, modalities": replace(RECIPES["modalities, all by modality"], species=FOUR),
+}
+"""One of each sort, for the elements of ``systems.py``, for tests of everything that works on any backbone."""
 
 
 @dataclass(frozen=True, slots=True)
