@@ -59,7 +59,7 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-# ---- sevenn, in a process without forcetune ---------------------------------------------------------------------------
+# ---- sevenn, in a process without forcetune --------------------------------------------------------------------------
 
 
 def _one_hot(self: Any, data: Any) -> Any:
@@ -112,7 +112,7 @@ def sevenn_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) ->
     return {LIBRARY: step}, {"sevenn": predict}, batch[KEY.EDGE_IDX].shape[1]
 
 
-# ---- forcetune --------------------------------------------------------------------------------------------------------
+# ---- forcetune -------------------------------------------------------------------------------------------------------
 
 
 def forcetune_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) -> tuple[Runs, Runs, int]:
@@ -142,7 +142,7 @@ def forcetune_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype)
     return steps, predictions, batch.n_edges
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 def serve(kind: str, checkpoint: str, threads: int) -> None:

@@ -133,7 +133,7 @@ def test_wrong_values_give_a_sentence_or_a_model(tmp_path: Path, name: str) -> N
 def test_damaged_tensors_give_a_sentence(tmp_path: Path, name: str) -> None:
     head = next(iter(RECIPES[name].modalities), None)
     damages: dict[str, Callable[[torch.Tensor], Any]] = {
-        "longer": lambda tensor: torch.cat([tensor.flatten(), tensor.flatten()[:1]]),
+        "longer": lambda tensor: torch.cat([tensor.flatten(), torch.ones(2)]),
         "empty": lambda tensor: tensor.flatten()[:0],
         "one number": lambda _: torch.tensor(1.0),
         "whole numbers": lambda tensor: tensor.long(),
@@ -149,6 +149,9 @@ def test_damaged_tensors_give_a_sentence(tmp_path: Path, name: str) -> None:
                 content["model_state_dict"][key] = damage(content["model_state_dict"][key])
 
             file = written(tmp_path, change, name)
-            with pytest.raises(InputError) as refused:
+            try:
                 SevenNetBackbone.load(file, head=head)
-            assert "cannot be rebuilt" in str(refused.value), (key, label)
+            except InputError as error:
+                assert "cannot be rebuilt" in str(error), (key, label)
+            else:
+                pytest.fail(f"{key}, {label}: was read")

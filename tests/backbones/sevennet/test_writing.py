@@ -151,14 +151,8 @@ def test_a_new_modality_leaves_the_others_what_they_were(tmp_path: Path, name: s
     recipe = RECIPES[name]
     base = write_checkpoint(tmp_path / "base.pth", recipe)
     elements = (8, 72) if "Hf" in recipe.species else (8, 6)
-    adapter = tuned(
-        base,
-        tmp_path / "my functional" / "adapter",
-        "modality",
-        head="b",
-        elements=elements,
-        dtype=getattr(torch, dtype),
-    )
+    options: dict[str, Any] = {"elements": elements, "dtype": getattr(torch, dtype)}
+    adapter = tuned(base, tmp_path / "my functional" / "adapter", "modality", head="b", **options)
     merged = merge(tmp_path / "my functional", tmp_path / "tuned.pth", model=base)
     assert (merged.modality, merged.added) == ("my functional", True)
     config = opened(tmp_path / "tuned.pth")["config"]
@@ -337,14 +331,8 @@ def test_merged_models_are_deployed_by_sevenn(
     base = sevennets.published(PUBLISHED[model].folder)
     run = fitted(tmp_path, base, name, head)
     merge(run, tmp_path / "tuned.pth")
-    check_in_sevenn(
-        sevennets,
-        run,
-        base,
-        tmp_path / "tuned.pth",
-        head,
-        SevenNetBackbone.load(base, head=head).content.config["version"],
-    )
+    version = SevenNetBackbone.load(base, head=head).content.config["version"]
+    check_in_sevenn(sevennets, run, base, tmp_path / "tuned.pth", head, version)
     (found,) = sevennets.compute("deploy", [Request(tmp_path / "tuned.pth", head, SYSTEMS)])
     assert int(found["parallel"]) == 5
     assert_close(found, predicted(base, run, SYSTEMS), 1e-6)
