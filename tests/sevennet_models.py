@@ -37,12 +37,14 @@ class Recipe:
         species: symbols, or ``univ`` for sevenn's table of everything.
         modalities: names.
         versions: of sevenn that can make it.
+        lost: those whose checkpoints of it the newest sevenn no longer reads.
     """
 
     config: Mapping[str, Any]
     species: Sequence[str] | str = OXIDE
     modalities: tuple[str, ...] = ()
     versions: tuple[str, ...] = ALL_VERSIONS
+    lost: tuple[str, ...] = ()
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -77,7 +79,8 @@ RECIPES: dict[str, Recipe] = {
     "irreps by hand, linear": Recipe(
         _SMALL
         | {"irreps_manual": ["6x0e", "6x0e+3x1e+2x2e", "6x0e+2x1e", "6x0e"], "num_convolution_layer": 3}
-        | {"lmax": 2, "is_parity": False, "self_connection_type": "linear"}
+        | {"lmax": 2, "is_parity": False, "self_connection_type": "linear"},
+        lost=("0.9.3.post1", "0.10.4"),
     ),
     "each self-connection another, trained denominators": Recipe(
         _SMALL
