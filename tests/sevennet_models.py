@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from ase.data import atomic_numbers
 from torch import Tensor
 
 from forcetune.adapters.attach import Adapter
+from forcetune.backbones.protocol import Base
 from forcetune.backbones.sevennet.architecture import read_architecture
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
+from forcetune.backbones.sevennet.content import content_from_state
 from forcetune.backbones.sevennet.network import SevenNetNetwork
 from forcetune.kernels.tensors import TensorSource
 
@@ -35,12 +37,14 @@ class Recipe:
         species: symbols, or ``univ`` for sevenn's table of everything.
         modalities: names.
         versions: of sevenn that can make it.
+        lost: those whose checkpoints of it the newest sevenn no longer reads.
     """
 
     config: Mapping[str, Any]
     species: Sequence[str] | str = OXIDE
     modalities: tuple[str, ...] = ()
     versions: tuple[str, ...] = ALL_VERSIONS
+    lost: tuple[str, ...] = ()
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -75,7 +79,8 @@ RECIPES: dict[str, Recipe] = {
     "irreps by hand, linear": Recipe(
         _SMALL
         | {"irreps_manual": ["6x0e", "6x0e+3x1e+2x2e", "6x0e+2x1e", "6x0e"], "num_convolution_layer": 3}
-        | {"lmax": 2, "is_parity": False, "self_connection_type": "linear"}
+        | {"lmax": 2, "is_parity": False, "self_connection_type": "linear"},
+        lost=("0.9.3.post1", "0.10.4"),
     ),
     "each self-connection another, trained denominators": Recipe(
         _SMALL
@@ -255,11 +260,21 @@ def write_checkpoint(path: Path, recipe: Recipe, seed: int = 0) -> Path:
     return path
 
 
-def small_backbone(path: Path, name: str, *, head: str | None = None, **options: Any) -> SevenNetBackbone:
-    """The backbone of a recipe, by way of a file; of its first modality unless another is named."""
-    recipe = RECIPES[name]
-    file = write_checkpoint(path / "checkpoint.pth", recipe)
-    return SevenNetBackbone.load(file, head=head or next(iter(recipe.modalities), None), **options)
+def backbone_of(recipe: Recipe, *, head: str | None = None, seed: int = 0, **options: Any) -> SevenNetBackbone:
+    """The backbone of :func:`checkpoint`; of its first modality unless another is named."""
+    made = checkpoint(recipe, seed)
+    content = content_from_state(read_architecture(made["config"]), made["model_state_dict"], made["config"])
+    base = Base("small", "", content.fingerprint, "unknown")
+    return SevenNetBackbone.from_content(content, base, head=head or next(iter(recipe.modalities), None), **options)
+
+
+FOUR = ("H", "C", "N", "O")
+BATTERY = {
+    "SevenNet, fully connected": replace(RECIPES["parity, fully connected"], species=FOUR),
+    "SevenNet, no parity, linear": replace(RECIPES["no parity, linear, XPLOR"], species=FOUR),
+    "SevenNet, modalities": replace(RECIPES["modalities, all by modality"], species=FOUR),
+}
+"""One of each sort, for the elements of ``systems.py``, for tests of everything that works on any backbone."""
 
 
 @dataclass(frozen=True, slots=True)

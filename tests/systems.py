@@ -13,11 +13,14 @@ from ase.build import molecule
 from ase.io import write
 
 from forcetune.adapters.attach import Adapter
+from forcetune.adapters.methods import METHODS
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.deployment.calculator import frame_of
 from forcetune.frames.frame import Frame
 from models import Oracle, make_mace, oracle
 
+METHODS_FOR_MACE = tuple(name for name in METHODS if name != "modality")
+"""MACE has no modalities."""
 STIFFNESS = 5.0
 """eV/Å² of the springs in :func:`labelled`."""
 

@@ -21,11 +21,11 @@ from forcetune.adapters.file import (
     round_to,
     save_adapter,
 )
-from forcetune.adapters.methods import METHODS, method
+from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import graphs_of, predict
-from systems import backbone, cluster, frames_of, perturb, write_model
+from systems import METHODS_FOR_MACE, backbone, cluster, frames_of, perturb, write_model
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def saved(model: MaceBackbone, folder: Path, name: str = "mmea", **options: Any)
     return adapter
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHODS_FOR_MACE)
 def test_round_trip_is_exact_and_brings_the_reference_energies(model: MaceBackbone, tmp_path: Path, name: str) -> None:
     before = model.reference_energies
     attach(model, method(name))

@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 import forcetune
 from forcetune.adapters.attach import adapter_of, attach, attached, detach, disable_adapter, merge_weights
 from forcetune.adapters.file import load_adapter, save_adapter
-from forcetune.adapters.methods import METHODS, Method, method
+from forcetune.adapters.methods import Method, method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Prediction
 from forcetune.errors import InputError
@@ -24,7 +24,7 @@ from forcetune.frames.frame import FloatArray, Frame
 from forcetune.graphs.graph import Batch, collate
 from forcetune.magnetism.layer import SpinLayer, half_of
 from forcetune.magnetism.options import Magnetism
-from systems import backbone, cluster, crystal, frames_of, library, perturb
+from systems import METHODS_FOR_MACE, backbone, cluster, crystal, frames_of, library, perturb
 
 EXACT = 1e-10
 LAYERS = {
@@ -201,7 +201,7 @@ def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> 
             assert difference < 1e-12
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(METHODS_FOR_MACE))
 def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: str) -> None:
     found = backbone()
     frame = frame_with(crystal(), spins_of(crystal()))

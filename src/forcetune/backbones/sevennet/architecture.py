@@ -86,6 +86,7 @@ class SevenNetArchitecture:
         harmonics: irreps of the directions.
         solid_harmonics: they are not normalised (models of early versions).
         features: irreps of the embedding and of the features behind each layer.
+        message_orders: highest order of the messages of each layer.
         bessel: functions of the radial basis.
         cutoff_function: ``XPLOR`` or ``poly_cut``, with
         cutoff_parameter: where it begins (Å), or its power.
@@ -107,6 +108,7 @@ class SevenNetArchitecture:
     harmonics: str
     solid_harmonics: bool
     features: tuple[str, ...]
+    message_orders: tuple[int, ...]
     bessel: int
     cutoff_function: str
     cutoff_parameter: float
@@ -132,10 +134,10 @@ class SevenNetArchitecture:
 
     def convolution_targets(self, layer: int) -> str:
         """Irreps that the messages of a layer may have."""
-        before, after = self.features[layer], parse_irreps(self.features[layer + 1])
-        highest = max(block.order for block in after)
-        last = layer == self.n_layers - 1
-        return product_irreps(before, self.harmonics, highest=highest, only_even=last)
+        only_even = layer == self.n_layers - 1
+        return product_irreps(
+            self.features[layer], self.harmonics, highest=self.message_orders[layer], only_even=only_even
+        )
 
 
 def read_architecture(config: Mapping[str, Any]) -> SevenNetArchitecture:
@@ -178,6 +180,11 @@ def _read(config: Mapping[str, Any]) -> SevenNetArchitecture:
     type_map = _table(config["_type_map"], "_type_map", int)
     if not all(0 <= z < 119 for z in type_map):
         raise UnfitError("its table of elements has atomic numbers that there are not")
+    features = _features(config, layers, harmonics, highest)
+    orders = [max(block.order for block in parse_irreps(after)) for after in features[1:]]
+    if version < (0, 11):
+        # paths to orders that the features do not have were there, too, and nothing read them
+        orders = [_highest_order(config, highest)] * (layers - 1) + [0]
     connections = config.get("self_connection_type", "nequip")
     connections = (connections,) * layers if isinstance(connections, str) else tuple(connections)
     if len(connections) != layers:
@@ -192,7 +199,8 @@ def _read(config: Mapping[str, Any]) -> SevenNetArchitecture:
         type_map=tuple(sorted(type_map, key=lambda z: type_map[z])),
         harmonics=harmonics,
         solid_harmonics=not normalised,
-        features=_features(config, layers, harmonics, highest),
+        features=features,
+        message_orders=tuple(orders),
         bessel=_whole(basis.get("bessel_basis_num", 8), "bessel_basis_num", 1024),
         cutoff_function=cutoff_function,
         cutoff_parameter=parameter,
@@ -247,13 +255,17 @@ def _features(config: Mapping[str, Any], layers: int, harmonics: str, highest: i
             raise UnfitError("its irreps_manual do not fit its number of layers")
         return tuple(_checked_irreps(str(irreps)) for irreps in manual)
     channels = _whole(config["channel"], "channel")
-    node = _whole(config.get("lmax_node", -1), "lmax_node", 8, smallest=-1)
     features = [f"{channels}x0e"]
     for layer in range(layers):
         last = layer == layers - 1
-        order = 0 if last else (node if node > 0 else highest)
+        order = 0 if last else _highest_order(config, highest)
         features.append(product_irreps(features[-1], harmonics, highest=order, only_even=last, multiplicity=channels))
     return tuple(features)
+
+
+def _highest_order(config: Mapping[str, Any], highest: int) -> int:
+    node = _whole(config.get("lmax_node", -1), "lmax_node", 8, smallest=-1)
+    return node if node > 0 else highest
 
 
 def _checked_irreps(text: str) -> str:
