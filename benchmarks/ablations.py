@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--finished", action="store_true", help="only write the table of what is finished")
     given = parser.parse_args()
-    from forcetune.files import write_text
+    from forcetune.utils.files import write_text
 
     epochs = max(2, given.steps * BATCH // FRAMES)
     jobs = []

@@ -29,8 +29,8 @@ import forcetune
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import deploy
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.files import write_text
 from forcetune.frames.read import read_frames
+from forcetune.utils.files import write_text
 
 OTHERS = ("ethanol", "toluene", "salicylic")
 console = Console(stderr=True)

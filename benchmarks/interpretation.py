@@ -24,7 +24,7 @@ from rich.table import Table
 import forcetune
 from forcetune.adapters.changes import weight_changes
 from forcetune.deployment.loading import deploy
-from forcetune.files import write_text
+from forcetune.utils.files import write_text
 
 ELEMENTS = (1, 6, 7, 8)
 CHANGED = (("interactions.1.linear_up.weight", 1), ("products.0.linear.weight", 0))

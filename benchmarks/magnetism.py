@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     given = parser.parse_args()
-    from forcetune.files import write_text
+    from forcetune.utils.files import write_text
     from recipes.spin_lattice.data import make
     from recipes.spin_lattice.foundation import train
 

@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only write the table of what is finished")
     given = parser.parse_args()
     from forcetune.adapters.methods import method
-    from forcetune.files import write_text
+    from forcetune.utils.files import write_text
 
     methods, molecules = given.methods.split(","), given.molecules.split(",")
     epochs = max(2, given.steps * BATCH // FRAMES)

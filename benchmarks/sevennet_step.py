@@ -260,9 +260,9 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve, arguments.checkpoint, arguments.threads)
         return
-    from forcetune.backbones.models import resolve
-    from forcetune.files import write_text
-    from forcetune.records import environment
+    from forcetune.backbones.registry import resolve
+    from forcetune.runs.records import environment
+    from forcetune.utils.files import write_text
 
     checkpoint = str(resolve(arguments.model).path)
     servers = [Server(kind, arguments, checkpoint) for kind in ("sevenn", "forcetune")]

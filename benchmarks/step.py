@@ -53,15 +53,15 @@ from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.deployment.calculator import frame_of
-from forcetune.deployment.traced import CHECKED, MOST_EDGES, TRACED_AFTER, TracedPrediction
-from forcetune.evaluation.memory import peak_memory
+from forcetune.deployment.compiled_prediction import CHECKED, MOST_EDGES, TRACED_AFTER, TracedPrediction
+from forcetune.diagnostics.memory import peak_memory
 from forcetune.evaluation.metrics import graphs_of
-from forcetune.files import write_text
 from forcetune.graphs.graph import Batch, collate, parts_of
 from forcetune.graphs.loader import BatchLoader
-from forcetune.kernels.plan import make_plan
-from forcetune.records import environment
-from forcetune.training.traced import TracedStep, Workers, frames_of_part, layout_for
+from forcetune.kernels.edge_plan import make_plan
+from forcetune.runs.records import environment
+from forcetune.training.compiled import TracedStep, Workers, frames_of_part, layout_for
+from forcetune.utils.files import write_text
 
 ELEMENTS = (1, 6, 8)
 METHODS = ("mmea", "elora", "full", "readout")

@@ -99,7 +99,7 @@ def _peak(process: str) -> float:
     """Of a process that runs our package; a child that is not yet one still shows the memory of its parent."""
     try:
         place = Path("/proc") / process
-        if process != "self" and b"forcetune.workers" not in (place / "cmdline").read_bytes():
+        if process != "self" and b"forcetune.utils.processes" not in (place / "cmdline").read_bytes():
             return 0.0
         status = (place / "status").read_text(encoding="utf-8")
     except OSError:
@@ -113,9 +113,9 @@ def build(path: Path, store: Path, workers: int) -> dict[str, Any]:
     import torch
 
     from forcetune.frames.frame import LabelKeys
-    from forcetune.frames.stored import StoredFrames
-    from forcetune.frames.streaming import stream_frames
-    from forcetune.graphs.stored import stored_graphs
+    from forcetune.frames.store.stored_frames import StoredFrames
+    from forcetune.frames.store.streaming import stream_frames
+    from forcetune.graphs.stored_graphs import stored_graphs
 
     watch, began = Watch(), time.monotonic()
     keys = LabelKeys(*["auto"] * len(LabelKeys._fields))

@@ -10,7 +10,7 @@ import sys
 from rich.console import Console
 
 import forcetune
-from forcetune.reports.comparison import table
+from forcetune.reports.comparison_page import table
 
 config = forcetune.load_config(
     given={

@@ -43,9 +43,9 @@ from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
-from forcetune.frames.streaming import stream_frames
-from forcetune.reports.html import write_report
-from forcetune.run_folder import read_checkpoint, status_of
+from forcetune.frames.store.streaming import stream_frames
+from forcetune.reports.run_page import write_report
+from forcetune.runs.folder import read_checkpoint, status_of
 from hostile_programs import ARRAYS, PROGRAMS, write_program, write_system
 from hostile_stores import HDF5S, LMDBS
 from models import make_mace

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from forcetune.backbones.mace.library import import_mace
 from forcetune.backbones.mace.trusted import LibraryMace
 from forcetune.backbones.protocol import Base, Prediction
-from forcetune.frames.neighbours import neighbours
+from forcetune.frames.neighbor_list import neighbours
 from forcetune.graphs.graph import Batch
 
 NONLINEAR = "RealAgnosticResidualNonLinearInteractionBlock"

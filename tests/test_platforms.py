@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import forcetune
-from forcetune.files import atomic_folder, write_text
+from forcetune.utils.files import atomic_folder, write_text
 
 SOURCES = sorted(Path(forcetune.__file__).parent.rglob("*.py"))
 OF_ONE_SYSTEM = {"fcntl", "resource", "pwd", "grp", "termios", "msvcrt", "winreg"}

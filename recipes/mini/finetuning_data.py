@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from forcetune.errors import InputError
-from forcetune.files import write_text
+from forcetune.utils.files import write_text
 from recipes.mini.conformers import embed, is_whole
 from recipes.mini.dft import Calculation, ConvergenceError, Level, calculate, gradient_error
 from recipes.mini.dynamics import langevin

@@ -29,8 +29,8 @@ from forcetune.backbones.mace.content import content_from_module, draw_network
 from forcetune.backbones.mace.writing import write_plain
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import graphs_of
-from forcetune.files import write_text
 from forcetune.frames.read import read_frames
+from forcetune.utils.files import write_text
 from recipes.mini.molecules import ELEMENTS, training_molecules
 from recipes.mini.pretraining_card import card
 from recipes.mini.repulsion import pair_scans

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forcetune.files import sha256_of
+from forcetune.utils.files import sha256_of
 from recipes.mini.repulsion import REACH, PairScan
 
 TEXT = """# mini

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forcetune.errors import ForcetuneError
-from forcetune.files import sha256_of, write_text
+from forcetune.utils.files import sha256_of, write_text
 from recipes.mini import generation
 from recipes.mini.generation import ISOLATED, Job, jobs, molecule_pairs, run_job
 from recipes.mini.molecules import ELEMENTS, held_out_molecules, is_held_out, training_molecules

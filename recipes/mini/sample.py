@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from ase.data import chemical_symbols
 
-from forcetune.files import atomic_path
+from forcetune.utils.files import atomic_path
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

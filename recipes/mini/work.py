@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.errors import InputError
-from forcetune.files import write_text
+from forcetune.utils.files import write_text
 
 
 class Kept(Protocol):

@@ -24,7 +24,7 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from forcetune.frames.neighbours import neighbours
+from forcetune.frames.neighbor_list import neighbours
 
 LATTICE_CONSTANT = 2.8665
 MOMENT = 2.2

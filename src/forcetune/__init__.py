@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from forcetune.adapters.file import load_adapter, save_adapter
     from forcetune.adapters.methods import METHODS, Method, method
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
-    from forcetune.api import compare_methods, evaluate, evaluate_ensemble
     from forcetune.backbones.loading import load
-    from forcetune.checkup import Checkup, doctor
-    from forcetune.comparison import compare
     from forcetune.config import RunConfig, load_config
-    from forcetune.demo import Demo, demo_file
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.merge import merge
     from forcetune.deployment.spins import exchange_parameters, relax_spins
+    from forcetune.diagnostics.doctor import Checkup, doctor
+    from forcetune.diagnostics.finding import Finding
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
-    from forcetune.frames.doctor.finding import Finding
     from forcetune.frames.read import read_frames
-    from forcetune.run import Run, fit, resume, run_fit
+    from forcetune.runs.compare import compare
+    from forcetune.runs.demo import Demo, demo_file
+    from forcetune.runs.evaluate import evaluate, evaluate_ensemble
+    from forcetune.runs.fit import Run, fit, resume, run_fit
+    from forcetune.runs.methods import compare_methods
 
 _HOMES = {
     "adapters.attach": ("Adapter", "attach", "detach", "disable_adapter"),
@@ -38,18 +39,19 @@ _HOMES = {
     "adapters.file": ("load_adapter", "save_adapter"),
     "adapters.methods": ("METHODS", "Method", "method"),
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
-    "api": ("compare_methods", "evaluate", "evaluate_ensemble"),
+    "runs.evaluate": ("evaluate", "evaluate_ensemble"),
+    "runs.methods": ("compare_methods",),
     "backbones.loading": ("load",),
-    "checkup": ("Checkup", "doctor"),
-    "comparison": ("compare",),
+    "diagnostics.doctor": ("Checkup", "doctor"),
+    "runs.compare": ("compare",),
     "config": ("RunConfig", "load_config"),
-    "demo": ("Demo", "demo_file"),
+    "runs.demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
     "deployment.merge": ("merge",),
     "deployment.spins": ("exchange_parameters", "relax_spins"),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
-    "run": ("Run", "fit", "resume", "run_fit"),
-    "frames.doctor.finding": ("Finding",),
+    "runs.fit": ("Run", "fit", "resume", "run_fit"),
+    "diagnostics.finding": ("Finding",),
     "frames.read": ("read_frames",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

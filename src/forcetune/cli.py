@@ -19,10 +19,10 @@ from rich.table import Table
 from forcetune import config as configuration
 from forcetune._version import __version__
 from forcetune.errors import ForcetuneError, ForcetuneNote, InputError
-from forcetune.parsing import printable
+from forcetune.utils.parsing import printable
 
 if TYPE_CHECKING:
-    from forcetune.run import Run
+    from forcetune.runs.fit import Run
 
 # PyTorch and the model libraries take seconds to import: each command imports what it needs, so that help is instant.
 
@@ -86,8 +86,8 @@ def demo(
 ) -> None:
     """The whole job in two minutes: the embedded model, the embedded DFT data, a report, dynamics."""
     chosen = {".".join(keys): value for keys, value in map(configuration.parse_setting, settings or ())}
-    from forcetune.demo import demo as run_demo
     from forcetune.reports.tables import demo_table
+    from forcetune.runs.demo import demo as run_demo
 
     found = run_demo(out, method=method, picoseconds=picoseconds, overwrite=overwrite, settings=chosen)
     Console().print(demo_table(found.run.results["errors"]))
@@ -166,7 +166,7 @@ def fit(
         "output": {"run": out, "overwrite": overwrite},
     }
     resolved = configuration.load_config(config, settings or (), given)
-    from forcetune.run import run_fit
+    from forcetune.runs.fit import run_fit
 
     _say_run(run_fit(resolved, inputs=() if config is None else (config,)))
 
@@ -202,7 +202,7 @@ def _names(given: str | None) -> list[str]:
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="Folder of a run that was interrupted.")]) -> None:
     """Go on with an interrupted run, to the same result as if it had not been interrupted."""
-    from forcetune.run import resume as resume_run
+    from forcetune.runs.fit import resume as resume_run
 
     _say_run(resume_run(run))
 
@@ -237,8 +237,8 @@ def compare(
         "output": {"run": out},
     }
     resolved = configuration.load_config(config, settings or (), given)
-    from forcetune.comparison import compare as compare_runs
-    from forcetune.reports.comparison import table, target_note
+    from forcetune.reports.comparison_page import table, target_note
+    from forcetune.runs.compare import compare as compare_runs
 
     names = [name.strip() for name in methods.split(",") if name.strip()]
     inputs = () if config is None else (config,)
@@ -271,9 +271,9 @@ def evaluate(
     trust: Trust = False,
 ) -> None:
     """Errors of a model, or of base + adapter, on labelled frames."""
-    from forcetune.api import evaluate as evaluate_model
-    from forcetune.api import evaluate_ensemble
     from forcetune.reports.tables import calibration_table, evaluation_table
+    from forcetune.runs.evaluate import evaluate as evaluate_model
+    from forcetune.runs.evaluate import evaluate_ensemble
 
     options: dict[str, Any] = {
         "base": base,
@@ -321,8 +321,8 @@ def doctor(
     trust: Trust = False,
 ) -> None:
     """Examine frames and labels before training: units, signs, order, duplicates, outliers, cells, memory."""
-    from forcetune.checkup import doctor as examine
-    from forcetune.reports.doctor import check_page, print_checkup, write_checkup
+    from forcetune.diagnostics.doctor import doctor as examine
+    from forcetune.diagnostics.report import check_page, print_checkup, write_checkup
 
     if page is not None:
         check_page(page)
@@ -364,8 +364,8 @@ def methods(
     trust: Trust = False,
 ) -> None:
     """What each method would train on a model: parameters, share, and coverage by site kind."""
-    from forcetune.api import compare_methods
     from forcetune.reports.tables import methods_table
+    from forcetune.runs.methods import compare_methods
 
     symbols = [text.strip() for text in elements.split(",")] if elements else None
     rows = compare_methods(model, elements=symbols, rank=rank, head=head, trust=trust)
@@ -387,8 +387,8 @@ def inspect(
     trust: Trust = False,
 ) -> None:
     """What a run changed: by layer, path, order and element; what its gates do; how like another run it is."""
-    from forcetune.api import inspect as inspect_run
     from forcetune.reports.tables import change_tables
+    from forcetune.runs.inspect import inspect as inspect_run
 
     found = inspect_run(run, data=data or None, against=against, model=base, trust=trust).to_json()
     if as_json:
@@ -435,7 +435,7 @@ def merge(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write the report of a run anew."""
-    from forcetune.reports.html import write_report
+    from forcetune.reports.run_page import write_report
 
     print(write_report(run))
 
@@ -447,8 +447,8 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the published foundation models, or download one."""
-    from forcetune.backbones.models import download_model, list_models
-    from forcetune.download import progress_bar
+    from forcetune.backbones.registry import download_model, list_models
+    from forcetune.utils.download import progress_bar
 
     if action is None:
         if as_json:
@@ -507,7 +507,7 @@ def _show_warning(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 for bad input, 1 for a failure of ours."""
     from forcetune.errors import ForcetuneWarning
-    from forcetune.parallel import place
+    from forcetune.utils.distributed import place
 
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ForcetuneWarning)

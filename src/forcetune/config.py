@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from forcetune.defaults import (
+from forcetune.errors import InputError, warn
+from forcetune.utils.files import write_text
+from forcetune.utils.option_defaults import (
     LOSS,
     RECORD,
     SECOND_LOSS,
@@ -26,9 +28,7 @@ from forcetune.defaults import (
     with_given_as_in,
     with_unset,
 )
-from forcetune.errors import InputError, warn
-from forcetune.files import write_text
-from forcetune.parsing import parse_yaml, short
+from forcetune.utils.parsing import parse_yaml, short
 
 LARGEST_SEED = 2**63 - 1
 LARGEST_RANK = 1024
@@ -280,7 +280,7 @@ class LossConfig(Section):
 
     @property
     def stress_weight(self) -> float:
-        """Weight of the stress term; 0 until :func:`forcetune.training.weights.settle` chose one."""
+        """Weight of the stress term; 0 until :func:`forcetune.training.label_weights.settle` chose one."""
         return self.stress or 0.0
 
 
@@ -544,7 +544,7 @@ def load_config(
     """Merge a YAML file, command-line options and ``--set`` settings, in rising priority, and check the result.
 
     Where the file is that of a run, a default that stands in it gives way when an option that it follows from changes
-    (:mod:`forcetune.defaults`).
+    (:mod:`forcetune.utils.option_defaults`).
 
     Args:
         path: YAML file, or None.

@@ -24,7 +24,7 @@ from forcetune.deployment.ensemble import load_ensemble
 from forcetune.deployment.merge import merge
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.files import sha256_of
+from forcetune.utils.files import sha256_of
 from systems import backbone, cluster, crystal, frames_of, library, perturb, write_model
 
 EXACT = 1e-10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from forcetune.api import compare_methods
+from forcetune.runs.methods import compare_methods
 from systems import write_model
 from terminal import Command
 

@@ -10,8 +10,8 @@ import pytest
 from ase import Atoms
 
 import forcetune
-from forcetune.backbones.models import find, resolve
 from forcetune.backbones.protocol import Backbone
+from forcetune.backbones.registry import find, resolve
 from recipes.mini.repulsion import pair_scans
 
 

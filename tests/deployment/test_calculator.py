@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 import forcetune
 from forcetune.adapters.attach import adapter_of
 from forcetune.deployment.calculator import frame_of
-from forcetune.deployment.traced import TRACED_AFTER
+from forcetune.deployment.compiled_prediction import TRACED_AFTER
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.evaluation.metrics import graphs_of, predict
 from systems import cluster, crystal, labelled, write_labelled, write_model

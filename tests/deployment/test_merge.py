@@ -20,7 +20,7 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.deployment import merge as merging
 from forcetune.deployment.merge import merge, probe_frames
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.files import sha256_of
+from forcetune.utils.files import sha256_of
 from systems import cluster, crystal, perturb, write_model
 
 FOREIGN = """

@@ -13,8 +13,8 @@ from forcetune.evaluation.metrics import EVALUATION_ATOMS, Predictions, evaluate
 from forcetune.evaluation.streamed import predict_streamed
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import frames_from_atoms
-from forcetune.frames.streaming import stream_frames
-from forcetune.graphs.stored import StoredGraphs
+from forcetune.frames.store.streaming import stream_frames
+from forcetune.graphs.stored_graphs import StoredGraphs
 from frames.formats import write_xyz
 from systems import backbone, cluster, crystal, frames_of, labelled
 

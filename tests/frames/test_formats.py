@@ -15,9 +15,9 @@ import pytest
 from ase.io.jsonio import encode
 
 from forcetune.errors import InputError
-from forcetune.frames.aselmdb import _decode, row_ids
-from forcetune.frames.hdf5 import frame_groups, read_groups
 from forcetune.frames.read import read_frames
+from forcetune.frames.store.aselmdb import _decode, row_ids
+from forcetune.frames.store.hdf5 import frame_groups, read_groups
 from frames.formats import assert_same, write_database, write_hdf5
 from hostile_stores import HDF5S, LMDBS
 from systems import labelled
@@ -223,7 +223,7 @@ def test_tables_out_of_proportion_to_the_file_are_refused(tmp_path: Path) -> Non
 
 
 def test_frames_that_fill_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forcetune.frames.chunks._LEAST_UNPACKED", 2**20)
+    monkeypatch.setattr("forcetune.frames.store.chunks._LEAST_UNPACKED", 2**20)
     HDF5S["a frame under 10000 names"](path := tmp_path / "a.h5")
     assert path.stat().st_size < 2**22
     with pytest.raises(InputError, match=r"out of proportion|unpack to more than"):

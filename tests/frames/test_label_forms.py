@@ -16,7 +16,7 @@ from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import CANDIDATES
 from forcetune.frames.read import frames_from_atoms, read_frames
-from forcetune.frames.streaming import stream_frames
+from forcetune.frames.store.streaming import stream_frames
 from frames.formats import assert_same as assert_same_frame
 from frames.formats import write_hdf5
 from structures import labelled, text_frame, water, write

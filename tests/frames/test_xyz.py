@@ -17,7 +17,7 @@ from forcetune.frames.elements import element_of
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import file_format
-from forcetune.frames.streaming import stream_frames
+from forcetune.frames.store.streaming import stream_frames
 from frames.formats import assert_same
 from structures import labelled, text_frame, write
 

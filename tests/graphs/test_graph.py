@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcetune.errors import InputError
-from forcetune.frames.neighbours import neighbours
+from forcetune.frames.neighbor_list import neighbours
 from forcetune.graphs.graph import collate, graph_of
 from systems import cluster, crystal, frames_of
 

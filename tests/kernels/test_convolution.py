@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from forcetune.frames.neighbours import neighbours
-from forcetune.kernels import plan as plans
+from forcetune.frames.neighbor_list import neighbours
+from forcetune.kernels import edge_plan as plans
 from forcetune.kernels.convolution import Path, Paths, convolve
+from forcetune.kernels.edge_plan import Plan, make_plan
 from forcetune.kernels.linear import Block, equivariant_linear, species_linear
-from forcetune.kernels.plan import Plan, make_plan
 from systems import cluster, crystal
 
 PATHS = Paths(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from forcetune.backbones.mace.library import import_mace
 from forcetune.irreps import merge_neighbours, parse_irreps
 from forcetune.kernels import radial
+from forcetune.kernels.edge_plan import make_plan
 from forcetune.kernels.features import Features, features_of
 from forcetune.kernels.harmonics import SphericalHarmonics, wigner_3j
 from forcetune.kernels.layers import (
@@ -23,7 +24,6 @@ from forcetune.kernels.layers import (
     layout_for,
 )
 from forcetune.kernels.phase import Phase
-from forcetune.kernels.plan import make_plan
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.tensors import TensorSource, UnfitError
 from models import default_dtype
@@ -188,7 +188,7 @@ def test_messages_are_those_of_a_tensor_product_over_edges(
 ) -> None:
     from e3nn import o3
 
-    from forcetune.frames.neighbours import neighbours
+    from forcetune.frames.neighbor_list import neighbours
 
     paths, irreps_mid = channelwise_paths(irreps_in, harmonics, targets)
     instructions = [(path.source, path.harmonic, path.target, "uvu", True) for path in paths]

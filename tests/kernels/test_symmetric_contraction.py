@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
+from forcetune.kernels.edge_plan import make_plan
 from forcetune.kernels.features import Features, features_of
 from forcetune.kernels.phase import Phase
-from forcetune.kernels.plan import make_plan
 from forcetune.kernels.step import Step
 from forcetune.kernels.symmetric_contraction import SymmetricContraction, product_couplings
 from forcetune.kernels.tensors import TensorSource, UnfitError

@@ -15,7 +15,6 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 import forcetune
-from forcetune import run_folder
 from forcetune.adapters.attach import attach
 from forcetune.config import RunConfig, TrainingConfig
 from forcetune.deployment.dynamics import energy_conservation
@@ -23,8 +22,9 @@ from forcetune.errors import InputError
 from forcetune.frames.read import frames_from_atoms, read_frames
 from forcetune.frames.spins import with_spins
 from forcetune.magnetism.options import Magnetism
+from forcetune.runs import folder as run_folder
+from forcetune.training.label_weights import settle
 from forcetune.training.optimizers import make_optimizer
-from forcetune.training.weights import settle
 from recipes.spin_lattice.data import cell, directions, labelled, make, shaken, spiral
 from recipes.spin_lattice.hamiltonian import MOMENT, exchange, solve
 from systems import write_model
@@ -169,7 +169,7 @@ def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, m
         if Dies.count == 3:
             raise RuntimeError("the power is gone")
 
-    monkeypatch.setattr("forcetune.fitting.write_checkpoint", dying)
+    monkeypatch.setattr("forcetune.runs.fitting.write_checkpoint", dying)
     with pytest.raises(RuntimeError, match="power"):
         fit(iron, tmp_path / "cut", 6, "mmea", **more)
     monkeypatch.undo()
@@ -435,8 +435,8 @@ def test_exchange_is_smooth_and_ends() -> None:
 
 
 def test_states_of_one_structure_are_no_copies() -> None:
-    from forcetune.frames.doctor.duplicates import check_duplicates
-    from forcetune.frames.doctor.shape import shape_of
+    from forcetune.diagnostics.duplicates import check_duplicates
+    from forcetune.diagnostics.shape import shape_of
 
     frames = []
     for kind in ("ferro", "random", "random"):

@@ -19,11 +19,11 @@ from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
-from forcetune.kernels.layout import CUDA_CHUNK_COST, fitted, layout_of, plan_with, tensors_of
-from forcetune.kernels.plan import with_plan
+from forcetune.kernels.edge_plan import with_plan
+from forcetune.kernels.padding import CUDA_CHUNK_COST, fitted, layout_of, plan_with, tensors_of
 from forcetune.kernels.recording import UntraceableError
+from forcetune.training.compiled import TracedStep, Workers, layout_for
 from forcetune.training.losses import label_weights
-from forcetune.training.traced import TracedStep, Workers, layout_for
 from systems import backbone, cluster, frames_of, perturb
 
 SMALL = {"max_ell": 1, "correlation": 2, "hidden_irreps": "4x0e+4x1o", "elements": (1, 6, 7, 8)}

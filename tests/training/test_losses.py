@@ -12,8 +12,8 @@ import torch
 from forcetune.backbones.protocol import Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.graphs.graph import Batch, collate, graph_of, parts_of
+from forcetune.training.label_weights import settle
 from forcetune.training.losses import LossSums, loss_of
-from forcetune.training.weights import settle
 from systems import cluster, frames_of
 
 

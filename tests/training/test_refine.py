@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune import fitting, run
 from forcetune.adapters.attach import attach, attached
 from forcetune.adapters.methods import method
 from forcetune.config import TrainingConfig
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.frames.read import read_frames
 from forcetune.graphs.graph import Batch, collate
+from forcetune.runs import fit as run
+from forcetune.runs import fitting
 from forcetune.training.losses import loss_of
 from forcetune.training.refine import refine
 from systems import backbone, write_labelled, write_model

@@ -25,7 +25,7 @@ from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
 from forcetune.kernels.features import Features, features_of
-from forcetune.parsing import short
+from forcetune.utils.parsing import short
 
 
 @dataclass(frozen=True, slots=True)

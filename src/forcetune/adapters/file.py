@@ -25,7 +25,7 @@ from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
-from forcetune.files import atomic_folder
+from forcetune.utils.files import atomic_folder
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "adapter_config.json"

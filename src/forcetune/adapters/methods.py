@@ -25,7 +25,7 @@ from forcetune.backbones.protocol import Site
 from forcetune.config import LARGEST_RANK, MethodConfig
 from forcetune.errors import InputError
 from forcetune.magnetism.options import Magnetism
-from forcetune.parsing import short
+from forcetune.utils.parsing import short
 
 KINDS = (
     "linear",

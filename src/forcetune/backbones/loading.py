@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from ase.data import chemical_symbols
 
-from forcetune.backbones.models import resolve
 from forcetune.backbones.protocol import ADAPTER, Backbone
+from forcetune.backbones.registry import resolve
 from forcetune.config import ModelConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.parallel import place
+from forcetune.utils.distributed import place
 
 ENTRY_POINTS = "forcetune.backbones"
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
+from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.phase import Phase
-from forcetune.kernels.plan import Plan, PlanCache, given_plan
 from forcetune.kernels.site import Site, WeightPath
 
 

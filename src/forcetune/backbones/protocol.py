@@ -120,7 +120,7 @@ class Backbone(Protocol):
     def paired(self) -> bool | None:
         """Whether its plans have an edge and its reverse share a pair; None where it follows no plan.
 
-        A backbone that follows plans (:func:`forcetune.kernels.plan.with_plan`) can be recorded.
+        A backbone that follows plans (:func:`forcetune.kernels.edge_plan.with_plan`) can be recorded.
         """
         ...
 

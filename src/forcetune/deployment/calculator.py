@@ -15,9 +15,9 @@ from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.file import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
+from forcetune.deployment.compiled_prediction import TracedPrediction
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
-from forcetune.deployment.traced import TracedPrediction
 from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin

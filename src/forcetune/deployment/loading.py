@@ -13,7 +13,7 @@ from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, re
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
-from forcetune.parsing import parse_yaml, short
+from forcetune.utils.parsing import parse_yaml, short
 
 BASE_NAME = "base.model"
 """The foundation model in a run folder, where it came from memory and no name or path gives it."""

@@ -12,13 +12,13 @@ import torch
 
 from forcetune.adapters.attach import attached, check_mergeable, merge_weights
 from forcetune.adapters.updates import WeightUpdate
-from forcetune.backbones.models import resolve
 from forcetune.backbones.protocol import Backbone, Base, Multimodal
+from forcetune.backbones.registry import resolve
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.files import atomic_path, path_of, sha256_of
 from forcetune.frames.frame import FloatArray, Frame, Origin
+from forcetune.utils.files import atomic_path, path_of, sha256_of
 
 PARITY = {"float64": 1e-10, "float32": 1e-4}
 MODEL_SUFFIXES = (".model", ".pt", ".pth")

@@ -12,10 +12,10 @@ from ase.data import chemical_symbols
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import FloatArray, Frame
-from forcetune.frames.stored import StoredFrames, elements_of
+from forcetune.frames.store.stored_frames import StoredFrames, elements_of
 from forcetune.graphs.graph import Batch, collate, graph_of, moment_labels
 from forcetune.graphs.loader import BatchLoader
-from forcetune.graphs.stored import any_label, sizes_of, stored_graphs
+from forcetune.graphs.stored_graphs import any_label, sizes_of, stored_graphs
 
 EVALUATION_ATOMS = 512
 

@@ -11,9 +11,9 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, evaluation_batches, predict
 from forcetune.frames.frame import FloatArray, Frame
-from forcetune.frames.stored import StoredFrames
+from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored import StoredGraphs, any_label
+from forcetune.graphs.stored_graphs import StoredGraphs, any_label
 
 SHOWN = 1000
 """Frames of a streamed set of which every prediction is kept, for plots and comparisons; evenly spread."""

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 from forcetune.config import DataConfig, MagnetismConfig, SpinInputs
 from forcetune.errors import InputError, warn
-from forcetune.files import cache_folder, path_of
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
 from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import content_size, expand
 from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
-from forcetune.frames.stored import StoredFrames, elements_of
-from forcetune.frames.streaming import stream_frames
-from forcetune.workers import worker_count
+from forcetune.frames.store.stored_frames import StoredFrames, elements_of
+from forcetune.frames.store.streaming import stream_frames
+from forcetune.utils.files import cache_folder, path_of
+from forcetune.utils.processes import worker_count
 
 STREAM_FROM = 256 * 2**20
 """Bytes of all files together from which on ``data.stream: auto`` leaves frames on disk: in memory they and their

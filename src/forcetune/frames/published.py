@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcetune.download import ProgressCallback, download, progress_bar
 from forcetune.errors import InputError
-from forcetune.files import checksum_of
+from forcetune.utils.download import ProgressCallback, download, progress_bar
+from forcetune.utils.files import checksum_of
 
 MIRROR_VARIABLE = "FORCETUNE_DATASETS_MIRROR"
 

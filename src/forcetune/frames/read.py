@@ -11,7 +11,6 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.chunks import structures_of
 from forcetune.frames.comment_line import numbers_in
 from forcetune.frames.formats import say_conversions
 from forcetune.frames.frame import FloatArray, Frame, FrameSet, LabelKeys, Origin
@@ -28,6 +27,7 @@ from forcetune.frames.labels import (
     stress_tensor,
 )
 from forcetune.frames.sources import content_hash, expand, file_format
+from forcetune.frames.store.chunks import structures_of
 from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS, scalar_under, tell_unread
 from forcetune.frames.weights import WeightTally, is_left_out, weights_of
 from forcetune.frames.xyz import XYZ_FORMATS

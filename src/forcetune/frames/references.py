@@ -18,7 +18,7 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame, IntArray
-from forcetune.frames.stored import elements_of, has_label
+from forcetune.frames.store.stored_frames import elements_of, has_label
 
 Mode = Literal["estimate", "model", "isolated", "average", "table"]
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import ase.db
 import ase.io
 from ase import Atoms
-from ase.db.row import AtomsRow
 from ase.io.formats import UnknownFileTypeError, filetype
 
 from forcetune.errors import ForcetuneError, InputError, warn
-from forcetune.files import path_of, sha256_of
-from forcetune.frames import formats, mptrj
-from forcetune.frames.frame import Origin
-from forcetune.frames.mptrj import is_mptrj
+from forcetune.frames import formats
+from forcetune.frames.defects import guarded, no_frames, structure_of
+from forcetune.frames.store import mptrj
+from forcetune.frames.store.mptrj import is_mptrj
 from forcetune.frames.text import head_of
 from forcetune.frames.xyz import ARCHIVE, XYZ_FORMATS, is_xyz, xyz_pieces, xyz_structures
-from forcetune.parsing import first_line
+from forcetune.utils.files import path_of, sha256_of
+from forcetune.utils.parsing import first_line
 
 ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".aselmdb": "aselmdb", ".lmdb": "aselmdb", ".mdb": "aselmdb"}
 DATABASE_FORMATS = frozenset({"db", "json"})
@@ -149,54 +148,6 @@ def iterate(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Itera
         raise no_frames(path, format_name)
 
 
-def no_frames(path: Path, format_name: str) -> InputError:
-    """Of a file that is none, or has none."""
-    return InputError(f"{path}: holds no frames ({format_name} format); write it again.")
-
-
-def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator[Atoms]:
-    """The structures of a reader of another library, of which the first is frame ``start`` of the file.
-
-    Raises:
-        InputError: whatever the reader raises, told in one sentence with the frame reached.
-    """
-    count = start
-    while True:
-        try:
-            atoms = next(structures)
-        except StopIteration:
-            break
-        except UnknownFileTypeError as error:
-            raise _unknown_format(path) from error
-        except ForcetuneError:
-            raise
-        except Exception as error:
-            # ASE's readers raise KeyError, ValueError, OSError, sqlite3 and json errors, … for a damaged file
-            raise InputError(
-                f"{Origin(str(path), count)}: cannot be read ({first_line(error)}); "
-                "the file is cut short or damaged here, mend or remove this frame."
-            ) from error
-        yield atoms
-        count += 1
-
-
-@contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Within this context whatever another library raises for a file of many frames is told in one sentence.
-
-    Raises:
-        InputError: anything but an error of ours was raised.
-    """
-    try:
-        yield
-    except ForcetuneError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{path}: cannot be read ({first_line(error)}); it is damaged, copy or write it again."
-        ) from error
-
-
 def _structures(path: Path, format_name: str, type_map: Sequence[str]) -> Iterator[Atoms]:
     if format_name in XYZ_FORMATS:
         start = 0
@@ -218,16 +169,8 @@ def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
     return (structure_of(row) for row in ase.db.connect(str(path), type=format_name, serial=True).select())
 
 
-def structure_of(row: AtomsRow) -> Atoms:
-    """A row of an ASE database with its key-value pairs and data, which ``ase.io`` leaves behind."""
-    atoms = row.toatoms()
-    atoms.info.update(row.data)
-    atoms.info.update(row.key_value_pairs)
-    return atoms
-
-
 def _unknown_format(path: Path) -> InputError:
     return InputError(
-        f"{path}: not a format that ASE can read, nor one of {', '.join(formats.FORMATS)}; convert it to extended XYZ "
-        "(.xyz)."
+        f"{path}: not a format that ASE can read, nor one of {', '.join(formats.FORMATS)}; "
+        "convert it to extended XYZ (.xyz)."
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import Frame
-from forcetune.frames.stored import StoredFrames
+from forcetune.frames.store.stored_frames import StoredFrames
 
 ISOLATION_DISTANCE = 8.0
 """Å; a lone atom whose periodic images are nearer than this is a crystal, not an isolated atom."""

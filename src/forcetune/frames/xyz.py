@@ -20,7 +20,7 @@ from forcetune.frames.comment_line import parse_comment
 from forcetune.frames.elements import element_of
 from forcetune.frames.frame import Origin
 from forcetune.frames.text import decoded, open_text
-from forcetune.parsing import check_archive, check_unpacked, first_line
+from forcetune.utils.parsing import check_archive, check_unpacked, first_line
 
 XYZ_FORMATS = frozenset({"extxyz", "xyz"})
 ARCHIVE = ".zip"

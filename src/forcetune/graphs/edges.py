@@ -8,9 +8,9 @@ import numpy as np
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame, IntArray
-from forcetune.frames.neighbours import neighbours
-from forcetune.frames.rows import Column, RowReader, packed
-from forcetune.frames.stored import StoredFrames
+from forcetune.frames.neighbor_list import neighbours
+from forcetune.frames.store.rows import Column, RowReader, packed
+from forcetune.frames.store.stored_frames import StoredFrames
 
 EDGE_COLUMNS = (Column("edges", "int32", (2,)), Column("shifts", "int32", (3,)))
 """What is stored of the neighbours in a frame."""
@@ -55,7 +55,7 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
 
 
 def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
-    """Neighbours in one frame as :func:`forcetune.frames.neighbours.neighbours` gives them.
+    """Neighbours in one frame as :func:`forcetune.frames.neighbor_list.neighbours` gives them.
 
     Raises:
         InputError: the frame is periodic in a direction whose lattice vector is zero or dependent on the others, so

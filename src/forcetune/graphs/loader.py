@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from forcetune import parallel
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, collate
-from forcetune.graphs.stored import StoredGraphs, sizes_of
+from forcetune.graphs.stored_graphs import StoredGraphs, sizes_of
+from forcetune.utils import distributed
 
 WINDOW = 256
 """Frames among which :func:`pack_tightly` looks for one that fits."""
@@ -231,9 +231,9 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.shuffle:
-            here = parallel.place()
+            here = distributed.place()
             for indices in self._batches():
-                if not parallel.joined():
+                if not distributed.joined():
                     yield self._collated(indices)
                     continue
                 mine = balanced(self.sizes[indices, 1], here.count)[here.rank]

@@ -4,7 +4,7 @@ For a path p from input irrep l₁ and spherical harmonic l₂ to l₃, with edg
 
     out_p[i, k, c] = Σ_{e → i} R_p[e, c] Σ_m T_p[e, m, k] x[j, m, c],    T_p[e, m, k] = Σ_q C_p[m, q, k] Y[e, q].
 
-R, x and T enter linearly. Receivers are treated in chunks (:mod:`forcetune.kernels.plan`): products R x of a chunk
+R, x and T enter linearly. Receivers are treated in chunks (:mod:`forcetune.kernels.edge_plan`): products R x of a chunk
 stay in the cache, and the sums over edges are batched matrix products.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from forcetune.kernels.edge_plan import Chunk, Plan
 from forcetune.kernels.phase import Phase
-from forcetune.kernels.plan import Chunk, Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.phase import Phase
-from forcetune.kernels.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

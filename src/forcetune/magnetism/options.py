@@ -12,7 +12,7 @@ from torch import nn
 from forcetune.config import LARGEST_CHANNELS, SpinInputs
 from forcetune.frames.spins import DIRECTIONS
 from forcetune.magnetism.layer import MagnitudeLayer, SpinLayer
-from forcetune.parsing import short
+from forcetune.utils.parsing import short
 
 Layer = Literal["spin", "magnitude"]
 

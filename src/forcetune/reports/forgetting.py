@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from forcetune.reports.results import ForgettingPart
 from forcetune.reports.tables import Html, html, html_pairs, html_table, number_text
+from forcetune.runs.results import ForgettingPart
 
 _MEANT = {
     "replay frames": "replay frames held out of the training",

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from forcetune.reports.results import ChangePart, DynamicsPart, FloatArray, Metrics
 from forcetune.reports.tables import Html, html, layer_text, number_text
+from forcetune.runs.results import ChangePart, DynamicsPart, FloatArray, Metrics
 
 # Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
 BEFORE, AFTER, MARK, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.errors import InputError
-from forcetune.files import atomic_path
 from forcetune.training.module import FineTuning, Observer
+from forcetune.utils.files import atomic_path
 
 METRICS_NAME = "metrics.csv"
 VALID_KEYS = (

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune import parallel
 from forcetune.adapters.attach import Sparsity, attached
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
@@ -20,11 +19,12 @@ from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.recording import UntraceableError
+from forcetune.training.compiled import TracedTraining
 from forcetune.training.failure import Cause, cause_in, copies_of, describe_failure, put_back
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from forcetune.training.replay_head import ReplayHead, objective
-from forcetune.training.traced import TracedTraining
+from forcetune.utils import distributed
 
 _COUNTERS = (
     *("stage", "best_loss", "best_epoch", "valid_loss", "train_loss", "waited"),
@@ -230,7 +230,7 @@ class FineTuning:
             self._step(batch.to(device=self.backbone.device), index)
             for observer in observers:
                 observer.on_step(self)
-        self.train_loss = float(parallel.total(torch.stack(self._losses).mean()))
+        self.train_loss = float(distributed.total(torch.stack(self._losses).mean()))
         if not math.isfinite(self.train_loss):
             raise ForcetuneError(self._why_not_finite())
         if self.epoch % self.config.valid_every == 0:
@@ -260,11 +260,11 @@ class FineTuning:
             self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (index + 1) / self._n_batches))
         loss = self._traced_loss(batch)
         if loss is None:
-            loss = objective(self.backbone, self.head, self.loss_config, batch, total=parallel.total)
+            loss = objective(self.backbone, self.head, self.loss_config, batch, total=distributed.total)
         self._losses.append(loss.detach())
         self._optimizer.zero_grad()
         loss.backward()
-        parallel.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
+        distributed.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])
         if self.config.clip is not None:
             parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
@@ -303,7 +303,7 @@ class FineTuning:
         cause: Cause | None = None
         name_of = None
         # weights that are not finite come from the step before
-        for index in range(max(0, step - 1), step + 1) if not parallel.joined() else ():
+        for index in range(max(0, step - 1), step + 1) if not distributed.joined() else ():
             numbers = self.loader.numbers(index)
             graphs = [self.loader.graph(number).to(device=self.backbone.device) for number in numbers]
             cause = cause_in(self.backbone, self.head, self.loss_config, graphs, collate(graphs))
@@ -337,9 +337,9 @@ class FineTuning:
                 counted[0].add(prediction, batch)
                 counted[1].add(Predictions.of(batch, prediction))
         if self.keeps_validation:
-            batch, prediction = gather(parallel.collected(kept) if self.shares_validation else kept)
+            batch, prediction = gather(distributed.collected(kept) if self.shares_validation else kept)
             return float(loss_of(self.loss_config, prediction, batch)), Predictions.of(batch, prediction).errors()
-        parts = parallel.collected([counted]) if self.shares_validation else [counted]
+        parts = distributed.collected([counted]) if self.shares_validation else [counted]
         (losses, errors), *others = parts
         for more_losses, more_errors in others:
             losses.sums += more_losses.sums

@@ -14,7 +14,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.evaluation.metrics import evaluation_batches, gather
 from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored import StoredGraphs
+from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.training.losses import LossSums, label_weights, loss_of
 from forcetune.training.replay import Replay
 from forcetune.training.replay_head import objective

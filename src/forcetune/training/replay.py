@@ -24,7 +24,7 @@ from forcetune.frames.labels import AUTO, NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import composition_matrix, estimate
 from forcetune.frames.splits import separate_isolated
-from forcetune.frames.stored import elements_of
+from forcetune.frames.store.stored_frames import elements_of
 from forcetune.graphs.graph import Batch
 from forcetune.training.replay_head import ReplayHead
 

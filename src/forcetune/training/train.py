@@ -10,17 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
-from forcetune import parallel
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
-from forcetune.graphs.stored import StoredGraphs, any_label, sizes_of
+from forcetune.graphs.stored_graphs import StoredGraphs, any_label, sizes_of
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
 from forcetune.training.module import FineTuning, Observer
 from forcetune.training.replay import Replay
+from forcetune.utils import distributed
 
 TENSORBOARD_NAME = "tensorboard"
 """Folder of its logs, in the run folder."""
@@ -165,13 +165,13 @@ def _loaders(
         replay_ratio=0.0 if replay is None else replay.ratio,
     )
     budget = max(EVALUATION_ATOMS, int(sizes_of(validation)[:, 0].max()))
-    mine = parallel.part_of(validation) if _shares_validation(validation) else validation
+    mine = distributed.part_of(validation) if _shares_validation(validation) else validation
     return loader, BatchLoader(mine, len(mine), batch_atoms=budget, device=backbone.device)
 
 
 def _shares_validation(validation: Sequence[Batch]) -> bool:
     """With fewer frames than processes each validates on all."""
-    return len(validation) >= parallel.place().count
+    return len(validation) >= distributed.place().count
 
 
 def _run(module: FineTuning, validation: BatchLoader, observers: Sequence[Observer]) -> str:

@@ -15,10 +15,10 @@ from forcetune.adapters.attach import attach, attached, detach
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import METHODS, method
 from forcetune.adapters.updates import Gate
-from forcetune.api import compare_methods
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.runs.methods import compare_methods
 from sevennet_models import BATTERY, RECIPES, Recipe, backbone_of, perturb, write_checkpoint
 from systems import cluster, crystal, frames_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from forcetune.backbones.models import library_of_file
+from forcetune.backbones.registry import library_of_file
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import graphs_of, predict

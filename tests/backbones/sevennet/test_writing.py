@@ -25,7 +25,7 @@ from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.deployment.merge import merge
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import graphs_of, predict
-from forcetune.files import sha256_of
+from forcetune.utils.files import sha256_of
 from sevennet_models import ALL_VERSIONS, PUBLISHED, RECIPES, perturb, structures, write_checkpoint
 from sevennet_oracle import NEWEST, Request, Results, SevenNets
 from systems import frames_of

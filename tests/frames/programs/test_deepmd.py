@@ -14,7 +14,7 @@ from forcetune.errors import ForcetuneNote, InputError
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import content_hash
-from forcetune.frames.streaming import stream_frames
+from forcetune.frames.store.streaming import stream_frames
 from frames.formats import assert_same
 from frames.outputs import labels, salt
 from terminal import Command

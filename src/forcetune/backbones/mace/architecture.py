@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from forcetune.backbones.mace.tree import Node, function_name, irreps_text, number
+from forcetune.backbones.mace.module_spec import Node, function_name, irreps_text, number
 from forcetune.errors import InputError
 from forcetune.kernels.tensors import UnfitError
 

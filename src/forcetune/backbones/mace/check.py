@@ -23,6 +23,7 @@ from forcetune.backbones.mace.compare import (
     refuse_unknown,
     same_rows,
 )
+from forcetune.backbones.mace.module_spec import Node, function_name, irreps_text
 from forcetune.backbones.mace.network import (
     ACTIVATIONS,
     Interaction,
@@ -32,7 +33,6 @@ from forcetune.backbones.mace.network import (
     Product,
     harmonics_text,
 )
-from forcetune.backbones.mace.tree import Node, function_name, irreps_text
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, SpeciesLinear
 from forcetune.kernels.radial import RadialLayer

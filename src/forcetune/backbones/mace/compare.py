@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from forcetune.backbones.inert import Record
-from forcetune.backbones.mace.tree import UNKNOWN, Node, canonical, irreps_text
+from forcetune.backbones.mace.module_spec import UNKNOWN, Node, canonical, irreps_text
+from forcetune.backbones.safe_unpickle.reader import Record
 from forcetune.irreps import irreps_text as blocks_text
 from forcetune.irreps import merge_neighbours, parse_irreps
 from forcetune.kernels.tensors import UnfitError

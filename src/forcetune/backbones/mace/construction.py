@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import MaceArchitecture, check_sane
 from forcetune.backbones.mace.library import import_mace
-from forcetune.backbones.mace.tree import node_from_module
+from forcetune.backbones.mace.module_spec import node_from_module
 from forcetune.errors import InputError
 from forcetune.kernels.tensors import UnfitError
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.architecture import MaceArchitecture, check_sane, read_architecture
+from forcetune.backbones.mace.module_spec import Node, node_from_module
 from forcetune.backbones.mace.network import MaceNetwork
-from forcetune.backbones.mace.tree import Node, node_from_module
 from forcetune.kernels.tensors import TensorSource, UnfitError
 
 # what follows from the other tensors, and that files of older versions may lack

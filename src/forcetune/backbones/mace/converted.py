@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from forcetune.backbones.inert import Record
+from forcetune.backbones.safe_unpickle.reader import Record
 from forcetune.errors import InputError
 
 # package of the layers → its name, and mace's way back at the command line and in Python

@@ -15,6 +15,7 @@ from torch.nn import functional
 from forcetune.backbones.mace.architecture import MaceArchitecture
 from forcetune.irreps import Block, irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.constants import Constant
+from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.harmonics import SphericalHarmonics, second_moment_factor
 from forcetune.kernels.layers import (
@@ -26,7 +27,6 @@ from forcetune.kernels.layers import (
     sorted_blocks,
 )
 from forcetune.kernels.phase import Cut, Phase
-from forcetune.kernels.plan import Plan
 from forcetune.kernels.radial import (
     AgnesiTransform,
     BesselBasis,

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from forcetune.backbones.inert import read_inert_file
 from forcetune.backbones.mace.reading import content_from_record
 from forcetune.backbones.mace.surgery import cut_of_tensors
-from forcetune.backbones.rewriting import rewrite_storages
-from forcetune.files import atomic_path
+from forcetune.backbones.safe_unpickle.reader import read_inert_file
+from forcetune.backbones.safe_unpickle.rewriting import rewrite_storages
 from forcetune.kernels.tensors import UnfitError
+from forcetune.utils.files import atomic_path
 
 Cut = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 

@@ -13,7 +13,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from forcetune.backbones.inert import Record, read_inert
 from forcetune.backbones.mace.architecture import MaceArchitecture, check_sizes
 from forcetune.backbones.mace.check import check_node
 from forcetune.backbones.mace.content import (
@@ -24,12 +23,13 @@ from forcetune.backbones.mace.content import (
     content_from_tensors,
 )
 from forcetune.backbones.mace.converted import check_not_converted
+from forcetune.backbones.mace.module_spec import Node, node_from_module, node_from_record
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.traced_readout import traced_readout
-from forcetune.backbones.mace.tree import Node, node_from_module, node_from_record
+from forcetune.backbones.safe_unpickle.reader import Record, read_inert
 from forcetune.errors import InputError, warn
 from forcetune.kernels.tensors import UnfitError
-from forcetune.parsing import short
+from forcetune.utils.parsing import short
 
 FORMAT = "forcetune-mace-1"
 INDEX = ":index"

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from forcetune.backbones.inert import Global, Record
-from forcetune.backbones.mace.tree import Node
+from forcetune.backbones.mace.module_spec import Node
+from forcetune.backbones.safe_unpickle.reader import Global, Record
 from forcetune.kernels.tensors import UnfitError
 
 # operations that move numbers and do not change them

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from forcetune.backbones.mace.content import fingerprint_tensors
 from forcetune.backbones.mace.library import import_mace
-from forcetune.backbones.mace.tree import node_from_module
+from forcetune.backbones.mace.module_spec import node_from_module
 from forcetune.backbones.network import NetworkBackbone, per_volume
 from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.files import atomic_path
 from forcetune.graphs.graph import Batch
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.site import Site, WeightPath, numbered
+from forcetune.utils.files import atomic_path
 
 
 def load_pickled(file: Path) -> nn.Module:

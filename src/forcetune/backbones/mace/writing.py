@@ -14,8 +14,8 @@ from forcetune.backbones.mace.construction import assemble
 from forcetune.backbones.mace.content import MaceContent
 from forcetune.backbones.mace.reading import FORMAT, INDEX
 from forcetune.errors import ForcetuneError
-from forcetune.files import atomic_path
 from forcetune.kernels.tensors import UnfitError
+from forcetune.utils.files import atomic_path
 
 
 def write_model(content: MaceContent, path: str | os.PathLike[str]) -> None:

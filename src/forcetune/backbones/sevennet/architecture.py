@@ -14,7 +14,7 @@ from torch import Tensor
 from forcetune.backbones.nequip.interaction import ACTIVATIONS, product_irreps
 from forcetune.irreps import irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.tensors import UnfitError
-from forcetune.parsing import short
+from forcetune.utils.parsing import short
 
 _LARGEST = 16384
 

@@ -16,7 +16,7 @@ from forcetune.backbones.sevennet.network import SevenNetNetwork
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.layers import GatedActivation
 from forcetune.kernels.tensors import TensorSource, UnfitError
-from forcetune.parsing import short
+from forcetune.utils.parsing import short
 
 # names in checkpoints from before April 2024
 _OLD_NAMES = {

@@ -11,6 +11,7 @@ from forcetune.backbones.nequip.interaction import ACTIVATIONS, ModalLinear, int
 from forcetune.backbones.sevennet.architecture import SevenNetArchitecture
 from forcetune.irreps import irreps_text, parse_irreps
 from forcetune.kernels.constants import Constant
+from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.harmonics import SphericalHarmonics
 from forcetune.kernels.layers import (
@@ -21,7 +22,6 @@ from forcetune.kernels.layers import (
     channelwise_paths,
 )
 from forcetune.kernels.phase import Cut, Phase
-from forcetune.kernels.plan import Plan
 from forcetune.kernels.radial import RadialNetwork, envelope, smooth_step
 from forcetune.kernels.site import Site, WeightPath
 from forcetune.kernels.step import Step, can_train

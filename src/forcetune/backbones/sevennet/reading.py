@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from forcetune.backbones.inert import read_inert
+from forcetune.backbones.safe_unpickle.reader import read_inert
 from forcetune.backbones.sevennet.architecture import read_architecture
 from forcetune.backbones.sevennet.content import SevenNetContent, content_from_state
 from forcetune.errors import InputError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forcetune.backbones.sevennet.content import SevenNetContent
-from forcetune.files import atomic_path
+from forcetune.utils.files import atomic_path
 
 
 def write_checkpoint(content: SevenNetContent, path: str | Path) -> None:

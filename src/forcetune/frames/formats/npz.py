@@ -20,7 +20,7 @@ from ase.units import Bohr, Hartree, kcal, kJ, mol
 
 from forcetune.errors import InputError
 from forcetune.frames.formats.format import Format, labelled
-from forcetune.parsing import check_archive
+from forcetune.utils.parsing import check_archive
 
 _ENERGIES = {
     "kcal/mol": kcal / mol,

@@ -1,0 +1,1 @@
+"""Frames that stay on disk, for sets larger than memory."""

@@ -1,0 +1,393 @@
+"""From files to frames on disk, by several processes and in memory that does not grow with their number.
+
+Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read: the
+keys asked for, where labels are looked for, the version of ASE. It comes also from the files as they were named and
+from what the data are for, since both stand in the warnings that are told again. So a store is found again by whoever
+reads the same files in the same way, and never by another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import ase
+import numpy as np
+
+from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
+from forcetune.frames.defects import refusing
+from forcetune.frames.formats import parts_of, say_conversions
+from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
+from forcetune.frames.label_keys import Survey, survey_of
+from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, raw_frame
+from forcetune.frames.read import check_structure, labelled_frame
+from forcetune.frames.sources import content_hash, expand, file_format
+from forcetune.frames.splits import is_isolated
+from forcetune.frames.store.chunks import DANGEROUS, Chunk, chunks_of, crashed
+from forcetune.frames.store.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
+from forcetune.frames.store.stored_frames import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
+from forcetune.frames.unread import tell_unread
+from forcetune.frames.weights import WeightTally, is_left_out
+from forcetune.frames.xyz import XYZ_FORMATS
+from forcetune.utils import distributed
+from forcetune.utils.files import sha256_of
+from forcetune.utils.processes import WorkerDiedError, in_order
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+VERSION = 3
+_LOCK = "lock"
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A chunk to read, with the keys of the labels; None to look for labels only."""
+
+    chunk: Chunk
+    file: int
+    asked: LabelKeys
+    keys: LabelKeys | None
+
+
+@dataclass(slots=True)
+class _Part:
+    """What was read of a chunk: frames as rows, or why a label cannot be used; those with weight 0 are only counted."""
+
+    count: int
+    witnesses: list[RawFrame]
+    weights: WeightTally = field(default_factory=WeightTally)
+    rows: list[bytes] = field(default_factory=list)
+    atoms: list[int] = field(default_factory=list)
+    alone: list[bool] = field(default_factory=list)
+    elements: list[tuple[int, ...]] = field(default_factory=list)
+    labelled: dict[str, int] = field(default_factory=dict)
+    error: InputError | None = None
+
+
+def stream_frames(
+    sources: Sequence[str],
+    asked: LabelKeys,
+    require: Sequence[Label],
+    name: str,
+    *,
+    folder: Path,
+    workers: int,
+    progress: Progress | None = None,
+    expect: Sequence[Label] = (),
+    type_map: Sequence[str] = (),
+) -> FrameSet:
+    """As :func:`forcetune.frames.read.read_frames`, but with frames that stay on disk.
+
+    Args:
+        sources: files and patterns.
+        asked, require, expect, name: as there.
+        folder: of all stores.
+        workers: processes that read.
+        progress: called with the number of frames done.
+        type_map: as there.
+
+    Raises:
+        InputError: as there, a file changed while it was read, or the folder cannot be written.
+    """
+    files = expand(list(sources))
+    before = [_signature(file) for file in files]
+    digest = hashlib.sha256("".join(map(_hash_of, files)).encode()).hexdigest()
+    columns = [asdict(column) for column in FRAME_COLUMNS]
+    # other versions of ASE may read other numbers, and other candidates may choose other labels
+    read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
+    needed = [list(require), list(expect)]
+    identity = [*read_by, digest, [str(file) for file in files], asked, needed, name, columns, *type_map]
+    place = folder / f"frames-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
+
+    def make() -> None:
+        with new_store(place) as temporary:
+            shown = progress or (lambda _: None)
+            building = _Building(files, asked, require, expect, name, workers, shown, type_map)
+            try:
+                building.carry_out(temporary)
+            except ForcetuneError:
+                _check_unchanged(files, before)  # whatever was found in it then is not the reason
+                raise
+            _check_unchanged(files, before)
+
+    distributed.made_once(place, make)
+    rows = RowReader(place)
+    for text in rows.facts["warnings"]:
+        warn(text)
+    say_conversions((file, file_format(file)) for file in files)
+    keys = LabelKeys(**rows.facts["keys"])
+    return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
+
+
+def _hash_of(file: Path) -> str:
+    with refusing(file):
+        return sha256_of(file) if parts_of(file) == [file] else content_hash(file)
+
+
+def _signature(file: Path) -> list[tuple[int, int, int]] | None:
+    """What changes when a file, or one that is read with it, is written or replaced."""
+    try:
+        found = [part.stat() for part in parts_of(file)]
+    except OSError:
+        return None
+    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in found]
+
+
+def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
+    """
+    Raises:
+        InputError: a file is not what it was when its hash, which names the store, was taken.
+    """
+    for file, signature in zip(files, before, strict=True):
+        if _signature(file) != signature:
+            raise InputError(f"{file}: changed while it was read; run again when nothing writes to it any more.")
+
+
+@contextmanager
+def new_store(place: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes ``place`` when all is well, unless another process was faster.
+
+    Raises:
+        InputError: the folder cannot be written, or there is no room.
+    """
+    try:
+        with ExitStack() as kept:
+            with writing():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _remove_abandoned(place)
+                store = kept.enter_context(_scratch(place)) / "store"
+                store.mkdir()
+            yield store
+            with writing():
+                bring_to_disk(store)
+                try:
+                    store.replace(place)
+                except OSError:
+                    if not place.exists():
+                        raise
+                bring_to_disk(place.parent)
+    except WriteError as error:
+        raise InputError(
+            f"{place.parent}: streamed data cannot be written ({error.strerror or error}); set data.store to another "
+            "folder."
+        ) from error
+
+
+@contextmanager
+def _scratch(place: Path) -> Iterator[Path]:
+    """A folder beside ``place`` that is removed in the end; its lock is held for as long as this process lives."""
+    while True:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
+        ) as scratch:
+            lock = Path(scratch) / _LOCK
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                if fcntl is not None:
+                    with suppress(OSError):  # not every file system has locks; then nothing is taken for abandoned
+                        fcntl.flock(handle, fcntl.LOCK_EX)
+                # before it was locked another process may have taken the folder for abandoned
+                if lock.exists():
+                    yield Path(scratch)
+                    return
+            finally:
+                os.close(handle)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove half stores of processes that were killed while they made this one."""
+    if fcntl is None:
+        return
+    for scratch in place.parent.glob(f".{place.name}.*"):
+        with suppress(OSError):
+            handle = os.open(scratch / _LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+class _Building:
+    """One pass over the files, with keys of labels that the first frames suggest; a second where they were wrong."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        asked: LabelKeys,
+        require: Sequence[Label],
+        expect: Sequence[Label],
+        name: str,
+        workers: int,
+        progress: Progress,
+        type_map: Sequence[str] = (),
+    ) -> None:
+        self.files = [(file, file_format(file)) for file in files]
+        self.asked = asked
+        self.require = require
+        self.expect = expect
+        self.name = name
+        self.least = int(bool(DANGEROUS & {kind for _, kind in self.files}))
+        self.workers = max(workers, self.least)
+        self.progress = progress
+        self.type_map = type_map
+
+    def carry_out(self, folder: Path) -> None:
+        """
+        Raises:
+            InputError: as :func:`stream_frames`.
+        """
+        heard: list[warnings.WarningMessage] = []
+        try:
+            # files are read twice or thrice, and what their readers warn of is told whenever the store is opened
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always", ForcetuneWarning)
+                keys, told = self._read_and_write(folder)
+        except ForcetuneError:
+            for text in _texts(heard):
+                warn(text)
+            raise
+        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *told]})
+
+    def _read_and_write(self, folder: Path) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and what is to be told about them."""
+        guess = self._guess()
+        survey, weights, error = self._write(folder, guess)
+        weights.check(self.name, self.files[0][0])
+        keys, told = self._choice(survey, weights)
+        if keys != guess:
+            *_, error = self._write(folder, keys)
+        if error is not None:
+            raise error
+        return keys, told
+
+    def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and what is to be told whenever the store is opened."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
+            try:
+                keys = self._chosen(survey)
+                for text in (weights.sentence(), tell_unread(survey.witnesses, keys, self.asked)):
+                    if text is not None:
+                        warn(f"{self.name}: {text}")
+            except InputError as error:
+                refusal = error
+        texts = _texts(told)
+        if refusal is not None:
+            for text in texts:
+                warn(text)
+            raise refusal
+        return keys, texts
+
+    def _chosen(self, survey: Survey) -> LabelKeys:
+        return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files, self.expect)
+
+    def _guess(self) -> LabelKeys | None:
+        """The keys by the first frames; None where they do not tell."""
+        survey = Survey(self.asked)
+        for part in islice(self._parts(None, min(self.workers, self.least)), 1):
+            survey.add(part.witnesses)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return self._chosen(survey)
+            except InputError:
+                return None
+
+    def _write(self, folder: Path, keys: LabelKeys | None) -> tuple[Survey, WeightTally, InputError | None]:
+        """Read everything; write the frames unless there is an error.
+
+        Returns:
+            what labels there are, what weights, and the first error in a label.
+        """
+        survey, weights, writer = Survey(self.asked), WeightTally(), RowWriter(folder, FRAME_COLUMNS)
+        error: InputError | None = None
+        atoms, alone, kinds = array("i"), array("b"), array("i")
+        sets: dict[tuple[int, ...], int] = {}
+        labelled = dict.fromkeys(LABEL_FIELDS, 0)
+        try:
+            for part in self._parts(keys, self.workers):
+                survey.add(part.witnesses)
+                weights.merge(part.weights)
+                error = error or part.error
+                if error is None:
+                    writer.write(part.rows)
+                    atoms.extend(part.atoms)
+                    alone.extend(part.alone)
+                    kinds.extend(sets.setdefault(elements, len(sets)) for elements in part.elements)
+                    labelled = {name: count + part.labelled.get(name, 0) for name, count in labelled.items()}
+                self.progress(part.count)
+            facts = {
+                "files": [str(file) for file, _ in self.files],
+                "element_sets": [list(kind) for kind in sets],
+                "labelled": labelled,
+            }
+            numbers = {"atoms": np.array(atoms), "alone": np.array(alone, dtype=bool), "kind": np.array(kinds)}
+            writer.close(facts, numbers)
+        finally:
+            writer.abandon()
+        return survey, weights, error
+
+    def _parts(self, keys: LabelKeys | None, workers: int) -> Iterator[_Part]:
+        tasks = (
+            _Task(chunk, number, self.asked, keys)
+            for number, (file, kind) in enumerate(self.files)
+            for chunk in chunks_of(file, kind, self.type_map)
+        )
+        try:
+            yield from in_order(_read, tasks, workers)
+        except WorkerDiedError as error:
+            if error.killed and isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
+                raise crashed(error.task.chunk.path) from error
+            raise
+
+
+def _texts(heard: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What our warnings say, each once."""
+    ours = (str(one.message) for one in heard if issubclass(one.category, ForcetuneWarning))
+    return list(dict.fromkeys(ours))
+
+
+def _read(task: _Task) -> _Part:
+    """Read a chunk; runs in a worker."""
+    chunk = task.chunk
+    raws, weights = [], WeightTally()
+    for index, atoms in enumerate(chunk.structures(), chunk.start):
+        raw = raw_frame(atoms, Origin(str(chunk.path), index), moved=chunk.format_name in XYZ_FORMATS)
+        check_structure(raw)
+        weights.add(raw)
+        if not is_left_out(raw):
+            raws.append(raw)
+    part = _Part(weights.frames, survey_of(raws, task.asked), weights)
+    if task.keys is None:
+        return part
+    try:
+        for raw in raws:
+            _add(part, labelled_frame(raw, task.keys), task.file)
+    except InputError as error:
+        part.error = error
+    return part
+
+
+def _add(part: _Part, frame: Frame, file: int) -> None:
+    part.rows.append(packed_frame(frame, file))
+    part.atoms.append(len(frame))
+    part.alone.append(is_isolated(frame))
+    part.elements.append(tuple(np.unique(frame.numbers).tolist()))
+    for name in LABEL_FIELDS:
+        part.labelled[name] = part.labelled.get(name, 0) + (getattr(frame, name) is not None)

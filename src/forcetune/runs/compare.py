@@ -1,0 +1,302 @@
+"""Several methods and seeds on one split of the data, with equal budgets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.methods import METHODS, method_of, options_of
+from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import RunConfig, load_config
+from forcetune.diagnostics.doctor import check_frames
+from forcetune.errors import ForcetuneError, InputError
+from forcetune.frames.dataset import read_dataset
+from forcetune.reports.comparison_page import Comparison, read_comparison, write_comparison
+from forcetune.runs.fit import resume, run_fit
+from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, status_of
+from forcetune.runs.records import write_json
+from forcetune.runs.search import Searched, check_search, with_settings
+from forcetune.runs.search import search as find_options
+from forcetune.utils.files import is_inside
+from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
+from forcetune.utils.processes import WorkerDiedError, as_they_end
+
+COMPARISON_NAME = "comparison.json"
+MARK_NAME = "comparison.yaml"
+MODEL_NAME = "comparison.model"
+"""The foundation model of all runs, where it came from memory and no name or path gives it."""
+SEARCH_NAME = "search"
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A finished comparison.
+
+    Attributes:
+        folder: holds a run folder for every method and seed, ``comparison.json`` and ``comparison.html``.
+        comparison: the figures.
+        page: the report.
+    """
+
+    folder: Path
+    comparison: Comparison
+    page: Path
+
+
+def compare(
+    config: RunConfig,
+    methods: Sequence[str],
+    *,
+    seeds: int = 1,
+    processes: int = 1,
+    search: int | None = None,
+    model: str | Path | Backbone | None = None,
+    inputs: Sequence[str | Path] = (),
+    console: Console | None = None,
+) -> Compared:
+    """Run every method with every seed and set them side by side.
+
+    All runs have the same frames, split, loss, epochs and batches; each method has its own learning rate and optimizer
+    unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
+    methods that have them. A run that is finished with the same configuration is not repeated and one that was
+    interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
+    anew.
+
+    Args:
+        config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
+            ``config.training.seed`` are overridden.
+        methods: names.
+        seeds: so many, counted from ``config.training.seed``.
+        processes: runs at the same time, each with its share of the cores.
+        search: so many trials for each method to choose learning rate, rank and weight of the forces on the
+            validation frames (:func:`forcetune.runs.search.search`), with the first seed.
+        model: instead of the one in ``config``: name, path or loaded backbone, which stays as it is; one that its file
+            does not give is stored in the folder.
+        inputs: further files that the configuration came from; a folder with one of them is refused.
+        console: where progress is told; standard error by default.
+
+    Raises:
+        InputError: an unknown method, a name twice, an option no method has, bad data, or a folder of something else.
+        ForcetuneError: a run failed; the others are kept.
+    """
+    console = console or Console(stderr=True, soft_wrap=True)
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError(f"--methods {','.join(methods)}: name every method once.")
+    _check_options(config, methods)
+    if config.method.table is not None:
+        raise InputError("method.table: a comparison is of named methods; leave the table out, or fit it by itself.")
+    folder = Path(config.output.run)
+    config, stored = _with_model(config, model, folder)
+    first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
+    for one in first.values():
+        method_of(one.method)
+        if search is not None:
+            check_search(one)
+    _check_inputs(config, inputs, folder)
+    dataset = read_dataset(config.data)  # bad data are met before the first run
+    if config.data.doctor == "on":
+        check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
+    _check_folder(folder)
+    config.save(folder / MARK_NAME)
+    if stored is not None:
+        store_base(stored, folder / MODEL_NAME)
+    searched: dict[str, Searched] = {}
+    if search is not None:
+        searched = _search_all(first.values(), folder, search, processes, console)
+        for name in methods:
+            chosen = ", ".join(f"{key}={value:g}" for key, value in searched[name].settings.items())
+            console.print(f"{name}: {chosen}, the best of {len(searched[name].trials)} trials", highlight=False)
+    plan = {
+        name: {
+            seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {})
+            for seed in _seeds(config, seeds)
+        }
+        for name in methods
+    }
+    everything = [one for by_seed in plan.values() for one in by_seed.values()]
+    missing = [one for one in everything if not _is_finished(one)]
+    if len(missing) < len(everything):
+        console.print(f"{len(everything) - len(missing)} of {len(everything)} runs are finished already")
+    _run_all(missing, processes, console)
+    runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in plan.items()}
+    found = read_comparison(runs)
+    content = found.to_json()
+    if searched:
+        content["search"] = {name: asdict(one) for name, one in searched.items()}
+    write_json(folder / COMPARISON_NAME, content)
+    return Compared(folder, found, write_comparison(folder, found, runs))
+
+
+def _seeds(config: RunConfig, count: int) -> range:
+    return range(config.training.seed, config.training.seed + count)
+
+
+def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: a method is unknown, or an option is known to none of the methods.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
+    for option in config.method.options():
+        if not any(option in options_of(METHODS[name]) for name in methods):
+            raise InputError(f"method.{option}: none of the methods {', '.join(methods)} has this option.")
+
+
+def _config_of(
+    config: RunConfig, name: str, seed: int, folder: Path, processes: int, chosen: Mapping[str, Any] | None = None
+) -> RunConfig:
+    given = config.model_dump(exclude_unset=True)
+    known = options_of(METHODS[name])
+    options = {key: value for key, value in config.method.options().items() if key in known}
+    threads = config.training.threads
+    if threads is None and processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+    given["method"] = {"name": name, "target": config.method.target, **options}
+    given["training"] = given.get("training", {}) | {"seed": seed, "threads": threads}
+    given["output"] = given.get("output", {}) | {"run": str(folder / f"{name}-{seed}"), "overwrite": True}
+    return RunConfig.model_validate(with_settings(given, chosen or {}))
+
+
+def _resolved(config: RunConfig) -> dict[str, Any]:
+    """All that decides the result of a run of this configuration."""
+    chosen = method_of(config.method)
+    full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
+    content = full.model_dump(mode="json")
+    content["training"].pop("threads", None)
+    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress"):
+        if not is_given(full, name):
+            remove_value(content, name)  # the labels decide
+    return content
+
+
+def _is_finished(config: RunConfig) -> bool:
+    return _is_begun(config) and status_of(Path(config.output.run)) in FINISHED
+
+
+def _is_begun(config: RunConfig) -> bool:
+    """Whether the run folder is of this very configuration."""
+    run = Path(config.output.run)
+    if not (run / CONFIG_NAME).is_file():
+        return False
+    return _resolved(load_config(run / CONFIG_NAME)) == _resolved(config)
+
+
+def _check_folder(folder: Path) -> None:
+    """
+    Raises:
+        InputError: the folder holds what is not of a comparison.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another folder with --out.")
+    ours = (folder / MARK_NAME).is_file()
+    for path in folder.iterdir() if folder.is_dir() else ():
+        known = path.name.startswith("comparison.") or path.name == SEARCH_NAME or (path / CONFIG_NAME).is_file()
+        empty = path.is_dir() and not any(path.iterdir())
+        if not (ours and (known or empty)):
+            raise InputError(f"{path}: is not of a comparison; choose another folder with --out.")
+
+
+def _run_one(config: RunConfig) -> str | None:
+    """Carry out one run in a process of its own; returns what went wrong."""
+    quiet = Console(quiet=True)
+    try:
+        if _is_begun(config):
+            resume(config.output.run, console=quiet)
+        else:
+            run_fit(config, console=quiet)
+    except ForcetuneError as error:
+        return f"{Path(config.output.run).name}: {error}"
+    return None
+
+
+def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
+    return find_options(*job)
+
+
+def _in_processes(
+    work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, console: Console, title: str
+) -> Iterator[tuple[Any, Any]]:
+    """Each job with what ``work`` returns for it, as they end; a :class:`WorkerDiedError` for a process that died."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(title, total=len(jobs))
+        ended: Iterator[tuple[Any, Any]] = ((job, work(job)) for job in jobs)
+        if processes > 1 and jobs:
+            # fresh interpreters: a fork of PyTorch's threads hangs, and the user's script is not to be run again
+            ended = as_they_end(work, jobs, min(processes, len(jobs)), option="processes")
+        for job, found in ended:
+            yield job, found
+            bar.advance(task)
+
+
+def _search_all(
+    configs: Iterable[RunConfig], folder: Path, trials: int, processes: int, console: Console
+) -> dict[str, Searched]:
+    """What the searches found, by method.
+
+    Raises:
+        WorkerDiedError: a process died.
+    """
+    jobs = [(config, folder / SEARCH_NAME, trials) for config in configs]
+    searched: dict[str, Searched] = {}
+    for _, found in _in_processes(_search_one, jobs, processes, console, "searches"):
+        if isinstance(found, WorkerDiedError):
+            raise found
+        searched[found.method] = found
+    return searched
+
+
+def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> None:
+    failures = []
+    for config, failure in _in_processes(_run_one, missing, processes, console, "runs"):
+        if isinstance(failure, WorkerDiedError):
+            failure = f"{Path(config.output.run).name}: {str(failure).rstrip('.')}"
+        if failure:
+            failures.append(failure)
+    if failures:
+        raise ForcetuneError("; ".join(failures) + ". The other runs are kept; the same command goes on from there.")
+
+
+def _with_model(
+    config: RunConfig, model: str | Path | Backbone | None, folder: Path
+) -> tuple[RunConfig, Backbone | None]:
+    """The configuration with a model given beside it, and the model if it must be stored to be found by the runs.
+
+    Raises:
+        InputError: it carries an adapter, or is not what the configuration asks for.
+    """
+    if model is None:
+        return config, None
+    if not isinstance(model, Backbone):
+        return _with_options(config, {"model": str(model)}), None
+    if adapter_of(model) is not None:
+        raise InputError("this model already carries an adapter; detach it first.")
+    load(model, **asked_of_loaded(config.model))
+    changed, stored = with_loaded(config, model, folder / MODEL_NAME)
+    if "elements" in config.model.model_fields_set:
+        changed = _with_options(changed, {"elements": config.model.elements})
+    return changed, model if stored else None
+
+
+def _with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update=dict(options))})
+
+
+def _check_inputs(config: RunConfig, inputs: Sequence[str | Path], folder: Path) -> None:
+    """
+    Raises:
+        InputError: the folder of the comparison holds a file that the runs read.
+    """
+    for file in input_files(config, inputs):
+        if is_inside(file, folder) and file != folder / MODEL_NAME:
+            raise InputError(f"{folder}: holds {file}, which the runs read; choose another folder with --out.")

@@ -1,0 +1,136 @@
+"""Errors of a model, a run or an ensemble on labelled frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.methods import Method
+from forcetune.backbones.protocol import Backbone
+from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
+from forcetune.deployment.loading import adapter_folder, deploy
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of
+from forcetune.frames.frame import Frame, LabelKeys
+from forcetune.frames.labels import AUTO, NONE
+from forcetune.frames.read import read_frames
+from forcetune.frames.spins import with_spins
+from forcetune.magnetism.options import Magnetism
+
+
+def evaluate(
+    model: str | Path | Backbone,
+    data: str | Path | Sequence[str | Path],
+    *,
+    adapter: str | Path | None = None,
+    base: str | Path | Backbone | None = None,
+    energy_key: str = AUTO,
+    forces_key: str = AUTO,
+    stress_key: str = AUTO,
+    moments_key: str = AUTO,
+    spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
+    head: str | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust: bool = False,
+) -> Errors:
+    """Errors of a model on labelled frames.
+
+    Args:
+        model: run folder, adapter folder, model name, model file or loaded backbone.
+        data: files or patterns.
+        adapter: adapter folder or run folder, when ``model`` is a base.
+        base: the base, when ``model`` is a run or adapter whose base has moved.
+        energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
+        moments_key, spins_key: the same, looked for only where there is a magnetic layer.
+        type_map: the same.
+        head, device, dtype, trust: as :func:`forcetune.deployment.calculator.calculator`.
+
+    Raises:
+        InputError: bad data, or nothing usable at a path.
+    """
+    if base is not None and adapter is None and isinstance(model, (str, Path)):
+        model, adapter = base, model
+    magnetism = _magnetism_of(model if adapter is None else adapter)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames = _labelled_frames(data, keys, magnetism, type_map)
+    deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
+    return evaluate_frames(deployed.backbone, frames).errors()
+
+
+def _labelled_frames(
+    data: str | Path | Sequence[str | Path], keys: LabelKeys, magnetism: Magnetism | None, type_map: Sequence[str]
+) -> tuple[Frame, ...]:
+    """Frames to evaluate on, with the state that a spin layer is given.
+
+    Raises:
+        InputError: bad data, or a magnetic label was asked for that nothing predicts.
+    """
+    magnetic: dict[str, Any] = {"moments_key": keys.moments or AUTO, "spins_key": keys.spins or AUTO}
+    if magnetism is None:
+        for name, key in magnetic.items():
+            if key not in (AUTO, NONE):
+                raise InputError(f"{name} is {key!r}, but there is no magnetic layer that moments or spins belong to.")
+        magnetic = dict.fromkeys(magnetic, NONE)
+    usual: dict[str, Any] = {
+        "energy_key": keys.energy or AUTO,
+        "forces_key": keys.forces or AUTO,
+        "stress_key": keys.stress or AUTO,
+    }
+    frames = read_frames(
+        data, **usual, **magnetic, require=(), expect=("energy",), name="evaluation data", type_map=type_map
+    ).frames
+    if magnetism is not None and magnetism.layer == "spin":
+        return with_spins(frames, magnetism.inputs)
+    return tuple(frames)
+
+
+def _magnetism_of(place: str | Path | Backbone) -> Magnetism | None:
+    """The magnetic layer of what is to be evaluated, before anything heavy is loaded."""
+    if isinstance(place, Backbone):
+        carried = adapter_of(place)
+        return None if carried is None else carried.method.magnetism
+    folder = adapter_folder(place)
+    return None if folder is None else Method.from_json(read_adapter_config(folder).method).magnetism
+
+
+def evaluate_ensemble(
+    members: Sequence[str | Path],
+    data: str | Path | Sequence[str | Path],
+    *,
+    base: str | Path | Backbone | None = None,
+    energy_key: str = AUTO,
+    forces_key: str = AUTO,
+    stress_key: str = AUTO,
+    moments_key: str = AUTO,
+    spins_key: str = AUTO,
+    type_map: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Errors of the mean of several adapters on one base, and how well their spread foretells these errors.
+
+    Args:
+        members: run folders, adapter folders or folders of comparisons.
+        data: files or patterns.
+        base: the base, where it has moved.
+        energy_key, forces_key, stress_key, moments_key, spins_key, type_map, device, dtype, trust: as :func:`evaluate`.
+
+    Returns:
+        As ``forcetune evaluate --ensemble --json`` prints it.
+
+    Raises:
+        InputError: bad data, nothing usable at a path, or members of different bases.
+    """
+    ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    frames = _labelled_frames(data, keys, ensemble.magnetism, type_map)
+    found = ensemble.predict(graphs_of(ensemble.backbone, frames))
+    for one in found:
+        check_finite(one, frames)
+    return describe_ensemble(ensemble, found)

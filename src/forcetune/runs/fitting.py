@@ -1,0 +1,519 @@
+"""One run, step by step: frames and a foundation model become a trained adapter, its errors and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import atomic_numbers
+from rich.console import Console
+from rich.progress import Progress
+
+from forcetune._version import __version__
+from forcetune.adapters.attach import adapter_of, attached, detach, disable_adapter
+from forcetune.adapters.changes import weight_changes
+from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
+from forcetune.adapters.magnetic import with_magnetism
+from forcetune.adapters.methods import method_of
+from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import RunConfig
+from forcetune.deployment.forgetting import measure_forgetting
+from forcetune.deployment.loading import BASE_NAME
+from forcetune.diagnostics.doctor import check_frames, check_predictions
+from forcetune.errors import InputError
+from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
+from forcetune.evaluation.streamed import (
+    StreamedPredictions,
+    predict_shown,
+    predict_streamed,
+    shown,
+    shown_frames,
+    shown_of,
+)
+from forcetune.evaluation.symmetry import rotation_error
+from forcetune.frames.dataset import Dataset, read_dataset
+from forcetune.frames.frame import FloatArray, Frame
+from forcetune.frames.isolated import compare_isolated
+from forcetune.frames.labels import NONE
+from forcetune.frames.references import ReferenceEnergies, reference_energies
+from forcetune.graphs.graph import Batch
+from forcetune.graphs.stored_graphs import StoredGraphs, any_label
+from forcetune.reports.run_page import write_report
+from forcetune.runs.console import say_adapter, say_data, say_isolated, say_weights
+from forcetune.runs.folder import (
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    UNREFINED,
+    check_folder,
+    input_files,
+    prepare_folder,
+    read_checkpoint,
+    recover_adapter,
+    write_checkpoint,
+)
+from forcetune.runs.records import (
+    ENVIRONMENT_NAME,
+    PREDICTIONS_NAME,
+    RESULTS_NAME,
+    describe_data,
+    describe_method,
+    describe_model,
+    describe_parameters,
+    describe_references,
+    describe_replay,
+    environment,
+    save_predictions,
+    write_json,
+)
+from forcetune.training.initialization import attach_for_training
+from forcetune.training.label_weights import settle
+from forcetune.training.refine import Refinement, refine
+from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
+from forcetune.training.train import TrainingOutcome, check_labels, train
+from forcetune.utils.processes import worker_count
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; the adapter stands in ``folder / "adapter"``.
+        before, after: errors of every split: the foundation model with the run's reference energies, and tuned.
+        results: everything in ``results.json``.
+        backbone: the model with the trained adapter attached.
+    """
+
+    folder: Path
+    before: dict[str, Errors]
+    after: dict[str, Errors]
+    results: dict[str, Any]
+    backbone: Backbone
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter folder."""
+        return self.folder / ADAPTER_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run has before its training begins.
+
+    Attributes:
+        dataset, graphs: frames, and the graph of each, by split.
+        backbone: with the adapter attached and the run's reference energies.
+        references, own_references: of the run, and of the foundation model.
+        before: predictions of the foundation model with the run's reference energies.
+        parameters: description of what is trained.
+        replay_frames, replay: as they were read, and ready for the training; None without replay.
+        data: hash of the frames trained on.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    graphs: dict[str, Sequence[Batch]]
+    references: ReferenceEnergies
+    own_references: dict[int, float]
+    before: dict[str, Predictions | StreamedPredictions]
+    parameters: dict[str, Any]
+    replay_frames: ReplayFrames | None
+    replay: Replay | None
+    data: str
+
+
+class Fitting:
+    """One run, step by step; every check comes before the first thing written."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: Console,
+        told: list[str],
+        observe: Callable[[int, Errors], None] | None = None,
+        inputs: Sequence[str | Path] = (),
+    ) -> None:
+        self.method = method_of(config.method)
+        self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
+        self.console = console
+        self.told = told
+        self.observe = observe
+        self.folder = Path(config.output.run)
+        self.inputs = inputs
+        self._stores_base = False
+        assert self.config.training.learning_rate is not None
+        self.rate = self.config.training.learning_rate
+        self.training = self.config.training
+
+    def carry_out(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
+        """The whole run.
+
+        Args:
+            backbone: a loaded model instead of the one that the configuration names.
+            from_the_beginning: the folder is that of this very run, which died early; its base stays.
+        """
+        overwrite = self.config.output.overwrite
+        keep, inputs = ({BASE_NAME}, []) if from_the_beginning else (set(), input_files(self.config, self.inputs))
+        check_folder(self.folder, overwrite, inputs)
+        start = self._start(backbone)
+        others = prepare_folder(self.folder, overwrite, inputs, keep=keep)
+        if others:
+            self.console.print(f"{self.folder}: what forcetune did not write stays: {', '.join(others)}")
+        write_json(self.folder / ENVIRONMENT_NAME, environment(start.backbone.device))
+        if self._stores_base:
+            with disable_adapter(start.backbone):
+                store_base(start.backbone, self.folder / BASE_NAME)
+        self.config.save(self.folder / CONFIG_NAME)
+        return self._finish(start, None)
+
+    def go_on(self) -> Run:
+        """The rest of a run that was interrupted; the configuration is that of its folder."""
+        checkpoint = read_checkpoint(self.folder)
+        self._progress(checkpoint)
+        start = self._start(None, checkpoint)
+        for name, found, stored in (
+            ("the training frames", start.data, checkpoint["data"]),
+            ("the model", start.backbone.base.fingerprint, checkpoint["base"]),
+        ):
+            if found != stored:
+                raise InputError(f"{self.folder}: {name} changed since the run began; start a new run with `fit`.")
+        recover_adapter(self.folder / ADAPTER_NAME)
+        epochs, planned = self._progress(checkpoint)
+        over = epochs == planned or checkpoint["training"]["stopped"]
+        text = f"training ended after epoch {epochs}: " if over else f"going on after epoch {epochs} of {planned}"
+        self.console.print(text + ("making the results" if over else ""), highlight=False)
+        return self._finish(start, checkpoint["training"])
+
+    def _progress(self, checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+        """Epochs done, and those of the whole run.
+
+        Raises:
+            InputError: more are done than there shall be.
+        """
+        done, skipped = checkpoint["training"]["epochs_done"], checkpoint["training"].get("skipped", 0)
+        planned = self.config.training.epochs
+        # a second stage that began early goes on to its next validation
+        if done + skipped > planned + (self.config.training.valid_every - 1 if skipped else 0):
+            raise InputError(
+                f"{self.folder / CONFIG_NAME}: training.epochs is {planned}, but {done + skipped} epochs are behind "
+                f"the run; set it to {done + skipped} to end the run there, or to more to go on."
+            )
+        return done, max(done, planned - skipped)
+
+    def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
+        """Everything before the training; nothing is written."""
+        dataset = self._read()
+        self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys, dataset.train.frames)
+        replay = read_replay(self.config.replay, self.config.data)
+        say_data(self.console, dataset, replay, self.config.replay)
+        backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
+        examined = self.config.data.doctor == "on"
+        if examined:
+            self._examine(dataset, backbone)
+        graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
+        self._settle_weights(graphs["train"])
+        check_labels(self.training, graphs["train"])
+        raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
+        for name, part in dataset.splits.items():
+            if isinstance(found := raw[name], Predictions):
+                check_finite(found, part.frames)
+        if examined:
+            check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
+        own_references = backbone.reference_energies
+        references = self._references(dataset, raw["train"].energy, own_references)
+        if checkpoint is not None:
+            references = replace(references, energies=checkpoint["reference_energies"])
+        shift = {z: references.energies[z] - own_references[z] for z in own_references}
+        # errors of streamed training frames are those of a sample, before and after
+        raw["train"] = shown(raw["train"])
+        before = {name: found.shifted(shift) for name, found in raw.items()}
+        prepared = None
+        if replay is not None:
+            prepared = prepare_replay(replay, self.config.replay, self.training, backbone, references.energies)
+        elements = {*dataset.train.elements, *(replay.trained_elements if replay else ())}
+        adapter = attach_for_training(
+            backbone, self.method, self.training, graphs["train"], references.energies, elements
+        )
+        backbone.set_reference_energies(references.energies)
+        say_adapter(self.console, self.method, backbone, adapter)
+        parameters = describe_parameters(adapter)
+        data = data_hash(dataset.train.sha256, replay)
+        return Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
+
+    def _finish(self, start: Start, state: dict[str, Any] | None) -> Run:
+        """Training and everything after it."""
+        outcome = self._train(start, state)
+        asked = self.config.training.refine is not None and outcome.status != "interrupted"
+        refinement = self._refine(start) if asked else None
+        after = self._best(start)
+        arrays = [{name: shown(own) for name, own in found.items()} for found in (start.before, after)]
+        save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
+        results = self._results(start, outcome)
+        if refinement is not None:
+            results["training"]["refinement"] = asdict(refinement)
+        errors = {name: (start.before[name].errors(), after[name].errors()) for name in after}
+        results["errors"] = {
+            name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
+        }
+        write_json(self.folder / RESULTS_NAME, results)
+        write_report(self.folder)
+        return Run(
+            self.folder,
+            {name: one for name, (one, _) in errors.items()},
+            {name: two for name, (_, two) in errors.items()},
+            results,
+            start.backbone,
+        )
+
+    def _references(
+        self, dataset: Dataset, model_energies: FloatArray, own_references: dict[int, float]
+    ) -> ReferenceEnergies:
+        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
+        mode, table = self.config.references.mode, self.config.references.table
+        if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
+            mode = "model"
+        references = reference_energies(
+            mode,
+            dataset.train.frames,
+            dataset.isolated,
+            model_energies,
+            own_references,
+            None if table is None else {**table},
+        )
+        if references.offset_before_mev_per_atom is not None:
+            self.console.print(
+                f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
+                f"{references.offset_after_mev_per_atom:.1f} meV/atom",
+                highlight=False,
+            )
+        found = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, own_references)
+        say_isolated(self.console, found, references)
+        return references
+
+    def _settle_weights(self, graphs: Sequence[Batch]) -> None:
+        """Weights of the loss for the labels there are, and a line about what is not trained on."""
+        data = self.config.data
+        # energies and forces that are not there although nobody said so are a mistake, which is told later
+        labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
+        if any_label(graphs, "stress"):
+            labelled.add("stress")
+        self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
+        say_weights(self.console, self.config.training, self.training, labelled)
+
+    def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
+        model = self.config.model
+        if "model" not in model.model_fields_set and backbone is None:
+            self.console.print(
+                "no model named: starting from mini, the small one in this package (H, C, N, O, F, S, Cl at GFN2-xTB); "
+                "`forcetune models` lists larger ones for --model",
+                highlight=False,
+            )
+        wanted = self._element_table(elements)
+        if backbone is None:
+            loaded = load(
+                model.model,
+                head=model.head,
+                elements=wanted,
+                dtype=model.dtype,
+                device=model.device,
+                trust=model.trust,
+            )
+        else:
+            loaded = self._take(backbone, wanted)
+        return loaded
+
+    def _element_table(self, elements: Sequence[int]) -> list[int] | None:
+        """What the element table is cut to, for frames with these elements; None keeps it whole.
+
+        Raises:
+            InputError: an element that was asked for is none.
+        """
+        asked = self.config.model.elements
+        if isinstance(asked, str):
+            return sorted(set(elements)) if asked == "data" else None
+        unknown = [symbol for symbol in asked if symbol not in atomic_numbers]
+        if unknown:
+            raise InputError(f"model.elements: {unknown[0]!r} is no element; write symbols such as [H, C, O].")
+        return sorted({atomic_numbers[symbol] for symbol in asked})
+
+    def _take(self, backbone: Backbone, elements: Sequence[int] | None) -> Backbone:
+        """A loaded model for this run; its element table is cut only where that was asked for.
+
+        Raises:
+            InputError: it carries an adapter, or is not what the configuration asks for.
+        """
+        model = self.config.model
+        wanted = elements if "elements" in model.model_fields_set else None
+        loaded = load(backbone, elements=wanted, **asked_of_loaded(model))
+        if adapter_of(loaded) is not None:
+            raise InputError("this model already carries an adapter; detach it first.")
+        self.config, self._stores_base = with_loaded(self.config, loaded, self.folder / BASE_NAME)
+        return loaded
+
+    def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
+        """What can be seen in the frames alone."""
+        for part in dataset.splits.values():
+            check_elements(backbone, part.frames)
+        sets = {name: part.frames for name, part in dataset.splits.items()}
+        with self._counting("frames", sum(map(len, sets.values()))) as advance:
+            check_frames(sets, backbone.cutoff, progress=lambda: advance(1))
+
+    def _read(self) -> Dataset:
+        with self._counting("frames read") as advance:
+            return read_dataset(self.config.data, self.config.magnetism, advance)
+
+    def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
+        with self._counting(f"{name}, neighbours", len(frames)) as advance:
+            return graphs_of(backbone, frames, advance, worker_count(self.config.data.workers))
+
+    def _predict(
+        self, backbone: Backbone, graphs: Sequence[Batch], label: str, *, finite: bool
+    ) -> Predictions | StreamedPredictions:
+        """Predictions; those of streamed frames, which are not looked at again, are checked here if they must be."""
+        with self._counting(label, len(graphs)) as advance:
+            if isinstance(graphs, StoredGraphs):
+                return predict_streamed(backbone, graphs, advance, finite=finite)
+            return predict(backbone, graphs, progress=advance)
+
+    @contextmanager
+    def _counting(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A bar while something is done to frames, and what moves it on."""
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.advance(task, done)
+
+    def _train(self, start: Start, state: dict[str, Any] | None) -> TrainingOutcome:
+        def save_best(errors: Errors) -> None:
+            self._save(start, {"valid": errors})
+
+        def save_state(training: dict[str, Any]) -> None:
+            write_checkpoint(
+                self.folder,
+                {
+                    "training": training,
+                    "reference_energies": start.backbone.reference_energies,
+                    "data": start.data,
+                    "base": start.backbone.base.fingerprint,
+                },
+            )
+
+        return train(
+            start.backbone,
+            self.training,
+            self.rate,
+            start.graphs["train"],
+            start.graphs["valid"],
+            self.folder,
+            save_best,
+            tensorboard=self.config.output.tensorboard,
+            state=state,
+            save_state=save_state,
+            observe=self.observe,
+            console=self.console,
+            replay=start.replay,
+            frame_name=lambda number: str(start.dataset.train.frames[number].origin),
+        )
+
+    def _refine(self, start: Start) -> Refinement:
+        """Refine the best adapter; a run that died meanwhile begins this again from the same weights."""
+        detach(start.backbone)
+        unrefined = self.folder / UNREFINED
+        if not unrefined.exists():
+            load_adapter(start.backbone, self.folder / ADAPTER_NAME)
+            save_adapter(start.backbone, unrefined)
+            detach(start.backbone)
+        load_adapter(start.backbone, unrefined)
+        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("refining", total=self.config.training.refine)
+            found = refine(
+                start.backbone,
+                self.training,
+                start.graphs["train"],
+                start.graphs["valid"],
+                replay=start.replay,
+                progress=lambda done: bar.update(task, completed=done),
+            )
+        self.console.print(
+            f"refined by {found.iterations} iterations of L-BFGS: validation loss {found.valid_loss_before:.4g} → "
+            f"{found.valid_loss_after:.4g}, training loss {found.train_loss_before:.4g} → {found.train_loss_after:.4g}",
+            highlight=False,
+        )
+        self._save(start, {})
+        return found
+
+    def _save(self, start: Start, errors: Mapping[str, Errors]) -> None:
+        save_adapter(
+            start.backbone,
+            self.folder / ADAPTER_NAME,
+            stored_dtype=torch.float32 if self.config.output.adapter_dtype == "float32" else torch.float64,
+            training_data_sha256=start.data,
+            metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
+        )
+
+    def _best(self, start: Start) -> dict[str, Predictions | StreamedPredictions]:
+        """Predictions of the best adapter as its file gives it; its errors go into the file."""
+        detach(start.backbone)
+        load_adapter(start.backbone, self.folder / ADAPTER_NAME)
+        after = {name: self._again(start, name) for name in start.graphs}
+        self._save(start, {name: found.errors() for name, found in after.items()})
+        return after
+
+    def _again(self, start: Start, name: str) -> Predictions | StreamedPredictions:
+        """Predictions after the training; of streamed training frames those shown."""
+        graphs, label = start.graphs[name], f"{name}, after"
+        if name == "train" and isinstance(graphs, StoredGraphs):
+            with self._counting(label, len(shown_of(len(graphs)))) as advance:
+                return predict_shown(start.backbone, graphs, advance)
+        # a training that went astray is told by its errors: days of it should not end without results
+        return self._predict(start.backbone, graphs, label, finite=False)
+
+    def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
+        training, backbone = self.training, start.backbone
+        results: dict[str, Any] = {
+            "forcetune": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": outcome.status,
+            "model": describe_model(backbone),
+            "method": describe_method(self.method),
+            "parameters": start.parameters,
+            "reference_energies": describe_references(start.references, start.own_references),
+            "data": describe_data(start.dataset),
+            "training": {
+                **asdict(outcome),
+                "epochs": training.epochs,
+                "optimizer": training.optimizer,
+                "learning_rate": self.rate,
+                "batch_size": training.batch_size,
+                "seed": training.seed,
+                "loss": training.loss.model_dump(),
+            },
+            "environment": environment(backbone.device),
+            "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
+            "rotation_error": asdict(rotation_error(backbone, start.dataset.valid.frames)),
+            "changes": [asdict(change) for change in weight_changes(backbone)],
+        }
+        sparsity = attached(backbone).sparsity()
+        if sparsity is not None:
+            shares = {"zeros_of_wrapped": sparsity.zeros_of_wrapped, "zeros_of_all": sparsity.zeros_of_all}
+            results["sparsity"] = asdict(sparsity) | shares
+        if start.replay_frames is not None:
+            results["replay"] = describe_replay(start.replay_frames, self.config.replay)
+        if self.config.output.forgetting:
+            results["forgetting"] = self._forgetting(start)
+        results["warnings"] = list(self.told)
+        return results
+
+    def _forgetting(self, start: Start) -> dict[str, Any]:
+        """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""
+        with self.console.status("what was forgotten"):
+            found = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
+        for text in found.warnings:
+            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+            self.told.append(text)
+        return found.to_json()

@@ -1,0 +1,307 @@
+"""The loss of a batch and all its gradients as one recorded graph, without Python between its operations.
+
+A step of eager PyTorch spends much of its time on the way to its many small operations. Here the operations of a step,
+those of both derivatives included, are recorded once (:mod:`forcetune.kernels.recording`) for batches filled up to one
+shape (:mod:`forcetune.kernels.padding`). Recording takes as long as about ten steps; reading a recording from a file
+would take as long, so none is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forcetune.backbones.protocol import Backbone
+from forcetune.config import LossConfig, TrainingConfig
+from forcetune.graphs.graph import Batch, parts_of
+from forcetune.graphs.loader import BatchLoader
+from forcetune.graphs.stored_graphs import StoredGraphs
+from forcetune.kernels.edge_plan import Plan, with_plan
+from forcetune.kernels.padding import CUDA_CHUNK_COST, Layout, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.recording import Recording, UntraceableError, record
+from forcetune.training.losses import label_weights
+from forcetune.training.replay_head import ReplayHead, objective
+from forcetune.utils import distributed
+
+PAYS_AFTER = 200
+"""Steps after which the graph has earned the time it took to record, with a margin."""
+
+PART_ATOMS = 100
+"""Atoms that are computed at once; larger graphs take longer to trace and are not faster."""
+
+SMALLEST_FILL = 0.6
+"""Share of a filled-up batch that is not filling, below which the filling costs more than tracing gains."""
+
+CHECKED = 2
+"""Batches for which the graph is compared with the eager step: the traced one and one that it has not seen."""
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
+"""Largest difference of the loss in the comparison, and of a gradient relative to the largest of all gradients."""
+
+
+class TracedStep:
+    """The loss of batches, with its gradients by all trainable parameters.
+
+    A batch is cut into parts of :func:`frames_of_part`, and each thread runs the graph for some of them: operations
+    this small gain little from two threads each. The sums of the parts do not depend on who is ready first.
+
+    Attributes:
+        layout: of a part.
+        recording: once there is one.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: ReplayHead | None,
+        config: LossConfig,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        workers: Workers,
+    ) -> None:
+        """
+        Args:
+            backbone: carries the adapter.
+            head: of replay frames.
+            config: the loss.
+            layout: of a part.
+            parameters: that the loss is differentiated by.
+            workers: compute the parts.
+        """
+        self.backbone = backbone
+        self.head = head
+        self.config = config
+        self.layout = layout
+        self.parameters = list(parameters)
+        self.workers = workers
+        self.recording: Recording | None = None
+        self._checks = CHECKED
+
+    def loss(self, batch: Batch) -> Tensor | None:
+        """The loss, whose backward pass hands out gradients that are known already; None where a batch has no room.
+
+        Raises:
+            UntraceableError: the step cannot be recorded, or what was recorded differs from the eager step.
+        """
+        here = batch.to("cpu")
+        parts = [fitted(part, self.layout, self.backbone.elements) for part in parts_of(here, self.layout.frames)]
+        wholes = label_weights(self.config, here)
+        inputs = [[*tensors_of(part[0]), *tensors_of(part[1]), *wholes] for part in parts if part is not None]
+        if len(inputs) < len(parts):
+            return None
+        if self.recording is None:
+            assert parts[0] is not None
+            self.recording = self._record(*parts[0], inputs[0])
+        loss, *known = self._sums(self.recording, inputs)
+        if self._checks:
+            self._check(batch, loss, known)
+            self._checks -= 1
+        left = iter(known)
+        grads = [next(left) if used else None for used in self.recording.used[1:]]
+        result: Tensor = _Known.apply(loss, grads, *self.parameters)  # pyright: ignore[reportAssignmentType]
+        return result
+
+    def _sums(self, recording: Recording, inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Loss and gradients, summed over the parts."""
+        first, *others = self.workers.map(recording, [(*own, *self.parameters) for own in inputs])
+        sums = list(first)
+        for other in others:
+            sums = torch._foreach_add(sums, list(other))  # pyright: ignore[reportPrivateImportUsage]
+        return list(sums)
+
+    def _eager(self, batch: Batch, wholes: Sequence[Tensor]) -> Tensor:
+        left = iter(wholes)
+        return objective(self.backbone, self.head, self.config, batch, total=lambda _: next(left))
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def _record(self, full: Batch, plan: Plan, inputs: Sequence[Tensor]) -> Recording:
+        n_batch, n_plan = len(tensors_of(full)), len(tensors_of(plan))
+        device = self.backbone.device
+        plan = replace(plan, present=plan.present.to(device), species=plan.species.to(device))
+
+        def step(*values: Tensor) -> list[Tensor | None]:
+            with with_plan(self.backbone, plan_with(plan, values[n_batch : n_batch + n_plan])):
+                loss = self._eager(Batch(*values[:n_batch]), values[n_batch + n_plan : len(inputs)])
+            return [loss, *self._gradients(loss)]
+
+        return record(step, inputs, self.parameters)
+
+    def _check(self, batch: Batch, loss: Tensor, known: Sequence[Tensor]) -> None:
+        eager = self._eager(batch, label_weights(self.config, batch))
+        if not torch.isfinite(eager):
+            return  # for the training to tell
+        grads = [grad for grad in self._gradients(eager) if grad is not None]
+        for mine, expected in (([loss], [eager.detach()]), (known, grads)):
+            largest = max((float(one.abs().max()) for one in expected if one.numel()), default=0.0)
+            pairs = [(one, two) for one, two in zip(mine, expected, strict=True) if one.numel()]
+            far = max((float((one - two).abs().max()) for one, two in pairs), default=0.0)
+            if not far <= TOLERANCE[self.backbone.dtype] * largest:
+                raise UntraceableError(f"its traced step is {far:.1e} off the eager one, of {largest:.1e}")
+
+
+class Workers:
+    """Threads, each of which has its share of the processor's cores for operations of its own."""
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: no more threads than this are of use.
+        """
+        self._cores = torch.get_num_threads()
+        self.count = min(most, self._cores)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def map(self, run: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> list[Any]:
+        """Results for all inputs in their order."""
+
+        def one(own: tuple[Tensor, ...]) -> Any:
+            return run(*own)
+
+        if self.count == 1 or len(inputs) == 1:
+            return list(map(one, inputs))
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.count, initializer=self._begin)
+            # threads that torch starts later go by what was set last, whoever set it
+            list(self._pool.map(lambda _: time.sleep(0.01), range(self.count)))
+            torch.set_num_threads(self._cores)
+        return list(self._pool.map(one, inputs))
+
+    def _begin(self) -> None:
+        # a thread takes over the process's number when it first asks for it; only then it can have one of its own
+        torch.get_num_threads()
+        torch.set_num_threads(max(1, self._cores // self.count))
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradients by some parameters are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        present = [grad for grad in ctx.grads if grad is not None]
+        scaled = iter(torch._foreach_mul(present, outer[0]) if present else ())  # pyright: ignore[reportPrivateImportUsage]
+        return (None, None, *(None if grad is None else next(scaled) for grad in ctx.grads))
+
+
+def layout_for(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, frames: int) -> Layout:
+    """The layout of parts of a run's batches, so many frames each.
+
+    Raises:
+        UntraceableError: they have none, or none that is worth it.
+    """
+    device = backbone.device.type
+    if device == "cuda" and config.compile != "on":
+        raise UntraceableError("CUDA graphs have to be asked for, with training.compile=on")
+    if device not in ("cpu", "cuda"):
+        raise UntraceableError("it is for CPUs and CUDA only")
+    if backbone.paired is None:
+        raise UntraceableError("the kernels do not cover this model")
+    if distributed.joined():
+        raise UntraceableError("several processes share its batches")
+    if config.batch_atoms is not None or config.batch_edges is not None:
+        raise UntraceableError("its batches are packed by a budget")
+    if backbone.extension is not None:
+        raise UntraceableError("it has a spin layer")
+    graphs = loader.graphs
+    if isinstance(graphs, StoredGraphs):
+        raise UntraceableError("its frames are streamed")
+    chunks = {"limit": None, "cost": CUDA_CHUNK_COST} if device == "cuda" else {}
+    layout = layout_of(graphs, frames, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
+    if layout.fill < SMALLEST_FILL:
+        raise UntraceableError(f"its frames differ so much that {1 - layout.fill:.0%} of each batch would be filling")
+    return layout
+
+
+def frames_of_part(frames: int, atoms: float, threads: int) -> int:
+    """Frames that are computed at once, so that all threads have as many parts and none is much over PART_ATOMS.
+
+    Args:
+        frames: of a batch.
+        atoms: of a frame, on average.
+        threads: that there are.
+    """
+    rounds = math.ceil(frames * atoms / (threads * PART_ATOMS))
+    return math.ceil(frames / (threads * max(1, rounds)))
+
+
+class TracedTraining:
+    """The traced steps of a run, as far as they are wanted and possible.
+
+    Whether a step is traced depends on the run's options and data alone, so that a resumed run does as before.
+
+    Attributes:
+        operations: of the graph, once there is one.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: ReplayHead | None,
+        config: TrainingConfig,
+        loader: BatchLoader,
+        parameters: Sequence[Tensor],
+    ) -> None:
+        """
+        Args:
+            backbone: carries the adapter.
+            head: of replay frames.
+            config: of the run.
+            loader: of its batches.
+            parameters: that are trained.
+
+        Raises:
+            UntraceableError: why the steps will be eager; for ``auto`` also where tracing takes longer than it saves.
+        """
+        self.operations = 0
+        stages = _steps(config, loader.n_batches)
+        self._wanted = [loss for loss, steps in stages if config.compile == "on" or steps >= PAYS_AFTER]
+        if config.compile == "off":
+            raise UntraceableError("training.compile=off", wanted=True)
+        if not self._wanted:
+            most = max(steps for _, steps in stages)
+            raise UntraceableError(f"{most} steps are over before tracing pays, from {PAYS_AFTER} on", wanted=True)
+        one_part = backbone.device.type != "cpu"
+        self._workers = Workers(1 if one_part else config.batch_size)
+        atoms = float(loader.sizes[:, 0].mean())
+        frames = config.batch_size if one_part else frames_of_part(config.batch_size, atoms, self._workers.count)
+        self._layout = layout_for(backbone, config, loader, frames)
+        self._arguments = (backbone, head)
+        self._parameters = list(parameters)
+        self._step: TracedStep | None = None
+
+    def loss(self, config: LossConfig, batch: Batch) -> Tensor | None:
+        """The loss of a batch, or None where it has to be found eagerly.
+
+        Raises:
+            UntraceableError: for good.
+        """
+        if config not in self._wanted:
+            return None
+        if self._step is None or self._step.config != config:
+            self._step = TracedStep(*self._arguments, config, self._layout, self._parameters, self._workers)
+        found = self._step.loss(batch)
+        if self._step.recording is not None:
+            self.operations = self._step.recording.operations
+        return found
+
+
+def _steps(config: TrainingConfig, batches: int) -> list[tuple[LossConfig, int]]:
+    """Loss and steps of each stage, if nothing ends the run early."""
+    second = config.second_stage
+    if second.start is None:
+        return [(config.loss, config.epochs * batches)]
+    first = min(second.start - 1, config.epochs)
+    return [(config.loss, first * batches), (second.loss, (config.epochs - first) * batches)]

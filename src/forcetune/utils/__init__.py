@@ -1,0 +1,1 @@
+"""Helpers that know nothing of potentials: files, parsing, downloads, processes."""

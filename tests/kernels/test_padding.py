@@ -1,0 +1,132 @@
+"""Batches filled up to one shape: any batch of the set fits, and predicts what it did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from forcetune.evaluation.metrics import graphs_of
+from forcetune.graphs.graph import collate, parts_of
+from forcetune.kernels.edge_plan import chunk_bounds, with_plan
+from forcetune.kernels.padding import CUDA_CHUNK_COST, best_chunks, fitted, layout_of, plan_with, tensors_of
+from systems import backbone, cluster, crystal, frames_of
+
+STRUCTURES = {
+    "molecules": [cluster(seed=seed, atoms=4 + seed % 5) for seed in range(12)],
+    "crystals": [crystal(seed=seed) for seed in range(6)],
+    "mixed, single atoms too": [
+        cluster(atoms=1),
+        cluster(atoms=9, elements=(8,)),
+        *[cluster(seed=s) for s in range(6)],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "later", ["RealAgnosticResidualInteractionBlock", "RealAgnosticDensityResidualInteractionBlock"]
+)
+@pytest.mark.parametrize("kind", STRUCTURES)
+def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str) -> None:
+    model = backbone(max_ell=1, correlation=2, later=later)
+    graphs = graphs_of(model, frames_of(*STRUCTURES[kind]))
+    random = np.random.default_rng(0)
+    for frames in (1, 3):
+        layout = layout_of(graphs, frames, model.elements, model.cutoff, bool(model.paired))
+        shapes = set()
+        batches = [[len(graphs) - 1], *[random.choice(len(graphs), frames, replace=False) for _ in range(12)]]
+        for chosen in batches:
+            batch = collate([graphs[index] for index in chosen])
+            found = fitted(batch, layout, model.elements)
+            assert found is not None
+            full, plan = found
+            shapes.add(tuple(tensor.shape for tensor in [*tensors_of(full), *tensors_of(plan)]))
+            assert (full.n_graphs, full.n_atoms, full.n_edges) == (layout.n_graphs, layout.n_atoms, layout.n_edges)
+            expected = model.predict(batch, stress=True)
+            with with_plan(model, plan):
+                predicted = model.predict(full, stress=True)
+            assert expected.stress is not None and predicted.stress is not None
+            for one, two in (
+                (expected.energy, predicted.energy[: batch.n_graphs]),
+                (expected.forces, predicted.forces[: batch.n_atoms]),
+                (expected.stress, predicted.stress[: batch.n_graphs]),
+            ):
+                scale = max(1.0, float(one.detach().abs().max()))
+                assert float((one - two).detach().abs().max()) < 1e-11 * scale
+            assert all(bool(torch.isfinite(value).all()) for value in predicted[:3] if value is not None)
+        assert len(shapes) == 1
+
+
+def test_what_exceeds_a_layout_does_not_fit() -> None:
+    model = backbone()
+    graphs = graphs_of(model, frames_of(*STRUCTURES["molecules"]))
+    layout = layout_of(graphs[:3], 2, model.elements, model.cutoff, True)
+    assert fitted(collate(graphs[:2]), layout, model.elements) is not None
+    assert fitted(collate(graphs[:3]), layout, model.elements) is None
+    # as many atoms, but more neighbours
+    dense = graphs_of(model, frames_of(crystal(elements=(1, 6, 7), seed=1)))
+    assert fitted(dense[0], layout, model.elements) is None
+    foreign = graphs_of(model, frames_of(cluster(atoms=9, elements=(8,))))
+    assert fitted(foreign[0], layout, model.elements) is None
+
+
+def test_plans_take_other_tensors_of_the_same_shape() -> None:
+    model = backbone()
+    graphs = graphs_of(model, frames_of(*STRUCTURES["molecules"]))
+    layout = layout_of(graphs, 2, model.elements, model.cutoff, True)
+    one, two = (fitted(collate(chosen), layout, model.elements) for chosen in (graphs[:2], graphs[2:4]))
+    assert one is not None and two is not None
+    moved = plan_with(one[1], tensors_of(two[1]))
+    assert moved.counts == two[1].counts
+    assert all(a is b for a, b in zip(tensors_of(moved), tensors_of(two[1]), strict=True))
+
+
+def test_chunks_cost_no_more_than_those_of_the_quick_way() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(30):
+        degree = np.sort(random.integers(0, 40, random.integers(1, 60)))
+        if random.integers(2):
+            random.shuffle(degree)
+        limit, cost = int(random.integers(20, 200)), int(random.integers(0, 30))
+
+        def total(chunks: tuple[tuple[int, int, int], ...], cost: int = cost) -> int:
+            return sum((stop - start) * width + cost for start, stop, width in chunks)
+
+        best, quick = best_chunks(degree, limit, cost), chunk_bounds(degree, limit)
+        assert total(best) <= total(quick)
+        assert [start for start, _, _ in best] == [0, *[stop for _, stop, _ in best[:-1]]] and best[-1][1] == len(
+            degree
+        )
+        for start, stop, width in best:
+            assert width == degree[start:stop].max()
+            assert (stop - start) * width <= limit or stop == start + 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+def test_parts_of_a_batch_are_its_graphs(most: int) -> None:
+    graphs = graphs_of(backbone(), frames_of(*STRUCTURES["mixed, single atoms too"][:7]))
+    parts = parts_of(collate(graphs), most)
+    assert max(part.n_graphs for part in parts) <= most and sum(part.n_graphs for part in parts) == len(graphs)
+    assert max(part.n_graphs for part in parts) - min(part.n_graphs for part in parts) <= 1
+    first = 0
+    for part in parts:
+        expected = collate(graphs[first : first + part.n_graphs])
+        first += part.n_graphs
+        for one, two in zip(tensors_of(part), tensors_of(expected), strict=True):
+            assert torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def test_atoms_alone_have_a_layout_without_a_limit() -> None:
+    model = backbone(max_ell=1)
+    graphs = graphs_of(model, frames_of(Atoms("C"), Atoms("O")))
+    layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    assert layout.n_atoms == 3 and sum(stop - start for start, stop, _ in layout.chunks) == 3
+
+
+def test_slack_leaves_room_for_more_neighbours() -> None:
+    model = backbone(max_ell=1)
+    graphs = graphs_of(model, frames_of(cluster(atoms=9)))
+    tight, wide = (layout_of(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
+    assert wide.n_edges >= tight.n_edges + 2 * 9
+    assert max(width for _, _, width in wide.chunks) == max(width for _, _, width in tight.chunks) + 2
