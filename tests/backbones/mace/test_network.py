@@ -19,14 +19,14 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from forcetune.adapters.attach import attach, detach, disable_adapter, merge_weights
-from forcetune.adapters.methods import METHODS, method
+from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from models import ARCHITECTURES, NONLINEAR, Oracle, default_dtype, make_mace, oracle
-from systems import backbone, cluster, crystal, frames_of, library, perturb
+from systems import METHODS_FOR_MACE, backbone, cluster, crystal, frames_of, library, perturb
 
 EXACT = 1e-10
 SINGLE = 1e-4
@@ -112,7 +112,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
 
 
 # scratch and freeze train what full does, lora what elora does, sparse-h what sparse does
-WAYS = {name: method(name) for name in METHODS if name not in ("scratch", "freeze", "lora", "sparse-h")} | {
+WAYS = {name: method(name) for name in METHODS_FOR_MACE if name not in ("scratch", "freeze", "lora", "sparse-h")} | {
     "mmea-pure, skip connections": method("mmea-pure", skip=True),
     "elora, norms": method("elora", norms=True),
 }

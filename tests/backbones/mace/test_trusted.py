@@ -112,5 +112,5 @@ def test_unknown_elements_are_named() -> None:
     from ase import Atoms
 
     found = oracle(make_mace())
-    with pytest.raises(InputError, match="does not know the element Au"):
+    with pytest.raises(InputError, match="element Au is unknown to"):
         found.predict(graphs_of(found, frames_of(Atoms("Au")))[0])
