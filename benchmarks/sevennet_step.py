@@ -261,7 +261,7 @@ def main() -> None:
         serve(arguments.serve, arguments.checkpoint, arguments.threads)
         return
     from forcetune.backbones.registry import resolve
-    from forcetune.runs.records import environment
+    from forcetune.runs.environment import describe_environment
     from forcetune.utils.files import write_text
 
     checkpoint = str(resolve(arguments.model).path)
@@ -276,7 +276,7 @@ def main() -> None:
         "model": arguments.model,
         "cases": results,
         "machine": {
-            "processor": environment(torch.device("cpu"))["device"],
+            "processor": describe_environment(torch.device("cpu"))["device"],
             "threads": arguments.threads,
             "torch": torch.__version__,
             "numpy": np.__version__,

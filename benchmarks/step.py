@@ -59,7 +59,7 @@ from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate, parts_of
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.edge_plan import make_plan
-from forcetune.runs.records import environment
+from forcetune.runs.environment import describe_environment
 from forcetune.training.compiled import TracedStep, Workers, frames_of_part, layout_for
 from forcetune.utils.files import write_text
 
@@ -522,7 +522,7 @@ def main() -> None:
         "steps": steps,
         "inference": predictions,
         "machine": {
-            "processor": environment(torch.device(arguments.device))["device"],
+            "processor": describe_environment(torch.device(arguments.device))["device"],
             "threads": arguments.threads,
             "torch": torch.__version__,
             "memory_kept": arguments.keep_memory,

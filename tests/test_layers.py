@@ -15,7 +15,7 @@ FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
     *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "training"),
     # what is written of a run and read again stands below what shows it
-    *("runs.results", "reports", "diagnostics", "deployment", "runs", "cli"),
+    *("runs.results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment", "runs", "cli"),
 )
 
 

@@ -78,13 +78,13 @@ def test_modules_beside_an_installed_package_do_not_hide_the_standard_library(
     """Backports of it lie in site-packages, where this package does, too."""
     place = tmp_path / "site-packages"
     shutil.copytree(
-        Path(processes.__file__).parent, place / "forcetune", ignore=shutil.ignore_patterns("data", "*.model")
+        Path(processes.__file__).parents[1], place / "forcetune", ignore=shutil.ignore_patterns("data", "*.model")
     )
     for name in ("hashlib", "dataclasses"):
         (place / f"{name}.py").write_text("open('was-run', 'w')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setattr(processes, "__file__", str(place / "forcetune" / "workers.py"))
+    monkeypatch.setattr(processes, "__file__", str(place / "forcetune" / "utils" / "processes.py"))
     list(in_order(sha256_of, files(tmp_path, 1), 1))
     assert not (tmp_path / "was-run").exists()
 

@@ -26,7 +26,9 @@ from forcetune.reports.tables import (
     html_table,
     number_text,
 )
-from forcetune.runs.results import Metrics, Results, read_metrics, read_predictions, read_results
+from forcetune.runs.metrics import Metrics, read_metrics
+from forcetune.runs.predictions import read_predictions
+from forcetune.runs.results import Results, read_results
 from forcetune.utils.files import write_text
 
 PAGE_NAME = "comparison.html"
@@ -127,7 +129,7 @@ class _Run:
 def _read(folder: Path) -> _Run:
     results = read_results(folder, load_config(folder / "config.yaml"))
     metrics = read_metrics(folder / "metrics.csv")
-    if metrics is None or not results.errors:
+    if metrics is None or not results.errors or results.training is None:
         raise InputError(f"{folder}: is not finished, so it cannot be compared; run the comparison again.")
     return _Run(folder, results, metrics)
 
@@ -157,6 +159,7 @@ def read_comparison(runs: Mapping[str, Mapping[int, Path]]) -> Comparison:
 def _method(name: str, runs: Mapping[int, _Run], split: str, target: float) -> MethodRuns:
     members = list(runs.values())
     first = members[0].results
+    trainings = [run.results.training for run in members if run.results.training is not None]
     errors: dict[str, Spread] = {}
     for key in ERRORS:
         values = [(pair.after or {}).get(key) for run in members if (pair := run.results.errors[split]) is not None]
@@ -169,12 +172,12 @@ def _method(name: str, runs: Mapping[int, _Run], split: str, target: float) -> M
         errors=errors,
         valid_loss=Spread.of([float(run.losses[1].min()) for run in members]),
         epochs_to_target=Spread.of([float(epochs[0]) for epochs in reached]) if all(map(len, reached)) else None,
-        seconds_per_step=statistics.median(float(run.results.training["seconds_per_step"]) for run in members),
+        seconds_per_step=statistics.median(training.seconds_per_step for training in trainings),
         trainable=first.parameters.trainable or 0,
         adapter_bytes=first.adapter_bytes or 0,
         mergeable=bool(first.method.mergeable),
-        learning_rate=float(first.training["learning_rate"]),
-        steps=int(first.training["steps"]),
+        learning_rate=trainings[0].learning_rate,
+        steps=trainings[0].steps,
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from forcetune.reports.plots import AFTER, BEFORE, VECTOR_POINTS, log_axis, style, svg
 from forcetune.reports.tables import Html
-from forcetune.runs.results import Metrics
+from forcetune.runs.metrics import Metrics
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31", "#7f7f7f")
 

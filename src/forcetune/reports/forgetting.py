@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from forcetune.evaluation.summaries import Forgetting
 from forcetune.reports.tables import Html, html, html_pairs, html_table, number_text
-from forcetune.runs.results import ForgettingPart
 
 _MEANT = {
     "replay frames": "replay frames held out of the training",
@@ -12,7 +12,7 @@ _MEANT = {
 }
 
 
-def forgetting_section(found: ForgettingPart | None) -> Html:
+def forgetting_section(found: Forgetting | None) -> Html:
     """Distance from the base, dimers and dynamics; nothing where they were not measured."""
     if found is None:
         return Html("")

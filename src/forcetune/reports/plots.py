@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from forcetune.adapters.summaries import PathChange
 from forcetune.reports.tables import Html, html, layer_text, number_text
-from forcetune.runs.results import ChangePart, DynamicsPart, FloatArray, Metrics
+from forcetune.runs.metrics import FloatArray, Metrics
+from forcetune.runs.results import DynamicsSummary
 
 # Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
 BEFORE, AFTER, MARK, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"
@@ -139,7 +141,7 @@ def _error_curves_figure(
     return figure
 
 
-def change_map(changes: Sequence[ChangePart]) -> Html:
+def change_map(changes: Sequence[PathChange]) -> Html:
     """Relative change ‖ΔW‖/‖W‖ of every path: a row for each layer, a column for each kind of path."""
     layers = list(dict.fromkeys(change.site for change in changes))
     paths = list(dict.fromkeys(re.sub(r"#\d+$", "", change.path) for change in changes))
@@ -166,7 +168,7 @@ def change_map(changes: Sequence[ChangePart]) -> Html:
         return svg(figure, "Relative change of every path of every layer, percent")
 
 
-def energy_over_time(dynamics: DynamicsPart) -> Html:
+def energy_over_time(dynamics: DynamicsSummary) -> Html:
     """Total and potential energy of dynamics at constant energy."""
     with style():
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ from forcetune.reports.tables import (
     ratio,
     share_text,
 )
-from forcetune.runs.results import Metrics, Results, read_metrics, read_predictions, read_results
+from forcetune.runs.metrics import Metrics, read_metrics
+from forcetune.runs.predictions import read_predictions
+from forcetune.runs.results import Results, TrainingSummary, read_results
 from forcetune.utils.files import write_text
 
 REPORT_NAME = "report.html"
@@ -73,7 +76,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         ("data", "Data", _data(results)),
         ("model", "Foundation model", _model(results)),
         ("use", "Use the adapter", _usage(run, results)),
-        ("training", "Training", html_pairs(flat(results.training))),
+        ("training", "Training", html_pairs(flat(asdict(results.training) if results.training else {}))),
         ("environment", "Environment", html_pairs(flat(results.environment))),
         ("config", "Configuration", _configuration(run)),
     ]
@@ -116,13 +119,12 @@ def _date(created: str | None) -> str:
     return f"{moment.day} {moment:%B %Y, %H:%M}"  # without the day of strftime, which pads it or is not on Windows
 
 
-def _epochs_text(training: Mapping[str, Any]) -> str:
-    done, planned = finite(training.get("epochs_done")), finite(training.get("epochs"))
-    if done is None:
+def _epochs_text(training: TrainingSummary | None) -> str:
+    if training is None:
         return ""
-    text = f"{done:,.0f} epochs" if planned in (None, done) else f"{done:,.0f} of {planned:,.0f} epochs"
-    seconds = finite(training.get("seconds"))
-    return text if seconds is None else f"{text} in {duration_text(seconds)}"
+    done, planned = training.epochs_done, training.epochs
+    text = f"{done:,} epochs" if planned == done else f"{done:,} of {planned:,} epochs"
+    return f"{text} in {duration_text(training.seconds)}"
 
 
 def _note(text: object) -> Html:
@@ -136,7 +138,7 @@ def _warnings(results: Results) -> Html:
 
 
 def _errors(results: Results) -> Html:
-    errors = {name: pair.pair() for name, pair in results.errors.items() if pair is not None}
+    errors = {name: pair.tables() for name, pair in results.errors.items() if pair is not None}
     if not errors:
         return _note("No errors yet: they are computed when training ends.")
     first, *others = in_order(errors)
@@ -192,7 +194,9 @@ def _curves(results: Results, metrics: Metrics | None) -> Html:
     if metrics is None:
         return _note("No epoch has been finished yet.")
     valid = results.errors.get("valid")
-    figures = learning_curves(metrics, finite(results.training.get("best_epoch")), (valid and valid.before) or {})
+    figures = learning_curves(
+        metrics, results.training.best_epoch if results.training else None, (valid and valid.before) or {}
+    )
     made = "".join(f"<figure>{figure}</figure>" for figure in figures)
     note = (
         _note("No validation errors: the run had no validation frames, or none has been made yet.")

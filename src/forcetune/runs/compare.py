@@ -22,10 +22,9 @@ from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison_page import Comparison, read_comparison, write_comparison
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, status_of
-from forcetune.runs.records import write_json
 from forcetune.runs.search import Searched, check_search, with_settings
 from forcetune.runs.search import search as find_options
-from forcetune.utils.files import is_inside
+from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.utils.processes import WorkerDiedError, as_they_end
 

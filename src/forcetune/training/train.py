@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,12 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label, sizes_of
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
 from forcetune.training.module import FineTuning, Observer
+from forcetune.training.outcome import TrainingOutcome
 from forcetune.training.replay import Replay
 from forcetune.utils import distributed
 
 TENSORBOARD_NAME = "tensorboard"
 """Folder of its logs, in the run folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingOutcome:
-    """How a training went.
-
-    Attributes:
-        status: ``finished``, ``stopped early`` or ``interrupted`` (by Ctrl-C; the best adapter so far is kept).
-        epochs_done, steps: what was done.
-        epochs_skipped: of the first stage, which early stopping ended; the second one was whole.
-        best_epoch, best_valid_loss: of the adapter that was kept.
-        seconds, seconds_per_step: wall time of the training, validation included, and its share of one step.
-        traced_operations: of the graph that computed the steps; 0 where they were eager.
-        untraced: why they were.
-    """
-
-    status: str
-    epochs_done: int
-    steps: int
-    best_epoch: int
-    best_valid_loss: float
-    seconds: float
-    seconds_per_step: float
-    traced_operations: int = 0
-    untraced: str | None = None
-    epochs_skipped: int = 0
 
 
 def train(

@@ -167,7 +167,7 @@ class _Worker:
         # -P: a module that lies beside the data is never imported
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, str(Path(__file__).parent.parent)],
+                [sys.executable, "-P", "-c", _START, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),

@@ -35,7 +35,7 @@ from frames.formats import FORMATS, assert_same, write_database, write_xyz
 from systems import crystal, labelled
 
 NEEDED = ("energy", "forces")
-SOURCES = str(Path(streaming.__file__).parents[2])
+SOURCES = str(Path(streaming.__file__).parents[3])
 
 
 def stream(*files: Path, workers: int = 0, require: Any = NEEDED, **keys: str) -> FrameSet:
