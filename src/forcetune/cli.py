@@ -322,7 +322,8 @@ def doctor(
 ) -> None:
     """Examine frames and labels before training: units, signs, order, duplicates, outliers, cells, memory."""
     from forcetune.diagnostics.doctor import doctor as examine
-    from forcetune.diagnostics.report import check_page, print_checkup, write_checkup
+    from forcetune.diagnostics.page import check_page, write_checkup
+    from forcetune.diagnostics.report import print_checkup
 
     if page is not None:
         check_page(page)

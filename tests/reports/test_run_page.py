@@ -16,7 +16,7 @@ import pytest
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
 from forcetune.reports.run_page import write_report
-from forcetune.reports.tables import number_text
+from forcetune.reports.texts import number_text
 from forcetune.runs.metrics import read_metrics
 
 COLUMNS = (

@@ -113,7 +113,7 @@ class Method:
         return tuple(
             update
             for update in self.table.get(site.kind, ())
-            if not isinstance(update, Frozen) and update.reason_against(site) is None
+            if not isinstance(update, Frozen) and update.unsupported_reason(site) is None
         )
 
     def reaches(self, sites: Sequence[Site]) -> bool:

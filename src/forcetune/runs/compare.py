@@ -19,11 +19,11 @@ from forcetune.config import RunConfig, load_config
 from forcetune.diagnostics.doctor import check_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
-from forcetune.reports.comparison_page import Comparison, read_comparison, write_comparison
+from forcetune.reports.comparison import Comparison, read_comparison
+from forcetune.reports.comparison_page import write_comparison
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, status_of
-from forcetune.runs.search import Searched, check_search, with_settings
-from forcetune.runs.search import search as find_options
+from forcetune.runs.search import Searched, check_search, search_options, with_settings
 from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.utils.processes import WorkerDiedError, as_they_end
@@ -36,7 +36,7 @@ SEARCH_NAME = "search"
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparisonRun:
     """A finished comparison.
 
     Attributes:
@@ -60,7 +60,7 @@ def compare(
     model: str | Path | Backbone | None = None,
     inputs: Sequence[str | Path] = (),
     console: Console | None = None,
-) -> Compared:
+) -> ComparisonRun:
     """Run every method with every seed and set them side by side.
 
     All runs have the same frames, split, loss, epochs and batches; each method has its own learning rate and optimizer
@@ -76,7 +76,7 @@ def compare(
         seeds: so many, counted from ``config.training.seed``.
         processes: runs at the same time, each with its share of the cores.
         search: so many trials for each method to choose learning rate, rank and weight of the forces on the
-            validation frames (:func:`forcetune.runs.search.search`), with the first seed.
+            validation frames (:func:`forcetune.runs.search.search_options`), with the first seed.
         model: instead of the one in ``config``: name, path or loaded backbone, which stays as it is; one that its file
             does not give is stored in the folder.
         inputs: further files that the configuration came from; a folder with one of them is refused.
@@ -131,7 +131,7 @@ def compare(
     if searched:
         content["search"] = {name: asdict(one) for name, one in searched.items()}
     write_json(folder / COMPARISON_NAME, content)
-    return Compared(folder, found, write_comparison(folder, found, runs))
+    return ComparisonRun(folder, found, write_comparison(folder, found, runs))
 
 
 def _seeds(config: RunConfig, count: int) -> range:
@@ -219,7 +219,7 @@ def _run_one(config: RunConfig) -> str | None:
 
 
 def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
-    return find_options(*job)
+    return search_options(*job)
 
 
 def _in_processes(

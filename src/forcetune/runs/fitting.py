@@ -74,7 +74,7 @@ from forcetune.training.label_weights import settle
 from forcetune.training.outcome import Refinement, TrainingOutcome
 from forcetune.training.refine import refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
-from forcetune.training.train import check_labels, train
+from forcetune.training.train import check_trainable_labels, train
 from forcetune.utils.files import write_json
 from forcetune.utils.processes import worker_count
 
@@ -151,7 +151,7 @@ class Fitting:
         self.rate = self.config.training.learning_rate
         self.training = self.config.training
 
-    def carry_out(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
+    def run(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
         """The whole run.
 
         Args:
@@ -172,7 +172,7 @@ class Fitting:
         self.config.save(self.folder / CONFIG_NAME)
         return self._finish(start, None)
 
-    def go_on(self) -> Run:
+    def resume(self) -> Run:
         """The rest of a run that was interrupted; the configuration is that of its folder."""
         checkpoint = read_checkpoint(self.folder)
         self._progress(checkpoint)
@@ -218,7 +218,7 @@ class Fitting:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
         self._settle_weights(graphs["train"])
-        check_labels(self.training, graphs["train"])
+        check_trainable_labels(self.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
             if isinstance(found := raw[name], Predictions):

@@ -26,13 +26,13 @@ ErrorTable = dict[str, int | float | None]
 """Errors of one split by key (``forces_mae_mev_per_ang`` …)."""
 
 
-class Section(BaseModel):
+class Summary(BaseModel):
     """A part of the results; keys of later versions are passed over."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class ModelSummary(Section):
+class ModelSummary(Summary):
     """The foundation model."""
 
     name: str = "model"
@@ -46,7 +46,7 @@ class ModelSummary(Section):
     dtype: str | None = None
 
 
-class MethodSummary(Section):
+class MethodSummary(Summary):
     """What is trained, in words."""
 
     name: str = "method"
@@ -55,7 +55,7 @@ class MethodSummary(Section):
     mergeable: bool | None = None
 
 
-class ParameterSummary(Section):
+class ParameterSummary(Summary):
     """What is trained, in numbers; ``share`` is trainable / total."""
 
     trainable: int | None = None
@@ -64,7 +64,7 @@ class ParameterSummary(Section):
     coverage: list[Coverage] = []
 
 
-class ElementReference(Section):
+class ElementReference(Summary):
     """Reference energy of one element in the foundation model and in the run, eV."""
 
     symbol: str
@@ -72,7 +72,7 @@ class ElementReference(Section):
     after_ev: float | None = None
 
 
-class ReferenceSummary(Section):
+class ReferenceSummary(Summary):
     """Reference energies, and how far they leave the labels from the foundation model."""
 
     mode: str | None = None
@@ -83,7 +83,7 @@ class ReferenceSummary(Section):
     elements: list[ElementReference] = []
 
 
-class DataSummary(Section):
+class DataSummary(Summary):
     """One set of frames; ``n_atoms`` of the smallest and of the largest frame."""
 
     files: list[str] = []
@@ -95,7 +95,7 @@ class DataSummary(Section):
     streamed: bool | None = None
 
 
-class ErrorPair(Section):
+class ErrorPair(Summary):
     """Errors of one split before and after training."""
 
     before: ErrorTable | None = None
@@ -124,7 +124,7 @@ class TrainingSummary(TrainingOutcome):
     refinement: Refinement | None = None
 
 
-class DynamicsSummary(Section):
+class DynamicsSummary(Summary):
     """Dynamics at constant energy with the tuned potential; energies in meV/atom from the start."""
 
     ensemble: str = "NVE"
@@ -139,7 +139,7 @@ class DynamicsSummary(Section):
     potential_mev_per_atom: list[float]
 
 
-class ReplaySummary(Section):
+class ReplaySummary(Summary):
     """Frames that were mixed into the training."""
 
     files: list[str] = []
@@ -152,7 +152,7 @@ class ReplaySummary(Section):
     head: str = "shared"
 
 
-class Results(Section):
+class Results(Summary):
     """All of ``results.json``."""
 
     forcetune: str = __version__

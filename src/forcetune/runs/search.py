@@ -68,7 +68,7 @@ def check_search(config: RunConfig) -> None:
     _space(config)
 
 
-def search(config: RunConfig, folder: Path, trials: int) -> Searched:
+def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
     """Try ``trials`` sets of options for a method, each with the full number of epochs unless it is pruned.
 
     A trial is pruned when its score is worse than the median of the others at the same epoch. Trials are kept in a

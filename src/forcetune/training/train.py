@@ -65,7 +65,7 @@ def train(
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
         ForcetuneError: the loss is no longer finite.
     """
-    check_labels(config, training)
+    check_trainable_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     head = None if replay is None else replay.head
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head)
@@ -84,7 +84,7 @@ def train(
     if module.is_over:
         status = _status(module)
     else:
-        module.trace(module.tell)
+        module.compile_steps(module.tell)
         status = _run(module, valid_loader, observers)
     seconds = time.monotonic() - began
     return TrainingOutcome(
@@ -95,8 +95,8 @@ def train(
         best_valid_loss=module.best_loss,
         seconds=seconds,
         seconds_per_step=seconds / max(1, module.steps_done - steps_before),
-        traced_operations=0 if module.traced is None else module.traced.operations,
-        untraced=module.untraced,
+        traced_operations=0 if module.compiled is None else module.compiled.operations,
+        untraced=module.eager_reason,
         epochs_skipped=module.skipped,
     )
 
@@ -163,7 +163,7 @@ def _status(module: FineTuning) -> str:
     return "stopped early" if module.stopped and module.epochs_done < module.epochs else "finished"
 
 
-def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
+def check_trainable_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
     """
     Raises:
         InputError: a term of the loss has a weight but no frame has its label.

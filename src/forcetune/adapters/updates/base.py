@@ -126,7 +126,7 @@ class Update(ABC):
     mergeable: ClassVar[bool] = True
     equivariant: ClassVar[bool] = True
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         """Why this update leaves ``site`` alone, or None if it applies."""
         return None
 

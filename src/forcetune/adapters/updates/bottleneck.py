@@ -49,7 +49,7 @@ class Bottleneck(Update):
         if self.rank < 1:
             raise ValueError("a bottleneck needs a rank of at least 1")
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         return "its module has no irreps" if site.irreps_out is None else None
 
     def build(self, site: Site, weight: Tensor) -> BottleneckActivation:

@@ -298,7 +298,7 @@ class Gate(Update):
         if not (self.rank >= 1 and math.isfinite(self.shift_init)):
             raise ValueError("a gate needs a rank of at least 1 and a finite shift_init")
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         if site.irreps_in is None or site.irreps_out is None:
             return "its module has no irreps"
         # a linear layer may stand in the place of a tensor product with the species

@@ -164,7 +164,7 @@ class LowRank(Update):
         """Parameters for each unit of rank."""
         return path.size // path.shape[-1] + path.shape[-1]
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         if any(len(path.shape) < 2 for path in site.paths):
             return "a vector has no low-rank factors"
         if self.ranks is not None and not any(self.rank_at(site, path) for path in site.paths):
