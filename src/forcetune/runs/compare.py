@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.adapters.attach import adapter_of
-from forcetune.adapters.methods import METHODS, method_of, options_of
+from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
@@ -96,7 +96,7 @@ def compare(
     config, stored = _with_model(config, model, folder)
     first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
     for one in first.values():
-        method_of(one.method)
+        build_method(one.method)
         if search is not None:
             check_search(one)
     _check_inputs(config, inputs, folder)
@@ -147,7 +147,7 @@ def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
         if name not in METHODS:
             raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
     for option in config.method.options():
-        if not any(option in options_of(METHODS[name]) for name in methods):
+        if not any(option in option_names(METHODS[name]) for name in methods):
             raise InputError(f"method.{option}: none of the methods {', '.join(methods)} has this option.")
 
 
@@ -155,7 +155,7 @@ def _config_of(
     config: RunConfig, name: str, seed: int, folder: Path, processes: int, chosen: Mapping[str, Any] | None = None
 ) -> RunConfig:
     given = config.model_dump(exclude_unset=True)
-    known = options_of(METHODS[name])
+    known = option_names(METHODS[name])
     options = {key: value for key, value in config.method.options().items() if key in known}
     threads = config.training.threads
     if threads is None and processes > 1:
@@ -168,7 +168,7 @@ def _config_of(
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
     """All that decides the result of a run of this configuration."""
-    chosen = method_of(config.method)
+    chosen = build_method(config.method)
     full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)

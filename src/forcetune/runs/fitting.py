@@ -19,7 +19,7 @@ from forcetune.adapters.attach import adapter_of, attached, detach, disable_adap
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
-from forcetune.adapters.methods import method_of
+from forcetune.adapters.methods import build_method
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
@@ -139,7 +139,7 @@ class Fitting:
         observe: Callable[[int, Errors], None] | None = None,
         inputs: Sequence[str | Path] = (),
     ) -> None:
-        self.method = method_of(config.method)
+        self.method = build_method(config.method)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
         self.told = told

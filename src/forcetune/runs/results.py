@@ -198,7 +198,7 @@ def read_results(run: Path, config: RunConfig) -> Results:
             name: DataSummary(files=files) for name, files in splits.items() if isinstance(files, list) and files
         }
         model = ModelSummary(name=config.model.model, head=config.model.head, dtype=config.model.dtype)
-        method = MethodSummary(name=config.method.name, rank=config.method.rank)
+        method = MethodSummary(name=config.method.name, rank=config.method.options().get("rank"))
         return Results(model=model, method=method, data=data)
     try:
         return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))

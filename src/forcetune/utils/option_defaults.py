@@ -198,6 +198,7 @@ def with_unset(config: Model, names: Iterable[str]) -> Model:
     for field, rests in below.items():
         if inner := [rest for rest in rests if rest]:
             values[field] = with_unset(values[field], inner)
+    values |= config.model_extra or {}
     ends = {field for field, rests in below.items() if "" in rests}
     return config.model_construct(_fields_set=set(config.model_fields_set) - ends, **values)
 
@@ -208,4 +209,5 @@ def with_given_as_in(config: Model, other: Model) -> Model:
     for field in type(config).model_fields:
         value = getattr(config, field)
         values[field] = with_given_as_in(value, getattr(other, field)) if isinstance(value, BaseModel) else value
+    values |= config.model_extra or {}
     return config.model_construct(_fields_set=set(other.model_fields_set), **values)
