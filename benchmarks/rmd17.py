@@ -68,7 +68,7 @@ class Job:
         return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
 
 
-def carry_out(job: Job) -> None:
+def run_job(job: Job) -> None:
     """Fit, unless it is done."""
     import forcetune
 
@@ -113,7 +113,7 @@ def run_all(jobs: Sequence[Job], processes: int, title: str) -> None:
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with multiprocessing.get_context("spawn").Pool(processes) as pool, Progress(*columns) as bar:
         task = bar.add_task("", total=len(jobs))
-        for _ in pool.imap_unordered(carry_out, jobs):
+        for _ in pool.imap_unordered(run_job, jobs):
             bar.advance(task)
 
 

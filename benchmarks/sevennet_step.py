@@ -11,7 +11,7 @@ checkpoint is the published one, in sevenn with all parameters trained. sevenn h
 one-hot elements are made in float64.
 
 Both processes stay; in each round they take turns, and medians are given, so that a busy machine slows both. Rows
-called "traced" are steps as ``training.compile=on`` makes them, and predictions of the ASE calculator in dynamics.
+called "compiled" are steps as ``training.compile=on`` makes them, and predictions of the ASE calculator in dynamics.
 Page faults are those of one run that is not the first; with ``--keep-memory`` glibc's allocator keeps all memory in
 both processes (benchmarks/step.py says what that is about).
 """
@@ -116,8 +116,8 @@ def sevenn_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) ->
 
 
 def forcetune_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) -> tuple[Runs, Runs, int]:
-    """Steps of each method, eager and traced, and predictions of the base."""
-    from step import batch_of, recorded, traced_step
+    """Steps of each method, eager and compiled, and predictions of the base."""
+    from step import batch_of, compiled_step, recorded
     from step import step as eager_step
 
     from forcetune.adapters.attach import attach
@@ -135,10 +135,10 @@ def forcetune_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype)
         tuned = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers)
         attach(tuned, method(name))
         steps[name] = lambda tuned=tuned: eager_step(tuned, batch)
-        steps[f"{name}, traced"] = traced_step(tuned, batch)[0]
+        steps[f"{name}, compiled"] = compiled_step(tuned, batch)[0]
     predictions["forcetune"] = lambda: plain.predict(batch, stress=True)
     if (played := recorded(plain, batch)) is not None:
-        predictions["forcetune, traced"] = played
+        predictions["forcetune, compiled"] = played
     return steps, predictions, batch.n_edges
 
 
@@ -261,7 +261,7 @@ def main() -> None:
         serve(arguments.serve, arguments.checkpoint, arguments.threads)
         return
     from forcetune.backbones.registry import resolve
-    from forcetune.runs.records import environment
+    from forcetune.runs.environment import describe_environment
     from forcetune.utils.files import write_text
 
     checkpoint = str(resolve(arguments.model).path)
@@ -276,7 +276,7 @@ def main() -> None:
         "model": arguments.model,
         "cases": results,
         "machine": {
-            "processor": environment(torch.device("cpu"))["device"],
+            "processor": describe_environment(torch.device("cpu"))["device"],
             "threads": arguments.threads,
             "torch": torch.__version__,
             "numpy": np.__version__,

@@ -9,15 +9,15 @@ the trainable parameters; no optimizer. Models have the size of MACE-OFF23-mediu
 l up to 3, cutoff 5 Å) for H, C, O, with random weights. Frames are aspirin: those of rMD17 where ``--data`` names its
 folder, otherwise a shaken molecule of the same composition.
 
-Codes take turns and medians are given, so that a busy machine slows all of them. Rows called "traced" are steps as
-``training.compile=on`` makes them; beside them stands what the first one took, with all that tracing costs. Memory is
+Codes take turns and medians are given, so that a busy machine slows all of them. Rows called "compiled" are steps as
+``training.compile=on`` makes them; beside them stands what the first one took, with all that compiling costs. Memory is
 the largest growth of what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's
 allocator there. Page faults are those of a step: memory that is given back after a step has to be asked for again,
 and filled with zeros, in the next. What that costs is a matter of the machine, and is high on virtual ones; with
 ``--keep-memory`` glibc's allocator keeps all memory, and it costs nothing.
 ``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready; ``--gates``
 how much slower predictions are with MMEA's gates than without, for systems of so many atoms. Predictions called
-"traced" are those of the ASE calculator in dynamics of small systems.
+"compiled" are those of the ASE calculator in dynamics of small systems.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.deployment.calculator import frame_of
-from forcetune.deployment.compiled_prediction import CHECKED, MOST_EDGES, TRACED_AFTER, TracedPrediction
-from forcetune.diagnostics.memory import peak_memory
+from forcetune.deployment.compiled_prediction import CHECKED, COMPILED_AFTER, MOST_EDGES, CompiledPrediction
+from forcetune.diagnostics.memory import measure_peak_memory
 from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate, parts_of
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.edge_plan import make_plan
-from forcetune.runs.records import environment
-from forcetune.training.compiled import TracedStep, Workers, frames_of_part, layout_for
+from forcetune.runs.environment import describe_environment
+from forcetune.training.compiled import CompiledStep, Workers, choose_layout, frames_of_part
 from forcetune.utils.files import write_text
 
 ELEMENTS = (1, 6, 8)
@@ -177,7 +177,7 @@ def step(model: NetworkBackbone, batch: Batch) -> None:
     loss.backward()
 
 
-def traced_step(model: NetworkBackbone, batch: Batch, threads: int | None = None) -> tuple[Callable[[], None], float]:
+def compiled_step(model: NetworkBackbone, batch: Batch, threads: int | None = None) -> tuple[Callable[[], None], float]:
     """The same step as ``training.compile=on`` computes it, and the seconds until the first was done."""
     labels = {name: torch.zeros_like(getattr(batch, name)) for name in ("energy", "forces")}
     known = replace(batch, **labels)
@@ -187,13 +187,13 @@ def traced_step(model: NetworkBackbone, batch: Batch, threads: int | None = None
     workers = Workers(threads or (len(graphs) if on_cpu else 1))
     frames = frames_of_part(len(graphs), batch.n_atoms / len(graphs), workers.count) if on_cpu else len(graphs)
     config = TrainingConfig(batch_size=len(graphs), compile="on")
-    layout = layout_for(model, config, BatchLoader(graphs, len(graphs)), frames)
-    traced = TracedStep(model, None, LossConfig(), layout, parameters, workers)
+    layout = choose_layout(model, config, BatchLoader(graphs, len(graphs)), frames)
+    compiled = CompiledStep(model, None, LossConfig(), layout, parameters, workers)
 
     def run() -> None:
         for parameter in parameters:
             parameter.grad = None
-        loss = traced.loss(known)
+        loss = compiled.loss(known)
         assert loss is not None
         loss.backward()
 
@@ -243,31 +243,31 @@ def training(
 ) -> dict[str, dict[str, float]]:
     """Seconds, speed over the library and memory of a step."""
     runs = {name: (lambda model=model: step(model, batch)) for name, model in models.items()}
-    traced: Runs = {}
+    compiled: Runs = {}
     starts: dict[str, float] = {}
     for name in (name for name in models if name in METHODS):
-        row = f"{name}, traced"
-        traced[row], starts[row] = traced_step(models[name], batch)
-    found = medians(runs | traced, rounds, dict.fromkeys((*METHODS, *traced), 2))
+        row = f"{name}, compiled"
+        compiled[row], starts[row] = compiled_step(models[name], batch)
+    found = medians(runs | compiled, rounds, dict.fromkeys((*METHODS, *compiled), 2))
     result = {
         name: {"seconds": seconds, "speedup_over_mace_full": found[LIBRARY] / seconds}
         | ({"start_seconds": starts[name]} if name in starts else {})
         for name, seconds in found.items()
     }
-    for name, run in (runs | traced).items():
+    for name, run in (runs | compiled).items():
         result[name]["page_faults"] = faults_of(run)
     if memory:
         for name, run in runs.items():
-            result[name]["peak_mb"] = peak_memory(run, batch.positions.device) / 1e6
+            result[name]["peak_mb"] = measure_peak_memory(run, batch.positions.device) / 1e6
     return result
 
 
 def recorded(model: NetworkBackbone, batch: Batch) -> Callable[[], object] | None:
     """Predictions as the ASE calculator makes them after a while, or None where it goes on as before."""
-    traced = TracedPrediction(model)
-    for _ in range(TRACED_AFTER + CHECKED):
-        traced.predict(batch, stress=False)
-    return None if traced.recording is None else lambda: traced.predict(batch, stress=False)
+    compiled = CompiledPrediction(model)
+    for _ in range(COMPILED_AFTER + CHECKED):
+        compiled.predict(batch, stress=False)
+    return None if compiled.recording is None else lambda: compiled.predict(batch, stress=False)
 
 
 def inference(models: Mapping[str, NetworkBackbone], batch: Batch, rounds: int) -> dict[str, dict[str, float]]:
@@ -275,7 +275,7 @@ def inference(models: Mapping[str, NetworkBackbone], batch: Batch, rounds: int) 
     runs: Runs = {name: (lambda model=model: model.predict(batch)) for name, model in models.items()}
     for name, model in models.items():
         if name.startswith("forcetune") and batch.n_edges <= MOST_EDGES and (played := recorded(model, batch)):
-            runs[f"{name}, traced"] = played
+            runs[f"{name}, compiled"] = played
     found = medians(runs, rounds, {})
     first = next(iter(found.values()))
     return {name: {"seconds": seconds, "speedup_over_mace": first / seconds} for name, seconds in found.items()}
@@ -358,7 +358,7 @@ def show_gates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         batch = batch_of(base, [structure], torch.float64)
         eager: Runs = {name: partial(model.predict, batch) for name, model in models.items()}
         played = {name: recorded(model, batch) for name, model in models.items()}
-        kinds = {"eager": eager, "traced": {name: run for name, run in played.items() if run is not None}}
+        kinds = {"eager": eager, "compiled": {name: run for name, run in played.items() if run is not None}}
         for kind, runs in kinds.items():
             if runs:
                 row = {"atoms": atoms, "steps": kind} | gates_cost(runs, 60 if atoms < 60 else 15)
@@ -442,9 +442,9 @@ def profiled(run: Callable[[], object], title: str, rounds: int) -> tuple[dict[s
 
 
 def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, Any]:
-    """Time of the mmea step, eager and traced, and of collating and planning a batch, in milliseconds.
+    """Time of the mmea step, eager and compiled, and of collating and planning a batch, in milliseconds.
 
-    Eager with as many threads as were asked for; traced on one, where every operation is seen.
+    Eager with as many threads as were asked for; compiled on one, where every operation is seen.
     """
     model = tuned_model(random_model(torch.float64), "mmea")
     structures = aspirin(arguments.data, 5)
@@ -464,8 +464,8 @@ def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, An
     ready = medians(works, 20, {})
     print(", ".join(f"{name} {1000 * time:.2f} ms" for name, time in ready.items()) + " a batch")
     torch.set_num_threads(1)
-    traced, _ = profiled(traced_step(model, batch, threads=1)[0], "the same, traced, one thread", rounds)
-    return {"eager": eager, "traced": traced, "batch": ready}
+    compiled, _ = profiled(compiled_step(model, batch, threads=1)[0], "the same, compiled, one thread", rounds)
+    return {"eager": eager, "compiled": compiled, "batch": ready}
 
 
 KEPT = {
@@ -522,7 +522,7 @@ def main() -> None:
         "steps": steps,
         "inference": predictions,
         "machine": {
-            "processor": environment(torch.device(arguments.device))["device"],
+            "processor": describe_environment(torch.device(arguments.device))["device"],
             "threads": arguments.threads,
             "torch": torch.__version__,
             "memory_kept": arguments.keep_memory,

@@ -10,12 +10,12 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-ROOT = ("__init__", "__main__", "_version", "cli", "config", "errors", "irreps")
+ROOT = ("__init__", "__main__", "_version", "cli", "errors", "irreps")
 FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
     *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "training"),
     # what is written of a run and read again stands below what shows it
-    *("runs.results", "reports", "diagnostics", "deployment", "runs", "cli"),
+    *("runs.results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment", "runs", "cli"),
 )
 
 

@@ -38,10 +38,11 @@ errors_to = Console(stderr=True, soft_wrap=True)
 
 def _about(section: type[BaseModel], field: str, *, default: bool = True) -> str:
     """Description and default of an option, which stand in the configuration; not if the command has its own."""
-    found = section.model_fields[field]
-    unset = not default or found.is_required() or found.default in (None, [], False)
-    about = found.description or ""
-    return about if unset else f"{about} Default: {found.default}."
+    option = section.model_fields[field]
+    description = option.description or ""
+    if not default or option.is_required() or option.default in (None, [], False):
+        return description
+    return f"{description} Default: {option.default}."
 
 
 Model = Annotated[str, typer.Option("--model", help=_about(configuration.ModelConfig, "model"))]
@@ -56,11 +57,12 @@ StressKey = Annotated[str | None, typer.Option("--stress-key", help=_about(confi
 MomentsKey = Annotated[str | None, typer.Option("--moments-key", help=_about(configuration.DataConfig, "moments_key"))]
 TypeMap = Annotated[str | None, typer.Option("--type-map", help=_about(configuration.DataConfig, "type_map"))]
 SpinsKey = Annotated[str | None, typer.Option("--spins-key", help=_about(configuration.DataConfig, "spins_key"))]
+Rank = Annotated[int | None, typer.Option(help="Rank of the updates of methods that have one (method.rank).")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any option: section.key=value.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(f"forcetune {__version__}")
         raise typer.Exit
 
@@ -68,7 +70,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -89,16 +91,16 @@ def demo(
     from forcetune.reports.tables import demo_table
     from forcetune.runs.demo import demo as run_demo
 
-    found = run_demo(out, method=method, picoseconds=picoseconds, overwrite=overwrite, settings=chosen)
-    Console().print(demo_table(found.run.results["errors"]))
-    nve = found.dynamics
+    finished = run_demo(out, method=method, picoseconds=picoseconds, overwrite=overwrite, settings=chosen)
+    Console().print(demo_table(finished.run.results["errors"]))
+    nve = finished.dynamics
     print(
         f"dynamics {nve.time[-1]:g} ps at constant energy, mean {nve.temperature.mean():.0f} K: drift {nve.drift:+.2g} "
         f"meV/atom/ps, fluctuation {nve.fluctuation:.2g} meV/atom"
     )
-    memory = "" if found.peak_memory is None else f", at most {found.peak_memory / 1e9:.1f} GB of memory"
-    print(f"took     {found.seconds:.0f} s{memory}\nreport   {found.run.folder / 'report.html'}")
-    print(f"in ASE   forcetune.calculator({str(found.run.folder)!r})")
+    memory = "" if finished.peak_memory is None else f", at most {finished.peak_memory / 1e9:.1f} GB of memory"
+    print(f"took     {finished.seconds:.0f} s{memory}\nreport   {finished.run.folder / 'report.html'}")
+    print(f"in ASE   forcetune.calculator({str(finished.run.folder)!r})")
     print("next     forcetune fit YOUR.xyz          your own frames with energies and forces, same small model")
     print("         forcetune fit YOUR.xyz --model mace-off23-medium          from a larger one (downloaded)")
 
@@ -110,7 +112,7 @@ def fit(
     test: Annotated[list[str] | None, typer.Option(help=_about(configuration.DataConfig, "test"))] = None,
     model: Annotated[str | None, typer.Option(help=_about(configuration.ModelConfig, "model"))] = None,
     method: Annotated[str | None, typer.Option(help=_about(configuration.MethodConfig, "name"))] = None,
-    rank: Annotated[int | None, typer.Option(help=_about(configuration.MethodConfig, "rank"))] = None,
+    rank: Rank = None,
     epochs: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "epochs"))] = None,
     batch_size: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "batch_size"))] = None,
     learning_rate: Annotated[
@@ -129,7 +131,7 @@ def fit(
         bool | None, typer.Option("--overwrite", help=_about(configuration.OutputConfig, "overwrite"))
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of the options; what is given here wins.")
+        Path | None, typer.Option(help="YAML file with any of the options; what is set here wins.")
     ] = None,
     settings: Settings = None,
     energy_key: EnergyKey = None,
@@ -142,10 +144,10 @@ def fit(
     trust: Annotated[bool | None, typer.Option("--trust", help=_about(configuration.ModelConfig, "trust"))] = None,
 ) -> None:
     """Fine-tune a foundation model on the frames of TRAIN and write a run folder with adapter and report."""
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "data": {
             "train": train or None,
-            "valid": _valid(valid),
+            "valid": _read_valid(valid),
             "test": test or None,
             "energy_key": energy_key,
             "forces_key": forces_key,
@@ -165,13 +167,13 @@ def fit(
         },
         "output": {"run": out, "overwrite": overwrite},
     }
-    resolved = configuration.load_config(config, settings or (), given)
+    resolved = configuration.load_config(config, settings or (), options)
     from forcetune.runs.fit import run_fit
 
-    _say_run(run_fit(resolved, inputs=() if config is None else (config,)))
+    _print_run(run_fit(resolved, inputs=() if config is None else (config,)))
 
 
-def _say_run(run: Run) -> None:
+def _print_run(run: Run) -> None:
     from forcetune.reports.tables import error_table
 
     Console().print(error_table(run.results["errors"]))
@@ -181,22 +183,27 @@ def _say_run(run: Run) -> None:
     print(f"in ASE   forcetune.calculator({str(run.folder)!r})")
 
 
-def _valid(given: Sequence[str] | None) -> list[str] | float | int | None:
+def _read_valid(texts: Sequence[str] | None) -> list[str] | float | int | None:
     """Files, or a single number."""
-    if not given:
+    if not texts:
         return None
-    if len(given) == 1:
+    if len(texts) == 1:
         for number in (int, float):
             try:
-                return number(given[0])
+                return number(texts[0])
             except ValueError:
                 continue
-    return list(given)
+    return list(texts)
 
 
-def _names(given: str | None) -> list[str]:
-    """What is separated by commas."""
-    return [name.strip() for name in (given or "").split(",") if name.strip()]
+def _split_names(text: str | None) -> list[str]:
+    """Names that are separated by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def _without_none(**options: Any) -> dict[str, Any]:
+    """Options that were set; the others keep the defaults of what they are passed to."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -204,7 +211,7 @@ def resume(run: Annotated[Path, typer.Argument(help="Folder of a run that was in
     """Go on with an interrupted run, to the same result as if it had not been interrupted."""
     from forcetune.runs.fit import resume as resume_run
 
-    _say_run(resume_run(run))
+    _print_run(resume_run(run))
 
 
 @app.command()
@@ -224,30 +231,30 @@ def compare(
     epochs: Annotated[int | None, typer.Option(help=_about(configuration.TrainingConfig, "epochs"))] = None,
     out: Annotated[str, typer.Option(help="Folder of all runs, the table and the report.")] = "comparison",
     config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of the options; what is given here wins.")
+        Path | None, typer.Option(help="YAML file with any of the options; what is set here wins.")
     ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Methods side by side: the same frames and steps, several seeds, one table and a recommendation."""
-    given: dict[str, Any] = {
-        "data": {"train": train or None, "valid": _valid(valid), "test": test or None},
+    options: dict[str, Any] = {
+        "data": {"train": train or None, "valid": _read_valid(valid), "test": test or None},
         "model": {"model": model, "head": head},
         "training": {"epochs": epochs},
         "output": {"run": out},
     }
-    resolved = configuration.load_config(config, settings or (), given)
+    resolved = configuration.load_config(config, settings or (), options)
     from forcetune.reports.comparison_page import table, target_note
     from forcetune.runs.compare import compare as compare_runs
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = _split_names(methods)
     inputs = () if config is None else (config,)
-    found = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search, inputs=inputs)
+    run = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search, inputs=inputs)
     if as_json:
-        print(json.dumps(found.comparison.to_json()))
+        print(json.dumps(run.comparison.to_json()))
         return
-    Console().print(table(found.comparison))
-    print(f"{target_note(found.comparison)}\n{found.comparison.reason}\nreport   {found.page}")
+    Console().print(table(run.comparison))
+    print(f"{target_note(run.comparison)}\n{run.comparison.reason}\nreport   {run.page}")
 
 
 @app.command()
@@ -275,18 +282,18 @@ def evaluate(
     from forcetune.runs.evaluate import evaluate as evaluate_model
     from forcetune.runs.evaluate import evaluate_ensemble
 
-    options: dict[str, Any] = {
-        "base": base,
-        "energy_key": energy_key or "auto",
-        "forces_key": forces_key or "auto",
-        "stress_key": stress_key or "auto",
-        "moments_key": moments_key or "auto",
-        "spins_key": spins_key or "auto",
-        "type_map": _names(type_map),
-        "device": device or "auto",
-        "dtype": dtype,
-        "trust": trust,
-    }
+    options = _without_none(
+        base=base,
+        energy_key=energy_key,
+        forces_key=forces_key,
+        stress_key=stress_key,
+        moments_key=moments_key,
+        spins_key=spins_key,
+        type_map=_split_names(type_map),
+        device=device,
+        dtype=dtype,
+        trust=trust,
+    )
     errors: dict[str, Any]
     if ensemble or (Path(model) / "comparison.json").is_file():
         if head is not None:
@@ -322,35 +329,38 @@ def doctor(
 ) -> None:
     """Examine frames and labels before training: units, signs, order, duplicates, outliers, cells, memory."""
     from forcetune.diagnostics.doctor import doctor as examine
-    from forcetune.diagnostics.report import check_page, print_checkup, write_checkup
+    from forcetune.diagnostics.page import check_page, write_checkup
+    from forcetune.diagnostics.report import print_checkup
 
     if page is not None:
         check_page(page)
     checkup = examine(
         data,
-        model=model,
-        valid=valid or None,
-        test=test or None,
-        energy_key=energy_key or "auto",
-        forces_key=forces_key or "auto",
-        stress_key=stress_key or "auto",
-        spins_key=spins_key or "auto",
-        type_map=_names(type_map),
-        batch_size=batch_size,
-        head=head,
-        device=device or "auto",
-        trust=trust,
+        **_without_none(
+            model=model,
+            valid=valid or None,
+            test=test or None,
+            energy_key=energy_key,
+            forces_key=forces_key,
+            stress_key=stress_key,
+            spins_key=spins_key,
+            type_map=_split_names(type_map),
+            batch_size=batch_size,
+            head=head,
+            device=device,
+            trust=trust,
+        ),
     )
-    found = checkup.to_json()
+    content = checkup.to_json()
     if page is not None:
-        write_checkup(page, found, checkup.arrays)
+        write_checkup(page, content, checkup.arrays)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(content))
     else:
-        print_checkup(found, Console())
+        print_checkup(content, Console())
         if page is not None:
             print(f"page     {page}")
-    if found["n_errors"]:
+    if content["n_errors"]:
         sys.exit(2)
 
 
@@ -358,7 +368,7 @@ def doctor(
 def methods(
     model: Model,
     elements: Annotated[str | None, typer.Option(help="Cut the element table to these, such as H,C,O.")] = None,
-    rank: Annotated[int | None, typer.Option(help=_about(configuration.MethodConfig, "rank"))] = None,
+    rank: Rank = None,
     as_json: Json = False,
     head: Head = None,
     trust: Trust = False,
@@ -367,8 +377,7 @@ def methods(
     from forcetune.reports.tables import methods_table
     from forcetune.runs.methods import compare_methods
 
-    symbols = [text.strip() for text in elements.split(",")] if elements else None
-    rows = compare_methods(model, elements=symbols, rank=rank, head=head, trust=trust)
+    rows = compare_methods(model, elements=_split_names(elements) or None, rank=rank, head=head, trust=trust)
     if as_json:
         print(json.dumps(rows))
     else:
@@ -390,14 +399,14 @@ def inspect(
     from forcetune.reports.tables import change_tables
     from forcetune.runs.inspect import inspect as inspect_run
 
-    found = inspect_run(run, data=data or None, against=against, model=base, trust=trust).to_json()
+    changes = inspect_run(run, data=data or None, against=against, model=base, trust=trust).to_json()
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(changes))
         return
-    for table in change_tables(found):
+    for table in change_tables(changes):
         Console().print(table)
-    if found["likeness"] is not None:
-        alike = found["likeness"]
+    if changes["likeness"] is not None:
+        alike = changes["likeness"]
         print(f"1 − R² against {against}: {alike['weights']:.3f} over weights, {alike['paths']:.3f} over layers")
 
 
@@ -434,7 +443,7 @@ def merge(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write the report of a run anew."""
+    """Write the report of a run again."""
     from forcetune.reports.run_page import write_report
 
     print(write_report(run))
@@ -478,11 +487,12 @@ def datasets(
 
     if action is None:
         if as_json:
-            print(json.dumps([asdict(found) for found in list_datasets()]))
+            print(json.dumps([asdict(dataset) for dataset in list_datasets()]))
             return
         table = Table("name", "licence", "size", "what", "page", box=None)
-        for found in list_datasets():
-            table.add_row(found.name, found.licence, f"{found.size / 1e9:.1f} GB", found.description, found.page)
+        for dataset in list_datasets():
+            size = f"{dataset.size / 1e9:.1f} GB"
+            table.add_row(dataset.name, dataset.licence, size, dataset.description, dataset.page)
         Console().print(table)
         return
     if action != "download" or name is None:

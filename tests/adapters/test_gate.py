@@ -109,9 +109,9 @@ def test_switches_take_out_their_part() -> None:
 
 
 def test_layers_that_a_gate_leaves_alone_say_why() -> None:
-    assert Gate().reason_against(site("2x0o+1x1o", "1x0e")) == "its input has no even scalars to drive a gate"
-    assert "no channels" in (Gate(shift=False).reason_against(site("2x0e", "2x0e")) or "")
-    assert Gate().reason_against(site("2x0e", "2x1o")) is None
+    assert Gate().unsupported_reason(site("2x0o+1x1o", "1x0e")) == "its input has no even scalars to drive a gate"
+    assert "no channels" in (Gate(shift=False).unsupported_reason(site("2x0e", "2x0e")) or "")
+    assert Gate().unsupported_reason(site("2x0e", "2x1o")) is None
     with pytest.raises(ValueError, match="does nothing"):
         Gate(shift=False, modulation=False)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from forcetune.adapters.attach import attach, detach
-from forcetune.adapters.methods import METHODS, Method, custom_method, method
-from forcetune.adapters.updates import Dense, Gain, LowRank
+from forcetune.adapters.methods import METHODS, Method, custom_method, method, option_names
+from forcetune.adapters.updates import UPDATES, Dense, Gain, LowRank
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Site, WeightPath
@@ -41,6 +41,42 @@ def test_options_reach_the_updates_and_useless_ones_are_refused() -> None:
         method("dora")
     with pytest.raises(InputError, match="does nothing"):
         method("mmea", shift=False, modulation=False)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_is_a_field_of_the_update_or_a_parameter_of_the_method(name: str) -> None:
+    fields = {field for update in UPDATES.values() for field in update.option_names()}
+    assert set(option_names(METHODS[name])) <= fields | {"skip", "budget", "layers", "wrap"}
+    for option in option_names(METHODS[name]):
+        with pytest.raises(InputError, match=f"{name}.*{option}"):
+            method(name, **{option: [3]})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mmea", {"rank": 0}),
+        ("mmea", {"rank": 2000}),
+        ("mmea", {"shift_init": float("nan")}),
+        ("mmea", {"gain": "square"}),
+        ("mmea", {"skip": "yes"}),
+        ("elora", {"alpha": 0}),
+        ("elora", {"budget": 0}),
+        ("freeze", {"layers": 0}),
+        ("sparse", {"wrap": "some"}),
+        ("sparse", {"threshold": 1.5}),
+        ("adapter", {"rank": True}),
+    ],
+)
+def test_options_out_of_range_are_named(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"method {name}: .*{next(iter(options))}: "):
+        method(name, **options)
+
+
+def test_what_a_method_sets_itself_is_no_option() -> None:
+    for name, option in (("mmea", "species"), ("elora", "ranks"), ("elora", "axis"), ("gain", "axis")):
+        with pytest.raises(InputError, match=f"no use for '{option}'"):
+            method(name, **{option: None})
 
 
 def test_gain_has_one_factor_for_each_channel_and_element() -> None:
@@ -111,8 +147,8 @@ def test_a_table_of_ones_own() -> None:
         ({"linear": [{"update": "Gate"}, {"update": "Shift"}]}, "two updates of the same sort"),
         ({"linear": [{"update": "LowRank"}, {"update": "Dense"}]}, "two updates of the same sort"),
         ({"linear": [{"update": "DoRA"}]}, "updates are Gate, LowRank"),
-        ({"linear": [{"update": "LowRank", "width": 3}]}, "has no option"),
-        ({"linear": [{"update": "LowRank", "rank": 0}]}, "a rank is at least 1"),
+        ({"linear": [{"update": "LowRank", "width": 3}]}, "LowRank: width: there is no such option"),
+        ({"linear": [{"update": "LowRank", "rank": 0}]}, r"LowRank: rank: Input should be greater .* \(given: 0\)"),
         ({"lines": [{"update": "Dense"}]}, "there is no site kind"),
     ):
         with pytest.raises(InputError, match=message):

@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 import forcetune
 from forcetune.adapters.attach import adapter_of
 from forcetune.deployment.calculator import frame_of
-from forcetune.deployment.compiled_prediction import TRACED_AFTER
+from forcetune.deployment.compiled_prediction import COMPILED_AFTER
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.evaluation.metrics import graphs_of, predict
 from systems import cluster, crystal, labelled, write_labelled, write_model
@@ -182,11 +182,11 @@ def test_energies_of_recorded_predictions_add_up(run: forcetune.Run) -> None:
     atoms = labelled(1)[0]
     atoms.calc = forcetune.calculator(run.folder)
     rng = np.random.default_rng(0)
-    for _ in range(TRACED_AFTER + 5):
+    for _ in range(COMPILED_AFTER + 5):
         atoms.positions += rng.normal(0, 1e-3, atoms.positions.shape)
         energies = atoms.get_potential_energies()
         assert energies.sum() == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
-    assert atoms.calc.traced.recording is not None, atoms.calc.traced.untraced
+    assert atoms.calc.compiled.recording is not None, atoms.calc.compiled.eager_reason
     eager = forcetune.calculator(run.folder, compile="off")
     np.testing.assert_allclose(energies, eager.get_potential_energies(atoms), rtol=0, atol=1e-10)
 

@@ -19,7 +19,7 @@ from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.deployment import compiled_prediction
 from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
-from forcetune.deployment.compiled_prediction import TracedPrediction
+from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, graph_of
 from forcetune.kernels.recording import record
@@ -30,7 +30,7 @@ SMALL = {"max_ell": 1, "correlation": 2, "hidden_irreps": "4x0e+4x1o", "elements
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_prediction, "TRACED_AFTER", 3)
+    monkeypatch.setattr(compiled_prediction, "COMPILED_AFTER", 3)
 
 
 def tuned(**options: Any) -> MaceBackbone:
@@ -49,7 +49,7 @@ def graph(model: MaceBackbone, atoms: Atoms) -> Batch:
     return graph_of(frame_of(atoms), model.cutoff, model.dtype)
 
 
-def assert_model(found: TracedPrediction, batch: Batch, *, stress: bool = False, tolerance: float = 1e-11) -> None:
+def assert_model(found: CompiledPrediction, batch: Batch, *, stress: bool = False, tolerance: float = 1e-11) -> None:
     mine, expected = found.predict(batch, stress=stress), found.backbone.predict(batch, stress=stress).detached()
     assert mine.forces.shape == expected.forces.shape and mine.energy.shape == expected.energy.shape
     assert torch.allclose(mine.energy, expected.energy, rtol=tolerance, atol=tolerance)
@@ -66,16 +66,16 @@ def test_what_moves_is_predicted_as_by_the_model(name: str, dtype: torch.dtype) 
     """In float32 within 1e-5: sums come in another order."""
     model = tuned(dtype=dtype)
     atoms = cluster() if name == "molecule" else crystal()
-    found = TracedPrediction(model)
+    found = CompiledPrediction(model)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for seed in range(12):
         assert_model(found, graph(model, moved(atoms, seed)), stress=name == "crystal", tolerance=tolerance)
         assert (found.recording is None) == (seed < 2)
-    assert found.untraced is None and found.recording is not None and found.recording.operations > 100
+    assert found.eager_reason is None and found.recording is not None and found.recording.operations > 100
 
 
-def recorded(model: MaceBackbone, structures: Sequence[Atoms]) -> TracedPrediction:
-    found = TracedPrediction(model)
+def recorded(model: MaceBackbone, structures: Sequence[Atoms]) -> CompiledPrediction:
+    found = CompiledPrediction(model)
     for atoms in structures:
         found.predict(graph(model, atoms), stress=False)
     assert found.recording is not None
@@ -165,22 +165,22 @@ def test_a_wrong_recording_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None
         return record(lambda *values: [value * 1.001 for value in step(*values)], inputs, parameters)
 
     monkeypatch.setattr(compiled_prediction, "record", wrong)
-    found = TracedPrediction(model)
+    found = CompiledPrediction(model)
     for atoms in structures:
         assert_model(found, graph(model, atoms))
-    assert found.recording is None and found.untraced is not None and "off" in found.untraced
+    assert found.recording is None and found.eager_reason is not None and "off" in found.eager_reason
 
 
 def test_what_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled_prediction, "MOST_EDGES", 1000)
     model = tuned()
     structures = [moved(cluster(), seed) for seed in range(5)]
-    unwanted = TracedPrediction(model, wanted=False)
+    unwanted = CompiledPrediction(model, wanted=False)
     for atoms in structures:
         assert_model(unwanted, graph(model, atoms))
     assert unwanted.recording is None
-    large = TracedPrediction(model)
-    single = TracedPrediction(model)
+    large = CompiledPrediction(model)
+    single = CompiledPrediction(model)
     many = crystal().repeat((3, 3, 3))
     for seed in range(4):
         batch = graph(model, moved(many, seed))
@@ -214,7 +214,7 @@ def test_recording_leaves_other_threads_alone() -> None:
         def often(index: int) -> float:
             far = 0.0
             for _ in range(6):
-                found = TracedPrediction(model)
+                found = CompiledPrediction(model)
                 for _ in range(5):
                     forces = found.predict(batches[index], stress=False).forces
                     far = max(far, float((forces - expected[index].forces).abs().max()))
@@ -232,10 +232,10 @@ def test_calculators_are_copied_and_stored_without_their_recordings() -> None:
     calculator = ForcetuneCalculator(model)
     for seed in range(5):
         calculator.calculate(moved(atoms, seed))
-    assert calculator.traced.recording is not None
+    assert calculator.compiled.recording is not None
     calculator.calculate(atoms)
     for other in (copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
-        assert other.traced.recording is None and other.traced.untraced is None
+        assert other.compiled.recording is None and other.compiled.eager_reason is None
         for seed in range(4):
             other.calculate(moved(atoms, seed))
         other.calculate(atoms)
@@ -243,6 +243,6 @@ def test_calculators_are_copied_and_stored_without_their_recordings() -> None:
     off = ForcetuneCalculator(model, compile="off")
     for seed in range(5):
         off.calculate(moved(atoms, seed))
-    assert off.traced.recording is None
+    assert off.compiled.recording is None
     with pytest.raises(InputError, match="'auto' or 'off'"):
         ForcetuneCalculator(model, compile="on")  # pyright: ignore[reportArgumentType]

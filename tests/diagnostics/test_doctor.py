@@ -19,8 +19,8 @@ from forcetune.diagnostics.composition import composition_residual
 from forcetune.diagnostics.diagnosis import diagnose
 from forcetune.diagnostics.examine import examine_frames
 from forcetune.diagnostics.label_mismatch import find_mismatch, pair_correlation
-from forcetune.diagnostics.label_statistics import Compared
-from forcetune.diagnostics.memory import peak_memory, step_memory, training_step
+from forcetune.diagnostics.label_statistics import LabelledPredictions
+from forcetune.diagnostics.memory import measure_peak_memory, step_memory, training_step
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
 from forcetune.frames.read import frames_from_atoms
@@ -309,16 +309,16 @@ def test_atoms_at_one_place_are_findings(mini: Backbone) -> None:
     assert any(one.code == "atoms-overlap" and one.frames == (3,) for one in found.findings)
 
 
-def predicted(model: Backbone, frames: Sequence[Atoms]) -> Compared:
+def predicted(model: Backbone, frames: Sequence[Atoms]) -> LabelledPredictions:
     found = frames_from_atoms(frames).frames
-    return Compared.of(found, predict(model, graphs_of(model, found)))
+    return LabelledPredictions.of(found, predict(model, graphs_of(model, found)))
 
 
 def test_energies_follow_forces_from_frame_to_frame(mini: Backbone) -> None:
     found = predicted(mini, [*structures("train"), *structures("valid")])
     kept = pair_correlation(found)
     rng = np.random.default_rng(2)
-    shuffled = Compared(
+    shuffled = LabelledPredictions(
         found.frames, found.energy, rng.permutation(found.energy_label), found.forces, found.forces_label, None, None
     )
     lost = pair_correlation(shuffled)
@@ -366,7 +366,7 @@ def test_stress_signs_and_units(factor: float, codes: set[str]) -> None:
         stress=stress,
         stress_label=factor * 1.1 * stress,
     )
-    compared = Compared.of(frames_from_atoms(frames).frames, found)
+    compared = LabelledPredictions.of(frames_from_atoms(frames).frames, found)
     assert {item.code for item in diagnose(compared)} == codes
 
 
@@ -378,7 +378,7 @@ def test_memory_of_a_step_is_what_is_measured(mini: Backbone, monkeypatch: pytes
     assert found.measured_edges <= 1000 < found.batch_edges
     largest = sorted(graphs, key=lambda graph: graph.n_edges, reverse=True)[:40]
     batch = collate(largest).to(device=mini.device)
-    measured = peak_memory(lambda: training_step(mini, batch), mini.device)
+    measured = measure_peak_memory(lambda: training_step(mini, batch), mini.device)
     assert found.estimate_bytes == pytest.approx(measured, rel=0.25)
     assert not any(parameter.grad is not None for parameter in mini.model.parameters())
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from forcetune.kernels.recording import UntraceableError, record
+from forcetune.kernels.recording import CompileError, record
 
 Tensors = list[torch.Tensor]
 CONSTANT = torch.arange(12, dtype=torch.float64).reshape(3, 4)
@@ -162,7 +162,7 @@ def by_search(x: torch.Tensor, y: torch.Tensor) -> Tensors:
 )
 def test_what_depends_on_values_is_refused(function: Callable[..., Tensors]) -> None:
     x, y = values_of(0)
-    with pytest.raises(UntraceableError, match="depends on values"):
+    with pytest.raises(CompileError, match="depends on values"):
         record(function, [x], [y])
 
 
@@ -171,7 +171,7 @@ def test_what_the_interpreter_does_not_know_is_told() -> None:
         return [torch.full_like(y, True) * (x * True)]
 
     found = record(with_a_truth_value, *([value] for value in values_of(0)))
-    with pytest.raises(UntraceableError, match="its recording fails"):
+    with pytest.raises(CompileError, match="its recording fails"):
         found(*values_of(1))
 
 
@@ -179,5 +179,5 @@ def test_errors_of_the_step_are_told() -> None:
     def fails(x: torch.Tensor, y: torch.Tensor) -> Tensors:
         raise RuntimeError("no such luck\nmore lines")
 
-    with pytest.raises(UntraceableError, match=r"cannot be traced \(RuntimeError: no such luck\)$"):
+    with pytest.raises(CompileError, match=r"cannot be recorded \(RuntimeError: no such luck\)$"):
         record(fails, *([value] for value in values_of(0)))

@@ -28,9 +28,9 @@ from systems import METHODS_FOR_MACE, backbone, cluster, crystal, frames_of, lib
 
 EXACT = 1e-10
 LAYERS = {
-    "exchange": Magnetism("spin"),
-    "spin–orbit": Magnetism("spin", spin_orbit=True),
-    "magnitude": Magnetism("magnitude"),
+    "exchange": Magnetism(layer="spin"),
+    "spin–orbit": Magnetism(layer="spin", spin_orbit=True),
+    "magnitude": Magnetism(layer="magnitude"),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "scale-shift": {},
@@ -318,7 +318,7 @@ def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
     [
         ({"layer": "moment"}, "layer"),
         ({"channels": 10**9}, "channels"),
-        ({"spin_orbit": "yes"}, "type"),
+        ({"spin_orbit": "yes"}, "spin_orbit"),
         ({"inputs": 3}, "inputs"),
         ({"other": 1}, "option"),
         ({"learning_rate": 0}, "learning_rate"),

@@ -16,8 +16,8 @@ import pytest
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
 from forcetune.reports.run_page import write_report
-from forcetune.reports.tables import number_text
-from forcetune.runs.results import read_metrics
+from forcetune.reports.texts import number_text
+from forcetune.runs.metrics import read_metrics
 
 COLUMNS = (
     "epoch,step,learning_rate,stage,train_loss,valid_loss,valid_energy_mae_mev_per_atom,valid_energy_rmse_mev_per_atom,"
@@ -96,18 +96,19 @@ def results_of() -> dict[str, Any]:
             "test": {"before": errors_of(22.4, 186.2, 40), "after": errors_of(1.47, 13.13, 40)},
         },
         "training": {
-            "epochs": 200,
+            "status": "finished",
             "epochs_done": 200,
+            "steps": 18_000,
             "best_epoch": 187,
             "best_valid_loss": 0.00123456,
-            "steps": 18_000,
             "seconds": 5025.0,
             "seconds_per_step": 0.279,
+            "epochs": 200,
             "optimizer": "adam",
             "learning_rate": 0.005,
-            "batch": {"size": 5, "atoms": None},
+            "batch_size": 5,
             "seed": 1,
-            "stopped": False,
+            "loss": {"energy": 1.0, "forces": 1000.0},
         },
         "environment": {"python": "3.12.1", "torch": "2.6.0", "device": "NVIDIA H200"},
         "warnings": ["train.xyz, frame 17: the largest force is 31 eV/Å."],
@@ -328,7 +329,6 @@ def test_the_date_is_written_without_what_windows_lacks(tmp_path: Path) -> None:
 def test_without_validation(tmp_path: Path) -> None:
     results = results_of()
     del results["errors"]["valid"], results["data"]["valid"]
-    results["training"]["best_epoch"] = None
     page = report(write_run(tmp_path / "run", results=results, metrics=metrics_of(1, validated=False)))
     assert "No validation errors" in page.text
     assert page.tags.count("svg") == 1

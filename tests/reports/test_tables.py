@@ -9,13 +9,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from forcetune.reports.tables import (
+from forcetune.reports.tables import error_table, evaluation_table, methods_table
+from forcetune.reports.texts import (
     bytes_text,
     change_text,
     duration_text,
-    error_table,
-    evaluation_table,
-    methods_table,
     number_text,
     ratio_text,
     share_text,

@@ -13,7 +13,7 @@ import pytest
 
 import forcetune
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.reports.comparison_page import read_comparison
+from forcetune.reports.comparison import read_comparison
 from forcetune.runs import compare as comparison
 from forcetune.utils.processes import WorkerDiedError
 from systems import write_labelled, write_model

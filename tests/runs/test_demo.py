@@ -13,7 +13,7 @@ import pytest
 import forcetune
 from terminal import Command
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_short_demo_tells_what_it_did(tmp_path: Path, command: Command) -> None:

@@ -19,7 +19,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.diagnostics.diagnosis import diagnose
 from forcetune.diagnostics.doctor import Checkup
 from forcetune.diagnostics.label_checks import check_labels
-from forcetune.diagnostics.label_statistics import Compared, energy_agreement, force_agreement
+from forcetune.diagnostics.label_statistics import LabelledPredictions, energy_agreement, force_agreement
 from forcetune.diagnostics.shape import shape_of
 from forcetune.diagnostics.stress import ORDERS, find_order
 from forcetune.errors import ForcetuneWarning
@@ -215,7 +215,7 @@ def test_stress_in_the_right_order_has_no_other() -> None:
 def test_a_pressure_of_the_other_sign_is_no_wrong_sign(mini: Backbone, crystals: list[Atoms]) -> None:
     """Two theories may differ in the sign of the pressure of all frames."""
     frames = frames_from_atoms(crystals).frames
-    found = Compared.of(frames, predict(mini, graphs_of(mini, frames)))
+    found = LabelledPredictions.of(frames, predict(mini, graphs_of(mini, frames)))
     assert found.stress is not None
     offset = 0.2 * np.eye(3)
     moved = replace(found, stress=found.stress - offset, stress_label=found.stress + offset)
@@ -368,11 +368,11 @@ def test_groups_without_charges_are_told_as_before(mini: Backbone) -> None:
 # ---- a weak model is believed as far as it agrees ------------------------------------------------------------------
 
 
-def weakened(model: Backbone, structures: list[Atoms], noise: float, energies: str) -> Compared:
+def weakened(model: Backbone, structures: list[Atoms], noise: float, energies: str) -> LabelledPredictions:
     """Right labels, and a model whose forces follow them as far as noise lets them and whose energies do not at all."""
     rng = np.random.default_rng(6)
     frames = frames_from_atoms(structures).frames
-    found = Compared.of(frames, predict(model, graphs_of(model, frames)))
+    found = LabelledPredictions.of(frames, predict(model, graphs_of(model, frames)))
     forces = [own + noise * own.std() * rng.standard_normal(own.shape) for own in found.forces]
     spread = float(np.std(found.energy))
     moved = {
@@ -406,7 +406,7 @@ def test_energies_are_judged_by_a_good_model(mini: Backbone) -> None:
 def test_liquid_water_is_no_alarm(part: str, reference_data: Path, mini: Backbone) -> None:
     """Right labels, which mini's forces follow with 0.68 and its energies not at all."""
     frames = read_frames(reference_data / "water" / f"water_deepmd_{part}.xyz").frames[::4][:30]
-    found = diagnose(Compared.of(frames, predict(mini, graphs_of(mini, frames))))
+    found = diagnose(LabelledPredictions.of(frames, predict(mini, graphs_of(mini, frames))))
     assert [str(item) for item in found] == []
 
 

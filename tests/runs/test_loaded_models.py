@@ -215,7 +215,7 @@ def test_a_model_with_an_adapter_is_refused_where_another_would_be_put_on_it(
 
 
 def test_comparisons_of_a_loaded_model(data: Path, model: Path, tmp_path: Path) -> None:
-    def compare(given: Any, name: str) -> forcetune.runs.compare.Compared:  # pyright: ignore
+    def compare(given: Any, name: str) -> forcetune.runs.compare.ComparisonRun:  # pyright: ignore
         sections = {
             "data": {"train": [str(data)], "valid": 3},
             "training": {"epochs": 1},

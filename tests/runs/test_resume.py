@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "training.valid_every": 2,
     },
     "replay": {"method.name": "readout", "replay.ratio": 0.75, "replay.weight": 2.0, "replay.head": "own"},
-    "traced": {"method.name": "mmea", "training.compile": "on", "training.threads": 2},
+    "compiled": {"method.name": "mmea", "training.compile": "on", "training.threads": 2},
     "early stop": {"method.name": "readout", "training.early_stopping": 1, "training.learning_rate": 30.0},
 }
 
@@ -87,7 +87,7 @@ MOMENTS = ("after the second checkpoint", "before it", "while the adapter is rep
 
 
 NAMES = [
-    name if index < 2 or name in ("replay", "traced") else pytest.param(name, marks=pytest.mark.slow)
+    name if index < 2 or name in ("replay", "compiled") else pytest.param(name, marks=pytest.mark.slow)
     for index, name in enumerate(OPTIONS)
 ]
 

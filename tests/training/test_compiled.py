@@ -1,4 +1,4 @@
-"""Traced steps: the loss and every gradient of the eager step, for any batch of a set, and what is told otherwise."""
+"""Compiled steps: the loss and every gradient of the eager step, for any batch of a set, and what is told otherwise."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from forcetune.evaluation.metrics import graphs_of
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
-from forcetune.kernels.recording import UntraceableError
+from forcetune.kernels.recording import CompileError
 from forcetune.training import compiled, replay_head
-from forcetune.training.compiled import TracedStep, TracedTraining, Workers, frames_of_part, layout_for
+from forcetune.training.compiled import CompiledStep, CompiledTraining, Workers, choose_layout, frames_of_part
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead
 from forcetune.training.train import train
@@ -62,18 +62,18 @@ def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
 
 def step_of(
     model: MaceBackbone, graphs: Sequence[Batch], config: LossConfig, frames: int, *, head: ReplayHead | None = None
-) -> TracedStep:
+) -> CompiledStep:
     parameters = [*attached(model).parameters(), *(head.parameters() if head else ())]
     training = TrainingConfig(batch_size=frames)
-    layout = layout_for(model, training, BatchLoader(graphs, frames), frames_of_part(frames, 7, 2))
-    return TracedStep(model, head, config, layout, parameters, Workers(frames))
+    layout = choose_layout(model, training, BatchLoader(graphs, frames), frames_of_part(frames, 7, 2))
+    return CompiledStep(model, head, config, layout, parameters, Workers(frames))
 
 
-def gradients(step: TracedStep, loss: torch.Tensor) -> list[torch.Tensor | None]:
+def gradients(step: CompiledStep, loss: torch.Tensor) -> list[torch.Tensor | None]:
     return list(torch.autograd.grad(loss, step.parameters, allow_unused=True))
 
 
-def assert_eager(step: TracedStep, batch: Batch, tolerance: float = 1e-10) -> None:
+def assert_eager(step: CompiledStep, batch: Batch, tolerance: float = 1e-10) -> None:
     """Loss and gradients are those of the eager step."""
     loss = step.loss(batch)
     assert loss is not None
@@ -161,7 +161,7 @@ def test_a_batch_that_is_not_of_the_set_is_left_to_the_eager_step() -> None:
 
 
 def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is a number while it is traced becomes part of the graph; what depends on values cannot be traced."""
+    """What is a number while it is recorded becomes part of the graph; what depends on values cannot be recorded."""
     model = tuned("readout")
     graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
     original = replay_head.loss_of
@@ -170,29 +170,29 @@ def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch)
     other = step_of(model, graphs, LossConfig(), 2)
     assert other.loss(collate(graphs[:2])) is not None
     values["factor"] = 2.0
-    with pytest.raises(UntraceableError, match="off the eager one"):
+    with pytest.raises(CompileError, match="off the eager one"):
         other.loss(collate(graphs[2:4]))
 
     def decides(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
         return original(config, found, batch, **more) * float(batch.forces.nan_to_num().abs().max())
 
     monkeypatch.setattr(replay_head, "loss_of", decides)
-    with pytest.raises(UntraceableError, match="depends on values"):
+    with pytest.raises(CompileError, match="depends on values"):
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
     def chooses(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
         return original(config, found, batch, **more) + found.energy[~torch.isnan(batch.energy)].sum()
 
     monkeypatch.setattr(replay_head, "loss_of", chooses)
-    with pytest.raises(UntraceableError, match="depends on values"):
+    with pytest.raises(CompileError, match="depends on values"):
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
 
-def reason(model: NetworkBackbone, graphs: Sequence[Batch], **options: Any) -> UntraceableError:
+def reason(model: NetworkBackbone, graphs: Sequence[Batch], **options: Any) -> CompileError:
     config = TrainingConfig.model_validate({"batch_size": 3, "compile": "on"} | options)
     loader = BatchLoader(graphs, config.batch_size)
-    with pytest.raises(UntraceableError) as caught:
-        TracedTraining(model, None, config, loader, list(attached(model).parameters()))
+    with pytest.raises(CompileError) as caught:
+        CompiledTraining(model, None, config, loader, list(attached(model).parameters()))
     return caught.value
 
 
@@ -212,13 +212,13 @@ def test_reasons_for_eager_steps() -> None:
     assert "do not cover" in str(reason(slow, graphs))
 
 
-def test_stages_are_traced_where_they_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_compiled_where_they_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "PAYS_AFTER", 10)
     model = tuned("readout")
     graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
     config = TrainingConfig.model_validate({"batch_size": 3, "epochs": 6, "second_stage": {"start": 5}})
     loader = BatchLoader(graphs, 3)
-    found = TracedTraining(model, None, config, loader, list(attached(model).parameters()))
+    found = CompiledTraining(model, None, config, loader, list(attached(model).parameters()))
     batch = collate(graphs[:3])
     assert found.loss(config.second_stage.loss, batch) is None and found.operations == 0
     assert found.loss(config.loss, batch) is not None and found.operations > 100
@@ -251,16 +251,16 @@ def test_a_run_says_how_its_steps_were(tmp_path: Path, command: Command) -> None
     code, _, told = command(*given, "--out", tmp_path / "auto")
     assert code == 0 and "eager" not in told
     training = json.loads((tmp_path / "auto" / "results.json").read_text())["training"]
-    assert training["traced_operations"] == 0 and "before tracing pays" in training["untraced"]
+    assert training["traced_operations"] == 0 and "before compiling pays" in training["untraced"]
     code, _, told = command(*given, "--out", tmp_path / "packed", "--compile", "on", "--set", "training.batch_atoms=40")
-    assert code == 0 and "training steps are eager, not traced (training.compile): its batches are packed" in told
+    assert code == 0 and "training steps are eager, not compiled (training.compile): its batches are packed" in told
     code, _, told = command(*given, "--out", tmp_path / "no", "--compile", "yes")
     assert code == 2 and "compile" in told
 
 
-def test_steps_that_turn_out_untraceable_go_on_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_turn_out_uncompilable_go_on_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no tracing today")
+        raise RuntimeError("no recording today")
 
     monkeypatch.setattr(recording.Operations, "graph", refuses)
     frames, model = write_labelled(tmp_path / "frames.xyz", 12), write_model(tmp_path / "small.model", **SMALL)
@@ -268,5 +268,5 @@ def test_steps_that_turn_out_untraceable_go_on_eagerly(tmp_path: Path, monkeypat
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = forcetune.fit(frames, model=model, valid=4, epochs=2, out=tmp_path / "run", settings=settings)
-    assert any(w.category is ForcetuneWarning and "no tracing today" in str(w.message) for w in caught)
-    assert found.results["status"] == "finished" and "no tracing today" in found.results["training"]["untraced"]
+    assert any(w.category is ForcetuneWarning and "no recording today" in str(w.message) for w in caught)
+    assert found.results["status"] == "finished" and "no recording today" in found.results["training"]["untraced"]

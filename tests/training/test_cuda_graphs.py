@@ -21,8 +21,8 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
 from forcetune.kernels.edge_plan import with_plan
 from forcetune.kernels.padding import CUDA_CHUNK_COST, fitted, layout_of, plan_with, tensors_of
-from forcetune.kernels.recording import UntraceableError
-from forcetune.training.compiled import TracedStep, Workers, layout_for
+from forcetune.kernels.recording import CompileError
+from forcetune.training.compiled import CompiledStep, Workers, choose_layout
 from forcetune.training.losses import label_weights
 from systems import backbone, cluster, frames_of, perturb
 
@@ -48,7 +48,7 @@ def labelled_graphs(model: MaceBackbone) -> list[Batch]:
     ]
 
 
-def results(step: TracedStep, batch: Batch) -> list[torch.Tensor]:
+def results(step: CompiledStep, batch: Batch) -> list[torch.Tensor]:
     """Loss and gradients."""
     loss = step.loss(batch)
     assert loss is not None
@@ -121,7 +121,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True)
     layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
-    step = TracedStep(model, None, config, layout, list(attached(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, config, layout, list(attached(model).parameters()), Workers(1))
     before: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
     for index in (0, 3, 5, 7):
@@ -138,7 +138,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
         perturb(attached(model), seed=index)
     moved = [parameter.detach().clone().requires_grad_() for parameter in step.parameters]
     step.parameters = moved
-    with pytest.raises(UntraceableError, match="no longer where they were"):
+    with pytest.raises(CompileError, match="no longer where they were"):
         step.loss(collate(graphs[:2]))
 
 
@@ -165,7 +165,7 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     for attribute, value in list(vars(model).items()):
         if isinstance(value, torch.Tensor):
             setattr(model, attribute, value.to("meta"))
-    step = TracedStep(model, None, config, layout, list(attached(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, config, layout, list(attached(model).parameters()), Workers(1))
 
     def once() -> None:
         with with_plan(model, plan):
@@ -193,8 +193,8 @@ def test_a_cuda_graph_computes_what_the_eager_step_does(name: str) -> None:
     perturb(attach(model, method(name)))
     graphs = labelled_graphs(model)
     config = TrainingConfig.model_validate({"batch_size": 2, "compile": "on"})
-    layout = layout_for(model, config, BatchLoader(graphs, 2), 2)
-    step = TracedStep(model, None, LossConfig(), layout, list(attached(model).parameters()), Workers(1))
+    layout = choose_layout(model, config, BatchLoader(graphs, 2), 2)
+    step = CompiledStep(model, None, LossConfig(), layout, list(attached(model).parameters()), Workers(1))
     for index in (0, 3, 5, 7):
         batch = collate(graphs[index : index + 2]).to("cuda")
         mine = results(step, batch)

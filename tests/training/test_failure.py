@@ -91,7 +91,9 @@ def test_structures_without_a_volume_do_not_spoil_gradients(kind: str, name: str
 @pytest.mark.parametrize("layer", ["spin", "magnitude"])
 def test_magnetic_layers_without_spins_have_finite_gradients(layer: Any, fast: bool) -> None:
     model = backbone()
-    options = Magnetism(layer, "moments", spin_orbit=layer == "spin", channels=8, radial=4, learning_rate=1e-3)
+    options = Magnetism(
+        layer=layer, inputs="moments", spin_orbit=layer == "spin", channels=8, radial=4, learning_rate=1e-3
+    )
     adapter = attach(model, replace(method("elora"), magnetism=options))
     perturb(adapter)
     config = LossConfig(stress=100.0, moments=1.0)

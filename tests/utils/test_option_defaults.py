@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import forcetune
-from forcetune.adapters.methods import method_of
+from forcetune.adapters.methods import build_method
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
 from systems import write_labelled, write_model
@@ -19,7 +19,7 @@ LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    method = method_of(config.method)
+    method = build_method(config.method)
     return config.with_defaults_of(method.learning_rate, method.optimizer)
 
 
@@ -129,11 +129,11 @@ def test_the_loss_follows_the_magnetic_layer(tmp_path: Path, record: bool) -> No
 def test_a_table_of_its_own(tmp_path: Path, record: bool) -> None:
     table = {"linear": [{"update": "SoftThreshold"}], "readout": [{"update": "Dense"}]}
     path = stored(tmp_path / "config.yaml", record=record, method__table=table)
-    assert method_of(load_config(path).method).name == "custom"
+    assert build_method(load_config(path).method).name == "custom"
     assert chosen(load_config(path)) == ("schedulefree", 5e-3, None)
-    assert method_of(load_config(path, given={"method": {"name": "mine"}}).method).name == "mine"
+    assert build_method(load_config(path, given={"method": {"name": "mine"}}).method).name == "mine"
     with pytest.raises(InputError, match="leave the table out"):
-        method_of(load_config(path, given={"method": {"name": "full"}}).method)
+        build_method(load_config(path, given={"method": {"name": "full"}}).method)
     other = load_config(path, settings=["method.table=null"], given={"method": {"name": "full"}})
     assert chosen(other) == ("adam", 1e-3, 0.995)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from forcetune.adapters.magnetic import MagneticPart
 from forcetune.adapters.methods import Method
+from forcetune.adapters.summaries import Coverage, Sparsity
 from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.adapters.updates.dense import DenseWeight
@@ -26,52 +27,6 @@ from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
 from forcetune.kernels.features import Features, features_of
 from forcetune.utils.parsing import short
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """What a method trains at the sites of one kind.
-
-    Attributes:
-        kind: site kind.
-        update: description of the updates, or ``Frozen``.
-        sites: number of sites of this kind.
-        covered: weights at sites that are updated.
-        total: weights at all sites of this kind.
-        trainable: parameters of the updates.
-    """
-
-    kind: str
-    update: str
-    sites: int
-    covered: int
-    total: int
-    trainable: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sparsity:
-    """How many weights a sparse update changes.
-
-    Attributes:
-        changed: weights that are not what they were.
-        wrapped: weights that could have changed.
-        total: weights of the model.
-    """
-
-    changed: int
-    wrapped: int
-    total: int
-
-    @property
-    def zeros_of_wrapped(self) -> float:
-        """Share of the wrapped weights that did not change."""
-        return 1 - self.changed / self.wrapped
-
-    @property
-    def zeros_of_all(self) -> float:
-        """Share of all weights that did not change."""
-        return 1 - self.changed / self.total
 
 
 class Adapter(nn.Module):
@@ -187,7 +142,7 @@ class Adapter(nn.Module):
             return None
         changed = sum(part.n_changed() for _, part in parts)
         wrapped = sum(site.numel for site, _ in parts)
-        return Sparsity(changed, wrapped, sum(site.numel for site in self.sites))
+        return Sparsity(changed=changed, wrapped=wrapped, total=sum(site.numel for site in self.sites))
 
     def print_trainable_parameters(self) -> None:
         """Print trainable and total counts in one line, as peft does."""

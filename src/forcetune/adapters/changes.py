@@ -14,64 +14,13 @@ from torch import Tensor
 
 from forcetune.adapters.attach import Adapter, attached
 from forcetune.adapters.combined import CombinedActivation
+from forcetune.adapters.summaries import GateChange, PathChange
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.protocol import Backbone, Site, WeightPath
 from forcetune.errors import InputError
 
 SINGULAR_VALUES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class PathChange:
-    """The change ΔW = W' − W of one path of a weight.
-
-    Attributes:
-        site, kind, path: where; the path of an equivariant layer reads ``order in -> order out``.
-        update: name of the update; of a combination those of all its adapters.
-        size: weights of the path.
-        relative: ‖ΔW‖ / ‖W‖ (Frobenius).
-        changed: share of weights with ΔW ≠ 0.
-        singular: the largest singular values of ΔW (fan in, fan out), divided by ‖W‖.
-        stable_rank: ‖ΔW‖² over the square of its largest singular value, 0 where nothing changed.
-        channels: share of the output channels with any change.
-        elements: ‖ΔW‖ / ‖W‖ by element symbol, for weights that each element has its own of.
-    """
-
-    site: str
-    kind: str
-    path: str
-    update: str
-    size: int
-    relative: float
-    changed: float
-    singular: tuple[float, ...]
-    stable_rank: float
-    channels: float
-    elements: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class GateChange:
-    """What a gate did over data, for one block of its output.
-
-    Attributes:
-        site: of the gate.
-        irrep: of the block, such as ``1o``.
-        channels: multiplicity.
-        quantity: ``gain`` (factor, 1 changes nothing) or ``shift`` (added, in units of the output's r.m.s.).
-        mean, std: over atoms and channels.
-        low, high: 5th and 95th percentile.
-    """
-
-    site: str
-    irrep: str
-    channels: int
-    quantity: str
-    mean: float
-    std: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,12 +48,6 @@ def with_magnetism(method: Method, config: MagnetismConfig, keys: LabelKeys, fra
     """
     if config.layer == "off":
         return method
-    options = Magnetism(
-        layer=config.layer,
-        inputs=resolved_inputs(config.inputs, keys, frames),
-        spin_orbit=config.spin_orbit,
-        channels=config.channels,
-        radial=config.radial,
-        learning_rate=config.learning_rate,
-    )
+    inputs = resolved_inputs(config.inputs, keys, frames)
+    options = Magnetism.model_validate(config.model_dump() | {"inputs": inputs})
     return replace(method, magnetism=options)

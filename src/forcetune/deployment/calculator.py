@@ -15,7 +15,7 @@ from forcetune.adapters.attach import adapter_of
 from forcetune.adapters.file import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
-from forcetune.deployment.compiled_prediction import TracedPrediction
+from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError, warn
@@ -66,7 +66,7 @@ class ForcetuneCalculator(Calculator):
         self.backbone = backbone
         self.compile = compile
         self._charge_ignored = False
-        self.traced = TracedPrediction(backbone, wanted=compile == "auto")
+        self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
         adapter = adapter_of(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
         if self.magnetism is not None:
@@ -111,9 +111,9 @@ class ForcetuneCalculator(Calculator):
             batch.spins.requires_grad_()
             found = self.backbone.predict(batch, stress=stress).detached()
         else:
-            if self.traced.backbone is not self.backbone:
-                self.traced = TracedPrediction(self.backbone, wanted=self.compile == "auto")
-            found = self.traced.predict(batch, stress=stress)
+            if self.compiled.backbone is not self.backbone:
+                self.compiled = CompiledPrediction(self.backbone, wanted=self.compile == "auto")
+            found = self.compiled.predict(batch, stress=stress)
         energy = float(found.energy)
         results: dict[str, Any] = {"energy": energy, "free_energy": energy}
         results["forces"] = found.forces.double().cpu().numpy()

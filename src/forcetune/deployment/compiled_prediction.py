@@ -13,9 +13,9 @@ from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.edge_plan import with_plan
 from forcetune.kernels.padding import Layout, fitted, layout_of, plan_with, tensors_of
-from forcetune.kernels.recording import Recording, UntraceableError, record
+from forcetune.kernels.recording import CompileError, Recording, record
 
-TRACED_AFTER = 30
+COMPILED_AFTER = 30
 """Predictions for the same atoms, one after the other, from which on they are recorded: it takes as long as ten."""
 
 MOST_EDGES = 4000
@@ -31,14 +31,14 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """eV/Å, eV/Å³ and eV; of the largest force, component of the stress or the energy without E0 where these exceed 1."""
 
 
-class TracedPrediction:
+class CompiledPrediction:
     """Energies, forces and stress of structures, recorded where the same atoms come again and again, as in dynamics.
 
     What was recorded is forgotten when the adapter or the reference energies change, or weights are replaced or written
     to. What goes past PyTorch's own books is not noticed: writing into ``weight.data``, hooks, other attributes.
 
     Attributes:
-        untraced: why nothing will be recorded, or None.
+        eager_reason: why nothing will be recorded, or None.
         recording: what is played, once there is one.
     """
 
@@ -49,10 +49,10 @@ class TracedPrediction:
             wanted: record at all.
         """
         self.backbone = backbone
-        self.untraced = None if wanted else "it is not wanted"
+        self.eager_reason = None if wanted else "it is not wanted"
         self.recording: Recording | None = None
         self._key: Any = None
-        self._seen: deque[Batch] = deque(maxlen=4 * TRACED_AFTER)
+        self._seen: deque[Batch] = deque(maxlen=4 * COMPILED_AFTER)
         self._since = 0
         self._layout: Layout | None = None
         self._checks = 0
@@ -62,15 +62,15 @@ class TracedPrediction:
 
     def __reduce__(self) -> Any:
         # recordings can be neither copied nor pickled, and are quickly made again
-        return _again, (self.backbone, self.untraced)
+        return _again, (self.backbone, self.eager_reason)
 
     def predict(self, batch: Batch, *, stress: bool) -> Prediction:
         """Of one structure, without gradients; as :meth:`Backbone.predict`."""
-        if self.untraced is None:
+        if self.eager_reason is None:
             try:
                 found = self._played(batch, stress)
-            except UntraceableError as error:
-                self.untraced, self.recording, found = str(error), None, None
+            except CompileError as error:
+                self.eager_reason, self.recording, found = str(error), None, None
             if found is not None:
                 return found
         return self._eager(batch, stress)
@@ -88,7 +88,7 @@ class TracedPrediction:
         if self.recording is None:
             self._seen.append(batch)
             self._since += 1
-            if self._since < TRACED_AFTER:
+            if self._since < COMPILED_AFTER:
                 return None
             backbone = self.backbone
             self._layout = layout_of(
@@ -139,7 +139,7 @@ class TracedPrediction:
         for one, two in pairs:
             far = float((one - two).abs().max())
             if not far <= TOLERANCE[self.backbone.dtype] * max(1.0, float(two.abs().max())):
-                raise UntraceableError(f"what was recorded is {far:.1e} off")
+                raise CompileError(f"what was recorded is {far:.1e} off")
 
     def _state(self) -> tuple[Any, ...]:
         """Changes when the model, its adapter or a weight does."""
@@ -166,9 +166,9 @@ def _places_of(weights: Any) -> list[tuple[dict[str, Any], str]]:
     return [(places, name) for name, weight in places.items() if weight is not None]
 
 
-def _again(backbone: Backbone, untraced: str | None) -> TracedPrediction:
-    found = TracedPrediction(backbone)
-    found.untraced = untraced
+def _again(backbone: Backbone, eager_reason: str | None) -> CompiledPrediction:
+    found = CompiledPrediction(backbone)
+    found.eager_reason = eager_reason
     return found
 
 

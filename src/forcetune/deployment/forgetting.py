@@ -14,9 +14,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import combinations_with_replacement
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -30,6 +29,7 @@ from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
 from forcetune.deployment.dynamics import energy_conservation
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.summaries import Dimer, Distance, Forgetting, Stability
 from forcetune.frames.dataset import Dataset
 from forcetune.frames.frame import Frame
 
@@ -43,73 +43,6 @@ _REACHED = 10.0  # eV; what two atoms may climb in dynamics that are not themsel
 _MOST_PAIRS = 36
 _PICOSECONDS = 0.1
 _SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """How far the tuned model is from its base on structures that it was not tuned on.
-
-    Attributes:
-        source: ``replay frames``, ``molecules`` or ``shaken validation frames``.
-        n_frames: how many.
-        energy_mev_per_atom, forces_mev_per_ang: mean absolute differences from the base, reference energies taken out.
-    """
-
-    source: str
-    n_frames: int
-    energy_mev_per_atom: float
-    forces_mev_per_ang: float
-
-
-@dataclass(frozen=True, slots=True)
-class Dimer:
-    """Two atoms at short distances.
-
-    Attributes:
-        pair: symbols.
-        closest_ang: the smallest distance, Å.
-        base_wall_ev, tuned_wall_ev: energy there relative to 1.2 sums of covalent radii, eV; positive repels.
-        base_hole_ang, tuned_hole_ang: largest distance below 0.7 sums of covalent radii where the atoms attract each
-            other, Å; None where they repel all the way.
-        tuned_barrier_ev: energy that has to be climbed to get there, from the lowest on the way, eV.
-    """
-
-    pair: str
-    closest_ang: float
-    base_wall_ev: float
-    tuned_wall_ev: float
-    base_hole_ang: float | None
-    tuned_hole_ang: float | None
-    tuned_barrier_ev: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Stability:
-    """A short run at constant energy with the tuned model.
-
-    Attributes:
-        picoseconds: how long it was.
-        drift_mev_per_atom_per_ps, fluctuation_mev_per_atom: of the total energy; None where it broke down.
-        failure: how it broke down.
-    """
-
-    picoseconds: float
-    drift_mev_per_atom_per_ps: float | None
-    fluctuation_mev_per_atom: float | None
-    failure: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Forgetting:
-    """All three checks."""
-
-    distance: Distance
-    dimers: tuple[Dimer, ...]
-    stability: Stability
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"dimers": [asdict(dimer) for dimer in self.dimers], "warnings": list(self.warnings)}
 
 
 def measure_forgetting(backbone: Backbone, dataset: Dataset, held: Sequence[Frame] = ()) -> Forgetting:

@@ -17,7 +17,7 @@ from forcetune.diagnostics.finding import Finding, Severity, in_set
 from forcetune.diagnostics.label_mismatch import Mismatch, find_mismatch, pair_correlation, same_order
 from forcetune.diagnostics.label_statistics import (
     Agreement,
-    Compared,
+    LabelledPredictions,
     element_agreement,
     energy_agreement,
     force_agreement,
@@ -45,7 +45,7 @@ STRANGE_ATOM = 2.2
 """Error over size of the forces on one atom, over many frames, beyond what a poor model has."""
 
 
-def diagnose(found: Compared) -> list[Finding]:
+def diagnose(found: LabelledPredictions) -> list[Finding]:
     """Everything that predictions for a set of frames say about its labels as a whole."""
     forces = force_agreement(found)
     findings = _check_forces(found.with_forces(), forces)
@@ -55,7 +55,7 @@ def diagnose(found: Compared) -> list[Finding]:
     return findings + check_stress(found.with_stress(), forces)
 
 
-def _check_forces(found: Compared, agreement: Agreement | None) -> list[Finding]:
+def _check_forces(found: LabelledPredictions, agreement: Agreement | None) -> list[Finding]:
     if agreement is None or not _decides(agreement):
         return []
     frames = found.frames
@@ -81,7 +81,7 @@ def _decides(agreement: Agreement) -> bool:
     return agreement.n_frames >= FEWEST or (agreement.n_frames >= few and abs(agreement.correlation) >= plain)
 
 
-def _told(mismatch: Mismatch, agreement: Agreement, found: Compared) -> Finding:
+def _told(mismatch: Mismatch, agreement: Agreement, found: LabelledPredictions) -> Finding:
     before, after = two(agreement.correlation), two(mismatch.correlation)
     if mismatch.kind == "rotation":
         text = (
@@ -102,7 +102,7 @@ def _told(mismatch: Mismatch, agreement: Agreement, found: Compared) -> Finding:
     return in_set("forces-shuffled", "error", text, found.frames)
 
 
-def _unrelated(found: Compared, agreement: Agreement) -> Finding:
+def _unrelated(found: LabelledPredictions, agreement: Agreement) -> Finding:
     if agreement.ratio < 0.25:
         text = (
             f"The model's forces are {1 / agreement.ratio:.0f} times larger than the labels and unrelated to them: "
@@ -117,7 +117,7 @@ def _unrelated(found: Compared, agreement: Agreement) -> Finding:
     return in_set("forces-unrelated", "warning", text, found.frames)
 
 
-def _check_force_unit(found: Compared, agreement: Agreement) -> list[Finding]:
+def _check_force_unit(found: LabelledPredictions, agreement: Agreement) -> list[Finding]:
     near = candidates(agreement.ratio, FORCES, 1.35)
     severity: Severity = "error" if near else "warning"
     if is_usual(agreement.ratio):
@@ -131,7 +131,7 @@ def _check_force_unit(found: Compared, agreement: Agreement) -> list[Finding]:
     return [in_set("forces-unit", severity, text, found.frames)]
 
 
-def _check_energies(found: Compared, forces: Agreement | None) -> list[Finding]:
+def _check_energies(found: LabelledPredictions, forces: Agreement | None) -> list[Finding]:
     agreement = energy_agreement(found)
     if agreement is None or agreement.n_frames < FEWEST:
         return []
@@ -149,7 +149,7 @@ def _is_sure(forces: Agreement | None) -> bool:
     return forces is not None and abs(forces.correlation) >= SURE
 
 
-def _followed(found: Compared, forces: Agreement | None) -> float | None:
+def _followed(found: LabelledPredictions, forces: Agreement | None) -> float | None:
     """How label energies follow label forces from frame to frame; None where these cannot say."""
     if forces is None or forces.correlation < AGREES or not is_usual(forces.ratio):
         return None
@@ -157,7 +157,7 @@ def _followed(found: Compared, forces: Agreement | None) -> float | None:
     return pair_correlation(found.select([k for k, frame in enumerate(found.frames) if frame in both]))
 
 
-def _check_energy_sign(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+def _check_energy_sign(found: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
     """Energies that fall where the model's rise; where the model is weak, the label forces must say so, too."""
     if not _is_sure(forces):
         followed = _followed(found, forces)
@@ -171,7 +171,7 @@ def _check_energy_sign(found: Compared, agreement: Agreement, forces: Agreement 
     return [in_set("energy-sign", "warning" if forces is None else "error", text, found.frames)]
 
 
-def _check_energy_unit(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+def _check_energy_unit(found: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
     """Without forces it is a doubt only: along a scan of one coordinate a model may be wrong by any factor."""
     if is_usual(agreement.ratio) or (forces is None and agreement.n_frames < 3 * FEWEST):
         return []
@@ -185,7 +185,7 @@ def _check_energy_unit(found: Compared, agreement: Agreement, forces: Agreement 
     return [in_set("energy-unit", "error" if near and forces is not None else "warning", text, found.frames)]
 
 
-def _check_energy_order(found: Compared, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+def _check_energy_order(found: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
     """Energies that do not follow the model's although the forces do."""
     if forces is None or forces.correlation < SURE or agreement.n_frames < 3 * FEWEST:
         return []
@@ -202,7 +202,7 @@ def _check_energy_order(found: Compared, agreement: Agreement, forces: Agreement
     return [in_set("energy-shuffled", severity, text, found.frames)]
 
 
-def _check_elements(found: Compared) -> list[Finding]:
+def _check_elements(found: LabelledPredictions) -> list[Finding]:
     far = [row for row in element_agreement(found) if row.n_atoms >= ELEMENT_ATOMS and row.relative > 1]
     if not far:
         return []
@@ -214,12 +214,12 @@ def _check_elements(found: Compared) -> list[Finding]:
     return [in_set("element-unknown-to-model", "warning", text, _having(found, [row.symbol for row in far]))]
 
 
-def _having(found: Compared, symbols: Sequence[str]) -> list[Frame]:
+def _having(found: LabelledPredictions, symbols: Sequence[str]) -> list[Frame]:
     wanted = [atomic_numbers[symbol] for symbol in symbols]
     return [frame for frame in found.with_forces().frames if np.isin(frame.numbers, wanted).any()]
 
 
-def _check_atoms(found: Compared) -> list[Finding]:
+def _check_atoms(found: LabelledPredictions) -> list[Finding]:
     """Atoms that the model sees otherwise in every frame, as where one element was written for another."""
     findings = []
     for members in same_order(found):

@@ -21,9 +21,9 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
 from forcetune.diagnostics.diagnosis import diagnose
 from forcetune.diagnostics.examine import TRAIN, Examined, examine_frames
-from forcetune.diagnostics.finding import Finding, in_frames, in_order
+from forcetune.diagnostics.finding import Finding, in_frames, sort_findings
 from forcetune.diagnostics.label_statistics import (
-    Compared,
+    LabelledPredictions,
     element_agreement,
     energy_agreement,
     force_agreement,
@@ -150,7 +150,7 @@ def doctor(
         for found in compared.values():
             findings += diagnose(found) + find_outliers(found)
         arrays = {f"{name}/{key}": own for name, found in compared.items() for key, own in found.arrays().items()}
-    return Checkup(in_order(_without_copies(findings)), facts, arrays)
+    return Checkup(sort_findings(_without_copies(findings)), facts, arrays)
 
 
 def check_frames(
@@ -182,7 +182,7 @@ def check_predictions(frames: Sequence[Frame], found: Predictions) -> list[Findi
     Raises:
         InputError: as :func:`check_frames`.
     """
-    compared = Compared.of(frames, found)
+    compared = LabelledPredictions.of(frames, found)
     # a verdict on the whole set gains nothing from thousands of frames, and compares all pairs of them
     chosen = compared.select(sample(range(len(frames)), SAMPLE_OF_RUN))
     return _reported(diagnose(chosen) + find_outliers(compared))
@@ -208,7 +208,7 @@ def _is_large(frames: Sequence[Frame]) -> bool:
 
 
 def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Finding]:
-    ordered = in_order(findings)
+    ordered = sort_findings(findings)
     for found in ordered:
         if found.severity == "warning" and not quiet:
             warn(f"{found} [{found.code}]")
@@ -278,7 +278,7 @@ def _known(
 
 def _predicted(
     backbone: Backbone, examined: Examined, console: Console, findings: list[Finding]
-) -> tuple[dict[str, Compared], dict[str, Sequence[Batch]]]:
+) -> tuple[dict[str, LabelledPredictions], dict[str, Sequence[Batch]]]:
     """Predictions for a sample of every set."""
     chosen: dict[str, list[Frame]] = {}
     for name, frames in examined.frames.items():
@@ -289,20 +289,20 @@ def _predicted(
             if shape is not None and shape.n_edges < PREDICTABLE_EDGES and shape.nearest.min() >= COINCIDING
         ]
         chosen[name] = [frames[k] for k in sample(sound, SAMPLE if name == TRAIN else SAMPLE // 4)]
-    compared: dict[str, Compared] = {}
+    compared: dict[str, LabelledPredictions] = {}
     graphs: dict[str, Sequence[Batch]] = {}
     with _progress(console, backbone.base.name, sum(map(len, chosen.values()))) as advance:
         for name, frames in chosen.items():
             if not frames:
                 continue
             graphs[name] = graphs_of(backbone, frames)
-            found = Compared.of(frames, predict(backbone, graphs[name], progress=advance))
+            found = LabelledPredictions.of(frames, predict(backbone, graphs[name], progress=advance))
             compared[name], broken = _finite(found)
             findings += broken
     return compared, graphs
 
 
-def _finite(found: Compared) -> tuple[Compared, list[Finding]]:
+def _finite(found: LabelledPredictions) -> tuple[LabelledPredictions, list[Finding]]:
     sound = [
         bool(np.isfinite(e)) and bool(np.isfinite(f).all()) for e, f in zip(found.energy, found.forces, strict=True)
     ]
@@ -324,7 +324,7 @@ def sample(indices: Sequence[int], most: int) -> list[int]:
     return [indices[k] for k in sorted({int(start) + i for start in starts for i in range(length)})]
 
 
-def _isolated(frames: Sequence[Frame], compared: Compared | None, backbone: Backbone) -> list[Finding]:
+def _isolated(frames: Sequence[Frame], compared: LabelledPredictions | None, backbone: Backbone) -> list[Finding]:
     """What isolated atoms among the training frames say against the others."""
     _, alone = separate_isolated(frames)
     others, energies = ((), ()) if compared is None else (compared.frames, compared.energy)
@@ -365,7 +365,7 @@ def _facts(examined: Examined, keys: Mapping[str, LabelKeys]) -> dict[str, Any]:
     return found
 
 
-def _agreement(found: Compared) -> dict[str, Any]:
+def _agreement(found: LabelledPredictions) -> dict[str, Any]:
     measures = {"energy": energy_agreement, "forces": force_agreement, "stress": stress_agreement}
     measured = {name: measure(found) for name, measure in measures.items()}
     return {

@@ -78,6 +78,6 @@ def in_set(code: str, severity: Severity, message: str, frames: Sequence[Frame])
     return Finding(code, severity, message, named, (), len(frames))
 
 
-def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def sort_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Errors first, then warnings, then notes; otherwise as they come, and every finding once."""
     return tuple(sorted(dict.fromkeys(findings), key=lambda found: SEVERITIES.index(found.severity)))

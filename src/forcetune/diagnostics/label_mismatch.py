@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from forcetune.diagnostics.label_statistics import Compared, cosine, rank_correlation, saturated
+from forcetune.diagnostics.label_statistics import LabelledPredictions, cosine, rank_correlation, saturated
 from forcetune.frames.frame import FloatArray
 
 RESTORED = 0.6
@@ -33,7 +33,7 @@ class Mismatch:
     detail: str = ""
 
 
-def find_mismatch(found: Compared) -> Mismatch | None:
+def find_mismatch(found: LabelledPredictions) -> Mismatch | None:
     """What brings force labels and model together, None if nothing does.
 
     Args:
@@ -47,7 +47,7 @@ def find_mismatch(found: Compared) -> Mismatch | None:
     return _of_other_frames(found, label, model) or _of_other_atoms(found, label, model)
 
 
-def _cut(vectors: FloatArray, found: Compared) -> list[FloatArray]:
+def _cut(vectors: FloatArray, found: LabelledPredictions) -> list[FloatArray]:
     return np.split(vectors, np.cumsum([len(frame) for frame in found.frames])[:-1])
 
 
@@ -57,7 +57,7 @@ def _rotated(label: FloatArray, model: FloatArray) -> float:
     return cosine(label @ (u @ vt), model)
 
 
-def same_order(found: Compared) -> list[list[int]]:
+def same_order(found: LabelledPredictions) -> list[list[int]]:
     """Frames with the same elements in the same order, in groups of ten or more."""
     groups: dict[bytes, list[int]] = {}
     for k, frame in enumerate(found.frames):
@@ -65,7 +65,7 @@ def same_order(found: Compared) -> list[list[int]]:
     return [members for members in groups.values() if len(members) >= 10]
 
 
-def _of_other_frames(found: Compared, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
+def _of_other_frames(found: LabelledPredictions, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
     matched = by_chance = total = 0
     best: list[float] = []
     steps: list[int] = []
@@ -99,7 +99,7 @@ def _unit(rows: FloatArray) -> FloatArray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
-def _of_other_atoms(found: Compared, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
+def _of_other_atoms(found: LabelledPredictions, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
     for members in same_order(found):
         # one order for all frames leaves no room for chance
         gain = np.einsum("kax,kbx->ab", np.stack([label[k] for k in members]), np.stack([model[k] for k in members]))
@@ -123,7 +123,7 @@ def _assigned(label: FloatArray, model: FloatArray) -> float:
     return cosine(label[rows], model[columns])
 
 
-def pair_correlation(found: Compared) -> float | None:
+def pair_correlation(found: LabelledPredictions) -> float | None:
     """How energy differences of similar frames follow the forces between them, as a rank correlation.
 
     For two frames of one molecule, the second turned onto the first, E₂ − E₁ is expected to be the model's difference

@@ -55,7 +55,7 @@ class ElementAgreement:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Compared:
+class LabelledPredictions:
     """Frames with their predictions, cut into frames.
 
     Attributes:
@@ -74,9 +74,9 @@ class Compared:
     stress_label: FloatArray | None
 
     @staticmethod
-    def of(frames: Sequence[Frame], found: Predictions) -> Compared:
+    def of(frames: Sequence[Frame], found: Predictions) -> LabelledPredictions:
         ends = np.cumsum(found.atoms)[:-1]
-        return Compared(
+        return LabelledPredictions(
             tuple(frames),
             found.energy,
             found.energy_label,
@@ -86,10 +86,10 @@ class Compared:
             found.stress_label,
         )
 
-    def select(self, kept: Sequence[int]) -> Compared:
+    def select(self, kept: Sequence[int]) -> LabelledPredictions:
         """Only these frames."""
         index = np.asarray(kept, dtype=np.int64)
-        return Compared(
+        return LabelledPredictions(
             tuple(self.frames[k] for k in kept),
             self.energy[index],
             self.energy_label[index],
@@ -99,7 +99,7 @@ class Compared:
             None if self.stress_label is None else self.stress_label[index],
         )
 
-    def with_forces(self) -> Compared:
+    def with_forces(self) -> LabelledPredictions:
         """Frames of several atoms that have force labels, not all of them zero."""
         return self.select(
             [
@@ -109,7 +109,7 @@ class Compared:
             ]
         )
 
-    def ordinary(self) -> Compared:
+    def ordinary(self) -> LabelledPredictions:
         """Without frames whose largest force, label or prediction, is far larger than that of most frames."""
         if not self.frames:
             return self
@@ -118,11 +118,11 @@ class Compared:
         )
         return self.select(np.flatnonzero(sizes <= STANDS_OUT * np.median(sizes)).tolist())
 
-    def with_energy(self) -> Compared:
+    def with_energy(self) -> LabelledPredictions:
         """Frames of several atoms that have an energy label."""
         return self.select([k for k, e in enumerate(self.energy_label) if np.isfinite(e) and len(self.forces[k]) > 1])
 
-    def with_stress(self) -> Compared:
+    def with_stress(self) -> LabelledPredictions:
         """Frames that have a stress label."""
         if self.stress is None or self.stress_label is None:
             return self.select([])
@@ -170,7 +170,7 @@ def cosine(one: FloatArray, other: FloatArray) -> float:
     return float((one * other).sum() / size) if size > 0 else 0.0
 
 
-def force_agreement(found: Compared) -> Agreement | None:
+def force_agreement(found: LabelledPredictions) -> Agreement | None:
     """Of the force labels; None without any."""
     found = found.with_forces()
     if not found.frames:
@@ -187,7 +187,7 @@ def rank_correlation(one: FloatArray, other: FloatArray) -> float:
     return cosine(a - a.mean(), b - b.mean())
 
 
-def energy_agreement(found: Compared) -> Agreement | None:
+def energy_agreement(found: LabelledPredictions) -> Agreement | None:
     """Of the energy labels after composition; None where that leaves nothing to compare."""
     found = found.with_energy()
     if len(found.frames) < 3:
@@ -199,7 +199,7 @@ def energy_agreement(found: Compared) -> Agreement | None:
     return Agreement(rank_correlation(label, model), sizes[0] / sizes[1], len(found.frames))
 
 
-def stress_agreement(found: Compared) -> Agreement | None:
+def stress_agreement(found: LabelledPredictions) -> Agreement | None:
     """Of the stress labels; None without any."""
     found = found.with_stress()
     if found.stress is None or found.stress_label is None or not len(found.stress):
@@ -211,7 +211,7 @@ def stress_agreement(found: Compared) -> Agreement | None:
     return Agreement(cosine(saturated(label), saturated(model)), sizes[0] / sizes[1], len(found.frames))
 
 
-def element_agreement(found: Compared) -> list[ElementAgreement]:
+def element_agreement(found: LabelledPredictions) -> list[ElementAgreement]:
     """Of the forces on every element, ascending by atomic number; frames that stand out by size are left out."""
     found = found.with_forces().ordinary()
     if not found.frames:

@@ -45,7 +45,7 @@ class StepMemory:
         return asdict(self)
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+def measure_peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes by which torch's allocations grow during a run: by the profiler on a CPU, by the allocator of CUDA."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -132,4 +132,4 @@ def _on(backbone: Backbone, graphs: Sequence[Batch]) -> Batch:
 def _measure(backbone: Backbone, graphs: Sequence[Batch]) -> tuple[int, int]:
     """Peak bytes and edges of a step with these frames."""
     batch = _on(backbone, graphs)
-    return peak_memory(lambda: training_step(backbone, batch), backbone.device), batch.n_edges
+    return measure_peak_memory(lambda: training_step(backbone, batch), backbone.device), batch.n_edges

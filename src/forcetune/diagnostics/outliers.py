@@ -9,7 +9,7 @@ import numpy as np
 from forcetune.diagnostics.composition import composition_residual
 from forcetune.diagnostics.diagnosis import AGREES, FEWEST
 from forcetune.diagnostics.finding import Finding, in_frames
-from forcetune.diagnostics.label_statistics import Compared, cosine, saturated
+from forcetune.diagnostics.label_statistics import LabelledPredictions, cosine, saturated
 from forcetune.diagnostics.shape import bonding_of
 from forcetune.frames.frame import FloatArray, Frame
 
@@ -23,12 +23,12 @@ GROUP = (3, 0.03)
 """Frames, and share of all frames, that make a group and not outliers."""
 
 
-def find_outliers(found: Compared) -> list[Finding]:
+def find_outliers(found: LabelledPredictions) -> list[Finding]:
     """Energies and forces of single frames, and groups of frames, that differ from the model as no others do."""
     return _energies(found.with_energy()) + _forces(found.with_forces())
 
 
-def _energies(found: Compared) -> list[Finding]:
+def _energies(found: LabelledPredictions) -> list[Finding]:
     if len(found.frames) < FEWEST:
         return []
     off, _, _ = composition_residual(found.frames, found.energy_label - found.energy)
@@ -45,7 +45,7 @@ def _energies(found: Compared) -> list[Finding]:
     return in_frames("energy-outlier", "warning", text, outside)
 
 
-def _levels(found: Compared, off: FloatArray) -> list[Finding]:
+def _levels(found: LabelledPredictions, off: FloatArray) -> list[Finding]:
     """Frames of one bonding in two groups of energies; isomers may differ by what the model does not know."""
     by_bonding: dict[int, list[int]] = {}
     for k, frame in enumerate(found.frames):
@@ -102,7 +102,7 @@ def _groups(off: FloatArray) -> tuple[float, list[int]] | None:
     return gap, sorted(smaller.tolist())
 
 
-def _forces(found: Compared) -> list[Finding]:
+def _forces(found: LabelledPredictions) -> list[Finding]:
     """Frames whose forces do not follow the model although those of most frames do."""
     if len(found.frames) < FEWEST:
         return []

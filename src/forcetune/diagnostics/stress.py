@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from forcetune.diagnostics.finding import Finding, in_set
-from forcetune.diagnostics.label_statistics import Agreement, Compared, cosine, saturated, stress_agreement
+from forcetune.diagnostics.label_statistics import Agreement, LabelledPredictions, cosine, saturated, stress_agreement
 from forcetune.diagnostics.units import STRESS, Unit, candidates, is_usual, named, times, two
 from forcetune.frames.frame import FloatArray
 
@@ -45,7 +45,7 @@ class Order(NamedTuple):
     after: float
 
 
-def check_stress(found: Compared, forces: Agreement | None) -> list[Finding]:
+def check_stress(found: LabelledPredictions, forces: Agreement | None) -> list[Finding]:
     """Everything that predictions for a set say about its stress labels.
 
     Args:
@@ -99,7 +99,7 @@ def _correlation(label: FloatArray, model: FloatArray) -> float:
     return cosine(saturated(label.reshape(-1, 3)), saturated(model.reshape(-1, 3)))
 
 
-def _check_sign(found: Compared, agreement: Agreement) -> list[Finding]:
+def _check_sign(found: LabelledPredictions, agreement: Agreement) -> list[Finding]:
     if agreement.correlation > 0 or found.stress is None or found.stress_label is None:
         return []
     # two theories may differ in the sign of the pressure of all frames, but then not in how it changes
@@ -113,7 +113,7 @@ def _check_sign(found: Compared, agreement: Agreement) -> list[Finding]:
     return [in_set("stress-sign", "error", text, found.frames)]
 
 
-def _check_unit(found: Compared, agreement: Agreement) -> list[Finding]:
+def _check_unit(found: LabelledPredictions, agreement: Agreement) -> list[Finding]:
     if is_usual(agreement.ratio):
         return []
     volume = float(np.median([abs(np.linalg.det(frame.cell)) for frame in found.frames]))

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from forcetune.backbones.protocol import Backbone
 from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.summaries import RotationError
 from forcetune.frames.frame import FloatArray, Frame
-
-
-@dataclass(frozen=True, slots=True)
-class RotationError:
-    """Largest differences between a structure and the same structure rotated and reflected.
-
-    Attributes:
-        energy_mev_per_atom: of energies.
-        forces_mev_per_ang: of force components, rotated back.
-    """
-
-    energy_mev_per_atom: float
-    forces_mev_per_ang: float
 
 
 def rotation_error(backbone: Backbone, frames: Sequence[Frame], *, most: int = 5, seed: int = 0) -> RotationError:

@@ -92,7 +92,7 @@ def _check_apart(frame: Frame, edge_index: IntArray, shifts: FloatArray) -> None
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class EdgeSearch:
     """Frames ``first`` to ``end`` of a store, whose neighbours are wanted."""
 
     frames: RowReader
@@ -101,7 +101,7 @@ class Search:
     cutoff: float
 
 
-def search(task: Search) -> tuple[list[bytes], list[int]]:
+def find_edges(task: EdgeSearch) -> tuple[list[bytes], list[int]]:
     """Rows of neighbours for a store, and the number of edges in each; runs in a worker.
 
     Raises:

@@ -14,10 +14,10 @@ import torch
 from forcetune.frames.store.rows import RowReader, RowWriter
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.frames.store.streaming import new_store
-from forcetune.graphs.edges import EDGE_COLUMNS, Search, search
+from forcetune.graphs.edges import EDGE_COLUMNS, EdgeSearch, find_edges
 from forcetune.graphs.graph import Batch, graph_with
 from forcetune.utils import distributed
-from forcetune.utils.processes import in_order
+from forcetune.utils.processes import map_in_order
 
 VERSION = 1
 _CHUNK = 128
@@ -92,12 +92,12 @@ def stored_graphs(
 
 def _make(place: Path, frames: RowReader, cutoff: float, workers: int, progress: Callable[[int], None]) -> None:
     count = len(frames)
-    tasks = (Search(frames, low, min(low + _CHUNK, count), cutoff) for low in range(0, count, _CHUNK))
+    tasks = (EdgeSearch(frames, low, min(low + _CHUNK, count), cutoff) for low in range(0, count, _CHUNK))
     sizes = array("i")
     with new_store(place) as temporary:
         writer = RowWriter(temporary, EDGE_COLUMNS)
         try:
-            for rows, edges in in_order(search, tasks, workers):
+            for rows, edges in map_in_order(find_edges, tasks, workers):
                 writer.write(rows)
                 sizes.extend(edges)
                 progress(len(rows))

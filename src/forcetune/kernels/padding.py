@@ -1,4 +1,4 @@
-"""Batches of different frames in one shape, so that what was traced for one of them computes them all.
+"""Batches of different frames in one shape, so that what was recorded for one of them computes them all.
 
 A batch is filled up with atoms that have no neighbours, and with edges so long that nothing comes of them; both are in
 graphs of their own, without labels. How many there are, and how many neighbours the receivers of each chunk can have,

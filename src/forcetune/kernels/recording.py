@@ -41,7 +41,7 @@ _DEPENDS_ON_VALUES = frozenset(
 _TAKES_VALUES_OUT = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 
 
-class UntraceableError(ForcetuneError):
+class CompileError(ForcetuneError):
     """Why a step is computed eagerly.
 
     Attributes:
@@ -71,14 +71,14 @@ class Recording:
         """Carry it out, without gradients; the results can take no part in a later differentiation.
 
         Raises:
-            UntraceableError: the interpreter cannot go through with it.
+            CompileError: the interpreter cannot go through with it.
         """
         # unoptimised: nothing is merged or reordered after the first calls, which would round differently
         with torch.inference_mode(), torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
             try:
                 return self.run(*values)
             except RuntimeError as error:
-                raise UntraceableError(f"its recording fails ({_first_line(error)})") from error
+                raise CompileError(f"its recording fails ({_first_line(error)})") from error
 
 
 def record(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Recording:
@@ -90,7 +90,7 @@ def record(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -
         parameters: are always the same tensors, with other values.
 
     Raises:
-        UntraceableError: the step cannot be recorded.
+        CompileError: the step cannot be recorded.
     """
     used: list[bool] = []
 
@@ -109,10 +109,10 @@ def record(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -
             run: Any = _C._create_function_from_graph("step", operations.graph(found))
         else:
             run = _CudaGraph(present, own, parameters)
-    except UntraceableError:
+    except CompileError:
         raise
     except Exception as error:
-        raise UntraceableError(f"its step cannot be traced ({_first_line(error)})") from error
+        raise CompileError(f"its step cannot be recorded ({_first_line(error)})") from error
     return Recording(run, tuple(used), len(operations.calls))
 
 
@@ -167,11 +167,11 @@ class Operations(TorchDispatchMode):
         fixed = bool(used) and all(index in self._fixed for index in used)
         if not isinstance(result, Tensor | list | tuple | None):
             if not fixed:
-                raise UntraceableError(f"its step depends on values ({name})")
+                raise CompileError(f"its step depends on values ({name})")
             return result
         chooses = name in _DEPENDS_ON_VALUES or (name in ("index", "index_put", "index_put_") and _by_mask(args[1]))
         if chooses and not fixed:
-            raise UntraceableError(f"its step depends on values ({name})")
+            raise CompileError(f"its step depends on values ({name})")
         call = _Call(func, given, self._results(result))
         self.calls.append(call)
         if schema.is_mutable:
@@ -246,7 +246,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _TAKES_VALUES_OUT and not self.operations.is_fixed(args[0]):
-            raise UntraceableError(f"its step depends on values ({func.__name__})")
+            raise CompileError(f"its step depends on values ({func.__name__})")
         return func(*args, **(kwargs or {}))
 
 
@@ -379,7 +379,7 @@ class _CudaGraph:
     def __call__(self, *values: Tensor) -> list[Tensor]:
         parameters = values[len(self._inputs) :]
         if [parameter.data_ptr() for parameter in parameters] != self._places:
-            raise UntraceableError("the parameters are no longer where they were")
+            raise CompileError("the parameters are no longer where they were")
         for own, value in zip(self._inputs, values, strict=False):
             own.copy_(value)
         self._graph.replay()

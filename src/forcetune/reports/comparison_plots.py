@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from forcetune.reports.plots import AFTER, BEFORE, VECTOR_POINTS, log_axis, style, svg
-from forcetune.reports.tables import Html
-from forcetune.runs.results import Metrics
+from forcetune.runs.metrics import Metrics
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d31", "#7f7f7f")
 
 
-def comparison_curves(runs: Mapping[str, Sequence[Metrics]], target: float) -> list[Html]:
+def comparison_curves(runs: Mapping[str, Sequence[Metrics]], target: float) -> list[Markup]:
     """Validation loss and force error of several methods over the epochs: the mean over seeds, and their range.
 
     Args:
@@ -50,7 +50,7 @@ def comparison_curves(runs: Mapping[str, Sequence[Metrics]], target: float) -> l
     return figures
 
 
-def comparison_parity(arrays: Mapping[str, NDArray], split: str, name: str) -> Html | None:
+def comparison_parity(arrays: Mapping[str, NDArray], split: str, name: str) -> Markup | None:
     """Predicted force components against labels, before and after; None where there are none."""
     label = arrays.get(f"{split}/reference/forces")
     if label is None or f"{split}/after/forces" not in arrays:

@@ -1,46 +1,42 @@
-"""The frame of every page we write: it opens offline and can fetch and run nothing."""
+"""Pages from the templates in this folder: each opens offline and can fetch and run nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
+from typing import Any
 
-from forcetune.reports.tables import Html, html
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from forcetune.reports.texts import count_text, number_text, ratio_text
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Whatever a name in the data may hold, a browser runs none of it."""
 
 
-def page(title: str, header: Html, sections: Sequence[tuple[str, str, Html]], *, footer: str = "") -> str:
+def render_page(template: str, **context: Any) -> str:
     """A complete HTML document.
 
     Args:
-        title: of the window.
-        header: the page's head, complete.
-        sections: key (the link's anchor), heading and content of each; those without content are left out.
-        footer: a sentence at the end.
+        template: name of a file in ``templates`` that extends ``page.html``.
+        context: what the template shows; every text is escaped, :class:`markupsafe.Markup` (figures) is not.
     """
-    css = files("forcetune.reports").joinpath("report.css").read_text(encoding="utf-8")
-    shown = [(key, html(name), text) for key, name, text in sections if text]
-    body = "\n".join(f'<section id="{key}">\n<h2>{name}</h2>\n{text}\n</section>' for key, name, text in shown)
-    links = "".join(f'<a href="#{key}">{name}</a>' for key, name, _ in shown)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html(title)} · forcetune</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-{header}
-<nav>{links}</nav>
-{body}
-<footer>{html(footer)}</footer>
-</main>
-</body>
-</html>
-"""
+    return _environment().get_template(template).render(context, policy=POLICY)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_read_template),
+        autoescape=True,
+        undefined=StrictUndefined,  # a name that no page is given is a fault of ours
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": number_text, "count": count_text, "ratio": ratio_text}
+    return environment
+
+
+def _read_template(name: str) -> str:
+    return files("forcetune.reports").joinpath("templates", name).read_text(encoding="utf-8")

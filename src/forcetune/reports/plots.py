@@ -14,13 +14,16 @@ from contextlib import AbstractContextManager
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from forcetune.reports.tables import Html, html, layer_text, number_text
-from forcetune.runs.results import ChangePart, DynamicsPart, FloatArray, Metrics
+from forcetune.adapters.summaries import PathChange
+from forcetune.reports.texts import layer_text, number_text
+from forcetune.runs.metrics import FloatArray, Metrics
+from forcetune.runs.results import DynamicsSummary
 
 # Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
 BEFORE, AFTER, MARK, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"
@@ -56,7 +59,7 @@ def style() -> AbstractContextManager[None]:
     )
 
 
-def learning_curves(metrics: Metrics, best_epoch: float | None, before: Mapping[str, float | None]) -> list[Html]:
+def learning_curves(metrics: Metrics, best_epoch: float | None, before: Mapping[str, float | None]) -> list[Markup]:
     """Loss with learning rate, and validation errors where there are any.
 
     Args:
@@ -139,7 +142,7 @@ def _error_curves_figure(
     return figure
 
 
-def change_map(changes: Sequence[ChangePart]) -> Html:
+def change_map(changes: Sequence[PathChange]) -> Markup:
     """Relative change ‖ΔW‖/‖W‖ of every path: a row for each layer, a column for each kind of path."""
     layers = list(dict.fromkeys(change.site for change in changes))
     paths = list(dict.fromkeys(re.sub(r"#\d+$", "", change.path) for change in changes))
@@ -166,7 +169,7 @@ def change_map(changes: Sequence[ChangePart]) -> Html:
         return svg(figure, "Relative change of every path of every layer, percent")
 
 
-def energy_over_time(dynamics: DynamicsPart) -> Html:
+def energy_over_time(dynamics: DynamicsSummary) -> Markup:
     """Total and potential energy of dynamics at constant energy."""
     with style():
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
@@ -223,7 +226,7 @@ def _mark_events(panels: Sequence[Axes], metrics: Metrics, best_epoch: float | N
             axes.axvline(best_epoch, color=MARK, linewidth=1, linestyle=(0, (2, 2)), label=label)
 
 
-def parity(arrays: Mapping[str, NDArray], split: str, quantity: str) -> tuple[Html, str] | None:
+def parity(arrays: Mapping[str, NDArray], split: str, quantity: str) -> tuple[Markup, str] | None:
     """Predictions against labels, before and after, with the differences below.
 
     Args:
@@ -346,7 +349,7 @@ class _ParityPanel:
         axes.yaxis.set_major_locator(MaxNLocator(4, symmetric=True))
 
 
-def svg(figure: Figure, label: str) -> Html:
+def svg(figure: Figure, label: str) -> Markup:
     """The figure as SVG for the inside of a page: no header, no links, no fixed size, the page's own font."""
     stream = io.StringIO()
     nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
@@ -364,4 +367,4 @@ def svg(figure: Figure, label: str) -> Html:
     rest = re.sub(
         r"([(\"])#([^)\"]+)([)\"])", lambda m: f"{m[1]}#{prefix}-{m[2]}{m[3]}" if m[2] in used else m[0], rest
     )
-    return Html(f'<svg role="img" aria-label="{html(label)}" {box[0] if box else ""}>{rest}')
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" {box[0] if box else ""}>{rest}')

@@ -12,20 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.adapters.attach import adapter_of
-from forcetune.adapters.methods import METHODS, method_of, options_of
+from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
 from forcetune.diagnostics.doctor import check_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
-from forcetune.reports.comparison_page import Comparison, read_comparison, write_comparison
+from forcetune.reports.comparison import Comparison, read_comparison
+from forcetune.reports.comparison_page import write_comparison
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, status_of
-from forcetune.runs.records import write_json
-from forcetune.runs.search import Searched, check_search, with_settings
-from forcetune.runs.search import search as find_options
-from forcetune.utils.files import is_inside
+from forcetune.runs.search import Searched, check_search, search_options, with_settings
+from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.utils.processes import WorkerDiedError, as_they_end
 
@@ -37,7 +36,7 @@ SEARCH_NAME = "search"
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class ComparisonRun:
     """A finished comparison.
 
     Attributes:
@@ -61,7 +60,7 @@ def compare(
     model: str | Path | Backbone | None = None,
     inputs: Sequence[str | Path] = (),
     console: Console | None = None,
-) -> Compared:
+) -> ComparisonRun:
     """Run every method with every seed and set them side by side.
 
     All runs have the same frames, split, loss, epochs and batches; each method has its own learning rate and optimizer
@@ -77,7 +76,7 @@ def compare(
         seeds: so many, counted from ``config.training.seed``.
         processes: runs at the same time, each with its share of the cores.
         search: so many trials for each method to choose learning rate, rank and weight of the forces on the
-            validation frames (:func:`forcetune.runs.search.search`), with the first seed.
+            validation frames (:func:`forcetune.runs.search.search_options`), with the first seed.
         model: instead of the one in ``config``: name, path or loaded backbone, which stays as it is; one that its file
             does not give is stored in the folder.
         inputs: further files that the configuration came from; a folder with one of them is refused.
@@ -97,7 +96,7 @@ def compare(
     config, stored = _with_model(config, model, folder)
     first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
     for one in first.values():
-        method_of(one.method)
+        build_method(one.method)
         if search is not None:
             check_search(one)
     _check_inputs(config, inputs, folder)
@@ -132,7 +131,7 @@ def compare(
     if searched:
         content["search"] = {name: asdict(one) for name, one in searched.items()}
     write_json(folder / COMPARISON_NAME, content)
-    return Compared(folder, found, write_comparison(folder, found, runs))
+    return ComparisonRun(folder, found, write_comparison(folder, found, runs))
 
 
 def _seeds(config: RunConfig, count: int) -> range:
@@ -148,7 +147,7 @@ def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
         if name not in METHODS:
             raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
     for option in config.method.options():
-        if not any(option in options_of(METHODS[name]) for name in methods):
+        if not any(option in option_names(METHODS[name]) for name in methods):
             raise InputError(f"method.{option}: none of the methods {', '.join(methods)} has this option.")
 
 
@@ -156,7 +155,7 @@ def _config_of(
     config: RunConfig, name: str, seed: int, folder: Path, processes: int, chosen: Mapping[str, Any] | None = None
 ) -> RunConfig:
     given = config.model_dump(exclude_unset=True)
-    known = options_of(METHODS[name])
+    known = option_names(METHODS[name])
     options = {key: value for key, value in config.method.options().items() if key in known}
     threads = config.training.threads
     if threads is None and processes > 1:
@@ -169,7 +168,7 @@ def _config_of(
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
     """All that decides the result of a run of this configuration."""
-    chosen = method_of(config.method)
+    chosen = build_method(config.method)
     full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)
@@ -220,7 +219,7 @@ def _run_one(config: RunConfig) -> str | None:
 
 
 def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
-    return find_options(*job)
+    return search_options(*job)
 
 
 def _in_processes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from forcetune.config import load_config
 from forcetune.deployment.calculator import calculator
 from forcetune.deployment.dynamics import EnergyConservation, energy_conservation
 from forcetune.reports.run_page import write_report
+from forcetune.runs.environment import process_peak_memory
 from forcetune.runs.fit import Run, run_fit
-from forcetune.runs.records import RESULTS_NAME, peak_memory, write_json
+from forcetune.runs.results import DynamicsSummary, Results, write_results
 from forcetune.runs.runtime import limited_threads
 
 DATA = Path(__file__).parents[1] / "frames" / "aminoethanol"
@@ -95,10 +96,12 @@ def demo(
     run = run_fit(load_config(given=given, overrides=settings), console=console)
     with limited_threads(TRAINING["threads"]):
         dynamics = _dynamics(run, picoseconds, console)
-    run.results["dynamics"] = dynamics.to_json()
-    write_json(run.folder / RESULTS_NAME, run.results)
+    summary = DynamicsSummary.model_validate(dynamics.to_json())
+    results = Results.model_validate(run.results).model_copy(update={"dynamics": summary})
+    run = replace(run, results=results.to_json())
+    write_results(run.folder, results)
     write_report(run.folder)
-    return Demo(run, dynamics, time.monotonic() - began, peak_memory())
+    return Demo(run, dynamics, time.monotonic() - began, process_peak_memory())
 
 
 def _training(settings: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def run_fit(
         collected_warnings() as told,
         limited_threads(config.training.threads),
     ):
-        return Fitting(config, console, told, observe, inputs).carry_out(backbone)
+        return Fitting(config, console, told, observe, inputs).run(backbone)
 
 
 def resume(run: str | Path, *, console: Console | None = None) -> Run:
@@ -139,8 +139,8 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
         if not has_checkpoint(Path(config.output.run)):
             console.print("interrupted before the first checkpoint: starting from the beginning")
             again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
-            return Fitting(again, console, told).carry_out(None, from_the_beginning=True)
-        return Fitting(config, console, told).go_on()
+            return Fitting(again, console, told).run(None, from_the_beginning=True)
+        return Fitting(config, console, told).resume()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from forcetune.adapters.attach import adapter_of, attached, detach, disable_adap
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
-from forcetune.adapters.methods import method_of
+from forcetune.adapters.methods import build_method
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
@@ -36,6 +36,7 @@ from forcetune.evaluation.streamed import (
     shown_frames,
     shown_of,
 )
+from forcetune.evaluation.summaries import Forgetting
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.frames.dataset import Dataset, read_dataset
 from forcetune.frames.frame import FloatArray, Frame
@@ -46,6 +47,7 @@ from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label
 from forcetune.reports.run_page import write_report
 from forcetune.runs.console import say_adapter, say_data, say_isolated, say_weights
+from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
 from forcetune.runs.folder import (
     ADAPTER_NAME,
     CONFIG_NAME,
@@ -57,25 +59,23 @@ from forcetune.runs.folder import (
     recover_adapter,
     write_checkpoint,
 )
-from forcetune.runs.records import (
-    ENVIRONMENT_NAME,
-    PREDICTIONS_NAME,
-    RESULTS_NAME,
-    describe_data,
-    describe_method,
-    describe_model,
-    describe_parameters,
-    describe_references,
-    describe_replay,
-    environment,
-    save_predictions,
-    write_json,
+from forcetune.runs.predictions import PREDICTIONS_NAME, save_predictions
+from forcetune.runs.results import ErrorPair, ParameterSummary, Results, TrainingSummary, write_results
+from forcetune.runs.summaries import (
+    summarize_data,
+    summarize_method,
+    summarize_model,
+    summarize_parameters,
+    summarize_references,
+    summarize_replay,
 )
 from forcetune.training.initialization import attach_for_training
 from forcetune.training.label_weights import settle
-from forcetune.training.refine import Refinement, refine
+from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.training.refine import refine
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
-from forcetune.training.train import TrainingOutcome, check_labels, train
+from forcetune.training.train import check_trainable_labels, train
+from forcetune.utils.files import write_json
 from forcetune.utils.processes import worker_count
 
 
@@ -122,7 +122,7 @@ class Start:
     references: ReferenceEnergies
     own_references: dict[int, float]
     before: dict[str, Predictions | StreamedPredictions]
-    parameters: dict[str, Any]
+    parameters: ParameterSummary
     replay_frames: ReplayFrames | None
     replay: Replay | None
     data: str
@@ -139,7 +139,7 @@ class Fitting:
         observe: Callable[[int, Errors], None] | None = None,
         inputs: Sequence[str | Path] = (),
     ) -> None:
-        self.method = method_of(config.method)
+        self.method = build_method(config.method)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
         self.told = told
@@ -151,7 +151,7 @@ class Fitting:
         self.rate = self.config.training.learning_rate
         self.training = self.config.training
 
-    def carry_out(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
+    def run(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
         """The whole run.
 
         Args:
@@ -165,14 +165,14 @@ class Fitting:
         others = prepare_folder(self.folder, overwrite, inputs, keep=keep)
         if others:
             self.console.print(f"{self.folder}: what forcetune did not write stays: {', '.join(others)}")
-        write_json(self.folder / ENVIRONMENT_NAME, environment(start.backbone.device))
+        write_json(self.folder / ENVIRONMENT_NAME, describe_environment(start.backbone.device))
         if self._stores_base:
             with disable_adapter(start.backbone):
                 store_base(start.backbone, self.folder / BASE_NAME)
         self.config.save(self.folder / CONFIG_NAME)
         return self._finish(start, None)
 
-    def go_on(self) -> Run:
+    def resume(self) -> Run:
         """The rest of a run that was interrupted; the configuration is that of its folder."""
         checkpoint = read_checkpoint(self.folder)
         self._progress(checkpoint)
@@ -218,7 +218,7 @@ class Fitting:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
         self._settle_weights(graphs["train"])
-        check_labels(self.training, graphs["train"])
+        check_trainable_labels(self.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
             if isinstance(found := raw[name], Predictions):
@@ -242,7 +242,7 @@ class Fitting:
         )
         backbone.set_reference_energies(references.energies)
         say_adapter(self.console, self.method, backbone, adapter)
-        parameters = describe_parameters(adapter)
+        parameters = summarize_parameters(adapter)
         data = data_hash(dataset.train.sha256, replay)
         return Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
 
@@ -254,22 +254,12 @@ class Fitting:
         after = self._best(start)
         arrays = [{name: shown(own) for name, own in found.items()} for found in (start.before, after)]
         save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
-        results = self._results(start, outcome)
-        if refinement is not None:
-            results["training"]["refinement"] = asdict(refinement)
-        errors = {name: (start.before[name].errors(), after[name].errors()) for name in after}
-        results["errors"] = {
-            name: {"before": one.to_json(), "after": two.to_json()} for name, (one, two) in errors.items()
-        }
-        write_json(self.folder / RESULTS_NAME, results)
+        errors_before = {name: start.before[name].errors() for name in after}
+        errors_after = {name: predictions.errors() for name, predictions in after.items()}
+        results = self._results(start, self._training_summary(outcome, refinement), errors_before, errors_after)
+        write_results(self.folder, results)
         write_report(self.folder)
-        return Run(
-            self.folder,
-            {name: one for name, (one, _) in errors.items()},
-            {name: two for name, (_, two) in errors.items()},
-            results,
-            start.backbone,
-        )
+        return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
 
     def _references(
         self, dataset: Dataset, model_energies: FloatArray, own_references: dict[int, float]
@@ -473,47 +463,57 @@ class Fitting:
         # a training that went astray is told by its errors: days of it should not end without results
         return self._predict(start.backbone, graphs, label, finite=False)
 
-    def _results(self, start: Start, outcome: TrainingOutcome) -> dict[str, Any]:
-        training, backbone = self.training, start.backbone
-        results: dict[str, Any] = {
-            "forcetune": __version__,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "status": outcome.status,
-            "model": describe_model(backbone),
-            "method": describe_method(self.method),
-            "parameters": start.parameters,
-            "reference_energies": describe_references(start.references, start.own_references),
-            "data": describe_data(start.dataset),
-            "training": {
-                **asdict(outcome),
-                "epochs": training.epochs,
-                "optimizer": training.optimizer,
-                "learning_rate": self.rate,
-                "batch_size": training.batch_size,
-                "seed": training.seed,
-                "loss": training.loss.model_dump(),
-            },
-            "environment": environment(backbone.device),
-            "adapter_bytes": (self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
-            "rotation_error": asdict(rotation_error(backbone, start.dataset.valid.frames)),
-            "changes": [asdict(change) for change in weight_changes(backbone)],
-        }
+    def _training_summary(self, outcome: TrainingOutcome, refinement: Refinement | None) -> TrainingSummary:
+        training = self.training
+        assert training.optimizer is not None
+        return TrainingSummary(
+            **asdict(outcome),
+            epochs=training.epochs,
+            optimizer=training.optimizer,
+            learning_rate=self.rate,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            loss=training.loss.model_dump(),
+            refinement=refinement,
+        )
+
+    def _results(
+        self, start: Start, training: TrainingSummary, before: Mapping[str, Errors], after: Mapping[str, Errors]
+    ) -> Results:
+        """Everything that goes into ``results.json``; what does not concern the run is left out."""
+        backbone = start.backbone
+        optional: dict[str, Any] = {}
         sparsity = attached(backbone).sparsity()
         if sparsity is not None:
-            shares = {"zeros_of_wrapped": sparsity.zeros_of_wrapped, "zeros_of_all": sparsity.zeros_of_all}
-            results["sparsity"] = asdict(sparsity) | shares
+            optional["sparsity"] = sparsity
         if start.replay_frames is not None:
-            results["replay"] = describe_replay(start.replay_frames, self.config.replay)
+            optional["replay"] = summarize_replay(start.replay_frames, self.config.replay)
         if self.config.output.forgetting:
-            results["forgetting"] = self._forgetting(start)
-        results["warnings"] = list(self.told)
-        return results
+            optional["forgetting"] = self._forgetting(start)
+        return Results(
+            forcetune=__version__,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            status=training.status,
+            model=summarize_model(backbone),
+            method=summarize_method(self.method),
+            parameters=start.parameters,
+            reference_energies=summarize_references(start.references, start.own_references),
+            data=summarize_data(start.dataset),
+            training=training,
+            environment=describe_environment(backbone.device),
+            adapter_bytes=(self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
+            rotation_error=rotation_error(backbone, start.dataset.valid.frames),
+            changes=list(weight_changes(backbone)),
+            **optional,
+            warnings=list(self.told),
+            errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
+        )
 
-    def _forgetting(self, start: Start) -> dict[str, Any]:
+    def _forgetting(self, start: Start) -> Forgetting:
         """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""
         with self.console.status("what was forgotten"):
-            found = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
-        for text in found.warnings:
+            forgetting = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
+        for text in forgetting.warnings:
             self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
             self.told.append(text)
-        return found.to_json()
+        return forgetting

@@ -19,7 +19,9 @@ from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.sources import expand
 from forcetune.reports.run_page import REPORT_NAME
-from forcetune.runs.records import ENVIRONMENT_NAME, PREDICTIONS_NAME, RESULTS_NAME
+from forcetune.runs.environment import ENVIRONMENT_NAME
+from forcetune.runs.predictions import PREDICTIONS_NAME
+from forcetune.runs.results import RESULTS_NAME
 from forcetune.training.callbacks import METRICS_NAME
 from forcetune.training.train import TENSORBOARD_NAME
 from forcetune.utils.files import atomic_path, is_inside, path_of, retire_folder

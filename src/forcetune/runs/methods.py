@@ -10,7 +10,7 @@ from typing import Any
 from ase.data import atomic_numbers
 
 from forcetune.adapters.attach import attach, detach
-from forcetune.adapters.methods import METHODS, method, options_of
+from forcetune.adapters.methods import METHODS, method, option_names
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
@@ -44,7 +44,7 @@ def compare_methods(
     backbone = load(model, head=head, elements=numbers, device="cpu", trust=trust)
     rows = []
     for name, make in METHODS.items():
-        options: dict[str, Any] = {"rank": rank} if rank is not None and "rank" in options_of(make) else {}
+        options: dict[str, Any] = {"rank": rank} if rank is not None and "rank" in option_names(make) else {}
         chosen = method(name, **options)
         if not chosen.reaches(backbone.sites()):
             continue

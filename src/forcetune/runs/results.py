@@ -1,36 +1,38 @@
-"""What a run folder holds, read and checked for the report.
+"""``results.json``: the one schema by which a run writes its results and everything else reads them.
 
-Everything but the configuration may be missing: a report is written of unfinished runs, too.
+What rooms below describe in dataclasses of their own (coverage, changes, how the training went, what was forgotten)
+stands in it as it is; what a run puts together has a section here.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from forcetune._version import __version__
+from forcetune.adapters.summaries import Coverage, PathChange, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
-from forcetune.utils.parsing import check_archive
+from forcetune.evaluation.summaries import Forgetting, RotationError
+from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.utils.files import write_json
 
-FloatArray = NDArray[np.float64]
+RESULTS_NAME = "results.json"
+ErrorTable = dict[str, int | float | None]
+"""Errors of one split by key (``forces_mae_mev_per_ang`` …)."""
 
 
-class Part(BaseModel):
+class Summary(BaseModel):
     """A part of the results; keys of later versions are passed over."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class ModelPart(Part):
+class ModelSummary(Summary):
     """The foundation model."""
 
     name: str = "model"
@@ -44,55 +46,45 @@ class ModelPart(Part):
     dtype: str | None = None
 
 
-class MethodPart(Part):
+class MethodSummary(Summary):
     """What is trained, in words."""
 
     name: str = "method"
+    description: str = ""
     rank: int | None = None
     mergeable: bool | None = None
-    description: str = ""
 
 
-class CoveragePart(Part):
-    """What is trained at the sites of one kind."""
-
-    kind: str
-    update: str = ""
-    sites: int | None = None
-    covered: int | None = None
-    total: int | None = None
-    trainable: int | None = None
-
-
-class ParametersPart(Part):
-    """What is trained, in numbers."""
+class ParameterSummary(Summary):
+    """What is trained, in numbers; ``share`` is trainable / total."""
 
     trainable: int | None = None
     total: int | None = None
-    coverage: list[CoveragePart] = []
+    share: float | None = None
+    coverage: list[Coverage] = []
 
 
-class ElementPart(Part):
-    """Reference energy of one element, eV."""
+class ElementReference(Summary):
+    """Reference energy of one element in the foundation model and in the run, eV."""
 
     symbol: str
     before_ev: float | None = None
     after_ev: float | None = None
 
 
-class ReferencePart(Part):
-    """Reference energies."""
+class ReferenceSummary(Summary):
+    """Reference energies, and how far they leave the labels from the foundation model."""
 
     mode: str | None = None
     offset_before_mev_per_atom: float | None = None
     offset_after_mev_per_atom: float | None = None
-    elements: list[ElementPart] = []
     rank: int | None = None
     n_elements: int | None = None
+    elements: list[ElementReference] = []
 
 
-class DataPart(Part):
-    """One set of frames."""
+class DataSummary(Summary):
+    """One set of frames; ``n_atoms`` of the smallest and of the largest frame."""
 
     files: list[str] = []
     n_frames: int | None = None
@@ -100,42 +92,42 @@ class DataPart(Part):
     keys: dict[str, str | None] = {}
     elements: list[str] = []
     n_atoms: list[int] = []
+    streamed: bool | None = None
 
 
-class PairPart(Part):
+class ErrorPair(Summary):
     """Errors of one split before and after training."""
 
-    before: dict[str, float | None] | None = None
-    after: dict[str, float | None] | None = None
+    before: ErrorTable | None = None
+    after: ErrorTable | None = None
 
-    def pair(self) -> dict[str, dict[str, float | None]]:
-        """As the tables take them."""
+    def tables(self) -> dict[str, ErrorTable]:
+        """Both by name, empty where there is none."""
         return {"before": self.before or {}, "after": self.after or {}}
 
 
-class ChangePart(Part):
-    """The change of one path of a weight."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSummary(TrainingOutcome):
+    """How the training went, with the options that decide how long it takes and what it minimises.
 
-    site: str
-    kind: str
-    path: str
-    size: int
-    relative: float
-    changed: float
-    stable_rank: float
-    elements: dict[str, float] = {}
+    Attributes:
+        epochs, optimizer, learning_rate, batch_size, seed, loss: options of the run, defaults filled in.
+        refinement: what L-BFGS did after it, None where it did nothing.
+    """
 
-
-class RotationPart(Part):
-    """Largest differences between structures and the same structures rotated."""
-
-    energy_mev_per_atom: float
-    forces_mev_per_ang: float
+    epochs: int
+    optimizer: str
+    learning_rate: float
+    batch_size: int
+    seed: int
+    loss: dict[str, Any]
+    refinement: Refinement | None = None
 
 
-class DynamicsPart(Part):
+class DynamicsSummary(Summary):
     """Dynamics at constant energy with the tuned potential; energies in meV/atom from the start."""
 
+    ensemble: str = "NVE"
     picoseconds: float
     timestep_fs: float
     n_atoms: int
@@ -147,91 +139,66 @@ class DynamicsPart(Part):
     potential_mev_per_atom: list[float]
 
 
-class ReplayPart(Part):
+class ReplaySummary(Summary):
     """Frames that were mixed into the training."""
 
     files: list[str] = []
     n_frames: int
     n_held: int
+    sha256: str | None = None
     labels: str
     ratio: float
     weight: float
     head: str = "shared"
 
 
-class DistancePart(Part):
-    """How far the tuned model is from its base on other structures."""
-
-    source: str
-    n_frames: int
-    energy_mev_per_atom: float
-    forces_mev_per_ang: float
-
-
-class DimerPart(Part):
-    """Two atoms at short distances."""
-
-    pair: str
-    closest_ang: float
-    base_wall_ev: float
-    tuned_wall_ev: float
-    base_hole_ang: float | None = None
-    tuned_hole_ang: float | None = None
-    tuned_barrier_ev: float | None = None
-
-
-class StabilityPart(Part):
-    """A short run at constant energy."""
-
-    picoseconds: float
-    drift_mev_per_atom_per_ps: float | None = None
-    fluctuation_mev_per_atom: float | None = None
-    failure: str | None = None
-
-
-class ForgettingPart(Part):
-    """What the tuned model forgot."""
-
-    distance: DistancePart
-    dimers: list[DimerPart] = []
-    stability: StabilityPart
-
-
-class Results(Part):
-    """``results.json``."""
+class Results(Summary):
+    """All of ``results.json``."""
 
     forcetune: str = __version__
     created: str | None = None
     status: str = "not finished"
-    model: ModelPart = ModelPart()
-    method: MethodPart = MethodPart()
-    parameters: ParametersPart = ParametersPart()
-    reference_energies: ReferencePart | None = None
-    data: dict[str, DataPart | None] = {}
-    errors: dict[str, PairPart | None] = {}
-    training: dict[str, Any] = {}
+    model: ModelSummary = ModelSummary()
+    method: MethodSummary = MethodSummary()
+    parameters: ParameterSummary = ParameterSummary()
+    reference_energies: ReferenceSummary | None = None
+    data: dict[str, DataSummary | None] = {}
+    training: TrainingSummary | None = None
     environment: dict[str, Any] = {}
-    warnings: list[str] = []
     adapter_bytes: int | None = None
-    dynamics: DynamicsPart | None = None
-    changes: list[ChangePart] = []
-    rotation_error: RotationPart | None = None
-    forgetting: ForgettingPart | None = None
-    replay: ReplayPart | None = None
+    rotation_error: RotationError | None = None
+    changes: list[PathChange] = []
+    sparsity: Sparsity | None = None
+    replay: ReplaySummary | None = None
+    forgetting: Forgetting | None = None
+    warnings: list[str] = []
+    errors: dict[str, ErrorPair | None] = {}
+    dynamics: DynamicsSummary | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; what was not set is left out."""
+        return self.model_dump(exclude_unset=True)
+
+
+def write_results(run: Path, results: Results) -> None:
+    """Write ``results.json`` into a run folder, atomically."""
+    write_json(run / RESULTS_NAME, results.to_json())
 
 
 def read_results(run: Path, config: RunConfig) -> Results:
-    """Read ``results.json``, or tell what the configuration knows when the run has not come so far.
+    """Read ``results.json``, or gather what the configuration says when the run has not come so far.
 
     Raises:
         InputError: no JSON, or not of the expected form.
     """
-    path = run / "results.json"
+    path = run / RESULTS_NAME
     if not path.exists():
-        named = {"train": config.data.train, "valid": config.data.valid, "test": config.data.test}
-        data: dict[str, DataPart | None] = {k: DataPart(files=v) for k, v in named.items() if isinstance(v, list) and v}
-        model = ModelPart(name=config.model.model, head=config.model.head, dtype=config.model.dtype)
-        method = MethodPart(name=config.method.name, rank=config.method.rank)
+        splits = {"train": config.data.train, "valid": config.data.valid, "test": config.data.test}
+        data: dict[str, DataSummary | None] = {
+            name: DataSummary(files=files) for name, files in splits.items() if isinstance(files, list) and files
+        }
+        model = ModelSummary(name=config.model.model, head=config.model.head, dtype=config.model.dtype)
+        method = MethodSummary(name=config.method.name, rank=config.method.options().get("rank"))
         return Results(model=model, method=method, data=data)
     try:
         return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
@@ -242,100 +209,6 @@ def read_results(run: Path, config: RunConfig) -> Results:
         raise damaged(path, "it is not valid JSON") from error
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Metrics:
-    """The columns of ``metrics.csv``.
-
-    Attributes:
-        columns: name to (rows,) values, NaN where the file has none.
-        stages: (rows,) names of the training stage.
-    """
-
-    columns: Mapping[str, FloatArray]
-    stages: Sequence[str]
-
-    def __getitem__(self, name: str) -> FloatArray:
-        return self.columns.get(name, np.full(len(self.stages), np.nan))
-
-    @property
-    def second_stage(self) -> float | None:
-        """Epoch at which the second stage starts, None when there is none."""
-        changed = [i for i, stage in enumerate(self.stages) if stage and stage != self.stages[0]]
-        return float(self["epoch"][changed[0]]) if changed else None
-
-
 def damaged(path: Path, what: str) -> InputError:
     """The error for a file of the run folder that cannot be used."""
     return InputError(f"{path}: is damaged ({what}); move it away to get a report without it, or run again.")
-
-
-def read_metrics(path: Path) -> Metrics | None:
-    """Read ``metrics.csv``; None when it is absent or has no rows yet.
-
-    A last line without its end is left out: the run is writing it just now, or was stopped while it did.
-
-    Raises:
-        InputError: not a table with an ``epoch`` column, or a value that is no number.
-    """
-    if not path.exists():
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise damaged(path, "it cannot be read as text") from error
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]
-    try:
-        table = list(csv.reader(lines))
-    except csv.Error as error:
-        raise damaged(path, f"it is no table ({error})") from error
-    if not table:
-        return None
-    head, *rows = table
-    if "epoch" not in head:
-        raise damaged(path, "it has no column 'epoch'")
-    for line, row in enumerate(rows, start=2):
-        if len(row) != len(head):
-            raise damaged(path, f"line {line} has {len(row)} values for {len(head)} columns")
-    if not rows:
-        return None
-    columns: dict[str, FloatArray] = {}
-    stages = [""] * len(rows)
-    for name, texts in zip(head, zip(*rows, strict=True), strict=True):
-        if name == "stage":
-            stages = [text.strip() for text in texts]
-            continue
-        try:
-            columns[name] = np.array([float(text) if text.strip() else np.nan for text in texts])
-        except ValueError as error:
-            raise damaged(path, f"column {name!r} holds something that is no number") from error
-    return Metrics(columns, stages)
-
-
-def read_predictions(path: Path) -> dict[str, NDArray] | None:
-    """Read ``predictions.npz``; None when it is absent.
-
-    Raises:
-        InputError: no NPZ file, or arrays of a set that do not fit together.
-    """
-    if not path.exists():
-        return None
-    try:
-        check_archive(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:
-        # whatever zlib, zipfile and NumPy's reader of headers raise for damaged bytes, MemoryError included
-        raise damaged(path, "it is not a complete NPZ file") from error
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiu":
-            raise damaged(path, f"{name} has no numbers")
-        split, _, rest = name.partition("/")
-        source, _, quantity = rest.partition("/")
-        reference = arrays.get(f"{split}/reference/{quantity}")
-        if source in ("before", "after") and reference is not None and array.shape != reference.shape:
-            raise damaged(path, f"{name} has shape {array.shape}, its reference {reference.shape}")
-        forces = arrays.get(f"{split}/reference/forces")
-        if rest == "forces_element" and forces is not None and array.shape != forces.shape[:1]:
-            raise damaged(path, f"{name} has shape {array.shape} for {len(forces)} atoms")
-    return arrays

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from forcetune.adapters.methods import METHODS, method_of, options_of
+from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.config import LossConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors
@@ -68,7 +68,7 @@ def check_search(config: RunConfig) -> None:
     _space(config)
 
 
-def search(config: RunConfig, folder: Path, trials: int) -> Searched:
+def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
     """Try ``trials`` sets of options for a method, each with the full number of epochs unless it is pruned.
 
     A trial is pruned when its score is worse than the median of the others at the same epoch. Trials are kept in a
@@ -153,10 +153,10 @@ def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]
     loss = config.training.loss
     found: dict[str, Any] = {}
     if not is_given(config, "training.learning_rate"):
-        rate = method_of(config.method).learning_rate
+        rate = build_method(config.method).learning_rate
         found["training.learning_rate"] = (RATES[0] * rate, RATES[1] * rate)
-    known = options_of(METHODS[config.method.name])
-    if "rank" in known and config.method.rank is None:
+    known = option_names(METHODS[config.method.name])
+    if "rank" in known and "rank" not in config.method.options():
         found["method.rank"] = RANKS
     if "forces" not in loss.model_fields_set and loss.energy > 0 and loss.forces > 0:
         found["training.loss.forces"] = (WEIGHTS[0] * loss.forces, WEIGHTS[1] * loss.forces)
@@ -170,7 +170,7 @@ def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]
 def _defaults(config: RunConfig) -> dict[str, Any]:
     """The first trial: what a run without a search has."""
     defaults = {
-        "training.learning_rate": method_of(config.method).learning_rate,
+        "training.learning_rate": build_method(config.method).learning_rate,
         "method.rank": 16,
         "training.loss.forces": config.training.loss.forces,
     }

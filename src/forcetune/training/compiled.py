@@ -25,7 +25,7 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.kernels.edge_plan import Plan, with_plan
 from forcetune.kernels.padding import CUDA_CHUNK_COST, Layout, fitted, layout_of, plan_with, tensors_of
-from forcetune.kernels.recording import Recording, UntraceableError, record
+from forcetune.kernels.recording import CompileError, Recording, record
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead, objective
 from forcetune.utils import distributed
@@ -34,19 +34,19 @@ PAYS_AFTER = 200
 """Steps after which the graph has earned the time it took to record, with a margin."""
 
 PART_ATOMS = 100
-"""Atoms that are computed at once; larger graphs take longer to trace and are not faster."""
+"""Atoms that are computed at once; larger graphs take longer to compile and are not faster."""
 
 SMALLEST_FILL = 0.6
-"""Share of a filled-up batch that is not filling, below which the filling costs more than tracing gains."""
+"""Share of a filled-up batch that is not filling, below which the filling costs more than compiling gains."""
 
 CHECKED = 2
-"""Batches for which the graph is compared with the eager step: the traced one and one that it has not seen."""
+"""Batches for which the graph is compared with the eager step: the recorded one and one that it has not seen."""
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 """Largest difference of the loss in the comparison, and of a gradient relative to the largest of all gradients."""
 
 
-class TracedStep:
+class CompiledStep:
     """The loss of batches, with its gradients by all trainable parameters.
 
     A batch is cut into parts of :func:`frames_of_part`, and each thread runs the graph for some of them: operations
@@ -88,7 +88,7 @@ class TracedStep:
         """The loss, whose backward pass hands out gradients that are known already; None where a batch has no room.
 
         Raises:
-            UntraceableError: the step cannot be recorded, or what was recorded differs from the eager step.
+            CompileError: the step cannot be recorded, or what was recorded differs from the eager step.
         """
         here = batch.to("cpu")
         parts = [fitted(part, self.layout, self.backbone.elements) for part in parts_of(here, self.layout.frames)]
@@ -145,7 +145,7 @@ class TracedStep:
             pairs = [(one, two) for one, two in zip(mine, expected, strict=True) if one.numel()]
             far = max((float((one - two).abs().max()) for one, two in pairs), default=0.0)
             if not far <= TOLERANCE[self.backbone.dtype] * largest:
-                raise UntraceableError(f"its traced step is {far:.1e} off the eager one, of {largest:.1e}")
+                raise CompileError(f"its compiled step is {far:.1e} off the eager one, of {largest:.1e}")
 
 
 class Workers:
@@ -196,32 +196,32 @@ class _Known(torch.autograd.Function):
         return (None, None, *(None if grad is None else next(scaled) for grad in ctx.grads))
 
 
-def layout_for(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, frames: int) -> Layout:
+def choose_layout(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, frames: int) -> Layout:
     """The layout of parts of a run's batches, so many frames each.
 
     Raises:
-        UntraceableError: they have none, or none that is worth it.
+        CompileError: they have none, or none that is worth it.
     """
     device = backbone.device.type
     if device == "cuda" and config.compile != "on":
-        raise UntraceableError("CUDA graphs have to be asked for, with training.compile=on")
+        raise CompileError("CUDA graphs have to be asked for, with training.compile=on")
     if device not in ("cpu", "cuda"):
-        raise UntraceableError("it is for CPUs and CUDA only")
+        raise CompileError("it is for CPUs and CUDA only")
     if backbone.paired is None:
-        raise UntraceableError("the kernels do not cover this model")
+        raise CompileError("the kernels do not cover this model")
     if distributed.joined():
-        raise UntraceableError("several processes share its batches")
+        raise CompileError("several processes share its batches")
     if config.batch_atoms is not None or config.batch_edges is not None:
-        raise UntraceableError("its batches are packed by a budget")
+        raise CompileError("its batches are packed by a budget")
     if backbone.extension is not None:
-        raise UntraceableError("it has a spin layer")
+        raise CompileError("it has a spin layer")
     graphs = loader.graphs
     if isinstance(graphs, StoredGraphs):
-        raise UntraceableError("its frames are streamed")
+        raise CompileError("its frames are streamed")
     chunks = {"limit": None, "cost": CUDA_CHUNK_COST} if device == "cuda" else {}
     layout = layout_of(graphs, frames, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
     if layout.fill < SMALLEST_FILL:
-        raise UntraceableError(f"its frames differ so much that {1 - layout.fill:.0%} of each batch would be filling")
+        raise CompileError(f"its frames differ so much that {1 - layout.fill:.0%} of each batch would be filling")
     return layout
 
 
@@ -237,10 +237,10 @@ def frames_of_part(frames: int, atoms: float, threads: int) -> int:
     return math.ceil(frames / (threads * max(1, rounds)))
 
 
-class TracedTraining:
-    """The traced steps of a run, as far as they are wanted and possible.
+class CompiledTraining:
+    """The compiled steps of a run, as far as they are wanted and possible.
 
-    Whether a step is traced depends on the run's options and data alone, so that a resumed run does as before.
+    Whether a step is compiled depends on the run's options and data alone, so that a resumed run does as before.
 
     Attributes:
         operations: of the graph, once there is one.
@@ -263,35 +263,35 @@ class TracedTraining:
             parameters: that are trained.
 
         Raises:
-            UntraceableError: why the steps will be eager; for ``auto`` also where tracing takes longer than it saves.
+            CompileError: why the steps will be eager; for ``auto`` also where compiling takes longer than it saves.
         """
         self.operations = 0
         stages = _steps(config, loader.n_batches)
         self._wanted = [loss for loss, steps in stages if config.compile == "on" or steps >= PAYS_AFTER]
         if config.compile == "off":
-            raise UntraceableError("training.compile=off", wanted=True)
+            raise CompileError("training.compile=off", wanted=True)
         if not self._wanted:
             most = max(steps for _, steps in stages)
-            raise UntraceableError(f"{most} steps are over before tracing pays, from {PAYS_AFTER} on", wanted=True)
+            raise CompileError(f"{most} steps are over before compiling pays, from {PAYS_AFTER} on", wanted=True)
         one_part = backbone.device.type != "cpu"
         self._workers = Workers(1 if one_part else config.batch_size)
         atoms = float(loader.sizes[:, 0].mean())
         frames = config.batch_size if one_part else frames_of_part(config.batch_size, atoms, self._workers.count)
-        self._layout = layout_for(backbone, config, loader, frames)
+        self._layout = choose_layout(backbone, config, loader, frames)
         self._arguments = (backbone, head)
         self._parameters = list(parameters)
-        self._step: TracedStep | None = None
+        self._step: CompiledStep | None = None
 
     def loss(self, config: LossConfig, batch: Batch) -> Tensor | None:
         """The loss of a batch, or None where it has to be found eagerly.
 
         Raises:
-            UntraceableError: for good.
+            CompileError: for good.
         """
         if config not in self._wanted:
             return None
         if self._step is None or self._step.config != config:
-            self._step = TracedStep(*self._arguments, config, self._layout, self._parameters, self._workers)
+            self._step = CompiledStep(*self._arguments, config, self._layout, self._parameters, self._workers)
         found = self._step.loss(batch)
         if self._step.recording is not None:
             self.operations = self._step.recording.operations

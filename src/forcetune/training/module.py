@@ -18,8 +18,8 @@ from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
-from forcetune.kernels.recording import UntraceableError
-from forcetune.training.compiled import TracedTraining
+from forcetune.kernels.recording import CompileError
+from forcetune.training.compiled import CompiledTraining
 from forcetune.training.failure import Cause, cause_in, copies_of, describe_failure, put_back
 from forcetune.training.losses import LossSums, loss_of
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
@@ -61,8 +61,8 @@ class FineTuning:
         stopped: early stopping ended the run.
         skipped: epochs of the first stage that early stopping left out; the second stage begins so much earlier.
         tell: shows a line of text.
-        traced: steps without Python between their operations, or None where they are eager.
-        untraced: why they are.
+        compiled: steps without Python between their operations, or None where they are eager.
+        eager_reason: why they are.
         shares_validation: every process validates on other frames.
         keeps_validation: predictions are kept until a validation ends; otherwise only sums of them.
         frame_name: what to call the training frame of a number, for messages.
@@ -102,8 +102,8 @@ class FineTuning:
         self.stopped = False
         self.skipped = 0
         self.tell: Callable[[str], None] = lambda text: None
-        self.traced: TracedTraining | None = None
-        self.untraced: str | None = None
+        self.compiled: CompiledTraining | None = None
+        self.eager_reason: str | None = None
         self.shares_validation = False
         self.keeps_validation = True
         self.frame_name: Callable[[int], str] | None = None
@@ -258,7 +258,7 @@ class FineTuning:
         """One step of the optimizer."""
         if self.config.optimizer != "schedulefree":
             self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (index + 1) / self._n_batches))
-        loss = self._traced_loss(batch)
+        loss = self._compiled_loss(batch)
         if loss is None:
             loss = objective(self.backbone, self.head, self.loss_config, batch, total=distributed.total)
         self._losses.append(loss.detach())
@@ -277,23 +277,23 @@ class FineTuning:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["rate"]
 
-    def trace(self, tell: Callable[[str], None]) -> None:
-        """Let the steps be traced where the run asks for it and it can be done."""
+    def compile_steps(self, tell: Callable[[str], None]) -> None:
+        """Compile the steps where the run asks for it and it can be done."""
         try:
-            self.traced = TracedTraining(self.backbone, self.head, self.config, self.loader, self._trained())
-        except UntraceableError as error:
-            self.untraced = str(error)
+            self.compiled = CompiledTraining(self.backbone, self.head, self.config, self.loader, self._trained())
+        except CompileError as error:
+            self.eager_reason = str(error)
             if not error.wanted:
-                tell(f"training steps are eager, not traced (training.compile): {error}")
+                tell(f"training steps are eager, not compiled (training.compile): {error}")
 
-    def _traced_loss(self, batch: Batch) -> Tensor | None:
-        if self.traced is None:
+    def _compiled_loss(self, batch: Batch) -> Tensor | None:
+        if self.compiled is None:
             return None
         try:
-            return self.traced.loss(self.loss_config, batch)
-        except UntraceableError as error:
-            self.traced, self.untraced = None, str(error)
-            warn(f"The steps of this run are eager, not traced (training.compile): {error}.")
+            return self.compiled.loss(self.loss_config, batch)
+        except CompileError as error:
+            self.compiled, self.eager_reason = None, str(error)
+            warn(f"The steps of this run are eager, not compiled (training.compile): {error}.")
             return None
 
     def _why_not_finite(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from forcetune.evaluation.metrics import evaluation_batches, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.training.losses import LossSums, label_weights, loss_of
+from forcetune.training.outcome import Refinement
 from forcetune.training.replay import Replay
 from forcetune.training.replay_head import objective
 
@@ -23,25 +24,6 @@ PATIENCE = 5
 HISTORY = 20
 EVALUATIONS = 25
 """Of the loss, at most, along one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refinement:
-    """What a refinement did.
-
-    Attributes:
-        iterations: of L-BFGS, done.
-        best_iteration: after which the validation loss was lowest; 0 is the adapter as training left it.
-        train_loss_before, train_loss_after: over all training frames, at the start and after ``best_iteration``.
-        valid_loss_before, valid_loss_after: the same on the validation frames.
-    """
-
-    iterations: int
-    best_iteration: int
-    train_loss_before: float
-    train_loss_after: float
-    valid_loss_before: float
-    valid_loss_after: float
 
 
 def refine(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +18,12 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label, sizes_of
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
 from forcetune.training.module import FineTuning, Observer
+from forcetune.training.outcome import TrainingOutcome
 from forcetune.training.replay import Replay
 from forcetune.utils import distributed
 
 TENSORBOARD_NAME = "tensorboard"
 """Folder of its logs, in the run folder."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingOutcome:
-    """How a training went.
-
-    Attributes:
-        status: ``finished``, ``stopped early`` or ``interrupted`` (by Ctrl-C; the best adapter so far is kept).
-        epochs_done, steps: what was done.
-        epochs_skipped: of the first stage, which early stopping ended; the second one was whole.
-        best_epoch, best_valid_loss: of the adapter that was kept.
-        seconds, seconds_per_step: wall time of the training, validation included, and its share of one step.
-        traced_operations: of the graph that computed the steps; 0 where they were eager.
-        untraced: why they were.
-    """
-
-    status: str
-    epochs_done: int
-    steps: int
-    best_epoch: int
-    best_valid_loss: float
-    seconds: float
-    seconds_per_step: float
-    traced_operations: int = 0
-    untraced: str | None = None
-    epochs_skipped: int = 0
 
 
 def train(
@@ -91,7 +65,7 @@ def train(
         InputError: a graph exceeds the batch budget, or labels for the loss are missing.
         ForcetuneError: the loss is no longer finite.
     """
-    check_labels(config, training)
+    check_trainable_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     head = None if replay is None else replay.head
     module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head)
@@ -110,7 +84,7 @@ def train(
     if module.is_over:
         status = _status(module)
     else:
-        module.trace(module.tell)
+        module.compile_steps(module.tell)
         status = _run(module, valid_loader, observers)
     seconds = time.monotonic() - began
     return TrainingOutcome(
@@ -121,8 +95,8 @@ def train(
         best_valid_loss=module.best_loss,
         seconds=seconds,
         seconds_per_step=seconds / max(1, module.steps_done - steps_before),
-        traced_operations=0 if module.traced is None else module.traced.operations,
-        untraced=module.untraced,
+        traced_operations=0 if module.compiled is None else module.compiled.operations,
+        untraced=module.eager_reason,
         epochs_skipped=module.skipped,
     )
 
@@ -189,7 +163,7 @@ def _status(module: FineTuning) -> str:
     return "stopped early" if module.stopped and module.epochs_done < module.epochs else "finished"
 
 
-def check_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
+def check_trainable_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> None:
     """
     Raises:
         InputError: a term of the loss has a weight but no frame has its label.

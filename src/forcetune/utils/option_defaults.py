@@ -58,7 +58,7 @@ _OF_EVERY_RUN = {
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class DefaultsRecord:
     """Defaults in a stored configuration.
 
     Attributes:
@@ -86,7 +86,7 @@ def record_of(config: BaseModel) -> dict[str, Any]:
     }
 
 
-def take_record(content: dict[str, Any]) -> Record | None:
+def take_record(content: dict[str, Any]) -> DefaultsRecord | None:
     """Take the record out of a stored configuration; None where a user wrote it.
 
     A default that was edited in the file counts as given. In runs of earlier versions, which have no record, an
@@ -103,7 +103,7 @@ def take_record(content: dict[str, Any]) -> Record | None:
     if not isinstance(values, dict) or not isinstance(parents, dict) or set(values) - set(PARENTS):
         raise ValueError(f"{RECORD} is written by forcetune; remove this part and give the options you want")
     names = frozenset(name for name, value in values.items() if value_of(content, name) == value)
-    return Record(names, {str(name): value for name, value in parents.items()})
+    return DefaultsRecord(names, {str(name): value for name, value in parents.items()})
 
 
 def _is_of_a_run(content: Mapping[str, Any]) -> bool:
@@ -112,7 +112,7 @@ def _is_of_a_run(content: Mapping[str, Any]) -> bool:
     )
 
 
-def _earlier_record(content: Mapping[str, Any]) -> Record:
+def _earlier_record(content: Mapping[str, Any]) -> DefaultsRecord:
     """By the defaults of the versions that kept no record."""
     name, table = value_of(content, "method.name"), value_of(content, "method.table")
     sparse = name in _EARLIER_SCHEDULEFREE if table is None else "SoftThreshold" in str(table)
@@ -136,7 +136,7 @@ def _earlier_record(content: Mapping[str, Any]) -> Record:
         if value_of(content, key) == value or (key in NULL_IS_UNSET and value_of(content, key) is None)
     }
     parents = dict.fromkeys(parent for key in names for parent in PARENTS[key])
-    return Record(frozenset(names), {parent: value_of(content, parent) for parent in parents})
+    return DefaultsRecord(frozenset(names), {parent: value_of(content, parent) for parent in parents})
 
 
 def _word(value: Any) -> Any:
@@ -198,6 +198,7 @@ def with_unset(config: Model, names: Iterable[str]) -> Model:
     for field, rests in below.items():
         if inner := [rest for rest in rests if rest]:
             values[field] = with_unset(values[field], inner)
+    values |= config.model_extra or {}
     ends = {field for field, rests in below.items() if "" in rests}
     return config.model_construct(_fields_set=set(config.model_fields_set) - ends, **values)
 
@@ -208,4 +209,5 @@ def with_given_as_in(config: Model, other: Model) -> Model:
     for field in type(config).model_fields:
         value = getattr(config, field)
         values[field] = with_given_as_in(value, getattr(other, field)) if isinstance(value, BaseModel) else value
+    values |= config.model_extra or {}
     return config.model_construct(_fields_set=set(other.model_fields_set), **values)

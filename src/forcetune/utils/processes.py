@@ -64,7 +64,7 @@ def worker_count(asked: int | None) -> int:
     return min(MOST_WORKERS, cores)
 
 
-def in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+def map_in_order(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """What ``function`` gives for each task, in their order; each worker has one task at a time.
 
     Args:
@@ -122,12 +122,12 @@ def as_they_end(
 
     Raises:
         ForcetuneError: a worker could not be started.
-        Exception: what ``function`` raises, as in :func:`in_order`; the other processes are ended.
+        Exception: what ``function`` raises, as in :func:`map_in_order`; the other processes are ended.
     """
     running: set[_Worker] = set()
     ending = Event()
 
-    def carry_out(task: Task) -> Any:
+    def run_task(task: Task) -> Any:
         worker = _Worker(threads=None, option=option)
         running.add(worker)
         try:
@@ -142,7 +142,7 @@ def as_they_end(
             worker.end()
 
     with ThreadPoolExecutor(workers) as threads:
-        futures = {threads.submit(carry_out, task): task for task in tasks}
+        futures = {threads.submit(run_task, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

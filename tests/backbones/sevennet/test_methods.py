@@ -157,7 +157,7 @@ def test_gates_with_the_species_leave_linear_self_connections_alone() -> None:
     for model, reason in ((linear, "it is not told the species"), (coupled, None)):
         sites = [site for site in model.sites() if site.kind == "tensor_product"]
         assert len(sites) == model.content.architecture.n_layers
-        assert {gate.reason_against(site) for site in sites} == {reason}
+        assert {gate.unsupported_reason(site) for site in sites} == {reason}
     for name in ("mmea", "mmea-pure"):
         with_skip = attach(linear, method(name, skip=True)).trainable
         detach(linear)

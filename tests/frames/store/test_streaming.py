@@ -35,7 +35,7 @@ from frames.formats import FORMATS, assert_same, write_database, write_xyz
 from systems import crystal, labelled
 
 NEEDED = ("energy", "forces")
-SOURCES = str(Path(streaming.__file__).parents[2])
+SOURCES = str(Path(streaming.__file__).parents[3])
 
 
 def stream(*files: Path, workers: int = 0, require: Any = NEEDED, **keys: str) -> FrameSet:
@@ -250,7 +250,7 @@ def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(InputError, match=r"cannot be written \(No space left\); set data.store"):
             stream(path)
     with monkeypatch.context() as patch:
-        patch.setattr(chunks.Chunk, "_structures", failing(OSError(5, "Input/output error")))
+        patch.setattr(chunks.FileChunk, "_structures", failing(OSError(5, "Input/output error")))
         with pytest.raises(InputError, match=r"a\.xyz.*Input/output error"):
             stream(path)
     assert not list((tmp_path / "store").iterdir())

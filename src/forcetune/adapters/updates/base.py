@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor, nn
 
 from forcetune.backbones.protocol import Site, WeightPath
+from forcetune.config import LARGEST_RANK, explain
+
+OPTION_RULES = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+"""How options of updates and methods are checked: unknown names and values that are not finite are refused."""
+Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
 
 OUT: Literal["out"] = "out"
 Axis = Literal["out", "last"]
 """Which axis of a weight holds the channels that a factor or norm belongs to: that of the outputs, or the last one,
 which has the inputs where a weight is stored transposed. Adapters of earlier versions took the last one."""
-
-
-def check_axis(axis: Axis) -> None:
-    """
-    Raises:
-        ValueError: there is no such axis.
-    """
-    if axis not in get_args(Axis):
-        raise ValueError(f"unknown axis {axis!r}")
 
 
 def channel_axis(path: WeightPath, axis: Axis) -> int:
@@ -118,15 +116,68 @@ class ActivationUpdate(TrainablePart):
         """The new output, with the shape of ``outputs``."""
 
 
+def check_options(update: type[Update], options: Mapping[str, Any]) -> None:
+    """Check options against the annotations of an update's fields.
+
+    Raises:
+        ValueError: an option is unknown, has the wrong type or lies out of range.
+    """
+    try:
+        _options_model(update).model_validate(options, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{update.name}: {explain(error).removesuffix('.')}") from error
+
+
+@cache
+def _options_model(update: type[Update]) -> type[BaseModel]:
+    """What checks the options of an update; all have defaults."""
+    annotations = get_type_hints(update, include_extras=True)
+    options: dict[str, Any] = {field.name: (annotations[field.name], None) for field in fields(update)}
+    return create_model(f"{update.__name__}Options", __config__=OPTION_RULES, **options)
+
+
 @dataclass(frozen=True)
 class Update(ABC):
-    """What a method does at a site: hyper-parameters only, no tensors. One subclass per file."""
+    """What a method does at a site: hyper-parameters only, no tensors. One subclass per file.
+
+    The fields are the update's options in YAML, on the command line and in Python, where their annotations check them
+    in the same way. What an option means stands in the docstring of the subclass.
+
+    Attributes:
+        name: in tables and files.
+        mergeable: whether the weights can absorb it.
+        equivariant: whether it keeps rotational symmetry.
+        internal: fields that are set by a method or by the files of earlier versions, and are no options of a user.
+    """
 
     name: ClassVar[str]
     mergeable: ClassVar[bool] = True
     equivariant: ClassVar[bool] = True
+    internal: ClassVar[frozenset[str]] = frozenset()
 
-    def reason_against(self, site: Site) -> str | None:
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: an option has the wrong type or lies out of range.
+        """
+        check_options(type(self), {field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """The update with these options.
+
+        Raises:
+            ValueError: an option is unknown, has the wrong type or lies out of range.
+        """
+        check_options(cls, options)
+        return cls(**options)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of the options that a user may set."""
+        return [field.name for field in fields(cls) if field.name not in cls.internal]
+
+    def unsupported_reason(self, site: Site) -> str | None:
         """Why this update leaves ``site`` alone, or None if it applies."""
         return None
 
@@ -141,12 +192,12 @@ class Update(ABC):
 
     def describe(self) -> str:
         """Name and hyper-parameters, as in a table."""
-        given = ", ".join(
+        options = ", ".join(
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
             for key, value in asdict(self).items()
-            if (key, value) != ("axis", OUT)  # the other axis is an exception, and told
+            if (key, value) != ("axis", OUT)  # the other axis is an exception, and shown
         )
-        return f"{self.name}({given})" if given else self.name
+        return f"{self.name}({options})" if options else self.name
 
     def to_json(self) -> dict[str, Any]:
         return {"update": self.name, **asdict(self)}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from forcetune.adapters.updates.base import ActivationUpdate, Update
+from forcetune.adapters.updates.base import ActivationUpdate, Rank, Update
 from forcetune.backbones.protocol import Site
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.features import Features
@@ -40,16 +40,12 @@ class Bottleneck(Update):
         rank: width of the bottleneck.
     """
 
-    rank: int = 16
+    rank: Rank = 16
     name: ClassVar[str] = "Bottleneck"
     mergeable: ClassVar[bool] = False
     equivariant: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError("a bottleneck needs a rank of at least 1")
-
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         return "its module has no irreps" if site.irreps_out is None else None
 
     def build(self, site: Site, weight: Tensor) -> BottleneckActivation:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from forcetune.adapters.updates.base import OUT, Axis, Update, WeightUpdate, channel_axis, check_axis
+from forcetune.adapters.updates.base import OUT, Axis, Update, WeightUpdate, channel_axis
 from forcetune.backbones.protocol import Site, WeightPath
 
 
@@ -47,9 +47,7 @@ class Gain(Update):
     per_element: bool = True
     axis: Axis = OUT
     name: ClassVar[str] = "Gain"
-
-    def __post_init__(self) -> None:
-        check_axis(self.axis)
+    internal: ClassVar[frozenset[str]] = frozenset({"axis"})
 
     @classmethod
     def earlier_options(cls, options: dict[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from forcetune.adapters.updates.base import ActivationUpdate, Update
+from forcetune.adapters.updates.base import ActivationUpdate, Rank, Update
 from forcetune.backbones.protocol import Site
 from forcetune.irreps import Block, merge_neighbours, parse_irreps
 from forcetune.kernels.features import Features
@@ -278,27 +278,25 @@ class Gate(Update):
         species: the gate knows each atom's element, too; for tensor products with the species (skip connections).
     """
 
-    rank: int = 16
+    rank: Rank = 16
     gain: Literal["exp", "linear"] = "exp"
     activation: bool = True
     shift: bool = True
     modulation: bool = True
     shared_bottleneck: bool = True
     shared_gain: bool = False
-    shift_init: float = 0.0
+    shift_init: Annotated[float, Field(ge=0)] = 0.0
     species: bool = False
     name: ClassVar[str] = "Gate"
     mergeable: ClassVar[bool] = False
+    internal: ClassVar[frozenset[str]] = frozenset({"species"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.shift or self.modulation):
             raise ValueError("a gate without shift and without modulation does nothing")
-        if self.gain not in ("exp", "linear"):
-            raise ValueError("the gain of a gate is exp or linear")
-        if not (self.rank >= 1 and math.isfinite(self.shift_init)):
-            raise ValueError("a gate needs a rank of at least 1 and a finite shift_init")
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         if site.irreps_in is None or site.irreps_out is None:
             return "its module has no irreps"
         # a linear layer may stand in the place of a tensor product with the species

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from forcetune.adapters.updates.base import OUT, Axis, Update, WeightUpdate, channel_axis, check_axis
+from forcetune.adapters.updates.base import OUT, Axis, Rank, Update, WeightUpdate, channel_axis
 from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.config import LARGEST_RANK
 
@@ -109,24 +110,15 @@ class LowRank(Update):
             inputs.
     """
 
-    rank: int = 16
-    alpha: float = 16.0
+    rank: Rank = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
     cap_rank: bool = False
     norms: bool = False
     init: Literal["normal", "gradient"] = "normal"
-    ranks: Mapping[str, int] | None = None
+    ranks: Mapping[str, Annotated[int, Field(ge=0, le=LARGEST_RANK)]] | None = None
     axis: Axis = OUT
     name: ClassVar[str] = "LowRank"
-
-    def __post_init__(self) -> None:
-        check_axis(self.axis)
-        if self.init not in ("normal", "gradient"):
-            raise ValueError(f"unknown init {self.init!r}")
-        ranks = self.ranks or {}
-        if not isinstance(ranks, Mapping) or not all(type(rank) is int for rank in ranks.values()):
-            raise ValueError("ranks give a whole number for each path")
-        if not 1 <= self.rank <= LARGEST_RANK or not all(0 <= rank <= LARGEST_RANK for rank in ranks.values()):
-            raise ValueError(f"a rank is at least 1 and at most {LARGEST_RANK}, or 0 for a path that stays frozen")
+    internal: ClassVar[frozenset[str]] = frozenset({"ranks", "axis"})
 
     def __hash__(self) -> int:
         return hash((self.rank, self.alpha, self.cap_rank, self.norms, self.init, self.axis))
@@ -164,7 +156,7 @@ class LowRank(Update):
         """Parameters for each unit of rank."""
         return path.size // path.shape[-1] + path.shape[-1]
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         if any(len(path.shape) < 2 for path in site.paths):
             return "a vector has no low-rank factors"
         if self.ranks is not None and not any(self.rank_at(site, path) for path in site.paths):

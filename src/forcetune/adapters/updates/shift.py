@@ -51,7 +51,7 @@ class Shift(Update):
     name: ClassVar[str] = "Shift"
     mergeable: ClassVar[bool] = False
 
-    def reason_against(self, site: Site) -> str | None:
+    def unsupported_reason(self, site: Site) -> str | None:
         if site.irreps_out is None:
             return "its module has no irreps"
         if not any(block.is_even_scalar for block in parse_irreps(site.irreps_out)):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from forcetune.adapters.updates.base import ParameterOptions, Update, WeightUpdate
@@ -119,18 +120,12 @@ class SoftThreshold(Update):
         per_path: one threshold for each path instead of one for the site.
     """
 
-    std: float = 0.01
-    threshold: float = 0.001
-    threshold_decay: float = 0.01
-    threshold_rate: float = 1.0
+    std: Annotated[float, Field(gt=0)] = 0.01
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    threshold_decay: Annotated[float, Field(ge=0)] = 0.01
+    threshold_rate: Annotated[float, Field(gt=0)] = 1.0
     per_path: bool = False
     name: ClassVar[str] = "SoftThreshold"
-
-    def __post_init__(self) -> None:
-        if not (self.std > 0 and 0 < self.threshold < 1 and self.threshold_decay >= 0 and self.threshold_rate > 0):
-            raise ValueError(
-                "a soft threshold needs std > 0, a threshold between 0 and 1, a decay of at least 0 and a rate above 0"
-            )
 
     def build(self, site: Site, weight: Tensor) -> SparseWeight:
         return SparseWeight(site, weight, self)

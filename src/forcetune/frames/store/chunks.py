@@ -18,7 +18,7 @@ from forcetune.frames.frame import Origin
 from forcetune.frames.sources import iterate
 from forcetune.frames.store import aselmdb, hdf5
 from forcetune.frames.xyz import PIECE, PIECE_TEXT, XYZ_FORMATS, xyz_pieces, xyz_structures
-from forcetune.utils.processes import WorkerDiedError, in_order
+from forcetune.utils.processes import WorkerDiedError, map_in_order
 
 Item = TypeVar("Item")
 
@@ -33,7 +33,7 @@ DANGEROUS = frozenset({"hdf5", "aselmdb"})
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class FileChunk:
     """Some neighbouring frames of a file.
 
     Attributes:
@@ -82,7 +82,7 @@ class Chunk:
         return iter(self.content)
 
 
-def chunks_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Chunk]:
+def chunks_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[FileChunk]:
     """The chunks of a file in order.
 
     Raises:
@@ -91,7 +91,7 @@ def chunks_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Ite
     start = 0
     with refusing(path):
         for count, content in _contents(path, format_name, type_map):
-            yield Chunk(path, format_name, start, count, content)
+            yield FileChunk(path, format_name, start, count, content)
             start += count
     if start == 0:
         raise no_frames(path, format_name)
@@ -107,7 +107,7 @@ def structures_of(path: Path, format_name: str, type_map: Sequence[str] = ()) ->
         yield from iterate(path, format_name, type_map)
         return
     size, most = 0, max(_LEAST_UNPACKED, _RATIO * path.stat().st_size)
-    for found in safely(path, in_order(_listed, chunks_of(path, format_name), 1)):
+    for found in safely(path, map_in_order(_listed, chunks_of(path, format_name), 1)):
         size += sum(map(_bytes_of, found))
         if size > most:
             raise InputError(f"{path}: its frames unpack to more than {most:,} bytes; write it again.")
@@ -140,7 +140,7 @@ def _bytes_of(atoms: Atoms) -> int:
     return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
-def _listed(chunk: Chunk) -> list[Atoms]:
+def _listed(chunk: FileChunk) -> list[Atoms]:
     return list(chunk.structures())
 
 
@@ -152,13 +152,13 @@ def _contents(path: Path, format_name: str, type_map: Sequence[str]) -> Iterator
         for some in _some(guarded(path, _ids(path))):
             yield len(some), (some[0], some[-1] + 1)
     elif format_name == "aselmdb":
-        (ranges,) = safely(path, in_order(aselmdb.row_ids, [path], 1))
+        (ranges,) = safely(path, map_in_order(aselmdb.row_ids, [path], 1))
         for first, end in ranges:
             for low in range(first, end, CHUNK):
                 high = min(low + CHUNK, end)
                 yield high - low, (low, high)
     elif format_name == "hdf5":
-        (groups,) = safely(path, in_order(hdf5.frame_groups, [path], 1))
+        (groups,) = safely(path, map_in_order(hdf5.frame_groups, [path], 1))
         for batch, names in groups:
             for low in range(0, len(names), CHUNK):
                 some = names[low : low + CHUNK].tolist()

@@ -33,7 +33,7 @@ from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, ra
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import content_hash, expand, file_format
 from forcetune.frames.splits import is_isolated
-from forcetune.frames.store.chunks import DANGEROUS, Chunk, chunks_of, crashed
+from forcetune.frames.store.chunks import DANGEROUS, FileChunk, chunks_of, crashed
 from forcetune.frames.store.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
 from forcetune.frames.store.stored_frames import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.unread import tell_unread
@@ -41,7 +41,7 @@ from forcetune.frames.weights import WeightTally, is_left_out
 from forcetune.frames.xyz import XYZ_FORMATS
 from forcetune.utils import distributed
 from forcetune.utils.files import sha256_of
-from forcetune.utils.processes import WorkerDiedError, in_order
+from forcetune.utils.processes import WorkerDiedError, map_in_order
 
 try:
     import fcntl
@@ -57,7 +57,7 @@ Progress = Callable[[int], None]
 class _Task:
     """A chunk to read, with the keys of the labels; None to look for labels only."""
 
-    chunk: Chunk
+    chunk: FileChunk
     file: int
     asked: LabelKeys
     keys: LabelKeys | None
@@ -118,7 +118,7 @@ def stream_frames(
             shown = progress or (lambda _: None)
             building = _Building(files, asked, require, expect, name, workers, shown, type_map)
             try:
-                building.carry_out(temporary)
+                building.build(temporary)
             except ForcetuneError:
                 _check_unchanged(files, before)  # whatever was found in it then is not the reason
                 raise
@@ -246,7 +246,7 @@ class _Building:
         self.progress = progress
         self.type_map = type_map
 
-    def carry_out(self, folder: Path) -> None:
+    def build(self, folder: Path) -> None:
         """
         Raises:
             InputError: as :func:`stream_frames`.
@@ -350,7 +350,7 @@ class _Building:
             for chunk in chunks_of(file, kind, self.type_map)
         )
         try:
-            yield from in_order(_read, tasks, workers)
+            yield from map_in_order(_read, tasks, workers)
         except WorkerDiedError as error:
             if error.killed and isinstance(error.task, _Task) and error.task.chunk.format_name in DANGEROUS:
                 raise crashed(error.task.chunk.path) from error

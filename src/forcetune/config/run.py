@@ -1,0 +1,128 @@
+"""The whole configuration of a run, and the defaults that follow from other options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
+from forcetune.config.method import MagnetismConfig, MethodConfig
+from forcetune.config.section import Section, explain
+from forcetune.config.training import ScheduleConfig, TrainingConfig
+from forcetune.errors import InputError
+from forcetune.utils.files import write_text
+from forcetune.utils.option_defaults import (
+    LOSS,
+    RECORD,
+    SECOND_LOSS,
+    is_given,
+    record_of,
+    set_value,
+    value_of,
+    with_given_as_in,
+)
+
+
+class OutputConfig(Section):
+    """Where results go."""
+
+    run: str = Field(default="run", description="The run folder; must not exist or be empty unless `overwrite`.")
+    overwrite: bool = Field(default=False, description="Replace an existing run folder.")
+    adapter_dtype: Literal["float32", "float64"] = Field(
+        default="float32",
+        description="Precision of the adapter file. The trained adapter is rounded to it before it is evaluated, "
+        "so that the file gives the reported numbers exactly.",
+    )
+    forgetting: bool = Field(
+        default=True,
+        description="Measure after training what the model forgot: generic or replay frames, dimers, dynamics.",
+    )
+    tensorboard: bool = Field(default=False, description="Also log for TensorBoard, in the run folder.")
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    data: DataConfig
+    model: ModelConfig = Field(default=ModelConfig())
+    references: ReferenceConfig = Field(default=ReferenceConfig())
+    method: MethodConfig = Field(default=MethodConfig())
+    magnetism: MagnetismConfig = Field(default=MagnetismConfig())
+    training: TrainingConfig = Field(default=TrainingConfig())
+    replay: ReplayConfig = Field(default=ReplayConfig())
+    output: OutputConfig = Field(default=OutputConfig())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        training = self.training
+        if training.optimizer == "schedulefree" and training.ema is not None and "ema" in training.model_fields_set:
+            raise ValueError("training.ema: schedule-free AdamW averages by itself; leave ema out or set it to null")
+        if (
+            training.optimizer == "schedulefree"
+            and training.schedule.model_copy(update={"warmup_epochs": 0}) != ScheduleConfig()
+        ):
+            raise ValueError("training.schedule: schedule-free AdamW takes warmup_epochs only")
+        if training.valid_every > training.epochs:
+            raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
+        if training.second_stage.start is not None and training.second_stage.start > training.epochs:
+            raise ValueError("training.second_stage.start lies after the last epoch")
+        last = training.epochs - training.epochs % training.valid_every
+        if training.second_stage.start is not None and training.second_stage.start > last:
+            raise ValueError(
+                f"training.second_stage.start lies after the last validation (epoch {last}), so no adapter of that "
+                "stage could be chosen; let it start earlier, or lower training.valid_every"
+            )
+        if self.data.stress_key == "none" and training.loss.stress_weight > 0:
+            raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
+        if training.loss.moments > 0 and self.magnetism.layer == "off":
+            raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
+        return self
+
+    def with_defaults_of(self, learning_rate: float, optimizer: str) -> RunConfig:
+        """With the method's own learning rate and optimizer where none was given, and what follows from them.
+
+        These values do not count as given: another method has others.
+
+        Raises:
+            InputError: an option that was given does not go with the method's optimizer.
+        """
+        values = self.model_dump()
+        for name, value in self._defaults(learning_rate, optimizer).items():
+            # a default that stands in a stored configuration repeats that run, even if it has changed since
+            if not is_given(self, name) and value_of(values, name) in plain_defaults(name):
+                set_value(values, name, value)
+        try:
+            return with_given_as_in(RunConfig.model_validate(values), self)
+        except ValidationError as error:
+            raise InputError(explain(error)) from error
+
+    def _defaults(self, learning_rate: float, optimizer: str) -> dict[str, Any]:
+        """Defaults that follow from other options, by dotted name."""
+        training = self.training
+        values: dict[str, Any] = {"training.learning_rate": learning_rate, "training.optimizer": optimizer}
+        if (training.optimizer or optimizer) == "schedulefree":
+            values["training.ema"] = None
+        if self.magnetism.layer != "off":
+            # Huber, all terms alike, energies per atom: as published for the spin-aware layer
+            loss = {"energy": 1.0, "forces": 1.0, "moments": 1.0, "form": "huber", "energy_per_atom": True}
+            values |= {f"{LOSS}.{name}": value for name, value in loss.items()}
+            if training.second_stage.start is not None:
+                values |= {f"{SECOND_LOSS}.{name}": value for name, value in (loss | {"energy": 10.0}).items()}
+        return values
+
+    def save(self, path: str | Path) -> None:
+        """Write the complete configuration as YAML, atomically; :func:`load_config` knows which options were given."""
+        content = self.model_dump(mode="json") | {RECORD: record_of(self)}
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def plain_defaults(name: str) -> tuple[Any, Any]:
+    """The default of an option by itself: in the whole configuration, and in its section alone."""
+    section: Any = RunConfig(data=DataConfig(train=["-"]))
+    *sections, last = name.split(".")
+    for key in sections:
+        section = getattr(section, key)
+    return getattr(section, last), type(section).model_fields[last].default

@@ -1,0 +1,52 @@
+"""What all sections of the configuration share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from forcetune.utils.parsing import short
+
+LARGEST_SEED = 2**63 - 1
+
+
+def as_word(value: Any) -> Any:
+    """YAML 1.1 reads ``on`` and ``off`` as true and false; people mean the words."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _as_names(value: Any) -> Any:
+    """Names separated by commas, as on the command line, are a list."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_as_names)]
+Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(as_word)]
+Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
+ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def explain(error: ValidationError) -> str:
+    """The first few problems in one line, each with its key."""
+    problems = []
+    for item in error.errors()[:3]:
+        key = ".".join(
+            str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "float", "int"))
+        )
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such option"
+        elif item["type"] == "missing":
+            message = "is needed"
+        given = (
+            "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f" (given: {short(item['input'])})"
+        )
+        problems.append(f"{key}: {message}{given}" if key else message)
+    return "; ".join(problems) + "."

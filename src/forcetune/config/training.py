@@ -1,0 +1,122 @@
+"""Options of the optimisation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from forcetune.config.section import LARGEST_SEED, Section, ThreeWaySwitch
+
+
+class LossConfig(Section):
+    """Weights and form of the loss."""
+
+    energy: float = Field(default=1.0, ge=0, description="Weight of the energy term.")
+    forces: float = Field(default=1000.0, ge=0, description="Weight of the force term.")
+    stress: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the stress term. When not given: 1000 times that of the forces (10 times for huber and "
+        "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
+    )
+    moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
+    form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
+    huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
+    energy_per_atom: bool = Field(
+        default=False, description="Energy error divided by the number of atoms before the loss."
+    )
+
+    @property
+    def stress_weight(self) -> float:
+        """Weight of the stress term; 0 until :func:`forcetune.training.label_weights.settle` chose one."""
+        return self.stress or 0.0
+
+
+class SecondStageLossConfig(LossConfig):
+    """Weights and form of the second stage's loss; what is not given has the defaults of this section."""
+
+    energy: float = Field(default=1000.0, ge=0, description="Weight of the energy term.")
+    forces: float = Field(default=100.0, ge=0, description="Weight of the force term.")
+    energy_per_atom: bool = Field(
+        default=True, description="Energy error divided by the number of atoms before the loss."
+    )
+
+
+def _of_second_stage(value: Any) -> Any:
+    """A first stage's loss given in Python stands for the options that were given to it."""
+    if isinstance(value, LossConfig) and not isinstance(value, SecondStageLossConfig):
+        return value.model_dump(exclude_unset=True)
+    return value
+
+
+class SecondStageConfig(Section):
+    """A last part of the training with other weights and learning rate."""
+
+    start: int | None = Field(
+        default=None, ge=1, description="Epoch (counted from 1) at which it starts; none by default."
+    )
+    loss: Annotated[SecondStageLossConfig, BeforeValidator(_of_second_stage)] = Field(
+        default=SecondStageLossConfig(), description="Its loss."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Its learning rate.")
+
+
+class ScheduleConfig(Section):
+    """How the learning rate changes."""
+
+    name: Literal["plateau", "cosine", "constant"] = Field(default="plateau", description="After warm-up.")
+    warmup_epochs: int = Field(
+        default=0, ge=0, description="Linear warm-up, counted in epochs but applied at every step."
+    )
+    factor: float = Field(default=0.8, gt=0, lt=1, description="plateau: factor of each reduction.")
+    patience: int = Field(default=5, ge=0, description="plateau: validations without improvement before a reduction.")
+    minimum: float = Field(default=1e-6, ge=0, description="Learning rate that is not gone below.")
+
+
+class TrainingConfig(Section):
+    """The optimisation. Defaults are those of the published MMEA runs."""
+
+    epochs: int = Field(default=500, ge=1, description="Passes over the training frames.")
+    batch_size: int = Field(default=5, ge=1, description="Frames a batch.")
+    batch_atoms: int | None = Field(
+        default=None, ge=1, description="Most atoms a batch; batches are then packed by this budget."
+    )
+    batch_edges: int | None = Field(
+        default=None, ge=1, description="Most edges a batch; batches are then packed by this budget."
+    )
+    optimizer: Literal["adam", "adamw", "schedulefree"] | None = Field(
+        default=None, description="Adam with amsgrad, AdamW, schedule-free AdamW; the method's own when not given."
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="The method's own default when not given.")
+    weight_decay: float = Field(
+        default=1e-8, ge=0, description="On linear and contraction sites; of sparse updates on all their sites."
+    )
+    schedule: ScheduleConfig = Field(
+        default=ScheduleConfig(), description="Learning-rate schedule (not for schedule-free)."
+    )
+    loss: LossConfig = Field(default=LossConfig(), description="Loss.")
+    second_stage: SecondStageConfig = Field(default=SecondStageConfig(), description="Second stage.")
+    ema: float | None = Field(
+        default=0.995, gt=0, lt=1, description="Decay of the moving average of trainable parameters; null for none."
+    )
+    clip: float | None = Field(default=100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
+    valid_every: int = Field(default=1, ge=1, description="Validate every so many epochs.")
+    early_stopping: int | None = Field(
+        default=None,
+        ge=1,
+        description="Validations without improvement before the run stops, or before a second stage that is "
+        "still to come begins.",
+    )
+    refine: int | None = Field(
+        default=None, ge=1, description="At the end at most so many iterations of L-BFGS on all training frames."
+    )
+    compile: ThreeWaySwitch = Field(
+        default="auto",
+        description="Record the step as one graph without Python between its operations: `auto` in runs on a CPU that "
+        "are long enough for it to pay, where it is possible; `on` also as a CUDA graph on a GPU.",
+    )
+    seed: int = Field(
+        default=1, ge=0, le=LARGEST_SEED, description="Seed of initial values and of the order of frames."
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; PyTorch's own choice when not given.")
