@@ -48,7 +48,9 @@ class LammpsResult:
         energy: eV.
         energies: (atoms,), eV.
         forces: (atoms, 3), eV/Å.
-        virial: (3, 3), eV; minus the stress of ASE's sign times the volume.
+        virial: (3, 3), eV; minus the stress of ASE's sign times the volume. LAMMPS keeps the components on and above
+            the diagonal; the others are the same as far as the model is symmetric under rotations, which is as far
+            as the couplings in its file have digits.
         ghosts: number of ghosts of each rank.
         exchanges: calls of ``forward_exchange`` and ``reverse_exchange`` of each rank.
     """
@@ -140,8 +142,10 @@ class LammpsData:
         self.calls[0] += 1
         target.copy_(source)
         rows = self._ranks.share(self._rank, target[: self.nlocal].clone())
-        for place, (rank, atom) in enumerate(self._ranks.ghosts[self._rank], self.nlocal):
-            target[place] = rows[rank][atom]
+        owner, place = self._ranks.ghosts[self._rank]
+        for rank, theirs in enumerate(rows):
+            from_it = owner == rank
+            target[self.nlocal :][from_it] = theirs[place[from_it]]
 
     def reverse_exchange(self, source: torch.Tensor, target: torch.Tensor, width: int) -> None:
         """Rows of ghosts added to those of their owners; rows of ghosts are zero afterwards."""
@@ -150,10 +154,9 @@ class LammpsData:
         target.copy_(source)
         target[self.nlocal :] = 0
         rows = self._ranks.share(self._rank, source[self.nlocal :].clone())
-        for other, ghosts in enumerate(self._ranks.ghosts):
-            for place, (rank, atom) in enumerate(ghosts):
-                if rank == self._rank:
-                    target[atom] += rows[other][place]
+        for theirs, (owner, place) in zip(rows, self._ranks.ghosts, strict=True):
+            ours = owner == self._rank
+            target.index_add_(0, place[ours], theirs[ours])
 
     def _check_rows(self, source: torch.Tensor, target: torch.Tensor, width: int) -> None:
         for rows in (source, target):
@@ -190,10 +193,10 @@ class _Ranks:
 
     Attributes:
         local: for each rank the atoms that it owns.
-        ghosts: for each rank the owner, and the place among its atoms, of each ghost.
+        ghosts: for each rank the owner, and the place among the owner's atoms, of each ghost; (ghosts,) both.
     """
 
-    def __init__(self, local: list[np.ndarray], ghosts: list[list[tuple[int, int]]]) -> None:
+    def __init__(self, local: list[np.ndarray], ghosts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.local, self.ghosts = local, ghosts
         self._barrier = threading.Barrier(len(local), timeout=PATIENCE)
         self._shared: list[Any] = [None] * len(local)
@@ -315,7 +318,7 @@ def _decomposed(
     everywhere = np.concatenate([positions, (positions[None] + shifts[:, None]).reshape(-1, 3)])
     which = np.tile(np.arange(len(frame)), len(shifts) + 1)
     rng = np.random.default_rng(seed)
-    ghosts: list[list[tuple[int, int]]] = []
+    ghosts: list[tuple[torch.Tensor, torch.Tensor]] = []
     copies: list[tuple[np.ndarray, FloatArray]] = []
     for atoms in local:
         here = positions[atoms] if len(atoms) else positions
@@ -323,6 +326,6 @@ def _decomposed(
         around = np.all((everywhere >= low) & (everywhere <= high), axis=1)
         around[atoms] = False
         chosen = rng.permutation(np.flatnonzero(around))
-        ghosts.append([(int(owner[which[index]]), int(place[which[index]])) for index in chosen])
+        ghosts.append((torch.from_numpy(owner[which[chosen]]), torch.from_numpy(place[which[chosen]])))
         copies.append((np.concatenate([atoms, which[chosen]]), np.concatenate([positions[atoms], everywhere[chosen]])))
     return _Ranks(local, ghosts), copies
