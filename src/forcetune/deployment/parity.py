@@ -15,16 +15,26 @@ PARITY = {"float64": 1e-10, "float32": 1e-4}
 
 
 def relative_differences(
-    before: Predictions, after: Predictions, references: Mapping[int, float], written: Mapping[int, float]
+    before: Predictions,
+    after: Predictions,
+    references: Mapping[int, float],
+    written: Mapping[int, float],
+    *,
+    precision: str = "float64",
 ) -> tuple[float, float]:
     """The largest relative differences of interaction energies, and of forces and stress.
 
     Energies are compared without reference energies: those of all electrons of a heavy atom are 10⁵ eV, of which the
     parameters of a float32 model keep no more than some meV, which says nothing about the merged weights.
+
+    Args:
+        before, after: of the same structures.
+        references, written: energies of isolated atoms of both, eV.
+        precision: of the total energies of ``after``.
     """
     one, other = (_interaction(found, energies) for found, energies in ((before, references), (after, written)))
-    # total energies are float64 numbers, too
-    rounding = 4 * np.finfo(np.float64).eps * np.abs(before.energy).max()
+    # total energies are rounded numbers, too
+    rounding = 4 * float(np.finfo(precision).eps) * np.abs(before.energy).max()
     energy = max(np.abs(other - one).max() - rounding, 0.0) / max(np.abs(one).max(), 1e-12)
     pairs = [(before.forces, after.forces)]
     if before.stress is not None and after.stress is not None:
