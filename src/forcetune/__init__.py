@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from forcetune.backbones.loading import load
     from forcetune.config import RunConfig, load_config
     from forcetune.deployment.calculator import calculator
+    from forcetune.deployment.export.exporting import export
     from forcetune.deployment.merge import merge
     from forcetune.deployment.spins import exchange_parameters, relax_spins
     from forcetune.diagnostics.doctor import Checkup, doctor
@@ -47,6 +48,7 @@ _HOMES = {
     "config": ("RunConfig", "load_config"),
     "runs.demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
+    "deployment.export.exporting": ("export",),
     "deployment.merge": ("merge",),
     "deployment.spins": ("exchange_parameters", "relax_spins"),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
@@ -86,6 +88,7 @@ __all__ = [
     "evaluate",
     "evaluate_ensemble",
     "exchange_parameters",
+    "export",
     "fit",
     "load",
     "load_adapter",

@@ -442,6 +442,45 @@ def merge(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        str | None, typer.Argument(help="Run folder, adapter folder, or a model by name or path; nothing for a list.")
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="The program, such as lammps-mliap.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write, or folder for targets of several files.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(help="Interpreter that has the library whose converter is called; by default forcetune's own."),
+    ] = None,
+    head: Head = None,
+    dtype: Dtype = None,
+    trust: Trust = False,
+) -> None:
+    """Write base + adapter for a program that simulates, after comparing; without arguments, list the targets."""
+    from forcetune.deployment.export.exporting import export as export_run
+    from forcetune.deployment.export.registry import TARGETS
+
+    if run is None and to is None:
+        table = Table("target", "models", "gates", "what runs it", box=None)
+        for target in TARGETS.values():
+            table.add_row(target.name, ", ".join(target.libraries), "yes" if target.gates else "no", target.about)
+        Console().print(table)
+        return
+    if run is None or to is None or output is None:
+        raise InputError("write `forcetune export RUN --to TARGET -o FILE`, or `forcetune export` for the targets.")
+    written = export_run(run, to, output, model=base, head=head, dtype=dtype, trust=trust, python=python)
+    parity = written.parity
+    print(
+        f"{written.path}: differs from base + adapter on {parity.n_probes} random structures by at most "
+        f"{parity.energy:.1e} in energy and {parity.forces:.1e} in forces and stress (relative)\n"
+        f"compared by {parity.checked_by}\nruns by     {written.target.about}"
+    )
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write the report of a run again."""
     from forcetune.reports.run_page import write_report

@@ -17,6 +17,7 @@ from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.site import Site, WeightPath
+from forcetune.kernels.step import Ghosts
 
 
 class NetworkBackbone:
@@ -68,6 +69,12 @@ class NetworkBackbone:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the network and what it needs, in place."""
+        self.model.to(device)
+        self._species = self._species.to(self.device)
+        self._energies_of_species = self._energies_of_species.to(self.device)
+
     # ---- reference energies ----------------------------------------------------------------------------------------
 
     @property
@@ -112,6 +119,31 @@ class NetworkBackbone:
         total = total.index_add(0, batch.graph_index, per_atom)
         energies = None if found.energies is None else per_atom + found.energies
         return found._replace(energy=total + found.energy.double(), energies=energies)
+
+    def pair_gradients(self, plan: Plan, vectors: Tensor, ghosts: Ghosts | None = None) -> tuple[Tensor, Tensor]:
+        """Energies of atoms, and the derivatives of their sum by the vectors of pairs, without extensions.
+
+        It is what programs need that keep neighbors and sum forces themselves.
+
+        Args:
+            plan: of atoms whose species are indices of :attr:`elements`.
+            vectors: (pairs, 3) from sender to receiver, Å.
+            ghosts: further senders.
+
+        Returns:
+            (atoms,) eV, float64, reference energies included, atoms as they were before the plan sorted them;
+            (pairs, 3) eV/Å.
+        """
+        phase = Phase()
+        vectors = vectors.detach().requires_grad_()
+        with torch.enable_grad():
+            energies, _ = self.model(plan, phase, vectors, ghosts)
+            with phase.forces():
+                (gradients,) = torch.autograd.grad(
+                    [energies], [vectors], [torch.ones_like(energies)], allow_unused=True, materialize_grads=True
+                )
+        total = energies.detach().double() + self._energies_of_species[plan.species]
+        return total[plan.place], gradients
 
     def _check_elements(self, batch: Batch) -> None:
         """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from forcetune.adapters.attach import attached, check_mergeable, merge_weights
@@ -15,12 +13,12 @@ from forcetune.adapters.updates import WeightUpdate
 from forcetune.backbones.protocol import Backbone, Base, Multimodal
 from forcetune.backbones.registry import resolve
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
+from forcetune.deployment.parity import PARITY, probe_frames, relative_differences
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.frames.frame import FloatArray, Frame, Origin
+from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.frames.frame import Frame
 from forcetune.utils.files import atomic_path, path_of, sha256_of
 
-PARITY = {"float64": 1e-10, "float32": 1e-4}
 MODEL_SUFFIXES = (".model", ".pt", ".pth")
 """Of files that a merged model may replace."""
 
@@ -96,7 +94,7 @@ def merge(
     with atomic_path(output) as temporary:
         again = _written(backbone, temporary, dtype, added)
         after = predict(again, graphs_of(again, probes), stress=True)
-        energy, forces = _differences(before, after, backbone.reference_energies, again.reference_energies)
+        energy, forces = relative_differences(before, after, backbone.reference_energies, again.reference_energies)
         references, rounding = _reference_differences(backbone, again)
         allowed = PARITY["float64" if {again.stored_dtype, backbone.dtype} == {torch.float64} else "float32"]
         if not max(energy, forces) <= allowed or not references <= rounding:
@@ -171,7 +169,7 @@ def _check_others(backbone: Backbone, written: Backbone, probes: Sequence[Frame]
     for name in backbone.modalities:
         one, other = backbone.with_modality(name), written.with_modality(name)
         before, after = (predict(model, graphs_of(model, probes), stress=True) for model in (one, other))
-        worst = max(_differences(before, after, one.reference_energies, other.reference_energies))
+        worst = max(relative_differences(before, after, one.reference_energies, other.reference_energies))
         if not worst <= PARITY["float32"]:
             raise ForcetuneError(
                 f"{output}: modality {name} would no longer be what it was ({worst:.1e}, relative); nothing was "
@@ -209,69 +207,3 @@ def _reference_differences(backbone: Backbone, written: Backbone) -> tuple[float
     wanted, found = backbone.reference_energies, written.reference_energies
     largest = max((abs(energy) for energy in wanted.values()), default=0.0)
     return max(abs(found[z] - wanted[z]) for z in wanted), torch.finfo(written.stored_dtype).eps * largest
-
-
-def _differences(
-    before: Predictions, after: Predictions, references: Mapping[int, float], written: Mapping[int, float]
-) -> tuple[float, float]:
-    """The largest relative differences of interaction energies, and of forces and stress.
-
-    Energies are compared without reference energies: those of all electrons of a heavy atom are 10⁵ eV, of which the
-    parameters of a float32 model keep no more than some meV, which says nothing about the merged weights.
-    """
-    one, other = (_interaction(found, energies) for found, energies in ((before, references), (after, written)))
-    # total energies are float64 numbers, too
-    rounding = 4 * np.finfo(np.float64).eps * np.abs(before.energy).max()
-    energy = max(np.abs(other - one).max() - rounding, 0.0) / max(np.abs(one).max(), 1e-12)
-    pairs = [(before.forces, after.forces)]
-    if before.stress is not None and after.stress is not None:
-        pairs.append((before.stress, after.stress))
-    forces = max(np.abs(new - old).max() / max(np.abs(old).max(), 1e-12) for old, new in pairs)
-    return float(energy), float(forces)
-
-
-def _interaction(found: Predictions, references: Mapping[int, float]) -> FloatArray:
-    """(frames,) energies, eV, without those of the isolated atoms."""
-    ends = np.cumsum(found.atoms)
-    offsets = [math.fsum(references[int(z)] for z in part) for part in np.split(found.numbers, ends[:-1])]
-    return found.energy - np.array(offsets)
-
-
-def probe_frames(elements: tuple[int, ...], cutoff: float, seed: int = 0) -> list[Frame]:
-    """Random structures that together hold every element: clusters, crystals, and an isolated atom."""
-    rng = np.random.default_rng(seed)
-    frames = []
-    chosen = rng.permutation(np.repeat(elements, 3))
-    for index, numbers in enumerate(np.array_split(chosen, max(2, len(chosen) // 12))):
-        box = max(cutoff, 2.2 * len(numbers) ** (1 / 3))
-        positions = _apart(rng, len(numbers), box)
-        periodic = index % 2 == 1
-        cell = box * (np.eye(3) + 0.1 * rng.standard_normal((3, 3))) if periodic else np.zeros((3, 3))
-        frames.append(_frame(numbers, positions @ (cell / box) if periodic else positions, cell, periodic))
-    frames.append(_frame(chosen[:1], np.zeros((1, 3)), np.zeros((3, 3)), periodic=False))
-    return frames
-
-
-def _apart(rng: np.random.Generator, count: int, box: float, nearest: float = 1.0) -> np.ndarray:
-    """(count, 3) positions in a cube, no two nearer than ``nearest`` Å, images in a periodic cube included."""
-    positions: list[np.ndarray] = []
-    while len(positions) < count:
-        trial = rng.uniform(0, box, 3)
-        vectors = np.array(positions).reshape(-1, 3) - trial
-        vectors -= box * np.round(vectors / box)
-        if not positions or np.linalg.norm(vectors, axis=1).min() > nearest:
-            positions.append(trial)
-    return np.array(positions)
-
-
-def _frame(numbers: np.ndarray, positions: np.ndarray, cell: np.ndarray, periodic: bool) -> Frame:
-    return Frame(
-        numbers=np.asarray(numbers, dtype=np.int64),
-        positions=positions,
-        cell=cell,
-        pbc=np.full(3, periodic),
-        energy=None,
-        forces=None,
-        stress=None,
-        origin=Origin("<probe>", 0),
-    )

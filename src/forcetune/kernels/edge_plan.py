@@ -97,7 +97,13 @@ class Bounds:
 
 
 def make_plan(
-    edge_index: Tensor, unit_shifts: Tensor, species: Tensor, *, paired: bool = True, bounds: Bounds | None = None
+    edge_index: Tensor,
+    unit_shifts: Tensor,
+    species: Tensor,
+    *,
+    paired: bool = True,
+    bounds: Bounds | None = None,
+    ghosts: int = 0,
 ) -> Plan:
     """Lay out a batch.
 
@@ -107,6 +113,8 @@ def make_plan(
         species: (atoms,) index of the species.
         paired: whether an edge and its reverse share a pair; otherwise every edge is a pair of its own.
         bounds: sizes to fill up to.
+        ghosts: number of senders behind the atoms that receive nothing (:class:`forcetune.kernels.step.Ghosts`);
+            they are not sorted.
 
     Raises:
         ValueError: the batch exceeds the bounds.
@@ -119,10 +127,12 @@ def make_plan(
     order = np.lexsort((degree, kinds))
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    all_senders, all_receivers = place[all_senders], place[all_receivers]
+    n_senders = len(kinds) + ghosts
+    place_of_sender = np.concatenate((place, np.arange(len(kinds), n_senders))) if ghosts else place
+    all_senders, all_receivers = place_of_sender[all_senders], place[all_receivers]
     sender, receiver = all_senders[:own], all_receivers[:own]
     if paired:
-        pair, forward = _pairs(sender, receiver, unit_shifts.detach().cpu().numpy()[:own], len(kinds))
+        pair, forward = _pairs(sender, receiver, unit_shifts.detach().cpu().numpy()[:own], n_senders)
     else:
         pair, forward = np.arange(own), np.ones(own, dtype=bool)
     n_pairs = int(pair.max(initial=-1)) + 1
@@ -188,8 +198,9 @@ def _pairs(sender: np.ndarray, receiver: np.ndarray, shifts: np.ndarray, atoms: 
         return (first * atoms + second) * span**3 + image + most
 
     own, other = key(sender, receiver, code), key(receiver, sender, -code)
-    forward = own < other
     _, pair, count = np.unique(np.minimum(own, other), return_inverse=True, return_counts=True)
+    # an edge without its reverse, such as one from a ghost, gives its pair the direction
+    forward = (own < other) | (count[pair] == 1)
     if np.any(count[pair[forward]] > 2) or np.any(own == other):
         return alone
     # a pair needs exactly one edge in its direction, and at most one against it

@@ -291,9 +291,10 @@ class Convolution(nn.Module):
         Args:
             step: of this pass.
             radial: (pairs, weight_numel).
-            features: of the senders.
+            features: of the atoms; where they depend on the species only, of the ghosts behind them, too.
             trains: whether the radial weights depend on trainable ones.
         """
+        features = step.of_senders(features)
         angular = (step.harmonics @ self.matrix.like(step.harmonics)).split(self.widths, dim=1)
         found = convolve(
             self.structure,

@@ -38,7 +38,7 @@ from forcetune.kernels.radial import (
     SoftTransform,
     ZBLRepulsion,
 )
-from forcetune.kernels.step import Step, can_train
+from forcetune.kernels.step import Ghosts, Step, can_train, one_hot_species
 from forcetune.kernels.symmetric_contraction import SymmetricContraction
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
 
@@ -168,7 +168,7 @@ class Interaction(nn.Module):
             register(self, "avg_num_neighbors", stored)
 
     def forward(self, features: Features, step: Step) -> tuple[Features, Features | None]:
-        skip = self.skip_tp(features, step) if self.residual else None
+        skip = self.skip_tp(step.of_atoms(features), step) if self.residual else None
         up = self.linear_up(features)
         radial = self.conv_tp_weights(step.radial)
         if step.cutoff is not None:
@@ -225,12 +225,14 @@ class NonLinearInteraction(nn.Module):
 
     def forward(self, features: Features, step: Step) -> tuple[Features, Features]:
         plan = step.plan
-        skip = self.skip_tp(features)
+        skip = self.skip_tp(step.of_atoms(features))
         up = self.linear_up(features)
-        rest = self.linear_res(up)
-        attributes = Features([step.attributes.unsqueeze(1)], geometric=False, trains=False)
+        rest = self.linear_res(step.of_atoms(up))
+        assert step.sender_attributes is not None
+        embeddings = (self.source_embedding, step.sender_attributes), (self.target_embedding, step.attributes)
         senders, receivers = (
-            embedding(attributes).blocks[0][:, 0] for embedding in (self.source_embedding, self.target_embedding)
+            embedding(Features([attributes.unsqueeze(1)], geometric=False, trains=False)).blocks[0][:, 0]
+            for embedding, attributes in embeddings
         )
         inputs = torch.cat([step.radial, senders[plan.sender], receivers[plan.receiver]], dim=-1)
         radial = self.conv_tp_weights(inputs)
@@ -464,32 +466,36 @@ class MaceNetwork(nn.Module):
             for key, tensor in module.couplings.items()
         }
 
-    def forward(self, plan: Plan, phase: Phase, vectors: Tensor) -> tuple[Tensor, list[Features]]:
+    def forward(
+        self, plan: Plan, phase: Phase, vectors: Tensor, ghosts: Ghosts | None = None
+    ) -> tuple[Tensor, list[Features]]:
         """Interaction energies of a batch's atoms.
 
         Args:
             plan: of the batch.
             phase: which derivatives are wanted.
             vectors: (pairs, 3) from sender to receiver, Å.
+            ghosts: further senders.
 
         Returns:
             (atoms,) eV without energies of isolated atoms, and the features of all layers; atoms in the plan's order.
         """
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        numbers = self.atomic_numbers[plan.species]
+        species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
+        numbers = self.atomic_numbers[species]
         first, second = numbers[plan.sender], numbers[plan.receiver]
         radial, cutoff = self.radial_embedding(lengths, first, second)
-        # one-hot without a look at the values, which a recorded step must not have
-        attributes = (plan.species.unsqueeze(1) == self._species.on(vectors.device)).to(vectors.dtype)
         step = Step(
             plan=plan,
             phase=phase,
             harmonics=self.spherical_harmonics(vectors, lengths),
             radial=radial if can_train(self.radial_embedding) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=cutoff,
-            attributes=attributes,
+            attributes=of_senders if ghosts is None else of_senders[: plan.n_atoms],
+            ghosts=ghosts,
+            sender_attributes=of_senders,
         )
-        embedded = self.node_embedding(Features([attributes.unsqueeze(1)], geometric=False, trains=False))
+        embedded = self.node_embedding(Features([of_senders.unsqueeze(1)], geometric=False, trains=False))
         features: Features = embedded
         kept: list[Features] = []
         for interaction, product in zip(self.interactions, self.products, strict=True):

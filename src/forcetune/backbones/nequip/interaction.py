@@ -109,8 +109,9 @@ def interact(
     """
     skip = None
     if self_connection is not None:
+        of_atoms = step.of_atoms(features)
         skip = (
-            self_connection(features, step) if isinstance(self_connection, SpeciesLinear) else self_connection(features)
+            self_connection(of_atoms, step) if isinstance(self_connection, SpeciesLinear) else self_connection(of_atoms)
         )
     weights = radial(step.radial)
     if step.cutoff is not None:

@@ -24,7 +24,7 @@ from forcetune.kernels.layers import (
 from forcetune.kernels.phase import Cut, Phase
 from forcetune.kernels.radial import RadialNetwork, envelope, smooth_step
 from forcetune.kernels.site import Site, WeightPath
-from forcetune.kernels.step import Step, can_train
+from forcetune.kernels.step import Ghosts, Step, can_train, one_hot_species
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
 
 
@@ -306,31 +306,35 @@ class SevenNetNetwork(nn.Module):
             if block.is_even_scalar
         )
 
-    def forward(self, plan: Plan, phase: Phase, vectors: Tensor) -> tuple[Tensor, list[Features]]:
+    def forward(
+        self, plan: Plan, phase: Phase, vectors: Tensor, ghosts: Ghosts | None = None
+    ) -> tuple[Tensor, list[Features]]:
         """Interaction energies of a batch's atoms.
 
         Args:
             plan: of the batch.
             phase: which derivatives are wanted.
             vectors: (pairs, 3) from sender to receiver, Å.
+            ghosts: further senders.
 
         Returns:
             (atoms,) eV without energies of isolated atoms, and the features of all layers; atoms in the plan's order.
         """
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         radial = self.edge_embedding(lengths)
-        # one-hot without a look at the values, which a recorded step must not have
-        attributes = (plan.species.unsqueeze(1) == self._species.on(vectors.device)).to(vectors.dtype)
+        _, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         step = Step(
             plan=plan,
             phase=phase,
             harmonics=self.edge_embedding.spherical(-vectors, lengths),
             radial=radial if can_train(self.edge_embedding) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=None,
-            attributes=attributes,
+            attributes=of_senders if ghosts is None else of_senders[: plan.n_atoms],
+            ghosts=ghosts,
+            sender_attributes=of_senders,
         )
         features: Features = self.onehot_to_feature_x(
-            Features([attributes.unsqueeze(1)], geometric=False, trains=False)
+            Features([of_senders.unsqueeze(1)], geometric=False, trains=False)
         )
         kept: list[Features] = []
         for connection, first, convolution, second, gate in self.layers:
