@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from forcetune.backbones.mace.architecture import MaceArchitecture
+from forcetune.errors import InputError
 from forcetune.irreps import Block, irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
