@@ -290,13 +290,14 @@ class NonLinearReadout(nn.Module):
         if len(blocks) != 1:
             raise UnfitError(f"its readouts have the irreps {architecture.MLP_irreps}")
         (block,) = blocks
-        hidden = irreps_text([block._replace(multiplicity=heads * block.multiplicity)])
+        count = max(heads, architecture.mixed_heads)
+        first, hidden = (irreps_text([block._replace(multiplicity=n * block.multiplicity)]) for n in (count, heads))
         biased = architecture.readout == "NonLinearBiasReadoutBlock"
-        self.linear_1 = EquivariantLinear(irreps, hidden, source.within("linear_1"), kind="readout")
+        self.linear_1 = EquivariantLinear(irreps, first, source.within("linear_1"), kind="readout")
         self.linear_mid = None
         if biased:
             middle = source.within("linear_mid")
-            self.linear_mid = EquivariantLinear(hidden, hidden, middle, biases=True, kind="readout")
+            self.linear_mid = EquivariantLinear(first, hidden, middle, biases=True, kind="readout")
         self.linear_2 = EquivariantLinear(
             hidden, f"{heads}x0e", source.within("linear_2"), biases=biased, kind="readout"
         )
@@ -475,7 +476,15 @@ class MaceNetwork(nn.Module):
 
         Returns:
             (atoms,) eV without energies of isolated atoms, and the features of all layers; atoms in the plan's order.
+
+        Raises:
+            InputError: the network has several heads.
         """
+        if len(self.architecture.heads) > 1:
+            raise InputError(
+                f"this network has the heads {', '.join(self.architecture.heads)}; choose one first (select_head), or "
+                "load the model with one (head=...)."
+            )
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         numbers = self.atomic_numbers[plan.species]
         first, second = numbers[plan.sender], numbers[plan.receiver]
