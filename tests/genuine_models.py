@@ -174,7 +174,8 @@ RECIPES: tuple[Recipe, ...] = (
     _scale_shift("agnostic_product", since=14, use_agnostic_product=True),
     _scale_shift("nonlinear", since=14, **_NONLINEAR),
     # 0.3.14 computes other energies of them: it masks features of other heads behind the middle layer only
-    _scale_shift("nonlinear_heads", since=15, heads=("a", "b"), **_NONLINEAR),
+    _scale_shift("nonlinear_heads", since=14, heads=("a", "b"), **_NONLINEAR),
+    _scale_shift("edge_irreps_later", since=14, edge_irreps="4x0e+4x1o", **_NONLINEAR),
     _scale_shift("edge_irreps", since=15, edge_irreps="4x0e+4x1o", use_edge_irreps_first=True, **_NONLINEAR),
     _scale_shift("pseudoscalars", since=14, hidden_irreps="4x0e+4x0o+4x1o+4x1e", MLP_irreps="4x0e"),
     _scale_shift("so3", since=14, use_so3=True, hidden_irreps="4x0e+4x1e", MLP_irreps="4x0e"),

@@ -106,6 +106,18 @@ def test_elements_and_heads_that_were_not_trained_stay(tmp_path: Path) -> None:
     assert torch.equal(whole.atomic_energies_fn.atomic_energies, expected)
 
 
+def test_an_adapter_on_one_of_several_heads_merges_into_the_file(tmp_path: Path) -> None:
+    write(tmp_path / "base.model", heads=("a", "b"))
+    backbone = MaceBackbone.load(tmp_path / "base.model", head="b")
+    perturb(forcetune.attach(backbone, forcetune.method("elora")))
+    forcetune.save_adapter(backbone, tmp_path / "adapter")
+    forcetune.merge(tmp_path / "adapter", tmp_path / "tuned.model", model=tmp_path / "base.model")
+    whole = torch.load(tmp_path / "tuned.model", weights_only=False)
+    assert whole.heads == ["a", "b"]
+    atoms = structure((1, 8))
+    assert_same(evaluate(whole, atoms, head=1), predicted(backbone, atoms), tolerance=1e-11)
+
+
 def test_nothing_trained_gives_the_same_numbers(tmp_path: Path) -> None:
     write(tmp_path / "base.model", heads=("a", "b"))
     part = MaceBackbone.load(tmp_path / "base.model", elements=(1, 8), head="a")

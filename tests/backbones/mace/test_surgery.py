@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.content import MaceContent, build_network
@@ -80,6 +82,42 @@ def test_one_head_gives_what_it_gave_among_several(kind: str) -> None:
         assert_same(predicted(single), predicted(oracle(model, head=head)))
         energies.add(round(float(predicted(single).energy), 6))
     assert len(energies) == 2
+
+
+def mix_heads(readout: Any, heads: int, head: int) -> None:
+    """Make mace's readout mask the features of other heads behind its middle layer only, as 0.3.14 did."""
+
+    def forward(x: Tensor, heads_of_atoms: Tensor | None = None) -> Tensor:
+        hidden = readout.non_linearity(readout.linear_mid(readout.non_linearity(readout.linear_1(x))))
+        parts = hidden.unflatten(1, (heads, -1))
+        own = torch.arange(heads).view(1, heads, 1) == head
+        return readout.linear_2((parts * own).flatten(1))
+
+    readout.forward = forward
+
+
+def test_mixed_heads_of_mace_0_3_14_give_that_versions_energies(tmp_path: Path) -> None:
+    heads = ("first", "second", "third")
+    model = make_mace(heads=heads, **NONLINEAR)
+    content = read_module(model)
+    mixed = replace(content, architecture=replace(content.architecture, mixed_heads=3))
+    for index, head in enumerate(heads):
+        single = select_head(mixed, head)
+        theirs = oracle(model, head=head)
+        otherwise = predicted(theirs)
+        mix_heads(theirs.model.readouts[-1], len(heads), index)
+        expected = predicted(theirs)
+        assert float((expected.energy - otherwise.energy).abs()) > 1e-4
+        assert_same(predicted(single), expected)
+        write_plain(single, tmp_path / "single.safetensors")
+        assert_same(predicted(read_plain(tmp_path / "single.safetensors")), expected)
+
+
+def test_a_network_of_several_heads_refuses_to_choose_one() -> None:
+    content = read_module(make_mace(heads=("pt_head", "mp")))
+    whole = MaceBackbone(build_network(content), Base("whole", "", "", "unknown"))
+    with pytest.raises(InputError, match=r"has the heads pt_head, mp; choose one first"):
+        predicted(whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,7 +20,7 @@ from ase.data import chemical_symbols
 
 import forcetune
 from forcetune.backbones.protocol import Backbone
-from forcetune.errors import InputError
+from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.frame import Frame, Origin
 from forcetune.graphs.graph import graph_of
 from genuine import FOLDER_VARIABLE, Genuine, Structure, UnavailableError, Versions
@@ -118,9 +118,38 @@ def test_file_of_a_version(version: str, name: str, get: Get) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*was made by mace 0.3.14, which mixed heads")
 @pytest.mark.parametrize(("version", "name"), cases())
 def test_every_file_of_every_version(version: str, name: str, get: Get) -> None:
     check(get(version, name))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*was made by mace 0.3.14, which mixed heads")
+def test_merged_readouts_of_mixed_heads_are_what_their_version_computes(
+    get: Get, versions: Versions, tmp_path: Path
+) -> None:
+    model = get("0.3.14", "nonlinear_heads")
+    backbone = forcetune.load(str(model.path), head="b")
+    perturb(forcetune.attach(backbone, forcetune.method("full")))
+    pair = model.results.structures[2]
+    expected = backbone.predict(graph_of(as_frame(pair, 0), backbone.cutoff, backbone.dtype)).detached()
+    forcetune.save_adapter(backbone, tmp_path / "adapter")
+    forcetune.merge(tmp_path / "adapter", tmp_path / "tuned.model", model=model.path)
+    results = versions.evaluate("0.3.14", tmp_path / "tuned.model", model)
+    assert abs(float(expected.energy) - float(model.results.arrays["2/1/energy"])) > 1e-3
+    for quantity, value in (("energy", expected.energy[0]), ("forces", expected.forces)):
+        found = results.get(2, quantity, head=1)
+        assert found is not None
+        assert_close(found, value.numpy(), TOLERANCE, quantity)
+
+
+@pytest.mark.slow
+def test_readouts_that_later_versions_compute_otherwise_are_said(get: Get) -> None:
+    model = get("0.3.14", "nonlinear_heads")
+    with pytest.warns(ForcetuneWarning, match="energies are those of that version"):
+        backbone = forcetune.load(str(model.path), head="b")
+    assert_parity(backbone, model, head=1, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("version", QUICK_VERSIONS)

@@ -38,6 +38,8 @@ class MaceArchitecture:
         radial_type: ``bessel``, ``gaussian`` or ``chebyshev``.
         distance_transform: ``None``, ``Agnesi`` or ``Soft``.
         readout: class of the last readout.
+        mixed_heads: heads whose hidden features all enter the middle layer of the last readout. mace 0.3.14 masked
+            those of other heads behind that layer only, later versions before it, too (1).
         constants: normalisations computed numerically when the model was made, by dotted name.
     """
 
@@ -67,11 +69,15 @@ class MaceArchitecture:
     use_edge_irreps_first: bool = False
     keep_last_layer_irreps: bool = False
     readout: str = "NonLinearReadoutBlock"
+    mixed_heads: int = 1
     constants: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> str:
         """One line with sorted keys; equal architectures give equal text."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        table = asdict(self)
+        if self.mixed_heads == 1:
+            del table["mixed_heads"]  # part of fingerprints that are older than it
+        return json.dumps(table, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> MaceArchitecture:
@@ -276,6 +282,8 @@ def check_sane(plain: MaceArchitecture) -> None:
             and len(set(plain.interactions[1:])) <= 1
             and all(0 < order <= 5 for order in plain.correlation)
             and 0 < len(plain.heads) <= 1024
+            and 0 < plain.mixed_heads <= (1024 if plain.readout == "NonLinearBiasReadoutBlock" else 1)
+            and (plain.mixed_heads == 1 or len(plain.heads) in (1, plain.mixed_heads))
             and all(0 < width <= 16384 for width in plain.radial_MLP)
             and len(set(plain.atomic_numbers)) == len(plain.atomic_numbers) > 0
             and all(0 < z < 119 for z in plain.atomic_numbers)

@@ -209,14 +209,16 @@ class MaceBackbone(NetworkBackbone):
             ForcetuneError: it is not understood.
         """
         try:
-            content = replace(read_content(path), rounded_charges=self.model.rounded_charges)
+            stored = read_content(path)
+            content = replace(stored, rounded_charges=self.model.rounded_charges).widened(self.dtype)
+            content = select_head(content, self.head) if len(content.architecture.heads) > 1 else content
             network = build_network(content)
         except UnfitError as error:
             raise ForcetuneError(f"{path} was written and cannot be read back: {error}.") from error
         base = Base(Path(path).stem, "", content.fingerprint, "unknown")
-        written = MaceBackbone(network.to(dtype=self.dtype), base, stored_dtype=content.dtype)
-        stored = torch.atleast_2d(content.tensors["atomic_energies_fn.atomic_energies"])[0].double()
-        written.set_reference_energies(dict(zip(written.elements, stored.tolist(), strict=True)))
+        written = MaceBackbone(network.to(dtype=self.dtype), base, stored_dtype=stored.dtype)
+        energies = torch.atleast_2d(content.tensors["atomic_energies_fn.atomic_energies"])[0].double()
+        written.set_reference_energies(dict(zip(written.elements, energies.tolist(), strict=True)))
         return written
 
     def _layers_behind(self, name: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from forcetune.backbones.mace.architecture import MaceArchitecture
+from forcetune.errors import InputError
 from forcetune.irreps import Block, irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
@@ -291,13 +292,14 @@ class NonLinearReadout(nn.Module):
         if len(blocks) != 1:
             raise UnfitError(f"its readouts have the irreps {architecture.MLP_irreps}")
         (block,) = blocks
-        hidden = irreps_text([block._replace(multiplicity=heads * block.multiplicity)])
+        count = max(heads, architecture.mixed_heads)
+        first, hidden = (irreps_text([block._replace(multiplicity=n * block.multiplicity)]) for n in (count, heads))
         biased = architecture.readout == "NonLinearBiasReadoutBlock"
-        self.linear_1 = EquivariantLinear(irreps, hidden, source.within("linear_1"), kind="readout")
+        self.linear_1 = EquivariantLinear(irreps, first, source.within("linear_1"), kind="readout")
         self.linear_mid = None
         if biased:
             middle = source.within("linear_mid")
-            self.linear_mid = EquivariantLinear(hidden, hidden, middle, biases=True, kind="readout")
+            self.linear_mid = EquivariantLinear(first, hidden, middle, biases=True, kind="readout")
         self.linear_2 = EquivariantLinear(
             hidden, f"{heads}x0e", source.within("linear_2"), biases=biased, kind="readout"
         )
@@ -479,7 +481,15 @@ class MaceNetwork(nn.Module):
 
         Returns:
             (atoms,) eV without energies of isolated atoms, and the features of all layers; atoms in the plan's order.
+
+        Raises:
+            InputError: the network has several heads.
         """
+        if len(self.architecture.heads) > 1:
+            raise InputError(
+                f"this network has the heads {', '.join(self.architecture.heads)}; choose one first (select_head), or "
+                "load the model with one (head=...)."
+            )
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         numbers = self.atomic_numbers[species]

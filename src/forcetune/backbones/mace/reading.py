@@ -63,14 +63,16 @@ def content_from_record(record: Any, file: Path) -> MaceContent:
     check_not_converted(record, file)
     node = node_from_record(record, traced_readout)
     content = _checked_content(node)
-    # what mace before 0.3.15 did not have
-    late = "use_edge_irreps_first" in node.attributes
-    if len(content.architecture.heads) > 1 and content.architecture.readout == "NonLinearBiasReadoutBlock" and not late:
-        warn(
-            f"{file} is of mace before 0.3.15, which mixed heads within readouts of this kind; energies are those that "
-            "mace from 0.3.15 on computes with it."
-        )
-    return content
+    plain = content.architecture
+    # an attribute that mace before 0.3.15 did not have
+    early = "use_edge_irreps_first" not in node.attributes
+    if len(plain.heads) == 1 or plain.readout != "NonLinearBiasReadoutBlock" or not early:
+        return content
+    warn(
+        f"{file} was made by mace 0.3.14, which mixed heads within readouts of this kind; energies are those of that "
+        "version, and mace from 0.3.15 on computes others from the same file."
+    )
+    return replace(content, architecture=replace(plain, mixed_heads=len(plain.heads)))
 
 
 def read_module(model: nn.Module) -> MaceContent:

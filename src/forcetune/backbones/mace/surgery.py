@@ -31,7 +31,7 @@ def select_head(content: MaceContent, head: str) -> MaceContent:
         raise InputError(f"the model has no head {head!r}; it has {', '.join(heads)}.")
     if len(heads) == 1:
         return content
-    changed = _one_head(content.tensors, heads.index(head), len(heads))
+    changed = _one_head(content.architecture, content.tensors, heads.index(head))
     return _changed(content, replace(content.architecture, heads=(head,)), changed)
 
 
@@ -78,7 +78,7 @@ def cut_of_tensors(
     def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = dict(tensors)
         if len(heads) > 1:
-            found |= _one_head(found, heads.index(head), len(heads))
+            found |= _one_head(content.architecture, found, heads.index(head))
         if len(keep) < len(table):
             found |= _some_elements(single.architecture, network, found, keep)
         return found
@@ -95,12 +95,13 @@ def _changed(content: MaceContent, architecture: MaceArchitecture, tensors: dict
     return replace(content, architecture=architecture, tensors=result)
 
 
-def _one_head(tensors: Mapping[str, Tensor], head: int, heads: int) -> dict[str, Tensor]:
+def _one_head(architecture: MaceArchitecture, tensors: Mapping[str, Tensor], head: int) -> dict[str, Tensor]:
     """Tensors of the readouts, scale, shift and reference energies that belong to one head.
 
     Hidden features of the readout are ordered by head and those of other heads are masked, so that only the block
     of this head matters. A linear layer divides by the root of its number of inputs, masked ones included.
     """
+    heads, mixed = len(architecture.heads), architecture.mixed_heads > 1
     changed = {"atomic_energies_fn.atomic_energies": tensors["atomic_energies_fn.atomic_energies"][head : head + 1]}
     for name in ("scale_shift.scale", "scale_shift.shift"):
         if name in tensors:
@@ -112,23 +113,26 @@ def _one_head(tensors: Mapping[str, Tensor], head: int, heads: int) -> dict[str,
             name = f"{prefix}linear.weight"
             changed[name] = tensors[name].reshape(-1, heads)[:, head].flatten()
         else:
-            changed |= _one_head_of_mlp(tensors, prefix, head, heads)
+            changed |= _one_head_of_mlp(tensors, prefix, head, heads, mixed=mixed)
     return changed
 
 
-def _one_head_of_mlp(tensors: Mapping[str, Tensor], prefix: str, head: int, heads: int) -> dict[str, Tensor]:
+def _one_head_of_mlp(
+    tensors: Mapping[str, Tensor], prefix: str, head: int, heads: int, *, mixed: bool
+) -> dict[str, Tensor]:
+    """``mixed``: the middle layer reads the hidden features of all heads."""
     first, last = tensors[f"{prefix}linear_1.weight"], tensors[f"{prefix}linear_2.weight"]
     width = last.numel() // heads**2
     fewer_inputs = 1 / math.sqrt(heads)
-    changed = {
-        f"{prefix}linear_1.weight": first.reshape(-1, heads, width)[:, head].flatten(),
-        f"{prefix}linear_2.weight": last.reshape(heads, width, heads)[head, :, head] * fewer_inputs,
-    }
+    changed = {f"{prefix}linear_2.weight": last.reshape(heads, width, heads)[head, :, head] * fewer_inputs}
+    if not mixed:
+        changed[f"{prefix}linear_1.weight"] = first.reshape(-1, heads, width)[:, head].flatten()
     if (bias := tensors.get(f"{prefix}linear_2.bias")) is not None:
         changed[f"{prefix}linear_2.bias"] = bias.reshape(heads)[head : head + 1]
     if (middle := tensors.get(f"{prefix}linear_mid.weight")) is not None:
-        block = middle.reshape(heads, width, heads, width)[head, :, head]
-        changed[f"{prefix}linear_mid.weight"] = block.flatten() * fewer_inputs
+        blocks = middle.reshape(heads, width, heads, width)
+        own = blocks[:, :, head] if mixed else blocks[head, :, head] * fewer_inputs
+        changed[f"{prefix}linear_mid.weight"] = own.flatten()
         changed[f"{prefix}linear_mid.bias"] = tensors[f"{prefix}linear_mid.bias"].reshape(heads, width)[head]
     return changed
 
