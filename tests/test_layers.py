@@ -10,7 +10,7 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-PROGRAMS = ("lammps", "torchsim")
+PROGRAMS = ("lammps", "openmm", "torchsim")
 """Simulation programs: users import `forcetune.torchsim`, which is written in `forcetune.deployment`."""
 ROOT = ("__init__", "__main__", "_version", "cli", "config", "errors", "irreps", *PROGRAMS)
 FOUNDATION = ("_version", "errors", "irreps", "utils", "config")

@@ -56,7 +56,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-_PROGRAMS = ("lammps", "torchsim")
+_PROGRAMS = ("lammps", "openmm", "torchsim")
 """Modules for simulation programs, each of which needs a package of its own: `forcetune.torchsim` and so on."""
 
 __all__ = [
