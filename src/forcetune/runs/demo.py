@@ -22,7 +22,7 @@ from forcetune.runs.fit import Run, run_fit
 from forcetune.runs.records import RESULTS_NAME, peak_memory, write_json
 from forcetune.runs.runtime import limited_threads
 
-DATA = Path(__file__).parent / "frames" / "aminoethanol"
+DATA = Path(__file__).parents[1] / "frames" / "aminoethanol"
 PARTS = ("test", "hot")
 # one thread: the model and the batches are so small that more of them would wait for each other
 TRAINING: dict[str, Any] = {
