@@ -10,12 +10,15 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-ROOT = ("__init__", "__main__", "_version", "cli", "errors", "irreps")
+PROGRAMS = ("lammps", "openmm", "torchsim")
+"""Simulation programs: users import `forcetune.torchsim`, which is written in `forcetune.deployment`."""
+ROOT = ("__init__", "__main__", "_version", "cli", "errors", "irreps", *PROGRAMS)
 FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
     *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "training"),
     # what is written of a run and read again stands below what shows it
-    *("runs.results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment", "runs", "cli"),
+    *("runs.results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment"),
+    *(*PROGRAMS, "runs", "cli"),
 )
 
 

@@ -58,6 +58,9 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
+_PROGRAMS = ("lammps", "openmm", "torchsim")
+"""Modules for simulation programs, each of which needs a package of its own: `forcetune.torchsim` and so on."""
+
 __all__ = [
     "METHODS",
     "Adapter",
@@ -105,6 +108,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that ``import forcetune`` is instant."""
+    if name in _PROGRAMS:
+        return import_module(f"forcetune.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'forcetune' has no attribute {name!r}")
     return getattr(import_module(f"forcetune.{_HOME_OF[name]}"), name)

@@ -131,6 +131,40 @@ def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtyp
     )
 
 
+def unlabelled_batch(
+    numbers: Tensor, positions: Tensor, cell: Tensor, graph_index: Tensor, edge_index: Tensor, unit_shifts: Tensor
+) -> Batch:
+    """Several graphs without labels, from tensors that stay where they are.
+
+    Args:
+        numbers: (atoms,) atomic numbers.
+        positions: (atoms, 3), Å; their dtype is that of the batch.
+        cell: (graphs, 3, 3), rows are lattice vectors, Å.
+        graph_index: (atoms,) the graph of each atom, ascending.
+        edge_index, unit_shifts: as in :class:`Batch`.
+    """
+    graphs, atoms = len(cell), len(numbers)
+    unknown = positions.new_full((atoms, 3), torch.nan)
+    weight = torch.ones(graphs, dtype=torch.float64, device=positions.device)
+    return Batch(
+        numbers=numbers,
+        positions=positions,
+        cell=cell,
+        edge_index=edge_index,
+        unit_shifts=unit_shifts,
+        graph_index=graph_index,
+        ptr=torch.nn.functional.pad(torch.bincount(graph_index, minlength=graphs).cumsum(0), (1, 0)),
+        energy=torch.full_like(weight, torch.nan),
+        forces=unknown,
+        stress=positions.new_full((graphs, 3, 3), torch.nan),
+        moments=unknown,
+        spins=unknown,
+        weight=weight,
+        file_weights=weight.unsqueeze(1).expand(graphs, 4),
+        replayed=torch.zeros(graphs, dtype=torch.bool, device=positions.device),
+    )
+
+
 def collate(graphs: Sequence[Batch]) -> Batch:
     """Lay graphs one after another."""
     offsets = np.cumsum([0, *(graph.n_atoms for graph in graphs)])
