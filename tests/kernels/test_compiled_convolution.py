@@ -95,6 +95,16 @@ def test_derivatives_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradgradcheck(function, (radial, joined, *features))
 
 
+def test_inputs_that_are_not_contiguous_have_all_derivatives() -> None:
+    plan, _ = plan_for("cluster")
+    radial, angular, features = tensors(plan)
+    flat = [radial, *angular, *features]
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in features]
+    strided = torch.stack((radial, radial), dim=2)[:, :, 0]
+    found = derivatives([*convolution.convolve(PATHS, plan, strided, torch.cat(angular, dim=1), turned)], flat)
+    assert_close(found, derivatives([*reference(PATHS, plan, radial, angular, features)], flat), 1e-13)
+
+
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=4)))
 def test_only_what_is_wanted_is_computed(wanted: tuple[bool, ...]) -> None:
     plan, _ = plan_for("cluster")

@@ -253,6 +253,10 @@ def flat_paths(paths: Paths) -> list[int]:
     ]
 
 
+def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
+    return [value.contiguous() for value in values]
+
+
 @dataclass(frozen=True, slots=True)
 class _Setting:
     paths: list[int]
@@ -272,9 +276,9 @@ class _Setting:
     def gather(
         self, values: Sequence[Tensor], moved: Sequence[Tensor] = (), present: Sequence[bool] = ()
     ) -> list[Tensor]:
-        plan, (radial, angular, *features) = self.plan, values
+        plan, (radial, angular, *features) = self.plan, _contiguous(values)
         return torch.ops.forcetune.convolution_gather(
-            self.paths, plan.starts, plan.edges, radial, angular, features, list(moved), list(present)
+            self.paths, plan.starts, plan.edges, radial, angular, features, _contiguous(moved), list(present)
         )
 
     def pull(
@@ -286,13 +290,13 @@ class _Setting:
         present: Sequence[bool] = (),
     ) -> list[Tensor | None]:
         """Gradients by R, T and x, None where they are not wanted."""
-        plan, (radial, angular, *features) = self.plan, values
+        plan, (radial, angular, *features) = self.plan, _contiguous(values)
         if not any(wanted):
             return [None] * len(values)
         found = torch.ops.forcetune.convolution_pull(
             self.paths,
-            *(plan.directions, plan.sender, plan.receiver, list(outer)),
-            *(radial, angular, features, list(moved), list(present), list(wanted)),
+            *(plan.directions, plan.sender, plan.receiver, _contiguous(outer)),
+            *(radial, angular, features, _contiguous(moved), list(present), list(wanted)),
         )
         return _spread_out(found, wanted)
 
@@ -322,7 +326,6 @@ def convolve(
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, setting: _Setting, *values: Tensor) -> tuple[Tensor, ...]:
-        values = tuple(value.contiguous() for value in values)
         ctx.setting = setting
         ctx.save_for_backward(*values)
         return tuple(setting.gather(values))
@@ -341,7 +344,6 @@ class _Pull(torch.autograd.Function):
     def forward(
         ctx: Any, setting: _Setting, needs: tuple[bool, ...], n_grads: int, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        tensors = tuple(tensor.contiguous() for tensor in tensors)
         ctx.setting, ctx.n_grads = setting, n_grads
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -356,7 +358,7 @@ class _Pull(torch.autograd.Function):
         present = [tangent is not None for tangent in tangents]
         if not any(present):
             return (None,) * (3 + n_grads + len(values))
-        moved = [tangent.contiguous() for tangent in tangents if tangent is not None]
+        moved = [tangent for tangent in tangents if tangent is not None]
         outer: list[Tensor | None] = [None] * n_grads
         if any(ctx.needs_input_grad[3 : 3 + n_grads]):
             outer = [*setting.gather(values, moved, present)]

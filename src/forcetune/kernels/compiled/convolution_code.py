@@ -65,9 +65,8 @@ class Shape:
             return "p" if flags is None else "".join("01"[flag] for flag in flags)
 
         kind = "gather" if self.wanted is None else f"pull{letters(self.wanted)}"
-        return (
-            f"{kind}_{letters(self.moved)}_{self.dim_in}_{self.dim_out}_{self.channels}_{'odd' if self.odd else 'even'}"
-        )
+        sizes = f"{self.dim_in}_{self.dim_out}_{self.channels}"
+        return f"{kind}_{letters(self.moved)}_{sizes}_{'odd' if self.odd else 'even'}"
 
 
 def write(shape: Shape, target: Target) -> Writer:
