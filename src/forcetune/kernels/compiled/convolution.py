@@ -81,7 +81,7 @@ def _structure(flat: tuple[int, ...]) -> _Structure:
     return _Structure(flat)
 
 
-def _dtype_name(value: Tensor) -> str:
+def dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
@@ -120,7 +120,7 @@ class _Table:
         self.features(Slot.MOVED_FEATURES, values[2:])
 
 
-def _spread_out(values: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
+def spread_out(values: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor | None]:
     """Tensors at the places where there is one."""
     left = iter(values)
     return [next(left) if here else None for here in present]
@@ -145,13 +145,13 @@ def _gather(
     n_atoms = len(starts) - 1
     outputs = [radial.new_empty(n_atoms, dim, width) for dim, width in structure.groups]
     flags = _flags(structure, present) if present else None
-    run, addresses = structure.machine(_dtype_name(radial), flags, None)
+    run, addresses = structure.machine(dtype_name(radial), flags, None)
     table = _Table(structure, radial, angular, addresses)
     table.rows[:, Slot.STARTS], table.rows[:, Slot.EDGES] = starts.data_ptr(), edges.data_ptr()
     table.features(Slot.FEATURES, features)
     table.outer(outputs)
     if present:
-        table.moved(_spread_out(moved, present))
+        table.moved(spread_out(moved, present))
     before = threads.integers(starts)
     count = threads.thread_count(structure.work * float(before[-1]) * (2 if present else 1))
     bounds = threads.balanced(before, count) if count > 1 else [0, n_atoms]
@@ -182,7 +182,7 @@ def _pull(
     # each thread adds to features of its own, as both ends of a pair may belong to other threads' pairs, too
     sums = radial.new_zeros(count, sum(sizes))
     flags = _flags(structure, present) if present else None
-    run, addresses = structure.machine(_dtype_name(radial), flags, _flags(structure, wanted))
+    run, addresses = structure.machine(dtype_name(radial), flags, _flags(structure, wanted))
     calls = []
     tables = []
     for number in range(count):
@@ -192,7 +192,7 @@ def _pull(
         table.features(Slot.FEATURES, features)
         table.outer(outer)
         if present:
-            table.moved(_spread_out(moved, present))
+            table.moved(spread_out(moved, present))
         table.pairwise(Slot.TO_RADIAL, to_radial, structure.radial_places)
         table.pairwise(Slot.TO_ANGULAR, to_angular, structure.angular_places)
         own = sums[number].split(sizes)
@@ -298,7 +298,7 @@ class _Setting:
             *(plan.directions, plan.sender, plan.receiver, _contiguous(outer)),
             *(radial, angular, features, _contiguous(moved), list(present), list(wanted)),
         )
-        return _spread_out(found, wanted)
+        return spread_out(found, wanted)
 
 
 def convolve(
