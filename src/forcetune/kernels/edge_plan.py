@@ -61,6 +61,10 @@ class Plan:
         edge_of_pair: (pairs,) the edge that gives a pair its direction.
         sender, receiver: (pairs,) atoms of the pair's edge, in sorted order.
         edge_pair, edge_sender, edge_receiver: (edges,) of each edge in the order given, atoms in sorted order.
+        starts: (atoms + 1,) first row of each receiver in ``edges``.
+        edges: (edges of chunks or more, 3) pair, sender and direction of each edge, sorted by receiver; the direction
+            is 1 along its pair and −1 against it. Rows behind those of the last receiver mean nothing.
+        directions: (pairs,) edges of each pair, one or two; 0 of fillers.
         chunks: of receivers.
     """
 
@@ -78,6 +82,9 @@ class Plan:
     edge_pair: Tensor
     edge_sender: Tensor
     edge_receiver: Tensor
+    starts: Tensor
+    edges: Tensor
+    directions: Tensor
     chunks: tuple[Chunk, ...]
 
 
@@ -149,6 +156,8 @@ def make_plan(
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=torch.int64)
 
+    table = np.zeros((len(all_senders), 3), dtype=np.int64)
+    table[:own] = np.stack((pair, sender, np.where(forward, 1, -1)), axis=1)[edges]
     oriented = pair + np.where(forward, 0, n_pairs)
     # fillers among the pairs have the direction of a filler among the edges
     edge_of_pair = np.full(n_pairs, len(all_senders) - 1, dtype=np.int64)
@@ -171,6 +180,9 @@ def make_plan(
         edge_pair=tensor(edge_pair),
         edge_sender=tensor(all_senders),
         edge_receiver=tensor(all_receivers),
+        starts=tensor(starts),
+        edges=tensor(table),
+        directions=tensor(np.bincount(pair, minlength=n_pairs)),
         chunks=tuple(
             Chunk(start, stop, width, *(tensor(v) for v in _table(edges_of, pair, oriented, sender, 2 * n_pairs)))
             for start, stop, width, edges_of in chunks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 from forcetune.irreps import Block as IrrepsBlock
 from forcetune.irreps import irreps_text, merge_neighbours, parse_irreps
+from forcetune.kernels.compiled import convolution as compiled
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.convolution import Path, Paths, convolve
 from forcetune.kernels.features import Features, Layout
@@ -257,7 +260,12 @@ class Convolution(nn.Module):
         paths: and
         irreps_mid: their outputs, as :func:`channelwise_paths` gives them. Radial weights lie in their order.
         source: of couplings that a file carries.
+
+    Attributes:
+        kernels: that compute it.
     """
+
+    kernels: Kernels = "auto"
 
     def __init__(
         self, irreps_in: str, harmonics: str, paths: Sequence[TensorPath], irreps_mid: str, source: TensorSource
@@ -295,17 +303,17 @@ class Convolution(nn.Module):
             trains: whether the radial weights depend on trainable ones.
         """
         features = step.of_senders(features)
-        angular = (step.harmonics @ self.matrix.like(step.harmonics)).split(self.widths, dim=1)
-        found = convolve(
-            self.structure,
-            step.plan,
-            radial,
-            angular,
-            features.blocks,
-            phase=step.phase,
-            geometric=features.geometric,
-            trains=(trains, features.trains),
-        )
+        angular = step.harmonics @ self.matrix.like(step.harmonics)
+        options: dict[str, Any] = {
+            "phase": step.phase,
+            "geometric": features.geometric,
+            "trains": (trains, features.trains),
+        }
+        if takes_compiled(self.kernels, radial):
+            found = compiled.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
+        else:
+            parts = angular.split(self.widths, dim=1)
+            found = convolve(self.structure, step.plan, radial, parts, features.blocks, **options)
         return Features(found, geometric=True, trains=trains or features.trains)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.irreps import Block, irreps_text, parse_irreps
+from forcetune.kernels.compiled import contraction as compiled
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.contraction import arranged, fold, polynomial
 from forcetune.kernels.features import Features
 from forcetune.kernels.harmonics import reflection_labels, wigner_3j
@@ -157,24 +159,33 @@ class Coefficients:
 
     def __init__(self, form: BilinearForm) -> None:
         self.form = form
-        self._kept: _Folded | None = None
+        self._kept: dict[int, _Folded] = {}
 
-    def fold(self, weights: list[list[Tensor]], present: Tensor) -> list[Tensor]:
-        """For each segment (species present, channels, rows, columns); one species for a product without species."""
+    @functools.cached_property
+    def sparse(self) -> compiled.SparseForm:
+        """The terms that are not 0."""
+        return compiled.SparseForm(self.form)
+
+    def fold(self, weights: list[list[Tensor]], present: Tensor, lanes: int = 0) -> list[Tensor]:
+        """For each segment (species present, channels, rows, columns); one species for a product without species.
+
+        With ``lanes``, those of :attr:`sparse` as one tensor instead, as its ``fold`` returns them.
+        """
         agnostic = len(weights[0][0]) == 1
         flat = [weight for orders in weights for weight in orders]
         if any(weight.requires_grad for weight in flat):
-            return self._folded(weights, None if agnostic else present)
-        kept = self._kept  # other threads may put theirs in its place
+            return self._folded(weights, None if agnostic else present, lanes)
+        kept = self._kept.get(lanes)  # other threads may put theirs in its place
         if kept is None or not kept.belongs_to(flat, present):
             with torch.no_grad():
-                coefficients = self._folded(weights, None if agnostic else present)
-            self._kept = kept = _Folded(flat, [_state(weight) for weight in flat], present, coefficients)
+                coefficients = self._folded(weights, None if agnostic else present, lanes)
+            self._kept[lanes] = kept = _Folded(flat, [_state(weight) for weight in flat], present, coefficients)
         return kept.coefficients
 
-    def _folded(self, weights: list[list[Tensor]], present: Tensor | None) -> list[Tensor]:
+    def _folded(self, weights: list[list[Tensor]], present: Tensor | None, lanes: int) -> list[Tensor]:
         joined = [torch.cat(orders, dim=1) if len(orders) > 1 else orders[0] for orders in weights]
-        return fold(self.form, joined if present is None else [weight.index_select(0, present) for weight in joined])
+        chosen = joined if present is None else [weight.index_select(0, present) for weight in joined]
+        return [self.sparse.fold(chosen, lanes)] if lanes else fold(self.form, chosen)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Coefficients, (self.form,)
@@ -210,7 +221,12 @@ class SymmetricContraction(nn.Module):
         order: highest number of factors.
         n_species: 1 for weights that all species share.
         source: of ``contractions.k``.
+
+    Attributes:
+        kernels: that compute it.
     """
+
+    kernels: Kernels = "auto"
 
     def __init__(self, irreps_in: str, irreps_out: str, order: int, n_species: int, source: TensorSource) -> None:
         super().__init__()
@@ -243,10 +259,20 @@ class SymmetricContraction(nn.Module):
 
     def forward(self, features: Features, step: Step) -> Features:
         plan, kept = step.plan, self.coefficients
-        x = arranged(features.blocks, kept.form.order)
         request = WeightRequest(plan.present)
-        coefficients = kept.fold([contraction(request) for contraction in self.contractions], plan.present)
+        weights = [contraction(request) for contraction in self.contractions]
+        lanes = 0
+        if takes_compiled(self.kernels, features.blocks[0]):
+            lanes = compiled.lanes_of(features.blocks[0].shape[2], features.blocks[0].dtype)
+        coefficients = kept.fold(weights, plan.present, lanes)
         counts = plan.counts if len(coefficients[0]) == len(plan.counts) else (plan.n_atoms,)
+        trains = features.trains or can_train(self)
+        if lanes:
+            found = compiled.polynomial(
+                kept.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains
+            )
+            return Features(found, geometric=True, trains=trains)
+        x = arranged(features.blocks, kept.form.order)
         out = polynomial(kept.form, x, coefficients, counts, phase=step.phase, trains=features.trains)
         parts = [part.permute(2, 0, 1) for part in out.split(kept.form.dims)]
-        return Features(parts, geometric=True, trains=features.trains or can_train(self))
+        return Features(parts, geometric=True, trains=trains)

@@ -1,0 +1,63 @@
+"""Which kernels compute a model: compiled loops, or PyTorch's operations, the reference that runs everywhere."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from forcetune.errors import InputError
+from forcetune.kernels.compiled import convolution_code
+from forcetune.kernels.compiled.machine import compiled, llvm
+
+Kernels = Literal["auto", "compiled", "torch"]
+"""``auto`` takes compiled kernels where they can be had."""
+
+_DTYPES = (torch.float64, torch.float32)
+
+
+@functools.cache
+def missing_reason() -> str | None:
+    """Why there are no compiled kernels on this computer, or None."""
+    if llvm() is None:
+        return "llvmlite is not installed, or older than 0.44 (pip install llvmlite)"
+    try:
+        compiled("probe", convolution_code.driver)
+    except Exception as error:  # whatever LLVM has against this processor or platform
+        return f"LLVM does not compile for this processor ({str(error)[:100]})"
+    return None
+
+
+def takes_compiled(kernels: Kernels, like: Tensor) -> bool:
+    """Whether a layer with this setting computes values such as ``like`` by compiled kernels."""
+    return kernels != "torch" and like.device.type == "cpu" and like.dtype in _DTYPES and missing_reason() is None
+
+
+def choose_kernels(model: nn.Module, kernels: Kernels) -> None:
+    """Set which kernels compute the layers of a model.
+
+    Raises:
+        InputError: ``compiled`` kernels are asked for where there are none.
+    """
+    if kernels not in ("auto", "compiled", "torch"):
+        raise InputError(f"model.kernels={kernels!r}: there are 'auto', 'compiled' and 'torch'.")
+    if kernels == "compiled":
+        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        if device != "cpu":
+            raise InputError(f"model.kernels=compiled: compiled kernels are for the CPU, not for {device}; use auto.")
+        if (reason := missing_reason()) is not None:
+            raise InputError(f"model.kernels=compiled: {reason}; or use model.kernels=auto.")
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            setattr(module, "kernels", kernels)  # noqa: B010 (torch types attributes of modules as tensors)
+
+
+def kernels_in_use(model: nn.Module) -> Literal["compiled", "torch"]:
+    """Which kernels compute a model now."""
+    parameter = next(iter(model.parameters()), None)
+    settings = {getattr(module, "kernels") for module in model.modules() if hasattr(module, "kernels")}  # noqa: B009
+    if parameter is None or not settings:
+        return "torch"
+    return "compiled" if all(takes_compiled(setting, parameter) for setting in settings) else "torch"

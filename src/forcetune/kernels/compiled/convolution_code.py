@@ -1,0 +1,348 @@
+"""The convolution's loops, written for the shape of each path.
+
+``gather`` sums at receivers: out[i, k, c] = Σ_{e → i} Σ_m T[e, m, k] R[e, c] x[j, m, c]. ``pull`` has, pair by pair,
+the gradients of Σ g out by R, T and x. Both have a ``moved`` form, the derivative of the plain one when R, T and x move
+along directions h_R, h_T and h_x: the sum of the plain form with each of them in turn in the place of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from forcetune.kernels.compiled.assembly import Target, Writer
+
+
+class Slot(IntEnum):
+    """Places in the table of a path; addresses are those of the path's first number."""
+
+    FUNCTION = 0
+    STARTS = 1  # gather: first edge of each receiver
+    EDGES = 2  # gather: pair, sender, ±1 of each edge
+    DIRECTIONS = 1  # pull: edges of each pair, 0 to 2
+    SENDER = 2
+    RECEIVER = 3
+    RADIAL = 4
+    ANGULAR = 5
+    FEATURES = 6
+    OUTER = 7  # what gather writes, and the g that pull reads
+    MOVED_RADIAL = 8
+    MOVED_ANGULAR = 9
+    MOVED_FEATURES = 10
+    TO_RADIAL = 11
+    TO_ANGULAR = 12
+    TO_FEATURES = 13
+    RADIAL_STRIDE = 14
+    ANGULAR_STRIDE = 15
+    OUTER_STRIDE = 16  # from atom to atom
+    OUTER_WIDTH = 17  # from component to component
+
+
+SLOTS = max(Slot) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a function is written for.
+
+    Attributes:
+        dim_in, dim_out, channels, odd: of the path.
+        moved: which of R, T and x have directions; None for the plain form.
+        wanted: which gradients by R, T and x are written; None for ``gather``.
+    """
+
+    dim_in: int
+    dim_out: int
+    channels: int
+    odd: bool
+    moved: tuple[bool, bool, bool] | None
+    wanted: tuple[bool, bool, bool] | None
+
+    @property
+    def name(self) -> str:
+        def letters(flags: tuple[bool, bool, bool] | None) -> str:
+            return "p" if flags is None else "".join("01"[flag] for flag in flags)
+
+        kind = "gather" if self.wanted is None else f"pull{letters(self.wanted)}"
+        sizes = f"{self.dim_in}_{self.dim_out}_{self.channels}"
+        return f"{kind}_{letters(self.moved)}_{sizes}_{'odd' if self.odd else 'even'}"
+
+
+def write(shape: Shape, target: Target) -> Writer:
+    """The function of a shape."""
+    writer = Writer(shape.name, target.dividing(shape.channels))
+    (_Gather if shape.wanted is None else _Pull)(writer, shape).write()
+    return writer
+
+
+def driver() -> str:
+    """``run``: calls the function of each table with one range; tables lie one after another, their number first."""
+    return f"""
+define void @run(ptr noalias %tables, i64 %first, i64 %last) nounwind {{
+entry:
+  %count = load i64, ptr %tables, align 8
+  %start = getelementptr i64, ptr %tables, i64 1
+  br label %head
+head:
+  %n = phi i64 [ 0, %entry ], [ %next, %body ]
+  %table = phi ptr [ %start, %entry ], [ %following, %body ]
+  %inside = icmp slt i64 %n, %count
+  br i1 %inside, label %body, label %end
+body:
+  %place = load i64, ptr %table, align 8
+  %function = inttoptr i64 %place to ptr
+  call void %function(ptr %table, i64 %first, i64 %last)
+  %next = add i64 %n, 1
+  %following = getelementptr i64, ptr %table, i64 {SLOTS}
+  br label %head
+end:
+  ret void
+}}
+"""
+
+
+class _Form:
+    """What both forms have in common."""
+
+    def __init__(self, writer: Writer, shape: Shape) -> None:
+        self.w, self.shape = writer, shape
+        lanes = writer.target.lanes
+        self.lanes = lanes
+        self.moved_radial, self.moved_angular, self.moved_features = shape.moved or (False, False, False)
+
+    def blocks(self, most: int) -> int:
+        """Vectors that are treated at once, so that ``most`` vectors of each fit into the registers."""
+        vectors = self.shape.channels // self.lanes
+        fits = max(1, (self.w.target.registers - 4) // max(1, most))
+        return next(n for n in (4, 2, 1) if n <= fits and vectors % n == 0)
+
+    def vectors(self, pointer: str, count: int) -> list[str]:
+        """Neighbouring vectors."""
+        return [self.w.load(pointer, block * self.lanes) for block in range(count)]
+
+    def products(
+        self, radial: Sequence[str], moved: Sequence[str], x: str, hx: str, m: int, count: int
+    ) -> tuple[list[str], list[str]]:
+        """For a component m: what T is multiplied with, and what h_T is multiplied with."""
+        w, step = self.w, m * self.shape.channels
+        features = [w.load(x, step + block * self.lanes) for block in range(count)]
+        plain: list[str] = []
+        if self.shape.moved is None or self.moved_angular:
+            plain = [w.multiply(r, f) for r, f in zip(radial, features, strict=True)]
+        if self.shape.moved is None:
+            return plain, []
+        change: list[str | None] = [None] * count
+        if self.moved_radial:
+            change = [w.multiply(r, f) for r, f in zip(moved, features, strict=True)]
+        if self.moved_features:
+            steps = [w.load(hx, step + block * self.lanes) for block in range(count)]
+            change = [w.multiply_add(r, h, c) for r, h, c in zip(radial, steps, change, strict=True)]
+        return [c for c in change if c is not None], plain
+
+
+class _Gather(_Form):
+    def write(self) -> None:
+        w, shape = self.w, self.shape
+        starts, edges = w.address(Slot.STARTS), w.address(Slot.EDGES)
+        names = (Slot.RADIAL, Slot.ANGULAR, Slot.FEATURES, Slot.OUTER)
+        radial, angular, features, outer = (w.address(name) for name in names)
+        radial_stride, angular_stride = w.argument(Slot.RADIAL_STRIDE), w.argument(Slot.ANGULAR_STRIDE)
+        outer_stride, outer_width = w.argument(Slot.OUTER_STRIDE), w.argument(Slot.OUTER_WIDTH)
+        moved = [w.address(name) for name in (Slot.MOVED_RADIAL, Slot.MOVED_ANGULAR, Slot.MOVED_FEATURES)]
+        count = self.blocks(shape.dim_out + 2)
+        size = shape.dim_in * shape.channels
+
+        def receiver(i: str, _: list[str]) -> list[str]:
+            first, last = w.integer(starts, i), w.integer(starts, w.plus(i, 1))
+            out = w.offset(outer, w.times(i, outer_stride))
+
+            def block(c: str, _: list[str]) -> list[str]:
+                def edge(e: str, sums: list[str]) -> list[str]:
+                    row = w.times(e, 3)
+                    pair, sender = w.integer(edges, row), w.integer(edges, w.plus(row, 1))
+                    r_place = w.plus(w.times(pair, radial_stride), c)
+                    x_place = w.plus(w.times(sender, size), c)
+                    r = self.vectors(w.offset(radial, r_place), count)
+                    hr = self.vectors(w.offset(moved[0], r_place), count) if self.moved_radial else []
+                    if shape.odd:
+                        sign = w.spread(w.number_from(w.integer(edges, w.plus(row, 2))))
+                        r, hr = [w.multiply(v, sign) for v in r], [w.multiply(v, sign) for v in hr]
+                    t_place = w.times(pair, angular_stride)
+                    t, ht = w.offset(angular, t_place), w.offset(moved[1], t_place)
+                    x, hx = w.offset(features, x_place), w.offset(moved[2], x_place)
+                    for m in range(shape.dim_in):
+                        by_t, by_ht = self.products(r, hr, x, hx, m, count)
+                        for table, values in ((t, by_t), (ht, by_ht)):
+                            if values:
+                                sums = self._added(sums, table, values, m)
+                    return sums
+
+                results = w.loop(first, last, 1, [w.zero] * (shape.dim_out * count), edge)
+                for k in range(shape.dim_out):
+                    place = w.offset(out, w.plus(w.times(k, outer_width), c))
+                    for number in range(count):
+                        w.store(results[k * count + number], place, number * self.lanes)
+                return []
+
+            w.loop(0, shape.channels, count * self.lanes, [], block)
+            return []
+
+        w.loop("%first", "%last", 1, [], receiver)
+
+    def _added(self, sums: list[str], table: str, values: list[str], m: int) -> list[str]:
+        w, dim_out = self.w, self.shape.dim_out
+        result: list[str] = []
+        for k in range(dim_out):
+            factor = w.load_spread(table, m * dim_out + k)
+            own = sums[k * len(values) : (k + 1) * len(values)]
+            result += [w.multiply_add(factor, value, before) for value, before in zip(values, own, strict=True)]
+        return result
+
+
+class _Pull(_Form):
+    def write(self) -> None:
+        w, shape = self.w, self.shape
+        assert shape.wanted is not None
+        directions, senders, receivers = (w.address(s) for s in (Slot.DIRECTIONS, Slot.SENDER, Slot.RECEIVER))
+        self.radial_stride, self.angular_stride = w.argument(Slot.RADIAL_STRIDE), w.argument(Slot.ANGULAR_STRIDE)
+        self.outer_stride, self.outer_width = w.argument(Slot.OUTER_STRIDE), w.argument(Slot.OUTER_WIDTH)
+        base = {
+            slot: w.address(slot)
+            for slot in (
+                *(Slot.RADIAL, Slot.ANGULAR, Slot.FEATURES, Slot.OUTER),
+                *(Slot.MOVED_RADIAL, Slot.MOVED_ANGULAR, Slot.MOVED_FEATURES),
+                *(Slot.TO_RADIAL, Slot.TO_ANGULAR, Slot.TO_FEATURES),
+            )
+        }
+
+        def pair(a: str, _: list[str]) -> list[str]:
+            count, i, j = w.integer(directions, a), w.integer(receivers, a), w.integer(senders, a)
+            radial, angular = w.times(a, self.radial_stride), w.times(a, self.angular_stride)
+            here = dict(base)
+            for slot in (Slot.RADIAL, Slot.MOVED_RADIAL, Slot.TO_RADIAL):
+                here[slot] = w.offset(base[slot], radial)
+            for slot in (Slot.ANGULAR, Slot.MOVED_ANGULAR, Slot.TO_ANGULAR):
+                here[slot] = w.offset(base[slot], angular)
+            if shape.wanted is not None and (shape.wanted[0] or shape.wanted[2]):
+                self._channelwise(here, count, i, j)
+            if shape.wanted is not None and shape.wanted[1]:
+                self._summed(here, count, i, j)
+            return []
+
+        w.loop("%first", "%last", 1, [], pair)
+
+    def _ends(self, here: dict[Slot, str], d: str, i: str, j: str) -> tuple[dict[Slot, str], str | None]:
+        """Addresses at the sender and the receiver in a direction, and the sign of T there."""
+        w, size = self.w, self.shape.dim_in * self.shape.channels
+        back = w.value(f"icmp ne i64 {d}, 0")
+        receiver = w.value(f"select i1 {back}, i64 {j}, i64 {i}")
+        sender = w.value(f"select i1 {back}, i64 {i}, i64 {j}")
+        place = w.times(sender, size)
+        found = {slot: w.offset(here[slot], place) for slot in (Slot.FEATURES, Slot.MOVED_FEATURES, Slot.TO_FEATURES)}
+        found[Slot.OUTER] = w.offset(here[Slot.OUTER], w.times(receiver, self.outer_stride))
+        if not self.shape.odd:
+            return found, None
+        real = w.target.real
+        return found, w.spread(w.value(f"select i1 {back}, {real} -1.0, {real} 1.0"))
+
+    def _channelwise(self, here: dict[Slot, str], directions: str, i: str, j: str) -> None:
+        """Gradients by R and x."""
+        w, shape = self.w, self.shape
+        assert shape.wanted is not None
+        to_radial, _, to_features = shape.wanted
+        count = self.blocks(shape.dim_out + 4)
+
+        def block(c: str, _: list[str]) -> list[str]:
+            r = self.vectors(w.offset(here[Slot.RADIAL], c), count)
+            hr = self.vectors(w.offset(here[Slot.MOVED_RADIAL], c), count) if self.moved_radial else []
+
+            def direction(d: str, sums: list[str]) -> list[str]:
+                ends, sign = self._ends(here, d, i, j)
+                outer = w.offset(ends[Slot.OUTER], c)
+                g: list[list[str]] = []
+                for k in range(shape.dim_out):
+                    row = self.vectors(w.offset(outer, w.times(k, self.outer_width)), count)
+                    g.append(row if sign is None else [w.multiply(v, sign) for v in row])
+                x, hx, gx = (w.offset(ends[slot], c) for slot in (Slot.FEATURES, Slot.MOVED_FEATURES, Slot.TO_FEATURES))
+                for m in range(shape.dim_in):
+                    place = m * shape.channels
+                    plain = self.shape.moved is None or self.moved_radial or self.moved_features
+                    pulled = self._pulled(here[Slot.ANGULAR], g, m) if plain else None
+                    turned = self._pulled(here[Slot.MOVED_ANGULAR], g, m) if self.moved_angular else None
+                    if to_features:
+                        factors = [(pulled, r)] if shape.moved is None else []
+                        factors += [(pulled, hr)] if self.moved_radial else []
+                        factors += [(turned, r)] if self.moved_angular else []
+                        if factors:
+                            self._add_at(w.offset(gx, place), factors, count)
+                    if to_radial:
+                        pairs = [(pulled, x)] if shape.moved is None else []
+                        pairs += [(pulled, hx)] if self.moved_features else []
+                        pairs += [(turned, x)] if self.moved_angular else []
+                        for values, features in pairs:
+                            assert values is not None
+                            rows = self.vectors(w.offset(features, place), count)
+                            sums = [w.multiply_add(v, f, s) for v, f, s in zip(values, rows, sums, strict=True)]
+                return sums
+
+            sums = w.loop(0, directions, 1, [w.zero] * (count if to_radial else 0), direction)
+            if to_radial:
+                place = w.offset(here[Slot.TO_RADIAL], c)
+                for number, value in enumerate(sums):
+                    w.store(value, place, number * self.lanes)
+            return []
+
+        w.loop(0, shape.channels, count * self.lanes, [], block)
+
+    def _pulled(self, table: str, g: list[list[str]], m: int) -> list[str]:
+        """Σ_k T[m, k] g[k]."""
+        w, dim_out = self.w, self.shape.dim_out
+        found: list[str | None] = [None] * len(g[0])
+        for k, row in enumerate(g):
+            factor = w.load_spread(table, m * dim_out + k)
+            found = [w.multiply_add(factor, v, before) for v, before in zip(row, found, strict=True)]
+        return [value for value in found if value is not None]
+
+    def _add_at(self, pointer: str, factors: Sequence[tuple[list[str] | None, Sequence[str]]], count: int) -> None:
+        w = self.w
+        values = self.vectors(pointer, count)
+        for left, right in factors:
+            assert left is not None
+            values = [w.multiply_add(a, b, v) for a, b, v in zip(left, right, values, strict=True)]
+        for number, value in enumerate(values):
+            w.store(value, pointer, number * self.lanes)
+
+    def _summed(self, here: dict[Slot, str], directions: str, i: str, j: str) -> None:
+        """Gradient by T, a sum over the channels; of the moved form the part that has no h_T."""
+        w, shape = self.w, self.shape
+        together = max(1, (self.w.target.registers - 8) // shape.dim_out)
+        for start in range(0, shape.dim_in, together):
+            rows = range(start, min(start + together, shape.dim_in))
+            sums = self._sums_of(here, directions, i, j, rows)
+            w.store_sums(sums, w.offset(here[Slot.TO_ANGULAR], start * shape.dim_out))
+
+    def _sums_of(self, here: dict[Slot, str], directions: str, i: str, j: str, rows: range) -> list[str]:
+        w, shape = self.w, self.shape
+
+        def direction(d: str, sums: list[str]) -> list[str]:
+            ends, sign = self._ends(here, d, i, j)
+
+            def block(c: str, sums: list[str]) -> list[str]:
+                r = self.vectors(w.offset(here[Slot.RADIAL], c), 1)
+                hr = self.vectors(w.offset(here[Slot.MOVED_RADIAL], c), 1) if self.moved_radial else []
+                if sign is not None:
+                    r, hr = [w.multiply(v, sign) for v in r], [w.multiply(v, sign) for v in hr]
+                x, hx = w.offset(ends[Slot.FEATURES], c), w.offset(ends[Slot.MOVED_FEATURES], c)
+                outer = w.offset(ends[Slot.OUTER], c)
+                g = [w.load(outer, w.times(k, self.outer_width)) for k in range(shape.dim_out)]
+                result: list[str] = []
+                for number, m in enumerate(rows):
+                    values, _ = self.products(r, hr, x, hx, m, 1)
+                    own = sums[number * shape.dim_out : (number + 1) * shape.dim_out]
+                    result += [w.multiply_add(values[0], v, s) if values else s for v, s in zip(g, own, strict=True)]
+                return result
+
+            return w.loop(0, shape.channels, self.lanes, sums, block)
+
+        return w.loop(0, directions, 1, [w.zero] * (len(rows) * shape.dim_out), direction)
