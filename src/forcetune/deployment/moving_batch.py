@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from forcetune.backbones.protocol import Backbone, Prediction
-from forcetune.deployment.compiled_prediction import TracedPrediction
+from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.deployment.ensemble import Ensemble
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, unlabelled_batch
@@ -43,7 +43,7 @@ class MovingBatch:
             raise InputError(f"skin={skin:g}: a distance beyond the cutoff is 0 or more, in Å.")
         self.backbone = backbone
         self.neighbors = VerletList(backbone.cutoff, skin)
-        self.traced = TracedPrediction(backbone, wanted=compile)
+        self.compiled = CompiledPrediction(backbone, wanted=compile)
         self._table = torch.full((256,), -1, dtype=torch.int64)
         self._table[torch.tensor(backbone.elements)] = torch.arange(len(backbone.elements))
         self._table = self._table.to(backbone.device)
@@ -88,8 +88,8 @@ class MovingBatch:
         return tuple(predictions)
 
     def _predict(self, batch: Batch, stress: bool) -> Prediction:
-        if self.neighbors.skin == 0 and batch.n_graphs == 1 and self.traced.untraced is None:
-            return self.traced.predict(batch, stress=stress)
+        if self.neighbors.skin == 0 and batch.n_graphs == 1 and self.compiled.untraced is None:
+            return self.compiled.predict(batch, stress=stress)
         plan = self._plan_of(batch)
         with nullcontext() if plan is None else with_plan(self.backbone, plan):
             return self.backbone.predict(batch, stress=stress).detached()
