@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from forcetune.adapters.attach import Adapter, attach
 from forcetune.adapters.gradients import start_from_gradients, weight_gradients, within_budget
 from forcetune.adapters.methods import Method
+from forcetune.adapters.updates.low_rank import LowRankWeight
 from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
@@ -35,7 +36,7 @@ def attach_for_training(
         config: loss, batch size and seed.
         graphs: of the training frames, with labels.
         reference_energies: of the run, eV.
-        elements: atomic numbers that anything is trained on; sparse updates leave the others alone.
+        elements: atomic numbers that anything is trained on; sparse and low-rank updates leave the others alone.
 
     Raises:
         InputError: as :func:`forcetune.adapters.attach.attach` and
@@ -71,10 +72,10 @@ def attach_for_training(
 
 
 def _left_alone(adapter: Adapter, backbone: Backbone, elements: Collection[int]) -> Adapter:
-    """The same; sparse updates do not change weights of elements that are in the model's table only."""
+    """The same; sparse and low-rank updates do not change weights of elements that are in the model's table only."""
     absent = [index for index, number in enumerate(backbone.elements) if number not in elements]
     for _, part in adapter.trainable_parts():
-        if isinstance(part, SparseWeight) and absent:
+        if isinstance(part, SparseWeight | LowRankWeight) and absent:
             part.leave_elements(absent, len(backbone.elements))
     return adapter
 

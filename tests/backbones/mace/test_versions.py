@@ -124,6 +124,26 @@ def test_every_file_of_every_version(version: str, name: str, get: Get) -> None:
     check(get(version, name))
 
 
+REPULSIVE = [case for case in cases() if case[1] in ("repulsion", "plain_repulsion", "mp0b", "mp0b_float32")]
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        pytest.param(*case, marks=[] if case in (("0.3.6", "repulsion"), ("0.3.10", "repulsion")) else pytest.mark.slow)
+        for case in REPULSIVE
+    ],
+)
+def test_repulsion_has_all_digits(version: str, name: str, get: Get) -> None:
+    """Charges are integers, whose product has the precision that torch is set to: float64 for a float64 calculator.
+
+    Rounded to float32 on the way, as by earlier versions of this package, energies differ by 3e-9 to 6e-8 eV.
+    """
+    model = get(version, name)
+    backbone = forcetune.load(str(model.path), dtype="float64")
+    assert_parity(backbone, model, double=True, tolerance=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*was made by mace 0.3.14, which mixed heads")
 def test_merged_readouts_of_mixed_heads_are_what_their_version_computes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -71,6 +71,24 @@ class LowRankWeight(WeightUpdate):
                 left = torch.linalg.svd(as_matrix(flat, path), full_matrices=False)[0][:, : factor.shape[-1]]
                 rows = factor.view(-1, factor.shape[-1])
                 rows[:, : left.shape[1]] = left.to(rows) * math.sqrt(len(rows))
+
+    @torch.no_grad()
+    def leave_elements(self, absent: Sequence[int], count: int) -> None:
+        """A = 0 in the rows of elements that nothing is trained on, where it has no gradient and stays.
+
+        They would move with B by random amounts. With ``norms`` they still follow the norms of the channels, which go
+        over the rows of all elements.
+
+        Args:
+            absent: their places in the model's table.
+            count: elements in the table.
+        """
+        for path in self.paths:
+            if path.name in self.A and path.by_element is not None and path.by_element[1] == count:
+                outer, _, inner = path.by_element
+                # where channels come last, the rows of A have the order of the weight
+                if inner % path.shape[-1] == 0:
+                    self.A[path.name].view(outer, count, -1)[:, list(absent)] = 0
 
     def forward(self, weight: Tensor) -> Tensor:
         flat = weight.reshape(-1)
