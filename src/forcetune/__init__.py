@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from forcetune.adapters.updates import Dense, Frozen, Gate, LowRank
     from forcetune.backbones.loading import load
     from forcetune.config import RunConfig, load_config
+    from forcetune.deployment.approximate import merge_approximately
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.export.exporting import export
     from forcetune.deployment.merge import merge
@@ -47,6 +48,7 @@ _HOMES = {
     "runs.compare": ("compare",),
     "config": ("RunConfig", "load_config"),
     "runs.demo": ("Demo", "demo_file"),
+    "deployment.approximate": ("merge_approximately",),
     "deployment.calculator": ("calculator",),
     "deployment.export.exporting": ("export",),
     "deployment.merge": ("merge",),
@@ -97,6 +99,7 @@ __all__ = [
     "load_adapter",
     "load_config",
     "merge",
+    "merge_approximately",
     "method",
     "read_frames",
     "relax_spins",

@@ -22,6 +22,7 @@ from forcetune.errors import ForcetuneError, ForcetuneNote, InputError
 from forcetune.utils.parsing import printable
 
 if TYPE_CHECKING:
+    from forcetune.deployment.approximate import Approximation
     from forcetune.runs.fit import Run
 
 # PyTorch and the model libraries take seconds to import: each command imports what it needs, so that help is instant.
@@ -421,8 +422,40 @@ def merge(
     ] = None,
     dtype: Dtype = None,
     trust: Trust = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Where gates do not merge: the nearest plain model, within --bound.")
+    ] = False,
+    bound: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --approximate: largest mean absolute difference of forces on test frames, meV/Å; by default a "
+            "fifth of the run's own error.",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="With --approximate: of low-rank updates; by default all weights change.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="With --approximate: frames to find it on, if not the run's own.")
+    ] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(help="With --approximate: frames to measure it on, if not the run's own.")
+    ] = None,
 ) -> None:
     """Write base + adapter as a plain model of the base's own library, after proving that they are equal."""
+    if approximate:
+        if dtype is not None or modality is not None:
+            raise InputError("--approximate: writes in the base's own precision and modality; leave out the other.")
+        from forcetune.deployment.approximate import merge_approximately
+
+        found = merge_approximately(
+            run, output, model=base, train=data or None, test=test or None, bound=bound, rank=rank, trust=trust
+        )
+        _say_approximation(found)
+        return
+    if bound is not None or rank is not None or data or test:
+        raise InputError("--bound, --rank, --data and --test belong to --approximate; add it, or leave them out.")
     from forcetune.deployment.merge import merge as merge_run
 
     merged = merge_run(run, output, model=base, dtype=dtype, trust=trust, modality=modality)
@@ -439,6 +472,26 @@ def merge(
             f"reference energies differ by at most {merged.references_difference:.1e} eV an atom, as float32 rounds "
             "them; --dtype float64 keeps them"
         )
+
+
+def _say_approximation(approximation: Approximation) -> None:
+    from forcetune.deployment.approximate import note_path
+    from forcetune.reports.tables import error_table
+
+    Console().print(
+        error_table({"test": {"before": approximation.before.to_json(), "after": approximation.after.to_json()}})
+    )
+    for name, difference in (
+        ("without gates", approximation.dropped),
+        ("layer by layer", approximation.regressed),
+        ("distilled", approximation.distilled),
+    ):
+        print(
+            f"{name:15} differs from the run by {difference.energy_mev_per_atom:.3g} meV/atom, "
+            f"{difference.forces_mev_per_ang:.3g} meV/Å on {approximation.n_test} test frames"
+        )
+    merged = approximation.merged.path
+    print(f"model    {merged} (bound {approximation.bound:.3g} meV/Å)\nstored   {note_path(merged)}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from forcetune.backbones.registry import resolve
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.deployment.parity import PARITY, probe_frames, relative_differences
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, graphs_of, predict
 from forcetune.frames.frame import Frame
 from forcetune.utils.files import atomic_path, path_of, sha256_of
 
@@ -86,11 +86,37 @@ def merge(
     if config is None:
         raise InputError(f"{run}: holds no adapter to merge.")
     check_mergeable(backbone)
-    _check_output(Path(output), backbone.base)
+    check_merged_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
     before = predict(backbone, graphs_of(backbone, probes), stress=True)
     added = _new_modality(backbone, Path(run), modality)
     merge_weights(backbone)
+    return write_plain(backbone, output, before, probes, dtype=dtype, added=added)
+
+
+def write_plain(
+    backbone: Backbone,
+    output: str | Path,
+    before: Predictions,
+    probes: Sequence[Frame],
+    *,
+    dtype: str | None = None,
+    added: str | None = None,
+) -> Merged:
+    """Write a backbone without adapter, read it back, and compare, before the file takes its place.
+
+    Args:
+        backbone: with its weights as they are to be.
+        output: file to write.
+        before: what the written model has to predict for
+        probes: these structures.
+        dtype: precision of the written model, where one was asked for.
+        added: name of a modality to add.
+
+    Raises:
+        InputError: the file cannot be written, or not in this precision.
+        ForcetuneError: the written model disagrees; nothing is left at ``output``.
+    """
     with atomic_path(output) as temporary:
         again = _written(backbone, temporary, dtype, added)
         after = predict(again, graphs_of(again, probes), stress=True)
@@ -177,7 +203,7 @@ def _check_others(backbone: Backbone, written: Backbone, probes: Sequence[Frame]
             )
 
 
-def _check_output(output: Path, base: Base) -> None:
+def check_merged_output(output: Path, base: Base) -> None:
     """
     Raises:
         InputError: writing there would replace the base or a copy of it, or a file that is no merged model.

@@ -244,9 +244,11 @@ def predict(
     return Predictions.of(*gather(pairs))
 
 
-def evaluation_batches(graphs: Sequence[Batch], device: torch.device | str = "cpu") -> BatchLoader:
+def evaluation_batches(
+    graphs: Sequence[Batch], device: torch.device | str = "cpu", atoms: int = EVALUATION_ATOMS
+) -> BatchLoader:
     """Graphs in order, in batches of some hundred atoms."""
-    budget = max(EVALUATION_ATOMS, int(sizes_of(graphs)[:, 0].max(initial=0)))
+    budget = max(atoms, int(sizes_of(graphs)[:, 0].max(initial=0)))
     return BatchLoader(graphs, len(graphs), batch_atoms=budget, device=device)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from forcetune.adapters.attach import attached
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.evaluation.metrics import evaluation_batches, gather
+from forcetune.evaluation.metrics import EVALUATION_ATOMS, evaluation_batches, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.training.losses import LossSums, label_weights, loss_of
@@ -34,6 +34,7 @@ def refine(
     *,
     replay: Replay | None = None,
     progress: Callable[[int], None] | None = None,
+    batch_atoms: int = EVALUATION_ATOMS,
 ) -> Refinement:
     """Go on from a trained adapter by L-BFGS with strong-Wolfe line searches (Nocedal & Wright, algorithm 7.5).
 
@@ -46,14 +47,15 @@ def refine(
         training, validation: graphs with labels.
         replay: graphs that count as they do in training, all of them here; their head is no longer trained.
         progress: called with the number of each iteration.
+        batch_atoms: atoms whose loss is differentiated at once, which takes memory.
     """
     adapter = attached(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    batches = _Weighted(training, replay, backbone)
+    batches = _Weighted(training, replay, backbone, batch_atoms)
     head = None if replay is None else replay.head
 
-    validating = evaluation_batches(validation, backbone.device)
+    validating = evaluation_batches(validation, backbone.device, batch_atoms)
 
     wholes = _label_weights(backbone, loss, batches)
 
@@ -123,11 +125,11 @@ def _label_weights(backbone: Backbone, loss: LossConfig, batches: Iterable[Batch
 class _Weighted:
     """Batches of all frames, each with the weight that it has in an epoch."""
 
-    def __init__(self, training: Sequence[Batch], replay: Replay | None, backbone: Backbone) -> None:
-        self.kinds = [(evaluation_batches(training, backbone.device), 1.0)]
+    def __init__(self, training: Sequence[Batch], replay: Replay | None, backbone: Backbone, atoms: int) -> None:
+        self.kinds = [(evaluation_batches(training, backbone.device, atoms), 1.0)]
         if replay is not None:
             often = replay.ratio * len(training) / len(replay.graphs)
-            self.kinds.append((evaluation_batches(replay.graphs, backbone.device), often))
+            self.kinds.append((evaluation_batches(replay.graphs, backbone.device, atoms), often))
 
     def __iter__(self) -> Iterator[Batch]:
         for batches, often in self.kinds:

@@ -136,6 +136,10 @@ class LammpsData:
         np.add.at(self._forces, self._second, -forces)
         self.virial -= self._apart.T @ forces
 
+    def update_pair_forces_gpu(self, forces: torch.Tensor) -> None:
+        """The same of a tensor, which LAMMPS reads by its address."""
+        self.update_pair_forces(np.ascontiguousarray(forces.detach().numpy()))
+
     def forward_exchange(self, source: torch.Tensor, target: torch.Tensor, width: int) -> None:
         """Rows of local atoms to where they are ghosts; (local + ghosts, width), contiguous."""
         self._check_rows(source, target, width)
