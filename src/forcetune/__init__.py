@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.merge import merge
     from forcetune.deployment.spins import exchange_parameters, relax_spins
+    from forcetune.deployment.watch import ExtrapolationError, Watch, watch
     from forcetune.diagnostics.doctor import Checkup, doctor
     from forcetune.diagnostics.finding import Finding
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
@@ -48,6 +49,7 @@ _HOMES = {
     "runs.demo": ("Demo", "demo_file"),
     "deployment.calculator": ("calculator",),
     "deployment.merge": ("merge",),
+    "deployment.watch": ("ExtrapolationError", "Watch", "watch"),
     "deployment.spins": ("exchange_parameters", "relax_spins"),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
     "runs.fit": ("Run", "fit", "resume", "run_fit"),
@@ -66,6 +68,7 @@ __all__ = [
     "Combination",
     "Demo",
     "Dense",
+    "ExtrapolationError",
     "Finding",
     "ForcetuneError",
     "ForcetuneWarning",
@@ -76,6 +79,7 @@ __all__ = [
     "Method",
     "Run",
     "RunConfig",
+    "Watch",
     "__version__",
     "attach",
     "calculator",
@@ -100,6 +104,7 @@ __all__ = [
     "resume",
     "run_fit",
     "save_adapter",
+    "watch",
 ]
 
 
