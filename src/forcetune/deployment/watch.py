@@ -93,15 +93,22 @@ class Watch:
             ExtrapolationError: it is beyond a limit and ``stop`` is set; the structure has been written.
         """
         step, self.step = self.step, self.step + 1
-        forces = np.asarray(results["forces"])
-        if step % self.every and np.isfinite(forces).all():
+        if step % self.every and np.isfinite(results["forces"]).all():
             return {}
+        return self.check(step, atoms, results)
+
+    def check(self, step: int, atoms: Atoms, results: dict[str, Any], place: str = "") -> dict[str, FloatArray]:
+        """:meth:`look`, of whatever structure and without counting; ``place`` says which of several it is.
+
+        Raises:
+            ExtrapolationError: as :meth:`look`.
+        """
         values: dict[str, FloatArray] = {}
         if self._environments is not None:
             values["novelty"] = self._environments.novelty(frame_of(atoms))
-        reason = self._reason(atoms, forces, results, values)
+        reason = self._reason(atoms, np.asarray(results["forces"]), results, values)
         if reason is not None:
-            self._flag(step, reason, atoms, results, values)
+            self._flag(step, place + reason, atoms, results, values)
         return values
 
     def _reason(
