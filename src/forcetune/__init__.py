@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from forcetune.deployment.export.exporting import export
     from forcetune.deployment.merge import merge
     from forcetune.deployment.spins import exchange_parameters, relax_spins
+    from forcetune.deployment.watch import ExtrapolationError, Watch, watch
     from forcetune.diagnostics.doctor import Checkup, doctor
     from forcetune.diagnostics.finding import Finding
     from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
@@ -52,6 +53,7 @@ _HOMES = {
     "deployment.calculator": ("calculator",),
     "deployment.export.exporting": ("export",),
     "deployment.merge": ("merge",),
+    "deployment.watch": ("ExtrapolationError", "Watch", "watch"),
     "deployment.spins": ("exchange_parameters", "relax_spins"),
     "errors": ("ForcetuneError", "ForcetuneWarning", "InputError"),
     "runs.fit": ("Run", "fit", "resume", "run_fit"),
@@ -70,6 +72,7 @@ __all__ = [
     "Combination",
     "Demo",
     "Dense",
+    "ExtrapolationError",
     "Finding",
     "ForcetuneError",
     "ForcetuneWarning",
@@ -80,6 +83,7 @@ __all__ = [
     "Method",
     "Run",
     "RunConfig",
+    "Watch",
     "__version__",
     "attach",
     "calculator",
@@ -106,6 +110,7 @@ __all__ = [
     "resume",
     "run_fit",
     "save_adapter",
+    "watch",
 ]
 
 

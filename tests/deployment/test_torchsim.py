@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
+from ase.io import read
 from ase.md.verlet import VelocityVerlet
 
 import forcetune
@@ -205,6 +206,20 @@ def test_ensembles(tmp_path: Path) -> None:
         np.testing.assert_allclose(output["forces_std"][part], calculator.results["forces_std"], rtol=0, atol=1e-10)
         first += len(atoms)
     assert output["forces_std"].abs().max() > 1e-4
+
+
+def test_watched_batches(tmp_path: Path, gates: Path) -> None:
+    file = tmp_path / "flagged.xyz"
+    frames = [ethanol(seed) for seed in range(10)]
+    model = ForcetuneModel("mini", gates, watch=forcetune.Watch(frames=frames, novelty=5.0, file=file))
+    structures = [ethanol(20), ethanol(21)]
+    model(state_of(structures, model))
+    structures[1].positions[3] += 1.2
+    with pytest.raises(forcetune.ExtrapolationError, match="structure 1 of the simulation: system 1: the surroundings"):
+        model(state_of(structures, model))
+    np.testing.assert_allclose(read(file).positions, structures[1].positions, rtol=0, atol=1e-7)
+    with pytest.raises(InputError, match="forces_std needs an ensemble"):
+        ForcetuneModel("mini", gates, watch=forcetune.Watch(forces_std=0.1))
 
 
 def test_torch_sims_own_validation(tmp_path: Path) -> None:

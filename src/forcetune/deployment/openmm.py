@@ -26,10 +26,10 @@ from forcetune.utils.optional import missing_package
 
 try:
     import openmm
-    from openmm import unit
 except ImportError as error:
     raise missing_package("OpenMM", "openmm", error) from error
 
+unit: Any = openmm.unit  # its units are made at run time
 KILOJOULES = units.mol / units.kJ
 """One eV in kJ/mol."""
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.calculator import SMALLEST_VOLUME, EnsembleCalculator, calculator
 from forcetune.deployment.moving_batch import MovingBatch, mean_prediction
+from forcetune.deployment.watch import Watch
 from forcetune.errors import InputError, warn
+from forcetune.graphs.graph import Batch
 from forcetune.utils.optional import missing_package
 
 try:
@@ -58,6 +60,7 @@ class ForcetuneModel(ModelInterface):
         compile: Literal["auto", "off"] = "auto",
         compute_stress: bool = True,
         memory_scales_with: MemoryScaling | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """
         Args:
@@ -72,10 +75,12 @@ class ForcetuneModel(ModelInterface):
             compute_stress: whether to; can be set later.
             memory_scales_with: what torch-sim's autobatching estimates memory by; by default ``n_atoms_x_density``,
                 or ``n_atoms`` with ``periodic="cell"``, as molecules have no density.
+            watch: what to look for in every system (:class:`forcetune.Watch`); its ``every`` counts calls. What is
+                looked at is copied to the CPU.
 
         Raises:
-            InputError: as :func:`forcetune.calculator`, an option is something else, or the model has a spin layer,
-                whose magnetic state torch-sim does not know.
+            InputError: as :func:`forcetune.calculator`, an option is something else, the model has a spin layer, whose
+                magnetic state torch-sim does not know, or a spread of forces is to be watched without an ensemble.
         """
         super().__init__()
         if periodic not in ("state", "cell"):
@@ -97,6 +102,9 @@ class ForcetuneModel(ModelInterface):
         self._memory_scales_with = scaling
         self._periodic = periodic
         self._ensemble = loaded.ensemble if isinstance(loaded, EnsembleCalculator) else None
+        if watch is not None and watch.forces_std is not None and self._ensemble is None:
+            raise InputError("forces_std needs an ensemble, whose members can disagree: adapter=['run1', 'run2'].")
+        self._watch = watch
         self._charge_ignored = False
         self.batches = MovingBatch(backbone, skin=skin, compile=loaded.compile == "auto" and self._ensemble is None)
 
@@ -146,9 +154,7 @@ class ForcetuneModel(ModelInterface):
         batch = self.batches.batch(state.atomic_numbers.to(self._device).long(), positions, cell, pbc, system)
         members = self.batches.predict(batch, stress=self._compute_stress, ensemble=self._ensemble)
         prediction, further = mean_prediction(members)
-        results = {"energy": prediction.energy}
-        if self._compute_forces:
-            results["forces"] = prediction.forces
+        results = {"energy": prediction.energy, "forces": prediction.forces}
         if prediction.stress is not None:
             volume = torch.linalg.det(batch.cell).abs()
             results["stress"] = torch.where(
@@ -158,7 +164,31 @@ class ForcetuneModel(ModelInterface):
             results["energies"] = prediction.energies
         if prediction.moments is not None:
             results["magmoms"] = prediction.moments
+        if self._watch is not None:
+            self._look(self._watch, batch, pbc, results | further)
         return results | further
+
+    def _look(self, watch: Watch, batch: Batch, pbc: Tensor, results: dict[str, Tensor]) -> None:
+        """Watch every system.
+
+        Raises:
+            ExtrapolationError: one of them is beyond a limit.
+        """
+        step, watch.step = watch.step, watch.step + 1
+        if step % watch.every and bool(torch.isfinite(results["forces"]).all()):
+            return
+        numbers, positions, cells, periodic = (
+            tensor.cpu().numpy() for tensor in (batch.numbers, batch.positions, batch.cell, pbc)
+        )
+        values = {
+            name: results[name].double().cpu().numpy() for name in ("energy", "forces", "forces_std") if name in results
+        }
+        ends = batch.ptr.tolist()
+        for index in range(batch.n_graphs):
+            part = slice(ends[index], ends[index + 1])
+            atoms = Atoms(numbers[part], positions[part], cell=cells[index], pbc=periodic[index])
+            mine = {name: value[index if name == "energy" else part] for name, value in values.items()}
+            watch.check(step, atoms, mine, f"system {index}: ")
 
     def _periodic_directions(self, state: SimState, cell: Tensor) -> Tensor:
         """(systems, 3), the periodic directions of each system."""
