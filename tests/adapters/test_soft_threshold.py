@@ -24,7 +24,7 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.config import TrainingConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.training.optimizers import make_optimizer
 from systems import backbone, cluster, frames_of, write_labelled, write_model
 
@@ -97,7 +97,7 @@ def test_file_holds_the_changed_weights_only(model: MaceBackbone, tmp_path: Path
     sparsity = adapter.sparsity()
     assert sparsity is not None
     assert 0.9 < sparsity.zeros_of_wrapped < sparsity.zeros_of_all < 1
-    graphs = graphs_of(model, frames_of(cluster()))
+    graphs = build_graphs(model, frames_of(cluster()))
     expected = predict(model, graphs)
     save_adapter(model, tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / TENSORS_NAME)

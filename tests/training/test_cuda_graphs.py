@@ -15,7 +15,7 @@ from forcetune.adapters.attach import attach, attached
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
@@ -44,7 +44,7 @@ def labelled_graphs(model: MaceBackbone) -> list[Batch]:
             energy=torch.randn(1, generator=generator, dtype=torch.float64),
             forces=torch.randn(graph.forces.shape, generator=generator, dtype=graph.forces.dtype),
         )
-        for graph in graphs_of(model, frames_of(*MOLECULES))
+        for graph in build_graphs(model, frames_of(*MOLECULES))
     ]
 
 

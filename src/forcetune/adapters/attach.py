@@ -129,11 +129,13 @@ class Adapter(nn.Module):
             for kind in (WeightUpdate, ActivationUpdate):
                 part = self.part(site, kind)
                 if part is not None:
-                    own = part.options()
-                    yield from ((site.kind, parameter, own.get(name)) for name, parameter in part.named_parameters())
+                    options = part.options()
+                    yield from (
+                        (site.kind, parameter, options.get(name)) for name, parameter in part.named_parameters()
+                    )
         if self.magnetic is not None:
-            own = self.magnetic.options()
-            yield from (("magnetism", parameter, own[name]) for name, parameter in self.magnetic.named_parameters())
+            options = self.magnetic.options()
+            yield from (("magnetism", parameter, options[name]) for name, parameter in self.magnetic.named_parameters())
 
     def sparsity(self) -> Sparsity | None:
         """How many weights a sparse update leaves as they were; None where nothing is sparse."""
@@ -157,9 +159,9 @@ def part_key(site: Site, kind: type[nn.Module]) -> str:
 
 
 def _parameter(model: nn.Module, site: Site) -> nn.Parameter:
-    found = model.get_submodule(site.module)._parameters[site.parameter]
-    assert found is not None
-    return found
+    parameter = model.get_submodule(site.module)._parameters[site.parameter]
+    assert parameter is not None
+    return parameter
 
 
 class _ShowWeights:
@@ -224,7 +226,7 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
     Raises:
         InputError: an adapter is attached already, or the method matches no site.
     """
-    if adapter_of(backbone) is not None:
+    if get_adapter(backbone) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -246,7 +248,7 @@ def reattach(backbone: Backbone, adapter: Adapter) -> None:
     Raises:
         InputError: an adapter is attached already, or this one was taken out of a model with other weights.
     """
-    if adapter_of(backbone) is not None:
+    if get_adapter(backbone) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
     if adapter._base is not None and adapter._base.fingerprint != backbone.base.fingerprint:
         raise InputError(
@@ -313,16 +315,16 @@ def check_loaded(backbone: Backbone) -> None:
         raise InputError(f"{short(str(backbone))}: load the model first, as in forcetune.load({short(str(backbone))}).")
 
 
-def adapter_of(backbone: Backbone) -> Adapter | None:
+def get_adapter(backbone: Backbone) -> Adapter | None:
     """The attached adapter, or None.
 
     Raises:
         InputError: as :func:`check_loaded`.
     """
     check_loaded(backbone)
-    found = backbone.model._modules.get(ADAPTER)
-    assert found is None or isinstance(found, Adapter)
-    return found
+    adapter = backbone.model._modules.get(ADAPTER)
+    assert adapter is None or isinstance(adapter, Adapter)
+    return adapter
 
 
 def attached(backbone: Backbone) -> Adapter:
@@ -331,7 +333,7 @@ def attached(backbone: Backbone) -> Adapter:
     Raises:
         InputError: none is attached.
     """
-    adapter = adapter_of(backbone)
+    adapter = get_adapter(backbone)
     if adapter is None:
         raise InputError("this model carries no adapter; attach one or load one first.")
     return adapter

@@ -16,9 +16,9 @@ from forcetune.backbones.protocol import Backbone, Base, Multimodal
 from forcetune.backbones.registry import resolve
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import FloatArray, Frame, Origin
-from forcetune.utils.files import atomic_path, path_of, sha256_of
+from forcetune.utils.files import as_path, atomic_path, compute_sha256
 
 PARITY = {"float64": 1e-10, "float32": 1e-4}
 MODEL_SUFFIXES = (".model", ".pt", ".pth")
@@ -90,12 +90,12 @@ def merge(
     check_mergeable(backbone)
     _check_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
-    before = predict(backbone, graphs_of(backbone, probes), stress=True)
+    before = predict(backbone, build_graphs(backbone, probes), stress=True)
     added = _new_modality(backbone, Path(run), modality)
     merge_weights(backbone)
     with atomic_path(output) as temporary:
         again = _written(backbone, temporary, dtype, added)
-        after = predict(again, graphs_of(again, probes), stress=True)
+        after = predict(again, build_graphs(again, probes), stress=True)
         energy, forces = _differences(before, after, backbone.reference_energies, again.reference_energies)
         references, rounding = _reference_differences(backbone, again)
         allowed = PARITY["float64" if {again.stored_dtype, backbone.dtype} == {torch.float64} else "float32"]
@@ -170,7 +170,7 @@ def _check_others(backbone: Backbone, written: Backbone, probes: Sequence[Frame]
     assert isinstance(backbone, Multimodal) and isinstance(written, Multimodal)
     for name in backbone.modalities:
         one, other = backbone.with_modality(name), written.with_modality(name)
-        before, after = (predict(model, graphs_of(model, probes), stress=True) for model in (one, other))
+        before, after = (predict(model, build_graphs(model, probes), stress=True) for model in (one, other))
         worst = max(_differences(before, after, one.reference_energies, other.reference_energies))
         if not worst <= PARITY["float32"]:
             raise ForcetuneError(
@@ -184,13 +184,13 @@ def _check_output(output: Path, base: Base) -> None:
     Raises:
         InputError: writing there would replace the base or a copy of it, or a file that is no merged model.
     """
-    target = path_of(output)
+    target = as_path(output)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file, such as {target / 'tuned.model'}.")
     if not target.exists():
         return
     source = _file_of(base.source)
-    if (source is not None and target.samefile(source)) or sha256_of(target) == base.sha256:
+    if (source is not None and target.samefile(source)) or compute_sha256(target) == base.sha256:
         raise InputError(f"{target}: is the base of this adapter and stays as it is; choose another name.")
     if target.suffix not in MODEL_SUFFIXES or target.name == BASE_NAME:
         raise InputError(f"{target}: exists and is no merged model; choose another name, such as tuned.model.")

@@ -80,4 +80,4 @@ def in_set(code: str, severity: Severity, message: str, frames: Sequence[Frame])
 
 def sort_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Errors first, then warnings, then notes; otherwise as they come, and every finding once."""
-    return tuple(sorted(dict.fromkeys(findings), key=lambda found: SEVERITIES.index(found.severity)))
+    return tuple(sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity)))

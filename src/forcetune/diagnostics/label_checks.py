@@ -115,13 +115,13 @@ def _repeated(
 ) -> list[int]:
     """Frames whose label is that of an earlier one although their structure is another."""
     first: dict[Hashable, int] = {}
-    found = []
+    findings = []
     for k in members:
         earlier = first.setdefault((len(frames[k]), label(frames[k])), k)
         one, other = shapes[earlier], shapes[k]
         if earlier != k and one is not None and other is not None and _is_other(one.descriptor, other.descriptor):
-            found.append(k)
-    return found
+            findings.append(k)
+    return findings
 
 
 def _chance_repeats(frames: Sequence[Frame], step: float) -> float:

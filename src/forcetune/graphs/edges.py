@@ -54,7 +54,7 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
             )
 
 
-def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
+def find_edges(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
     """Neighbours in one frame as :func:`forcetune.frames.neighbor_list.neighbours` gives them.
 
     Raises:
@@ -101,15 +101,15 @@ class EdgeSearch:
     cutoff: float
 
 
-def find_edges(task: EdgeSearch) -> tuple[list[bytes], list[int]]:
+def search_store(task: EdgeSearch) -> tuple[list[bytes], list[int]]:
     """Rows of neighbours for a store, and the number of edges in each; runs in a worker.
 
     Raises:
-        InputError: as :func:`edges_of`.
+        InputError: as :func:`find_edges`.
     """
     rows, counts = [], []
     for frame in StoredFrames(task.frames, np.arange(task.first, task.end)):
-        edge_index, shifts = edges_of(frame, task.cutoff)
+        edge_index, shifts = find_edges(frame, task.cutoff)
         rows.append(packed(EDGE_COLUMNS, {"edges": edge_index.T, "shifts": shifts}))
         counts.append(edge_index.shape[1])
     return rows, counts

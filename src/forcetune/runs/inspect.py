@@ -14,7 +14,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import load_config
 from forcetune.deployment.loading import deploy_copy
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.frames.read import read_frames
 
 
@@ -58,7 +58,7 @@ def inspect(
             data if data is not None else _training_files(run), require=(), name="data to watch gates on"
         ).frames
         with recorded_gates(backbone) as seen:
-            predict(backbone, graphs_of(backbone, frames))
+            predict(backbone, build_graphs(backbone, frames))
         gates = tuple(seen)
     alike = None
     if against is not None:

@@ -95,13 +95,13 @@ def describe_failure(
     )
 
 
-def copies_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+def copy_values(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The values of parameters, to be put back by :func:`put_back`."""
     return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()
 def put_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Give parameters the values that :func:`copies_of` took."""
+    """Give parameters the values that :func:`copy_values` took."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -22,7 +22,7 @@ import forcetune
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.frames.frame import Frame, Origin
-from forcetune.graphs.graph import graph_of
+from forcetune.graphs.graph import build_graph
 from genuine import FOLDER_VARIABLE, Genuine, Structure, UnavailableError, Versions
 from genuine_models import QUICK_VERSIONS, VERSIONS, cases
 from systems import perturb
@@ -82,7 +82,7 @@ def assert_parity(
         if not set(structure.numbers) <= set(backbone.elements):
             continue
         crystal = bool(structure.pbc.all())
-        graph = graph_of(as_frame(structure, index), backbone.cutoff, backbone.dtype)
+        graph = build_graph(as_frame(structure, index), backbone.cutoff, backbone.dtype)
         predicted = backbone.predict(graph, stress=crystal).detached()
         found = {"energy": predicted.energy[0], "forces": predicted.forces}
         if crystal:
@@ -151,7 +151,7 @@ def test_gradients_of_the_weights_of_a_version(version: str, name: str, get: Get
         weight.requires_grad_()
     loss = torch.zeros((), dtype=torch.float64)
     for index, structure in enumerate(model.results.structures[:2]):
-        graph = graph_of(as_frame(structure, index), backbone.cutoff, backbone.dtype)
+        graph = build_graph(as_frame(structure, index), backbone.cutoff, backbone.dtype)
         predicted = backbone.predict(graph, create_graph=True)
         loss = loss + predicted.energy.sum() + (predicted.forces**2).sum()
     slopes = torch.autograd.grad(loss, [weights[parameter] for parameter in expected])

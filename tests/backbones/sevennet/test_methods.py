@@ -17,7 +17,7 @@ from forcetune.adapters.methods import METHODS, method
 from forcetune.adapters.updates import Gate
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.runs.methods import compare_methods
 from sevennet_models import BATTERY, RECIPES, Recipe, backbone_of, perturb, write_checkpoint
 from systems import cluster, crystal, frames_of
@@ -179,7 +179,7 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path, recipe: str, name: str) -
     model = SevenNetBackbone.load(file, head=head, elements=[1, 6, 8])
     perturb(attach(model, method(name)))
     model.set_reference_energies({1: -13.5, 8: -2041.0})
-    batches = graphs_of(model, frames_of(cluster((1, 6, 8)), crystal((1, 6, 8))))
+    batches = build_graphs(model, frames_of(cluster((1, 6, 8)), crystal((1, 6, 8))))
     expected = predict(model, batches, stress=True)
     save_adapter(model, tmp_path / "adapter")
     detach(model)
@@ -202,12 +202,12 @@ def test_an_adapter_of_one_modality_is_refused_by_another(tmp_path: Path) -> Non
 
 def test_cut_and_folded_models_keep_what_they_compute() -> None:
     model = backbone_of(BATTERY["SevenNet, modalities"])
-    before = predict(model, graphs_of(model, frames_of(cluster((1, 6, 8)))))
+    before = predict(model, build_graphs(model, frames_of(cluster((1, 6, 8)))))
     assert model.fingerprint() == model.base.fingerprint
     model.set_reference_energies({1: -13.587123456789})
     cut = model.cut_to([1, 6, 8])
     assert cut.elements == (1, 6, 8)
-    found = predict(cut, graphs_of(cut, frames_of(cluster((1, 6, 8)))))
+    found = predict(cut, build_graphs(cut, frames_of(cluster((1, 6, 8)))))
     assert np.array_equal(found.forces, before.forces)
     assert cut.reference_energies[1] == -13.587123456789
     assert cut.stored_dtype == torch.float32
