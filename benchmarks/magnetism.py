@@ -185,7 +185,7 @@ def costs(out: Path, rounds: int = 15) -> dict[str, float]:
     import torch
 
     import forcetune
-    from forcetune.adapters.attach import attach, attached, detach
+    from forcetune.adapters.attach import attach, detach, require_adapter
     from forcetune.adapters.methods import method as made
     from forcetune.config import LossConfig
     from forcetune.evaluation.metrics import build_graphs
@@ -207,10 +207,10 @@ def costs(out: Path, rounds: int = 15) -> dict[str, float]:
             began = time.perf_counter()
             compute_loss(config, backbone.predict(batch, stress=True, create_graph=True), batch).backward()
             taken.setdefault(f"step_{name}", []).append(time.perf_counter() - began)
-            for parameter in attached(backbone).parameters():
+            for parameter in require_adapter(backbone).parameters():
                 parameter.grad = None
     for backbone, _ in cases.values():
-        for parameter in attached(backbone).parameters():
+        for parameter in require_adapter(backbone).parameters():
             parameter.requires_grad_(False)
     for _ in range(rounds):
         for name, (backbone, batch) in cases.items():

@@ -477,7 +477,7 @@ KEPT = {
 
 
 def keep_memory() -> None:
-    """Start anew with an allocator that gives nothing back to the system."""
+    """Start again with an allocator that gives nothing back to the system."""
     if not sys.platform.startswith("linux"):
         raise SystemExit("--keep-memory is for glibc's allocator, on Linux")
     if any(os.environ.get(name) != value for name, value in KEPT.items()):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import forcetune
-from forcetune.adapters.attach import attach, attached, detach, get_adapter, merge_weights, reattach
+from forcetune.adapters.attach import attach, detach, get_adapter, merge_weights, reattach, require_adapter
 from forcetune.adapters.changes import recorded_gates, weight_changes
 from forcetune.adapters.combine import Combination, combine
 from forcetune.adapters.file import load_adapter, save_adapter
@@ -149,7 +149,7 @@ def test_a_saved_combination_is_what_it_was(folders: dict[str, Path], tmp_path: 
     same(predictions(other).forces, expected.forces)
     assert other.reference_energies == pytest.approx({**backbone().reference_energies, **_mixed_references(folders)})
     # also the order, which matters to gates
-    assert loaded.coverage() == attached(model).coverage()
+    assert loaded.coverage() == require_adapter(model).coverage()
     again = tmp_path / "again"
     save_adapter(other, again)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -14,7 +14,7 @@ from ase.io import write
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune.adapters.attach import attach, attached, detach
+from forcetune.adapters.attach import attach, detach, require_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
@@ -106,7 +106,7 @@ def test_file_holds_the_changed_weights_only(model: MaceBackbone, tmp_path: Path
     detach(model)
     load_adapter(model, tmp_path / "adapter")
     assert abs(predict(model, graphs).forces - expected.forces).max() < 1e-13
-    assert attached(model).sparsity() == sparsity
+    assert require_adapter(model).sparsity() == sparsity
     assert (
         json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["method"]["optimizer"] == "schedulefree"
     )

@@ -1,4 +1,4 @@
-"""Features by blocks pass for the flat vector, without making it where nobody needs it."""
+"""Features by blocks pass for the flat vector, without making it where it is not needed."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ase import Atoms
 from scipy.spatial.transform import Rotation
 
 import forcetune
-from forcetune.adapters.attach import attach, attached, detach, disable_adapter, get_adapter, merge_weights
+from forcetune.adapters.attach import attach, detach, disable_adapter, get_adapter, merge_weights, require_adapter
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
 from forcetune.backbones.mace.backbone import MaceBackbone
@@ -175,7 +175,7 @@ def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> Non
 
 def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> None:
     found = magnetic(layer="spin–orbit")
-    part = attached(found).magnetic
+    part = require_adapter(found).magnetic
     assert part is not None
     layer = part.layer
     assert isinstance(layer, SpinLayer)
@@ -259,7 +259,7 @@ def test_nothing_changes_by_our_network_and_every_gradient_is_the_librarys(model
         assert told.moments is not None
         loss = told.energy.square().sum() + told.forces.square().sum() + told.stress.square().sum()
         (loss + told.moments.pow(3).sum()).backward()
-        results.append((told.detached(), [p.grad for p in attached(found).parameters()]))
+        results.append((told.detached(), [p.grad for p in require_adapter(found).parameters()]))
     (slow, slow_grads), (fast_found, fast_grads) = results
     for one, other in zip(fast_found[:4], slow[:4], strict=True):
         same(one, other)
@@ -307,7 +307,7 @@ def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
     (frame,) = frames_of(crystal())
     told = predict(found, frame)
     same(told.moments, np.zeros((8, 3)))
-    part = attached(found)
+    part = require_adapter(found)
     found.extension = None
     same(predict(found, frame).energy, told.energy)
     found.extension = part.magnetic

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import forcetune
-from forcetune.adapters.attach import attach, attached
+from forcetune.adapters.attach import attach, require_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.network import NetworkBackbone
@@ -63,7 +63,7 @@ def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
 def step_of(
     model: MaceBackbone, graphs: Sequence[Batch], config: LossConfig, frames: int, *, head: ReplayHead | None = None
 ) -> CompiledStep:
-    parameters = [*attached(model).parameters(), *(head.parameters() if head else ())]
+    parameters = [*require_adapter(model).parameters(), *(head.parameters() if head else ())]
     training = TrainingConfig(batch_size=frames)
     layout = choose_layout(model, training, BatchLoader(graphs, frames), frames_of_part(frames, 7, 2))
     return CompiledStep(model, head, config, layout, parameters, Workers(frames))
@@ -103,7 +103,7 @@ def test_loss_and_every_gradient_are_those_of_the_eager_step(name: str, two_thre
     step = step_of(model, graphs, LossConfig(energy_per_atom=True), 4)
     assert_eager(step, collate(graphs[:4]))
     assert step.recording is not None and step.recording.operations > 100
-    perturb(attached(model), seed=6)
+    perturb(require_adapter(model), seed=6)
     assert_eager(step, collate(graphs[4:8]))
     assert_eager(step, collate([graphs[8], graphs[0], graphs[3], graphs[5]]))
     # the last batch of an epoch has fewer frames
@@ -192,7 +192,7 @@ def reason(model: NetworkBackbone, graphs: Sequence[Batch], **options: Any) -> C
     config = TrainingConfig.model_validate({"batch_size": 3, "compile": "on"} | options)
     loader = BatchLoader(graphs, config.batch_size)
     with pytest.raises(CompileError) as caught:
-        CompiledTraining(model, None, config, loader, list(attached(model).parameters()))
+        CompiledTraining(model, None, config, loader, list(require_adapter(model).parameters()))
     return caught.value
 
 
@@ -218,7 +218,7 @@ def test_stages_are_compiled_where_they_are_long_enough(monkeypatch: pytest.Monk
     graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     config = TrainingConfig.model_validate({"batch_size": 3, "epochs": 6, "second_stage": {"start": 5}})
     loader = BatchLoader(graphs, 3)
-    found = CompiledTraining(model, None, config, loader, list(attached(model).parameters()))
+    found = CompiledTraining(model, None, config, loader, list(require_adapter(model).parameters()))
     batch = collate(graphs[:3])
     assert found.loss(config.second_stage.loss, batch) is None and found.operations == 0
     assert found.loss(config.loss, batch) is not None and found.operations > 100

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune.adapters.attach import attach, attached
+from forcetune.adapters.attach import attach, require_adapter
 from forcetune.adapters.methods import method
 from forcetune.config import TrainingConfig
 from forcetune.evaluation.metrics import build_graphs
@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_all_frames_at_once_whatever_their_labels(graphs: li
 def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) -> None:
     model = backbone()
     attach(model, method("readout"))
-    before = {name: value.clone() for name, value in attached(model).state_dict().items()}
+    before = {name: value.clone() for name, value in require_adapter(model).state_dict().items()}
     # validation labels that the untouched model meets exactly
     perfect = []
     for graph in graphs[4:6]:
@@ -70,7 +70,7 @@ def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) 
         perfect.append(replace(graph, energy=found.energy, forces=found.forces))
     found = refine(model, TrainingConfig.model_validate({"refine": 20}), graphs[:4], perfect)
     assert found.best_iteration == 0 and found.iterations == 5 and found.valid_loss_after == found.valid_loss_before
-    assert all(torch.equal(value, before[name]) for name, value in attached(model).state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in require_adapter(model).state_dict().items())
 
 
 def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(

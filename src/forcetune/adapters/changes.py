@@ -12,7 +12,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from forcetune.adapters.attach import Adapter, attached
+from forcetune.adapters.attach import Adapter, require_adapter
 from forcetune.adapters.combined import CombinedActivation
 from forcetune.adapters.summaries import GateChange, PathChange
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
@@ -42,7 +42,7 @@ def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
     Raises:
         InputError: no adapter is attached.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     changes: list[PathChange] = []
     for site, weight, delta in _weight_updates(backbone):
         # what no weight can absorb stands beside it and is none of its changes
@@ -56,7 +56,7 @@ def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
 
 def _weight_updates(backbone: Backbone) -> Iterator[tuple[Site, Tensor, Tensor]]:
     """(site, flat W, flat ΔW) of every site with a weight update, on the CPU in float64."""
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     with torch.no_grad():
         for site in adapter.sites:
             part = adapter.part(site, WeightUpdate)
@@ -118,7 +118,7 @@ def recorded_gates(backbone: Backbone) -> Iterator[list[GateChange]]:
     Raises:
         InputError: no adapter is attached.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     seen: dict[tuple[str, int, str], list[np.ndarray]] = {}
     outputs: dict[tuple[str, int], list[float]] = {}
     watched = list(_watchable_parts(adapter))

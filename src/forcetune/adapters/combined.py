@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forcetune.adapters.attach import Adapter, part_key
+from forcetune.adapters.adapter import part_key
+from forcetune.adapters.attach import Adapter
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import TrainablePart

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, check_loaded, detach, folded_note, reattach
+from forcetune.adapters.attach import Adapter, attach, check_loaded, detach, folded_note, reattach, require_adapter
 from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
@@ -174,7 +174,7 @@ def save_adapter(
         InputError: no adapter is attached, or the place cannot be written, such as a folder of something else with a
             file of the same name.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     if adapter.folded:
         raise InputError(
             "the weight updates of this adapter are folded into the weights of the model, so that it can no longer be "

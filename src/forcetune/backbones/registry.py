@@ -445,9 +445,9 @@ def _recorded(record: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{record}: cannot be read; mend or remove it.") from error
+        raise InputError(f"{record}: cannot be read; fix or remove it.") from error
     if not words or not re.fullmatch(r"[0-9a-fA-F]{64}", words[0]):
-        raise InputError(f"{record}: should hold the SHA-256 of the model beside it; mend or remove it.")
+        raise InputError(f"{record}: should hold the SHA-256 of the model beside it; fix or remove it.")
     return words[0].lower()
 
 

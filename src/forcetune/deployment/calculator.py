@@ -167,7 +167,7 @@ def _check_places(atoms: Atoms) -> None:
             "large, take smaller ones."
         )
     if not np.isfinite(atoms.cell.array).all():
-        raise InputError("The cell of the structure is not finite; set it anew.")
+        raise InputError("The cell of the structure is not finite; set it again.")
 
 
 def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:

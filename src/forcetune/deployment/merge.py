@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from forcetune.adapters.attach import attached, check_mergeable, merge_weights
+from forcetune.adapters.attach import check_mergeable, merge_weights, require_adapter
 from forcetune.adapters.updates import WeightUpdate
 from forcetune.backbones.protocol import Backbone, Base, Multimodal
 from forcetune.backbones.registry import resolve
@@ -143,7 +143,7 @@ def _new_modality(backbone: Backbone, run: Path, wanted: str | None) -> str | No
         raise InputError(f"--modality {wanted}: {backbone.base.name} has no modalities; leave it out.")
     if not known or wanted == backbone.head:
         return None
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     kinds = {site.kind for site in adapter.sites if adapter.part(site, WeightUpdate) is not None}
     if kinds != {"modality"}:
         if wanted is None:

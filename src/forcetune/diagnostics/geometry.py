@@ -47,7 +47,7 @@ def check_cells(frames: Sequence[Frame], cutoff: float | None) -> list[Finding]:
     findings += in_frames(
         "cell-singular",
         "error",
-        "Periodic, but the lattice vectors lie in one plane, so that the cell has no volume; mend the cell.",
+        "Periodic, but the lattice vectors lie in one plane, so that the cell has no volume; fix the cell.",
         having("singular"),
     )
     findings += in_frames(

@@ -96,7 +96,7 @@ def _check_forces(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> li
         "forces-repeated",
         "error",
         "The forces are those of an earlier frame to the last digit although the structure differs; results of one "
-        "calculation were written to several frames, write them anew.",
+        "calculation were written to several frames, write them again.",
         [frames[k] for k in _repeated(frames, shapes, moving, lambda frame: _forces(frame).tobytes())],
     )
     if len(moving) >= 5:

@@ -122,7 +122,7 @@ def _of_other_atoms(
 
 
 def _assigned(label: FloatArray, model: FloatArray) -> float:
-    """Correlation when a frame's forces (atoms, 3) may be given to its atoms anew."""
+    """Correlation when a frame's forces (atoms, 3) may be assigned to its atoms again."""
     rows, columns = linear_sum_assignment(-(label @ model.T))
     return cosine(label[rows], model[columns])
 

@@ -20,7 +20,7 @@ from forcetune.utils.files import as_path, write_text
 TITLES = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 MEANINGS = {
     "error": "training on these data surely goes wrong",
-    "warning": "somebody should look",
+    "warning": "look at these",
     "note": "good to know",
 }
 SETS = {"train": "Training", "valid": "Validation", "test": "Test"}

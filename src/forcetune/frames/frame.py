@@ -80,7 +80,7 @@ class Frame:
 
 
 class LabelKeys(NamedTuple):
-    """The keys under which labels were found; None where there is no such label, or where nobody asked for it.
+    """The keys under which labels were found; None where there is no such label, or where it was not asked for.
 
     A key of ``calculator`` means the results of an attached ASE calculator.
     """

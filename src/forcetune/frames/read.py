@@ -170,9 +170,9 @@ def check_structure(raw: RawFrame) -> None:
         )
     if not np.isfinite(atoms.positions).all():
         atom = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
-        raise InputError(f"{raw.origin}: the position of atom {atom} is not finite; mend or remove the frame.")
+        raise InputError(f"{raw.origin}: the position of atom {atom} is not finite; fix or remove the frame.")
     if not np.isfinite(atoms.cell.array).all():
-        raise InputError(f"{raw.origin}: the cell is not finite; mend or remove the frame.")
+        raise InputError(f"{raw.origin}: the cell is not finite; fix or remove the frame.")
 
 
 def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
@@ -220,7 +220,7 @@ def _numbers(raw: RawFrame, label: Label, key: str | None) -> FloatArray | None:
     except ValueError:
         array = np.asarray(None)  # ragged lists
     if array.dtype.kind not in "iuf":
-        raise InputError(f"{raw.origin}: the {label} under '{key}' is not a number but {str(value)[:40]!r}; mend it.")
+        raise InputError(f"{raw.origin}: the {label} under '{key}' is not a number but {str(value)[:40]!r}; fix it.")
     numbers = array.astype(np.float64)
     finite = np.isfinite(numbers)
     if not finite.all():
@@ -246,7 +246,7 @@ def _forces(raw: RawFrame, key: str | None, values: FloatArray) -> FloatArray:
     if values.shape not in {(atoms, 3), (3 * atoms,)}:
         raise InputError(
             f"{raw.origin}: the forces under '{key}' should have shape ({atoms}, 3) but have {values.shape}; "
-            "choose the key of the forces or mend the frame."
+            "choose the key of the forces or fix the frame."
         )
     return values.reshape(atoms, 3)
 
@@ -259,7 +259,7 @@ def _vectors(raw: RawFrame, label: Label, key: str | None, values: FloatArray) -
     if values.shape != (atoms, 3):
         raise InputError(
             f"{raw.origin}: the {label} under '{key}' should have shape ({atoms}, 3) or ({atoms},) but have "
-            f"{values.shape}; choose the key of the {label} or mend the frame."
+            f"{values.shape}; choose the key of the {label} or fix the frame."
         )
     return values
 

@@ -90,7 +90,7 @@ def file_format(path: Path) -> str:
     What a file holds goes before its ending.
 
     Raises:
-        InputError: nobody knows it.
+        InputError: it is no known format.
     """
     if path.suffix in ENDINGS:
         return ENDINGS[path.suffix]

@@ -266,6 +266,6 @@ def _check_columns(path: Path, frame: int, comment: str) -> None:
     announced = re.findall(r":[A-Za-z]:([0-9]+)", comment)
     if len(announced) > _MOST_COLUMNS or sum(int(count[:9]) for count in announced) > _MOST_COLUMNS:
         raise InputError(
-            f"{Origin(str(path), frame)}: the comment line announces more than {_MOST_COLUMNS:,} columns; mend its "
+            f"{Origin(str(path), frame)}: the comment line announces more than {_MOST_COLUMNS:,} columns; fix its "
             "Properties."
         )

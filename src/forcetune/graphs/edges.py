@@ -40,7 +40,7 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
             )
     _, crowd = np.unique(np.floor(frame.positions / cutoff), axis=0, return_counts=True)
     if not float((crowd.astype(float) ** 2).sum()) < _MOST_EDGES:
-        raise InputError(f"{frame.origin}: {crowd.max()} of its atoms are in one place; mend or remove the frame.")
+        raise InputError(f"{frame.origin}: {crowd.max()} of its atoms are in one place; fix or remove the frame.")
     if pbc.any():
         vectors = frame.cell[pbc]
         spanned = float(np.sqrt(np.linalg.det(vectors @ vectors.T)))
@@ -50,7 +50,7 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
             lengths = ", ".join(f"{length:.3g}" for length in np.linalg.norm(vectors, axis=1))
             raise InputError(
                 f"{frame.origin}: a cell with vectors of {lengths} Å makes no sense for {len(frame)} atoms and a "
-                f"cutoff of {cutoff:g} Å; mend it."
+                f"cutoff of {cutoff:g} Å; fix it."
             )
 
 

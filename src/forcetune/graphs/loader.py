@@ -116,7 +116,7 @@ def balanced(edges: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
 
 
 class BatchLoader:
-    """Iterates over batches; shuffled anew every epoch from (seed, epoch) alone, so a resumed run sees the same order.
+    """Iterates over batches; shuffled again every epoch from (seed, epoch) alone, so a resumed run sees the same order.
 
     Attributes:
         epoch: the epoch whose order the next iteration gives.

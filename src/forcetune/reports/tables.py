@@ -123,7 +123,7 @@ def evaluation_table(errors: Mapping[str, Any]) -> Table:
 
 
 def calibration_table(ensemble: Mapping[str, Any]) -> Table:
-    """How well the spread of an ensemble foretells its errors, for the terminal.
+    """How well the spread of an ensemble predicts its errors, for the terminal.
 
     Args:
         ensemble: that part of what ``forcetune evaluate --ensemble --json`` prints.

@@ -67,7 +67,7 @@ def compare(
     unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
     methods that have them. A run that is finished with the same configuration is not repeated and one that was
     interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
-    anew.
+    again.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and

@@ -113,7 +113,7 @@ def evaluate_ensemble(
     dtype: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Errors of the mean of several adapters on one base, and how well their spread foretells these errors.
+    """Errors of the mean of several adapters on one base, and how well their spread predicts these errors.
 
     Args:
         members: run folders, adapter folders or folders of comparisons.

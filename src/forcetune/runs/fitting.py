@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import attached, detach, disable_adapter, get_adapter
+from forcetune.adapters.attach import detach, disable_adapter, get_adapter, require_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
@@ -142,7 +142,7 @@ class Fitting:
         self.method = build_method(config.method)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
-        self.told = messages
+        self.messages = messages
         self.observe = observe
         self.folder = Path(config.output.run)
         self.inputs = inputs
@@ -292,7 +292,7 @@ class Fitting:
     def _settle_weights(self, graphs: Sequence[Batch]) -> None:
         """Weights of the loss for the labels there are, and a line about what is not trained on."""
         data = self.config.data
-        # energies and forces that are not there although nobody said so are a mistake, which is told later
+        # energies and forces that are missing although no key is `none` are a mistake, which is told later
         labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
         if any_label(graphs, "stress"):
             labelled.add("stress")
@@ -464,7 +464,7 @@ class Fitting:
         if name == "train" and isinstance(graphs, StoredGraphs):
             with self._counting(label, len(choose_shown(len(graphs)))) as advance:
                 return predict_shown(start.backbone, graphs, advance)
-        # a training that went astray is told by its errors: days of it should not end without results
+        # a training that diverged shows in its errors: days of it should not end without results
         return self._predict(start.backbone, graphs, label, finite=False)
 
     def _training_summary(self, outcome: TrainingOutcome, refinement: Refinement | None) -> TrainingSummary:
@@ -487,7 +487,7 @@ class Fitting:
         """Everything that goes into ``results.json``; what does not concern the run is left out."""
         backbone = start.backbone
         optional: dict[str, Any] = {}
-        sparsity = attached(backbone).sparsity()
+        sparsity = require_adapter(backbone).sparsity()
         if sparsity is not None:
             optional["sparsity"] = sparsity
         if start.replay_frames is not None:
@@ -509,7 +509,7 @@ class Fitting:
             rotation_error=rotation_error(backbone, start.dataset.valid.frames),
             changes=list(weight_changes(backbone)),
             **optional,
-            warnings=list(self.told),
+            warnings=list(self.messages),
             errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
         )
 
@@ -519,5 +519,5 @@ class Fitting:
             forgetting = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
         for text in forgetting.warnings:
             self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
-            self.told.append(text)
+            self.messages.append(text)
         return forgetting

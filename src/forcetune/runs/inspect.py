@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import require_adapter
 from forcetune.adapters.changes import Changes, GateChange, Likeness, likeness, recorded_gates, weight_changes
 from forcetune.adapters.updates import ActivationUpdate
 from forcetune.backbones.protocol import Backbone
@@ -51,7 +51,7 @@ def inspect(
         InputError: no adapter there, bad data, or ``against`` belongs to another base.
     """
     backbone = deploy_copy(model, run, trust=trust).backbone
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     gates: tuple[GateChange, ...] = ()
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
         frames = read_frames(

@@ -141,14 +141,14 @@ class ProgressBar(Observer):
         columns = (
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console)
         done, epochs = training.epochs_done, training.epochs
-        self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, told="")
+        self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, text="")
         self.bar.start()
 
     def on_step(self, training: FineTuning) -> None:
@@ -159,7 +159,7 @@ class ProgressBar(Observer):
                 epochs=training.epochs,
                 completed=training.progress,
                 epoch=training.epoch,
-                told=_progress_text(training),
+                text=_progress_text(training),
             )
 
     def on_epoch(self, training: FineTuning) -> None:

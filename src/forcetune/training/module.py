@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import Sparsity, attached
+from forcetune.adapters.attach import require_adapter
+from forcetune.adapters.summaries import Sparsity
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, warn
@@ -79,7 +80,7 @@ class FineTuning:
         head: ReplayHead | None = None,
     ) -> None:
         self.backbone = backbone
-        self.adapter = attached(backbone)
+        self.adapter = require_adapter(backbone)
         self.config = config
         self.loader = loader
         self.save_best = save_best

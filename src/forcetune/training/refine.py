@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import require_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.evaluation.metrics import evaluation_batches, gather
@@ -47,7 +47,7 @@ def refine(
         replay: graphs that count as they do in training, all of them here; their head is no longer trained.
         progress: called with the number of each iteration.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     batches = _Weighted(training, replay, backbone)

@@ -178,7 +178,7 @@ class _Part:
         )
 
     def _transfer(self, progress: ProgressCallback | None, timeout: float) -> None:
-        """One request: append to the part, or start it anew where the server cannot continue it."""
+        """One request: append to the part, or start it again where the server cannot continue it."""
         validator = self.validator()
         if validator is None:
             self.discard()

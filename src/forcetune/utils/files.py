@@ -83,7 +83,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on failure it is removed.
 
-    Files of ``path`` that are not written anew stay where they are.
+    Files of ``path`` that are not written again stay where they are.
 
     Raises:
         InputError: ``path`` is a file, or its parent folder cannot be created or written.

@@ -1,4 +1,4 @@
-"""Text from files that nobody vouches for: read within limits, and told without surprises."""
+"""Text from files of unknown origin: read within limits, and printed without surprises."""
 
 from __future__ import annotations
 

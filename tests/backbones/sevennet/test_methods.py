@@ -11,7 +11,7 @@ import pytest
 import torch
 from ase.data import chemical_symbols
 
-from forcetune.adapters.attach import attach, attached, detach
+from forcetune.adapters.attach import attach, detach, require_adapter
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import METHODS, method
 from forcetune.adapters.updates import Gate
@@ -154,7 +154,7 @@ def test_a_model_without_modalities_says_what_it_lacks() -> None:
 def test_gates_with_the_species_leave_linear_self_connections_alone() -> None:
     linear, coupled = (backbone_of(BATTERY[f"SevenNet, {name}"]) for name in ("no parity, linear", "fully connected"))
     gate = Gate(4, species=True)
-    for model, reason in ((linear, "it is not told the species"), (coupled, None)):
+    for model, reason in ((linear, "it does not know the species"), (coupled, None)):
         sites = [site for site in model.sites() if site.kind == "tensor_product"]
         assert len(sites) == model.content.architecture.n_layers
         assert {gate.unsupported_reason(site) for site in sites} == {reason}
@@ -188,7 +188,7 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path, recipe: str, name: str) -
     found = predict(again, batches, stress=True)
     assert np.array_equal(found.energy, expected.energy)
     assert np.array_equal(found.forces, expected.forces)
-    assert attached(again).method.name == name
+    assert require_adapter(again).method.name == name
 
 
 def test_an_adapter_of_one_modality_is_refused_by_another(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """Half a store of the same data goes away, unless somebody is still at work on it."""
+    """Half a store of the same data goes away, unless a process is still at work on it."""
     path = write_xyz(tmp_path / "a.xyz", labelled(10))
     stream(path)
     (place,) = (tmp_path / "store").iterdir()

@@ -301,7 +301,7 @@ class Gate(Update):
             return "its module has no irreps"
         # a linear layer may stand in the place of a tensor product with the species
         if self.species and not all("*" in path.name for path in site.paths):
-            return "it is not told the species"
+            return "it does not know the species"
         if not any(block.is_even_scalar for block in parse_irreps(site.irreps_in)):
             return "its input has no even scalars to drive a gate"
         outputs = parse_irreps(site.irreps_out)

@@ -38,7 +38,7 @@ class _Configuration:
 def read_cfg(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
     """
     Raises:
-        InputError: a configuration is cut short or damaged, or nobody says which elements the types are.
+        InputError: a configuration is cut short or damaged, or there is nothing that says which elements the types are.
     """
     for index, configuration in enumerate(_configurations(path)):
         try:
