@@ -28,7 +28,7 @@ from rich.progress import track
 import forcetune
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import deploy
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.read import read_frames
 from forcetune.utils.files import write_text
 
@@ -71,7 +71,7 @@ def differences(found: Predictions, energy: np.ndarray, forces: np.ndarray) -> t
 
 
 def predictions(backbone: Backbone, path: Path) -> Predictions:
-    return predict(backbone, graphs_of(backbone, read_frames(path).frames))
+    return predict(backbone, build_graphs(backbone, read_frames(path).frames))
 
 
 def table(rows: dict[str, dict[str, Any]], molecule: str, others: list[str]) -> str:

@@ -185,14 +185,14 @@ def costs(out: Path, rounds: int = 15) -> dict[str, float]:
     import torch
 
     import forcetune
-    from forcetune.adapters.attach import attach, attached, detach
+    from forcetune.adapters.attach import attach, detach, require_adapter
     from forcetune.adapters.methods import method as made
     from forcetune.config import LossConfig
-    from forcetune.evaluation.metrics import graphs_of
+    from forcetune.evaluation.metrics import build_graphs
     from forcetune.frames.read import read_frames
     from forcetune.graphs.graph import collate
     from forcetune.magnetism.options import Magnetism
-    from forcetune.training.losses import loss_of
+    from forcetune.training.losses import compute_loss
 
     frames = read_frames(out / "data" / "train.xyz", moments_key="auto", spins_key="auto").frames[:8]
     taken: dict[str, list[float]] = {}
@@ -200,17 +200,17 @@ def costs(out: Path, rounds: int = 15) -> dict[str, float]:
     for name, layer in (("without", None), ("with", Magnetism(inputs="initial"))):
         backbone = forcetune.load(out / "iron.model", device="cpu")
         attach(backbone, replace(made("full"), magnetism=layer))
-        cases[name] = backbone, collate(graphs_of(backbone, frames))
+        cases[name] = backbone, collate(build_graphs(backbone, frames))
     for _ in range(rounds):
         for name, (backbone, batch) in cases.items():
             config = LossConfig(stress=1.0, moments=float(name == "with"))
             began = time.perf_counter()
-            loss_of(config, backbone.predict(batch, stress=True, create_graph=True), batch).backward()
+            compute_loss(config, backbone.predict(batch, stress=True, create_graph=True), batch).backward()
             taken.setdefault(f"step_{name}", []).append(time.perf_counter() - began)
-            for parameter in attached(backbone).parameters():
+            for parameter in require_adapter(backbone).parameters():
                 parameter.grad = None
     for backbone, _ in cases.values():
-        for parameter in attached(backbone).parameters():
+        for parameter in require_adapter(backbone).parameters():
             parameter.requires_grad_(False)
     for _ in range(rounds):
         for name, (backbone, batch) in cases.items():

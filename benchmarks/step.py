@@ -55,8 +55,8 @@ from forcetune.config import LossConfig, TrainingConfig
 from forcetune.deployment.calculator import frame_of
 from forcetune.deployment.compiled_prediction import CHECKED, COMPILED_AFTER, MOST_EDGES, CompiledPrediction
 from forcetune.diagnostics.memory import measure_peak_memory
-from forcetune.evaluation.metrics import graphs_of
-from forcetune.graphs.graph import Batch, collate, parts_of
+from forcetune.evaluation.metrics import build_graphs
+from forcetune.graphs.graph import Batch, collate, split_batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.edge_plan import make_plan
 from forcetune.runs.environment import describe_environment
@@ -134,7 +134,7 @@ def periodic_box(atoms: int, seed: int = 0) -> Atoms:
 
 def batch_of(model: NetworkBackbone, structures: Sequence[Atoms], dtype: torch.dtype) -> Batch:
     frames = [frame_of(Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc)) for a in structures]
-    return collate(graphs_of(model, frames)).to(device=model.device, dtype=dtype)
+    return collate(build_graphs(model, frames)).to(device=model.device, dtype=dtype)
 
 
 def lora_model(base: LibraryMace) -> LibraryMace:
@@ -181,7 +181,7 @@ def compiled_step(model: NetworkBackbone, batch: Batch, threads: int | None = No
     """The same step as ``training.compile=on`` computes it, and the seconds until the first was done."""
     labels = {name: torch.zeros_like(getattr(batch, name)) for name in ("energy", "forces")}
     known = replace(batch, **labels)
-    graphs = parts_of(known.to("cpu"), 1)
+    graphs = split_batch(known.to("cpu"), 1)
     on_cpu = batch.positions.device.type == "cpu"
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     workers = Workers(threads or (len(graphs) if on_cpu else 1))
@@ -455,7 +455,7 @@ def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, An
         for layer, names in LAYERS.items()
     }
     print(", ".join(f"{layer} {time:.0f} ms" for layer, time in eager["layers"].items()) + ", derivatives included")
-    graphs = graphs_of(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
+    graphs = build_graphs(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
     species = torch.tensor([model.elements.index(int(number)) for number in batch.numbers])
     works = {
         "collate": lambda: collate(graphs),
@@ -477,7 +477,7 @@ KEPT = {
 
 
 def keep_memory() -> None:
-    """Start anew with an allocator that gives nothing back to the system."""
+    """Start again with an allocator that gives nothing back to the system."""
     if not sys.platform.startswith("linux"):
         raise SystemExit("--keep-memory is for glibc's allocator, on Linux")
     if any(os.environ.get(name) != value for name, value in KEPT.items()):

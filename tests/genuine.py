@@ -168,11 +168,11 @@ class Versions:
             results = Results({key: table[key] for key in table.files})
         return Genuine(version, BY_NAME[name], place / f"{name}.model", results)
 
-    def evaluate(self, version: str | None, model: Path, structures_of: Genuine) -> Results:
+    def evaluate(self, version: str | None, model: Path, iterate_structures: Genuine) -> Results:
         """What a version computes from a file, which another may have written, for the structures of a model."""
         with tempfile.TemporaryDirectory() as folder:
             inputs, outputs = Path(folder) / "structures.npz", Path(folder) / "results.npz"
-            mine = {k: v for k, v in structures_of.results.arrays.items() if k.startswith("structures/")}
+            mine = {k: v for k, v in iterate_structures.results.arrays.items() if k.startswith("structures/")}
             np.savez(inputs, **{name.removeprefix("structures/"): value for name, value in mine.items()})
             job = {"model": str(model.resolve()), "structures": str(inputs), "results": str(outputs)}
             self.run(version, {"evaluate": [job]})

@@ -40,12 +40,12 @@ from forcetune.backbones.mace.writing import write_plain
 from forcetune.config import RunConfig, load_config
 from forcetune.deployment.loading import base_of_run
 from forcetune.errors import ForcetuneError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
 from forcetune.frames.store.streaming import stream_frames
 from forcetune.reports.run_page import write_report
-from forcetune.runs.folder import read_checkpoint, status_of
+from forcetune.runs.folder import read_checkpoint, read_status
 from hostile_programs import ARRAYS, PROGRAMS, write_program, write_system
 from hostile_stores import HDF5S, LMDBS
 from models import make_mace
@@ -107,7 +107,7 @@ FRAMES: dict[str, str] = {
 
 
 def read_and_build(path: Path) -> None:
-    graphs_of(small_backbone(), read_frames(path).frames)
+    build_graphs(small_backbone(), read_frames(path).frames)
 
 
 def _frames(text: str) -> Callable[[Path], None]:
@@ -123,7 +123,7 @@ def stream_and_build(path: Path) -> None:
     """As :func:`read_and_build`, with frames that stay on disk."""
     keys = LabelKeys(*["auto"] * len(LabelKeys._fields))
     found = stream_frames([str(path)], keys, ("energy",), "data", folder=path.parent / "store", workers=0)
-    graphs_of(small_backbone(), found.frames)
+    build_graphs(small_backbone(), found.frames)
 
 
 def _streamed_frames(text: str) -> Callable[[Path], None]:
@@ -593,7 +593,7 @@ def _results(text: str, name: str = "results.json") -> Callable[[Path], None]:
         config.save(folder / "config.yaml")
         (folder / name).write_text(text, encoding="utf-8")
         if name == "results.json":
-            status_of(folder)
+            read_status(folder)
         write_report(folder)
 
     return read

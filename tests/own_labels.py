@@ -11,7 +11,7 @@ from ase import Atoms
 
 import forcetune
 from forcetune.backbones.protocol import Backbone
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import FloatArray
 from systems import frames_of
 
@@ -34,7 +34,7 @@ def shaken(count: int, *, periodic: bool) -> list[Atoms]:
 
 def own_labels(model: Backbone, structures: Sequence[Atoms]) -> tuple[Predictions, list[FloatArray]]:
     """What a model predicts, stress included, and the forces of each structure."""
-    found = predict(model, graphs_of(model, frames_of(*structures)), stress=True)
+    found = predict(model, build_graphs(model, frames_of(*structures)), stress=True)
     return found, np.split(found.forces, np.cumsum(found.atoms)[:-1])
 
 

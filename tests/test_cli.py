@@ -116,7 +116,7 @@ def test_configuration_file_and_settings_share_every_option(
     assert resolved.data.valid == 3
 
 
-# ---- bad input: exit code 2, a message that names what, where and the mend, nothing written -----------------------
+# ---- bad input: exit code 2, a message that names what, where and the fix, nothing written -----------------------
 
 
 def refused(told: tuple[int, str, str], folder: Path, *parts: str) -> None:

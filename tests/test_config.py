@@ -78,23 +78,23 @@ SWITCHES = {
 def test_every_switch_takes_its_words_wherever_they_stand(name: str, tmp_path: Path) -> None:
     section, key = name.split(".")
 
-    def value_of(config: RunConfig) -> str:
+    def get_value(config: RunConfig) -> str:
         return getattr(getattr(config, section), key)
 
     for word in SWITCHES[name]:
-        assert value_of(load_config(settings=[f"{name}={word}"], given=LEAST)) == word
-        assert value_of(load_config(given=LEAST, overrides={name: word})) == word
+        assert get_value(load_config(settings=[f"{name}={word}"], given=LEAST)) == word
+        assert get_value(load_config(given=LEAST, overrides={name: word})) == word
         path = tmp_path / f"{word}.yaml"
         content = {"data": "{train: [a.xyz]}", section: f"{{{key}: {word}}}"}
         if section == "data":
             content["data"] = f"{{train: [a.xyz], {key}: {word}}}"
         path.write_text("\n".join(f"{one}: {text}" for one, text in content.items()), encoding="utf-8")
-        assert value_of(load_config(path)) == word
+        assert get_value(load_config(path)) == word
         if word in ("on", "off"):
-            assert value_of(load_config(given=LEAST, overrides={name: word == "on"})) == word
+            assert get_value(load_config(given=LEAST, overrides={name: word == "on"})) == word
             saved = tmp_path / "saved.yaml"
             load_config(path).save(saved)
-            assert value_of(load_config(saved)) == word
+            assert get_value(load_config(saved)) == word
 
 
 def test_no_switch_is_left_out() -> None:

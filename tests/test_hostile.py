@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hostile
-from forcetune.adapters.attach import adapter_of, detach
+from forcetune.adapters.attach import detach, get_adapter
 from forcetune.adapters.file import CONFIG_NAME, TENSORS_NAME, load_adapter
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import load_config
@@ -265,11 +265,11 @@ def _load_spoilt_adapter(name: str, config: bytes | None, tensors: bytes | None)
         try:
             load_adapter(model, folder)
         finally:
-            if adapter_of(model) is not None:
+            if get_adapter(model) is not None:
                 detach(model)
 
     refused_or_read(read)
-    assert adapter_of(hostile.small_backbone()) is None
+    assert get_adapter(hostile.small_backbone()) is None
 
 
 METHODS = st.sampled_from(["elora", "mmea", "sparse", "gain", "adapter"])

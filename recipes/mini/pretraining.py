@@ -28,7 +28,7 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.content import content_from_module, draw_network
 from forcetune.backbones.mace.writing import write_plain
 from forcetune.errors import ForcetuneError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.read import read_frames
 from forcetune.utils.files import write_text
 from recipes.mini.molecules import ELEMENTS, training_molecules
@@ -89,7 +89,7 @@ def random_model(data: Path, path: Path, *, channels: int = CHANNELS) -> None:
     # the median over frames: a few are squeezed until their forces are a hundred times those of a molecule at rest
     spread = [float(np.sqrt((frame.forces**2).mean())) for frame in found.frames if frame.forces is not None]
     draft = MaceBackbone.from_module(draw_network(architecture(1.0, channels, found.elements)))
-    graphs = graphs_of(draft, found.frames)
+    graphs = build_graphs(draft, found.frames)
     neighbours = sum(graph.n_edges for graph in graphs) / sum(graph.n_atoms for graph in graphs)
     model = draw_network(architecture(round(neighbours, 3), channels, found.elements))
     assert model.scale_shift is not None

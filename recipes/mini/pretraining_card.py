@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forcetune.utils.files import sha256_of
+from forcetune.utils.files import compute_sha256
 from recipes.mini.repulsion import REACH, PairScan
 
 TEXT = """# mini
@@ -86,7 +86,7 @@ def card(
         reach=2 * config["cutoff_ang"],
         parameters=parameters,
         size=model.stat().st_size / 1e6,
-        sha256=sha256_of(model),
+        sha256=compute_sha256(model),
         train=results["data"]["train"]["n_frames"],
         valid=results["data"]["valid"]["n_frames"],
         molecules=molecules,

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forcetune.errors import ForcetuneError
-from forcetune.utils.files import sha256_of, write_text
+from forcetune.utils.files import compute_sha256, write_text
 from recipes.mini import generation
 from recipes.mini.generation import ISOLATED, Job, jobs, molecule_pairs, run_job
 from recipes.mini.molecules import ELEMENTS, held_out_molecules, is_held_out, training_molecules
@@ -158,7 +158,7 @@ def make(
     for name, samples in data.files.items():
         write_xyz(out / f"{name}.xyz", samples)
     figures = statistics(data)
-    figures["sha256"] = {name: sha256_of(out / f"{name}.xyz") for name in data.files}
+    figures["sha256"] = {name: compute_sha256(out / f"{name}.xyz") for name in data.files}
     write_text(out / "statistics.json", json.dumps(figures, indent=2) + "\n")
     return data
 

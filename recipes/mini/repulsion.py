@@ -9,7 +9,7 @@ import numpy as np
 from ase.data import chemical_symbols, covalent_radii
 
 from forcetune.backbones.protocol import Backbone
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.frames.frame import Frame, Origin
 
 SHORTEST = 0.3
@@ -72,7 +72,7 @@ def pair_scans(backbone: Backbone, *, shortest: float = SHORTEST, step: float = 
             )
             for index, distance in enumerate(distances)
         ]
-        found = predict(backbone, graphs_of(backbone, frames))
+        found = predict(backbone, build_graphs(backbone, frames))
         free = backbone.reference_energies[first] + backbone.reference_energies[second]
         scans.append(
             PairScan(

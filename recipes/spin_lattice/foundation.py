@@ -17,7 +17,7 @@ from forcetune.backbones.mace.architecture import MaceArchitecture
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.content import draw_network
 from forcetune.deployment.merge import merge
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.read import read_frames
 from recipes.spin_lattice.data import cell
 from recipes.spin_lattice.hamiltonian import CUTOFF, solve
@@ -63,7 +63,7 @@ def random_model(data: Path, channels: int) -> MaceBackbone:
         model.scale_shift.shift.fill_(0.0)
     backbone = MaceBackbone.from_module(model)
     backbone.set_reference_energies({26: solve(perfect, None).energy / len(perfect)})
-    assert graphs_of(backbone, frames[:1])[0].n_edges
+    assert build_graphs(backbone, frames[:1])[0].n_edges
     return backbone
 
 

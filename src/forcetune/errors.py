@@ -17,7 +17,7 @@ class ForcetuneError(Exception):
 class InputError(ForcetuneError):
     """Something given to us cannot be used; the command line ends with exit code 2.
 
-    Raised before anything is written. The message names the file, the frame where there is one, and the mend.
+    Raised before anything is written. The message names the file, the frame where there is one, and the fix.
     """
 
     exit_code = 2

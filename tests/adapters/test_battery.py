@@ -11,11 +11,11 @@ import pytest
 import torch
 from ase import Atoms
 
-from forcetune.adapters.attach import adapter_of, attach, detach, disable_adapter, merge_weights
+from forcetune.adapters.attach import attach, detach, disable_adapter, get_adapter, merge_weights
 from forcetune.adapters.methods import METHODS, Method, custom_method, method
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from sevennet_models import BATTERY as SEVENNETS
 from sevennet_models import backbone_of
 from systems import backbone, cluster, crystal, frames_of, perturb
@@ -90,7 +90,7 @@ def tuned(case: tuple[NetworkBackbone, Method]) -> Iterator[NetworkBackbone]:
 
 
 def predictions(model: NetworkBackbone, *structures: Atoms) -> Predictions:
-    return predict(model, graphs_of(model, frames_of(*structures)), stress=True)
+    return predict(model, build_graphs(model, frames_of(*structures)), stress=True)
 
 
 def same(found: np.ndarray, expected: np.ndarray) -> None:
@@ -125,7 +125,7 @@ def test_fresh_adapter_changes_nothing_and_leaves_no_trace(case: tuple[NetworkBa
     after = predictions(model, *structures)
     assert np.array_equal(after.energy, before.energy)
     assert np.array_equal(after.forces, before.forces)
-    assert adapter_of(model) is None
+    assert get_adapter(model) is None
     assert [parameter.requires_grad for parameter in model.model.parameters()] == wanted_gradients
     assert model.model.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.model.state_dict().items())
@@ -195,10 +195,10 @@ def test_batch_equals_one_by_one_and_lone_atoms_have_no_forces(tuned: NetworkBac
 
 
 def test_every_adapter_parameter_receives_a_gradient_and_the_base_none(tuned: NetworkBackbone) -> None:
-    batch = graphs_of(tuned, frames_of(crystal()))[0]
+    batch = build_graphs(tuned, frames_of(crystal()))[0]
     found = tuned.predict(batch, create_graph=True)
     (found.energy.sum() + found.forces.square().sum()).backward()
-    adapter = adapter_of(tuned)
+    adapter = get_adapter(tuned)
     assert adapter is not None
     for name, parameter in adapter.named_parameters():
         assert parameter.grad is not None, name
@@ -215,7 +215,7 @@ def test_merged_weights_equal_the_adapted_model(mergeable: tuple[str, Method]) -
     adapted = predictions(model, cluster(), crystal())
     merge_weights(model)
     merged = predictions(model, cluster(), crystal())
-    assert adapter_of(model) is None
+    assert get_adapter(model) is None
     with torch.no_grad():
         for part, parameter in model.model.named_parameters():
             parameter.copy_(weights[part])

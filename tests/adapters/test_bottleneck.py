@@ -12,7 +12,7 @@ import forcetune
 from forcetune.adapters.attach import attach, detach
 from forcetune.adapters.methods import METHODS, method
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.evaluation.symmetry import rotation_error
 from systems import backbone, cluster, crystal, frames_of, perturb
 
@@ -20,16 +20,16 @@ from systems import backbone, cluster, crystal, frames_of, perturb
 def test_it_starts_as_the_model_and_then_breaks_rotational_symmetry() -> None:
     model = backbone()
     frames = frames_of(cluster(), crystal(), cluster((1, 6), 5, seed=2))
-    before = predict(model, graphs_of(model, frames))
+    before = predict(model, build_graphs(model, frames))
     assert rotation_error(model, frames).forces_mev_per_ang < 1e-6
     adapter = attach(model, method("adapter"))
-    fresh = predict(model, graphs_of(model, frames))
+    fresh = predict(model, build_graphs(model, frames))
     assert np.abs(fresh.forces - before.forces).max() < 1e-12
     perturb(adapter)
     broken = rotation_error(model, frames)
     assert broken.energy_mev_per_atom > 1e-2 and broken.forces_mev_per_ang > 1e-1
     detach(model)
-    assert np.abs(predict(model, graphs_of(model, frames)).forces - before.forces).max() < 1e-12
+    assert np.abs(predict(model, build_graphs(model, frames)).forces - before.forces).max() < 1e-12
 
 
 def test_only_this_method_is_not_equivariant() -> None:

@@ -9,11 +9,12 @@ import torch
 from forcetune.adapters.attach import Adapter, attach, detach
 from forcetune.adapters.changes import likeness, recorded_gates, weight_changes
 from forcetune.adapters.methods import custom_method, method
+from forcetune.adapters.updates import ActivationUpdate
 from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from systems import backbone, cluster, frames_of, perturb
 
 
@@ -64,7 +65,7 @@ def test_a_change_of_one_element_is_told_by_element(model: MaceBackbone, ending:
 
 def test_gates_are_watched_over_data(model: MaceBackbone) -> None:
     adapter = attach(model, method("mmea-pure"))
-    graphs = graphs_of(model, frames_of(cluster((1, 6, 8)), cluster((1, 6), 5, seed=2)))
+    graphs = build_graphs(model, frames_of(cluster((1, 6, 8)), cluster((1, 6), 5, seed=2)))
     gates = [part for part in adapter.parts.values() if isinstance(part, GateActivation)]
     with recorded_gates(model) as fresh:
         predict(model, graphs)
@@ -114,3 +115,22 @@ def test_a_weight_has_the_name_of_what_changes_it(model: MaceBackbone, weight: s
         assert {change.update for change in found} == {weight}
         assert {change.kind for change in found} == {"linear"}
         detach(model)
+
+
+def test_shifts_are_watched_like_gates(model: MaceBackbone) -> None:
+    adapter = attach(model, method("bias"))
+    perturb(adapter)
+    site = next(site for site in adapter.sites if adapter.part(site, ActivationUpdate) is not None)
+    shift = adapter.part(site, ActivationUpdate).shift
+    graphs = build_graphs(model, frames_of(cluster((1, 6, 8)), cluster((1, 6, 8), seed=8)))
+    with recorded_gates(model) as changes:
+        predict(model, graphs)
+    assert {change.quantity for change in changes} == {"shift"}
+    assert {change.irrep for change in changes} == {"0e"}
+    of_site = [change for change in changes if change.site == site.name]
+    assert sum(change.channels for change in of_site) == shift.numel()
+    # every value is the shift over the r.m.s. of the output, one positive factor for the site
+    values = shift.detach().numpy()
+    (change,) = of_site
+    assert change.mean / change.std == pytest.approx(values.mean() / values.std(), rel=1e-10)
+    detach(model)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import forcetune
-from forcetune.adapters.attach import adapter_of, attach, attached, detach, merge_weights, reattach
+from forcetune.adapters.attach import attach, detach, get_adapter, merge_weights, reattach, require_adapter
 from forcetune.adapters.changes import recorded_gates, weight_changes
 from forcetune.adapters.combine import Combination, combine
 from forcetune.adapters.file import load_adapter, save_adapter
@@ -23,8 +23,8 @@ from forcetune.backbones.network import NetworkBackbone
 from forcetune.deployment.ensemble import load_ensemble
 from forcetune.deployment.merge import merge
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
-from forcetune.utils.files import sha256_of
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
+from forcetune.utils.files import compute_sha256
 from systems import backbone, cluster, crystal, frames_of, library, perturb, write_model
 
 EXACT = 1e-10
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def predictions(model: NetworkBackbone) -> Predictions:
-    return predict(model, graphs_of(model, frames_of(cluster(), crystal())), stress=True)
+    return predict(model, build_graphs(model, frames_of(cluster(), crystal())), stress=True)
 
 
 def alone(folder: Path) -> Predictions:
@@ -116,7 +116,7 @@ def test_a_scale_between_blends_gates_and_keeps_symmetry(folders: dict[str, Path
     rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((3, 3)))[0]
     turned = atoms.copy()
     turned.positions = atoms.positions @ rotation.T
-    one, other = (predict(model, graphs_of(model, frames_of(a))) for a in (atoms, turned))
+    one, other = (predict(model, build_graphs(model, frames_of(a))) for a in (atoms, turned))
     same(other.energy, one.energy)
     same(other.forces, one.forces @ rotation.T)
     with pytest.raises(InputError, match="depend on the input"):
@@ -149,7 +149,7 @@ def test_a_saved_combination_is_what_it_was(folders: dict[str, Path], tmp_path: 
     same(predictions(other).forces, expected.forces)
     assert other.reference_energies == pytest.approx({**backbone().reference_energies, **_mixed_references(folders)})
     # also the order, which matters to gates
-    assert loaded.coverage() == attached(model).coverage()
+    assert loaded.coverage() == require_adapter(model).coverage()
     again = tmp_path / "again"
     save_adapter(other, again)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -247,7 +247,7 @@ def test_damaged_combinations_are_told(
     other = backbone()
     with pytest.raises(InputError, match=message):
         load_adapter(other, tmp_path / "saved")
-    assert adapter_of(other) is None
+    assert get_adapter(other) is None
 
 
 def test_single_adapters_are_written_as_before(folders: dict[str, Path]) -> None:
@@ -258,7 +258,7 @@ def test_single_adapters_are_written_as_before(folders: dict[str, Path]) -> None
 def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     """It was 5.7 eV off, without a word."""
     base = write_model(tmp_path / "base.model")
-    model = MaceBackbone.load(base, sha256=sha256_of(base))
+    model = MaceBackbone.load(base, sha256=compute_sha256(base))
     kept = attach(model, method("readout"))
     perturb(kept)
     save_adapter(model, tmp_path / "one")
@@ -269,7 +269,7 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
     detach(model)
     for first in ("one", "two"):
         folded = forcetune.calculator(base, adapter=tmp_path / first).backbone
-        if adapter_of(folded) is not None:
+        if get_adapter(folded) is not None:
             with pytest.raises(InputError, match="can no longer be saved"):
                 save_adapter(folded, tmp_path / "saved")
             detach(folded)
@@ -284,7 +284,7 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
         ):
             with pytest.raises(InputError, match=r"into whose weights an adapter \(.*\) is folded already"):
                 use()
-        assert adapter_of(folded) is None
+        assert get_adapter(folded) is None
         same(predictions(folded).forces, found.forces)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "saved").exists()
     made = combine(model, {"one": tmp_path / "one"})
@@ -295,7 +295,7 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
 
 def test_an_adapter_trained_on_folded_weights_belongs_to_them(folders: dict[str, Path], tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.model")
-    model = MaceBackbone.load(base, sha256=sha256_of(base))
+    model = MaceBackbone.load(base, sha256=compute_sha256(base))
     perturb(attach(model, method("elora")))
     merge_weights(model)
     model.save(tmp_path / "merged.model")
@@ -306,7 +306,7 @@ def test_an_adapter_trained_on_folded_weights_belongs_to_them(folders: dict[str,
     load_adapter(merged, tmp_path / "second")
     same(predictions(merged).forces, expected.forces)
     with pytest.raises(InputError, match="not the model given"):
-        load_adapter(MaceBackbone.load(base, sha256=sha256_of(base)), tmp_path / "second")
+        load_adapter(MaceBackbone.load(base, sha256=compute_sha256(base)), tmp_path / "second")
 
 
 def test_bad_input_leaves_the_combination_as_it_was(folders: dict[str, Path]) -> None:

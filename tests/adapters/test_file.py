@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forcetune.adapters.attach import Adapter, adapter_of, attach, detach
+from forcetune.adapters.attach import Adapter, attach, detach, get_adapter
 from forcetune.adapters.file import (
     CARD_NAME,
     CONFIG_NAME,
@@ -24,7 +24,7 @@ from forcetune.adapters.file import (
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from systems import METHODS_FOR_MACE, backbone, cluster, frames_of, perturb, write_model
 
 
@@ -34,7 +34,7 @@ def model() -> MaceBackbone:
 
 
 def forces(model: MaceBackbone) -> np.ndarray:
-    return predict(model, graphs_of(model, frames_of(cluster((1, 6, 8))))).forces
+    return predict(model, build_graphs(model, frames_of(cluster((1, 6, 8))))).forces
 
 
 def saved(model: MaceBackbone, folder: Path, name: str = "mmea", **options: Any) -> Adapter:
@@ -48,7 +48,7 @@ def saved(model: MaceBackbone, folder: Path, name: str = "mmea", **options: Any)
 def test_round_trip_is_exact_and_brings_the_reference_energies(model: MaceBackbone, tmp_path: Path, name: str) -> None:
     before = model.reference_energies
     attach(model, method(name))
-    adapter = adapter_of(model)
+    adapter = get_adapter(model)
     assert adapter is not None
     perturb(adapter)
     model.set_reference_energies({1: -13.5, 8: -2041.0})
@@ -91,7 +91,7 @@ def test_same_model_from_another_file_is_recognised_and_another_model_is_not(tmp
     other = MaceBackbone.load(write_model(tmp_path / "c.model", seed=1), sha256="c" * 64)
     with pytest.raises(InputError, match=r"trained on a, which is not the model given \(c\): fingerprint"):
         load_adapter(other, tmp_path / "adapter")
-    assert adapter_of(other) is None
+    assert get_adapter(other) is None
     cut = MaceBackbone.load(write_model(tmp_path / "a.model"), sha256="a" * 64, elements=[1, 6])
     with pytest.raises(InputError, match="elements"):
         load_adapter(cut, tmp_path / "adapter")
@@ -107,7 +107,7 @@ def test_damaged_folders_are_told_and_leave_the_model_alone(model: MaceBackbone,
     def refused(message: str) -> None:
         with pytest.raises(InputError, match=message):
             load_adapter(model, folder)
-        assert adapter_of(model) is None
+        assert get_adapter(model) is None
 
     for change, message in (
         ({"format_version": 99}, "format version 99"),
@@ -141,7 +141,7 @@ def test_nothing_is_left_when_writing_fails(
 ) -> None:
     saved(model, tmp_path / "adapter", "readout")
     before = read_adapter_config(tmp_path / "adapter")
-    adapter = adapter_of(model)
+    adapter = get_adapter(model)
     assert adapter is not None
     perturb(adapter)
 

@@ -15,7 +15,7 @@ from forcetune.adapters.updates.low_rank import LowRankWeight
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Prediction
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch
 from systems import backbone, cluster, crystal, frames_of
 
@@ -31,12 +31,12 @@ def model() -> MaceBackbone:
 
 @pytest.fixture(scope="module")
 def gradients(model: MaceBackbone) -> dict[str, Tensor]:
-    return weight_gradients(model, graphs_of(model, frames_of(cluster(), crystal())), loss)
+    return weight_gradients(model, build_graphs(model, frames_of(cluster(), crystal())), loss)
 
 
 def test_gradients_are_slopes_of_the_mean_loss(model: MaceBackbone, gradients: dict[str, Tensor]) -> None:
     assert not any(parameter.grad is not None for parameter in model.model.parameters())
-    batches = graphs_of(model, frames_of(cluster(), crystal()))
+    batches = build_graphs(model, frames_of(cluster(), crystal()))
     rng = np.random.default_rng(0)
     parameters = dict(model.model.named_parameters())
     assert set(gradients) == {site.name for site in model.sites()}

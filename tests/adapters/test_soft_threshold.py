@@ -14,7 +14,7 @@ from ase.io import write
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune.adapters.attach import attach, attached, detach
+from forcetune.adapters.attach import attach, detach, require_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
@@ -24,7 +24,7 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.config import TrainingConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.training.optimizers import make_optimizer
 from systems import backbone, cluster, frames_of, write_labelled, write_model
 
@@ -97,7 +97,7 @@ def test_file_holds_the_changed_weights_only(model: MaceBackbone, tmp_path: Path
     sparsity = adapter.sparsity()
     assert sparsity is not None
     assert 0.9 < sparsity.zeros_of_wrapped < sparsity.zeros_of_all < 1
-    graphs = graphs_of(model, frames_of(cluster()))
+    graphs = build_graphs(model, frames_of(cluster()))
     expected = predict(model, graphs)
     save_adapter(model, tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / TENSORS_NAME)
@@ -106,7 +106,7 @@ def test_file_holds_the_changed_weights_only(model: MaceBackbone, tmp_path: Path
     detach(model)
     load_adapter(model, tmp_path / "adapter")
     assert abs(predict(model, graphs).forces - expected.forces).max() < 1e-13
-    assert attached(model).sparsity() == sparsity
+    assert require_adapter(model).sparsity() == sparsity
     assert (
         json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["method"]["optimizer"] == "schedulefree"
     )

@@ -22,7 +22,7 @@ from forcetune.adapters.updates.low_rank import LowRankWeight
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Site
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from models import make_mace
 from systems import cluster, frames_of, perturb
 
@@ -109,7 +109,7 @@ def earlier(name: str) -> Method:
 
 @pytest.mark.parametrize("name", ["gain", "elora"])
 def test_adapters_of_earlier_versions_give_the_same_numbers(model: MaceBackbone, tmp_path: Path, name: str) -> None:
-    graphs = graphs_of(model, frames_of(cluster((1, 6, 8))))
+    graphs = build_graphs(model, frames_of(cluster((1, 6, 8))))
     adapter = attach(model, earlier(name))
     perturb(adapter, 0.3)
     inputs = [weight_of(model, site).shape[1] for site in radial_sites(adapter)]
@@ -139,7 +139,7 @@ def test_adapters_of_earlier_versions_give_the_same_numbers(model: MaceBackbone,
 
 @pytest.mark.parametrize("name", ["gain", "elora"])
 def test_new_adapters_come_back(model: MaceBackbone, tmp_path: Path, name: str) -> None:
-    graphs = graphs_of(model, frames_of(cluster((1, 6, 8))))
+    graphs = build_graphs(model, frames_of(cluster((1, 6, 8))))
     chosen = method(name) if name == "gain" else method(name, rank=2, norms=True)
     adapter = attach(model, chosen)
     perturb(adapter, 0.3)

@@ -11,15 +11,15 @@ import torch
 from ase.io import read
 
 import forcetune
-from forcetune.adapters.attach import attach, attached
+from forcetune.adapters.attach import attach, require_adapter
 from forcetune.adapters.file import save_adapter
 from forcetune.adapters.methods import method
 from forcetune.adapters.updates.gate import GateActivation
 from forcetune.deployment.approximate import merge_approximately, note_path
 from forcetune.deployment.gate_regression import GateRegression
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of
-from forcetune.graphs.graph import graph_of
+from forcetune.evaluation.metrics import build_graphs
+from forcetune.graphs.graph import build_graph
 from systems import backbone, cluster, crystal, frames_of, perturb, write_labelled, write_model
 from terminal import Command
 
@@ -93,11 +93,11 @@ def test_gates_that_are_constant_are_found_exactly() -> None:
                 bias = part.gain.bias
                 bias.copy_(0.3 * torch.randn(bias.shape, generator=generator, dtype=bias.dtype))
     frames = frames_of(*(cluster(seed=seed) for seed in range(6)), *(crystal(seed=seed) for seed in range(6)))
-    GateRegression(gated, graphs_of(gated, frames)).apply(plain, 1e-8)
+    GateRegression(gated, build_graphs(gated, frames)).apply(plain, 1e-8)
     (unseen,) = frames_of(crystal(seed=99))
-    results = [model.predict(graph_of(unseen, model.cutoff)).detached() for model in (gated, plain, backbone())]
+    results = [model.predict(build_graph(unseen, model.cutoff)).detached() for model in (gated, plain, backbone())]
     wanted, found, before = (prediction.forces for prediction in results)
     change = (before - wanted).abs().max()
     assert change > 1e-3
     assert (found - wanted).abs().max() < 0.01 * change
-    assert attached(gated) is adapter
+    assert require_adapter(gated) is adapter

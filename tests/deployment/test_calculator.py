@@ -15,11 +15,11 @@ from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
 import forcetune
-from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.attach import get_adapter
 from forcetune.deployment.calculator import frame_of
 from forcetune.deployment.compiled_prediction import COMPILED_AFTER
 from forcetune.errors import ForcetuneWarning, InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from systems import cluster, crystal, labelled, write_labelled, write_model
 
 
@@ -57,7 +57,7 @@ def test_loaded_backbone_works_too_and_is_not_folded(run: forcetune.Run) -> None
     atoms = labelled(1)[0]
     atoms.calc = forcetune.calculator(backbone, adapter=run.folder)
     energy = atoms.get_potential_energy()
-    assert adapter_of(backbone) is not None
+    assert get_adapter(backbone) is not None
     forcetune.detach(backbone)
     atoms.calc = forcetune.calculator(run.folder)
     assert atoms.get_potential_energy() == pytest.approx(energy, rel=1e-13)
@@ -138,7 +138,7 @@ def test_stress_of_slabs_and_wires(pbc: tuple[bool, bool, bool], run: forcetune.
         bent.calc = atoms.calc
         strained.append(bent.get_potential_energy())
     assert stress[axis, axis] == pytest.approx((strained[0] - strained[1]) / 2e-4 / atoms.get_volume(), rel=1e-5)
-    labels = predict(run.backbone, graphs_of(run.backbone, [frame_of(atoms)]), stress=True)
+    labels = predict(run.backbone, build_graphs(run.backbone, [frame_of(atoms)]), stress=True)
     assert labels.stress is not None
     np.testing.assert_allclose(stress, labels.stress[0], rtol=0, atol=1e-10)
 

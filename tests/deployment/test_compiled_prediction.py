@@ -14,14 +14,14 @@ import pytest
 import torch
 from ase import Atoms
 
-from forcetune.adapters.attach import adapter_of, attach
+from forcetune.adapters.attach import attach, get_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.deployment import compiled_prediction
 from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
 from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.errors import InputError
-from forcetune.graphs.graph import Batch, graph_of
+from forcetune.graphs.graph import Batch, build_graph
 from forcetune.kernels.recording import record
 from systems import backbone, cluster, crystal, perturb
 
@@ -46,7 +46,7 @@ def moved(atoms: Atoms, seed: int, by: float = 0.03) -> Atoms:
 
 
 def graph(model: MaceBackbone, atoms: Atoms) -> Batch:
-    return graph_of(frame_of(atoms), model.cutoff, model.dtype)
+    return build_graph(frame_of(atoms), model.cutoff, model.dtype)
 
 
 def assert_model(found: CompiledPrediction, batch: Batch, *, stress: bool = False, tolerance: float = 1e-11) -> None:
@@ -92,12 +92,12 @@ def test_a_recording_lasts_as_long_as_the_model_is_the_same() -> None:
             model.model.interactions[0].linear_up.weight.mul_(1.5)
 
     def gates() -> None:
-        adapter = adapter_of(model)
+        adapter = get_adapter(model)
         assert adapter is not None
         perturb(adapter, seed=8)
 
     def without_adapter() -> None:
-        adapter = adapter_of(model)
+        adapter = get_adapter(model)
         assert adapter is not None
         adapter.enabled = False
 

@@ -11,7 +11,7 @@ import pytest
 import forcetune
 from forcetune.deployment.ensemble import calibration, load_ensemble, mean_of, spread
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from systems import labelled, write_labelled, write_model
 from terminal import Command
 
@@ -62,7 +62,7 @@ def test_evaluation_tells_errors_of_the_mean_and_calibration(runs: list[Path], c
     found = json.loads(told)
     ensemble = load_ensemble(runs)
     frames = forcetune.frames.read.read_frames(data).frames
-    members = ensemble.predict(graphs_of(ensemble.backbone, frames))
+    members = ensemble.predict(build_graphs(ensemble.backbone, frames))
     mean = mean_of(members)
     assert found["forces_mae_mev_per_ang"] == pytest.approx(mean.errors().forces_mae_mev_per_ang, rel=1e-9)
     assert len(found["ensemble"]["members"]) == 3

@@ -20,7 +20,7 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.deployment import merge as merging
 from forcetune.deployment.merge import merge, probe_frames
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.utils.files import sha256_of
+from forcetune.utils.files import compute_sha256
 from systems import cluster, crystal, perturb, write_model
 
 FOREIGN = """
@@ -40,7 +40,7 @@ print('RESULT', json.dumps(found))
 
 def adapter_on(path: Path, folder: Path, name: str, elements: tuple[int, ...] = (1, 6, 8)) -> Path:
     """A perturbed adapter with reference energies of its own."""
-    model = MaceBackbone.load(path, elements=elements, sha256=sha256_of(path))
+    model = MaceBackbone.load(path, elements=elements, sha256=compute_sha256(path))
     perturb(attach(model, method(name)))
     model.set_reference_energies({1: -13.6, 6: -1035.2, 8: -2043.9})
     save_adapter(model, folder)
@@ -73,7 +73,7 @@ BROMINE = -70_038.737
 def test_reference_energies_of_all_electrons(tmp_path: Path, dtype: str) -> None:
     """A float64 base keeps them whatever the precision of the training was."""
     base = write_model(tmp_path / "base.model", elements=(1, 6, 35))
-    model = MaceBackbone.load(base, sha256=sha256_of(base), dtype=getattr(torch, dtype))
+    model = MaceBackbone.load(base, sha256=compute_sha256(base), dtype=getattr(torch, dtype))
     perturb(attach(model, method("elora")))
     references = {1: -13.587, 6: -1029.2809654211628, 35: BROMINE}
     model.set_reference_energies(references)
@@ -99,7 +99,7 @@ def test_wrong_reference_energies_are_found_whatever_their_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = write_model(tmp_path / "base.model", elements=(1, 6, 35))
-    model = MaceBackbone.load(base, sha256=sha256_of(base), dtype=torch.float32)
+    model = MaceBackbone.load(base, sha256=compute_sha256(base), dtype=torch.float32)
     perturb(attach(model, method("elora")))
     model.set_reference_energies({1: -13.587, 6: -1029.28, 35: BROMINE})
     save_adapter(model, tmp_path / "adapter")

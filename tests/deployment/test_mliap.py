@@ -19,7 +19,7 @@ from forcetune.deployment.mliap.stand_in import LammpsResult, run_lammps
 from forcetune.deployment.mliap.unified import UnifiedPotential
 from forcetune.errors import ForcetuneError
 from forcetune.frames.frame import Frame
-from forcetune.graphs.graph import graph_of
+from forcetune.graphs.graph import build_graph
 from models import ARCHITECTURES, default_dtype, make_mace
 from sevennet_models import RECIPES, backbone_of, structures
 from systems import backbone, cluster, crystal, frames_of, perturb
@@ -35,7 +35,7 @@ def assert_same_as_predicted(
     model: NetworkBackbone, frame: Frame, result: LammpsResult, tolerance: float = 1e-10
 ) -> None:
     """Within an absolute tolerance, or a relative one where energies of random models are beyond 1 eV."""
-    prediction = model.predict(graph_of(frame, model.cutoff, model.dtype), stress=True).detached()
+    prediction = model.predict(build_graph(frame, model.cutoff, model.dtype), stress=True).detached()
     assert prediction.energies is not None and prediction.stress is not None
     pairs = [
         (np.array(result.energy), prediction.energy.numpy()[0]),

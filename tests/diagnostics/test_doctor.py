@@ -22,7 +22,7 @@ from forcetune.diagnostics.label_mismatch import find_mismatch, pair_correlation
 from forcetune.diagnostics.label_statistics import LabelledPredictions
 from forcetune.diagnostics.memory import measure_peak_memory, step_memory, training_step
 from forcetune.errors import ForcetuneWarning, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.read import frames_from_atoms
 from forcetune.graphs.graph import collate
 from systems import labelled, write_labelled, write_model
@@ -311,7 +311,7 @@ def test_atoms_at_one_place_are_findings(mini: Backbone) -> None:
 
 def predicted(model: Backbone, frames: Sequence[Atoms]) -> LabelledPredictions:
     found = frames_from_atoms(frames).frames
-    return LabelledPredictions.of(found, predict(model, graphs_of(model, found)))
+    return LabelledPredictions.of(found, predict(model, build_graphs(model, found)))
 
 
 def test_energies_follow_forces_from_frame_to_frame(mini: Backbone) -> None:
@@ -371,7 +371,7 @@ def test_stress_signs_and_units(factor: float, codes: set[str]) -> None:
 
 
 def test_memory_of_a_step_is_what_is_measured(mini: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = graphs_of(mini, frames_from_atoms(structures("train")).frames)
+    graphs = build_graphs(mini, frames_from_atoms(structures("train")).frames)
     monkeypatch.setattr("forcetune.diagnostics.memory.MEASURED_EDGES", 1000)
     found = step_memory(mini, graphs, 40)
     assert found is not None

@@ -9,7 +9,7 @@ import pytest
 from ase import Atoms
 
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import EVALUATION_ATOMS, Predictions, evaluate_frames, graphs_of, predict
+from forcetune.evaluation.metrics import EVALUATION_ATOMS, Predictions, build_graphs, evaluate_frames, predict
 from forcetune.evaluation.streamed import predict_streamed
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import frames_from_atoms
@@ -53,10 +53,10 @@ def test_many_batches_give_what_one_frame_gives() -> None:
     model = backbone()
     structures = [cluster(seed=i) if i % 2 else crystal(seed=i) for i in range(2 * EVALUATION_ATOMS // 9)]
     done: list[int] = []
-    together = predict(model, graphs_of(model, frames_of(*structures)), progress=done.append)
+    together = predict(model, build_graphs(model, frames_of(*structures)), progress=done.append)
     assert len(done) > 1
     assert sum(done) == len(structures)
-    last = predict(model, graphs_of(model, frames_of(structures[-1])))
+    last = predict(model, build_graphs(model, frames_of(structures[-1])))
     assert together.energy[-1] == pytest.approx(last.energy[0], rel=1e-12)
     np.testing.assert_allclose(together.forces[-len(structures[-1]) :], last.forces, rtol=0, atol=1e-12)
 
@@ -64,7 +64,7 @@ def test_many_batches_give_what_one_frame_gives() -> None:
 def test_unknown_element_and_atoms_on_top_of_each_other_name_the_frame() -> None:
     model = backbone()
     with pytest.raises(InputError, match=r"<atoms>, frame 1: element Si is unknown"):
-        graphs_of(model, frames_from_atoms([*labelled(1), silicon()]).frames)
+        build_graphs(model, frames_from_atoms([*labelled(1), silicon()]).frames)
     collapsed = labelled(2)
     collapsed[1].positions[1] = collapsed[1].positions[0]
     with pytest.raises(InputError, match="frame 1: atoms 0 and 1 are at the same place"):
@@ -79,11 +79,11 @@ def test_streamed_frames_may_have_no_number_after_a_training(tmp_path: Path) -> 
     model.set_reference_energies({7: float("nan")})
     path, keys = write_xyz(tmp_path / "a.xyz", structures), LabelKeys(*["auto"] * len(LabelKeys._fields))
     frames = stream_frames([str(path)], keys, (), "data", folder=tmp_path / "store", workers=0).frames
-    graphs = graphs_of(model, frames)
+    graphs = build_graphs(model, frames)
     assert isinstance(graphs, StoredGraphs)
     with pytest.raises(InputError, match=r"a\.xyz, frame 1: the model's energy or forces are not finite"):
         predict_streamed(model, graphs)
-    found, expected = predict_streamed(model, graphs, finite=False), predict(model, graphs_of(model, list(frames)))
+    found, expected = predict_streamed(model, graphs, finite=False), predict(model, build_graphs(model, list(frames)))
     assert np.array_equal(np.isnan(found.energy), [False, True, False])
     assert found.errors().to_json() == pytest.approx(expected.errors().to_json(), rel=1e-10, nan_ok=True)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from forcetune.errors import ForcetuneWarning, InputError
-from forcetune.frames.elements import element_of
+from forcetune.frames.elements import parse_element
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import file_format
@@ -125,7 +125,7 @@ def test_names_that_are_no_symbols(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["CL", "fe", "Na", "SI"])
 def test_capitals_are_symbols(name: str) -> None:
-    assert element_of(name) == (name.capitalize(), None)
+    assert parse_element(name) == (name.capitalize(), None)
 
 
 @pytest.mark.parametrize(("name", "hint"), [("HW", "H"), ("OW", "O"), ("CT1", "C"), ("CA1", "Ca"), ("Qq", None)])

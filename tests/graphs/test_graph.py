@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from forcetune.errors import InputError
 from forcetune.frames.neighbor_list import neighbours
-from forcetune.graphs.graph import collate, graph_of
+from forcetune.graphs.graph import build_graph, collate
 from systems import cluster, crystal, frames_of
 
 
-def edges_of(atoms: Atoms, cutoff: float) -> list[tuple[int, int, float]]:
+def find_edges(atoms: Atoms, cutoff: float) -> list[tuple[int, int, float]]:
     """Sender, receiver and length of every edge, as ASE finds them."""
     sender, receiver, length = neighbor_list("ijd", atoms, cutoff)
     return sorted((int(i), int(j), round(float(d), 8)) for i, j, d in zip(sender, receiver, length, strict=True))
@@ -29,7 +29,7 @@ def same_as_ase(atoms: Atoms, cutoff: float) -> None:
     vectors = atoms.positions[receiver] - atoms.positions[sender] + unit_shifts @ atoms.cell.array
     lengths = np.linalg.norm(vectors, axis=1)
     found = sorted((int(i), int(j), round(float(d), 8)) for i, j, d in zip(sender, receiver, lengths, strict=True))
-    assert found == edges_of(atoms, cutoff)
+    assert found == find_edges(atoms, cutoff)
     assert (np.diff(receiver) >= 0).all()
 
 
@@ -53,7 +53,7 @@ def test_neighbours_of_random_cells_with_atoms_outside(seed: int, pbc: list[bool
 
 
 def test_batch_is_the_sum_of_its_graphs() -> None:
-    graphs = [graph_of(frame, 4.0) for frame in frames_of(cluster(), crystal(), Atoms("O"))]
+    graphs = [build_graph(frame, 4.0) for frame in frames_of(cluster(), crystal(), Atoms("O"))]
     batch = collate(graphs)
     assert batch.n_graphs == 3
     assert batch.n_atoms == 9 + 8 + 1
@@ -69,7 +69,7 @@ def test_batch_is_the_sum_of_its_graphs() -> None:
 def test_float32_keeps_total_energies_in_float64() -> None:
     atoms = cluster()
     frame = frames_of(atoms)[0]
-    batch = graph_of(frame, 4.0, torch.float32).to(dtype=torch.float32)
+    batch = build_graph(frame, 4.0, torch.float32).to(dtype=torch.float32)
     assert batch.positions.dtype == torch.float32
     assert batch.energy.dtype == torch.float64
 
@@ -78,4 +78,4 @@ def test_periodic_frame_without_a_cell_is_refused() -> None:
     atoms = cluster()
     atoms.pbc = [True, False, False]
     with pytest.raises(InputError, match=r"<atoms>, frame 0: periodic, but its lattice vectors"):
-        graph_of(frames_of(atoms)[0], 4.0)
+        build_graph(frames_of(atoms)[0], 4.0)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forcetune.errors import InputError
-from forcetune.graphs.graph import Batch, graph_of
+from forcetune.graphs.graph import Batch, build_graph
 from forcetune.graphs.loader import BatchLoader, balanced, pack, pack_tightly
 from systems import cluster, frames_of
 
 
 def graphs(count: int) -> list[Batch]:
-    return [graph_of(frame, 3.0) for frame in frames_of(*(cluster(atoms=2 + i, seed=i) for i in range(count)))]
+    return [build_graph(frame, 3.0) for frame in frames_of(*(cluster(atoms=2 + i, seed=i) for i in range(count)))]
 
 
 def sizes(loader: BatchLoader) -> list[list[int]]:

@@ -15,9 +15,9 @@ from forcetune.frames.read import read_frames
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.frames.store.streaming import stream_frames
 from forcetune.graphs import stored_graphs as stored
-from forcetune.graphs.graph import Batch, graph_of
+from forcetune.graphs.graph import Batch, build_graph
 from forcetune.graphs.loader import BatchLoader
-from forcetune.graphs.stored_graphs import StoredGraphs, any_label, sizes_of, stored_graphs
+from forcetune.graphs.stored_graphs import StoredGraphs, any_label, measure_graphs, stored_graphs
 from frames.formats import write_xyz
 from systems import cluster, crystal
 
@@ -62,7 +62,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
 @pytest.mark.filterwarnings("ignore::forcetune.errors.ForcetuneWarning")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_graphs_are_the_same(path: Path, dtype: torch.dtype) -> None:
-    expected = [graph_of(frame, CUTOFF, dtype) for frame in read_frames(path, require=()).frames]
+    expected = [build_graph(frame, CUTOFF, dtype) for frame in read_frames(path, require=()).frames]
     found = stored_graphs(frames_on_disk(path), CUTOFF, dtype, workers=2 * (dtype == torch.float64))
     assert len(found) == len(expected) == 40
     for one, other in zip(expected, found, strict=True):
@@ -72,7 +72,7 @@ def test_graphs_are_the_same(path: Path, dtype: torch.dtype) -> None:
         assert_equal(one, other)
     for one, other in zip([expected[i] for i in (7, 3, 7)], found.take(np.array([7, 3, 7])), strict=True):
         assert_equal(one, other)
-    assert np.array_equal(sizes_of(expected), sizes_of(found))
+    assert np.array_equal(measure_graphs(expected), measure_graphs(found))
     for name in ("energy", "forces", "stress"):
         assert any_label(found, name)
         assert any_label(found[:1], name) == any_label(expected[:1], name) is False
@@ -80,7 +80,7 @@ def test_graphs_are_the_same(path: Path, dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore::forcetune.errors.ForcetuneWarning")
 def test_batches_are_the_same(path: Path) -> None:
-    expected = [graph_of(frame, CUTOFF) for frame in read_frames(path, require=()).frames]
+    expected = [build_graph(frame, CUTOFF) for frame in read_frames(path, require=()).frames]
     found = stored_graphs(frames_on_disk(path), CUTOFF, torch.float64)
     replay = [graph.weighted(0.5) for graph in expected[:5]]
     for options in (

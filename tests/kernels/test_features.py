@@ -1,4 +1,4 @@
-"""Features by blocks pass for the flat vector, without making it where nobody needs it."""
+"""Features by blocks pass for the flat vector, without making it where it is not needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate
 from forcetune.kernels.features import Features, features_of
 from systems import backbone, cluster, frames_of
@@ -64,5 +64,5 @@ def test_layers_hand_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone()
     attach(model, method("mmea"))
     monkeypatch.setattr(Features, "flat", property(counted))
-    model.predict(collate(graphs_of(model, frames_of(cluster(), cluster(seed=4)))), create_graph=True)
+    model.predict(collate(build_graphs(model, frames_of(cluster(), cluster(seed=4)))), create_graph=True)
     assert [layout for layout in made if len(layout) > 1] == []

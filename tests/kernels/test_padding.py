@@ -7,8 +7,8 @@ import pytest
 import torch
 from ase import Atoms
 
-from forcetune.evaluation.metrics import graphs_of
-from forcetune.graphs.graph import collate, parts_of
+from forcetune.evaluation.metrics import build_graphs
+from forcetune.graphs.graph import collate, split_batch
 from forcetune.kernels.edge_plan import chunk_bounds, with_plan
 from forcetune.kernels.padding import CUDA_CHUNK_COST, best_chunks, fitted, layout_of, plan_with, tensors_of
 from systems import backbone, cluster, crystal, frames_of
@@ -30,7 +30,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("kind", STRUCTURES)
 def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str) -> None:
     model = backbone(max_ell=1, correlation=2, later=later)
-    graphs = graphs_of(model, frames_of(*STRUCTURES[kind]))
+    graphs = build_graphs(model, frames_of(*STRUCTURES[kind]))
     random = np.random.default_rng(0)
     for frames in (1, 3):
         layout = layout_of(graphs, frames, model.elements, model.cutoff, bool(model.paired))
@@ -60,20 +60,20 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
 
 def test_what_exceeds_a_layout_does_not_fit() -> None:
     model = backbone()
-    graphs = graphs_of(model, frames_of(*STRUCTURES["molecules"]))
+    graphs = build_graphs(model, frames_of(*STRUCTURES["molecules"]))
     layout = layout_of(graphs[:3], 2, model.elements, model.cutoff, True)
     assert fitted(collate(graphs[:2]), layout, model.elements) is not None
     assert fitted(collate(graphs[:3]), layout, model.elements) is None
     # as many atoms, but more neighbours
-    dense = graphs_of(model, frames_of(crystal(elements=(1, 6, 7), seed=1)))
+    dense = build_graphs(model, frames_of(crystal(elements=(1, 6, 7), seed=1)))
     assert fitted(dense[0], layout, model.elements) is None
-    foreign = graphs_of(model, frames_of(cluster(atoms=9, elements=(8,))))
+    foreign = build_graphs(model, frames_of(cluster(atoms=9, elements=(8,))))
     assert fitted(foreign[0], layout, model.elements) is None
 
 
 def test_plans_take_other_tensors_of_the_same_shape() -> None:
     model = backbone()
-    graphs = graphs_of(model, frames_of(*STRUCTURES["molecules"]))
+    graphs = build_graphs(model, frames_of(*STRUCTURES["molecules"]))
     layout = layout_of(graphs, 2, model.elements, model.cutoff, True)
     one, two = (fitted(collate(chosen), layout, model.elements) for chosen in (graphs[:2], graphs[2:4]))
     assert one is not None and two is not None
@@ -105,8 +105,8 @@ def test_chunks_cost_no_more_than_those_of_the_quick_way() -> None:
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7])
 def test_parts_of_a_batch_are_its_graphs(most: int) -> None:
-    graphs = graphs_of(backbone(), frames_of(*STRUCTURES["mixed, single atoms too"][:7]))
-    parts = parts_of(collate(graphs), most)
+    graphs = build_graphs(backbone(), frames_of(*STRUCTURES["mixed, single atoms too"][:7]))
+    parts = split_batch(collate(graphs), most)
     assert max(part.n_graphs for part in parts) <= most and sum(part.n_graphs for part in parts) == len(graphs)
     assert max(part.n_graphs for part in parts) - min(part.n_graphs for part in parts) <= 1
     first = 0
@@ -119,14 +119,14 @@ def test_parts_of_a_batch_are_its_graphs(most: int) -> None:
 
 def test_atoms_alone_have_a_layout_without_a_limit() -> None:
     model = backbone(max_ell=1)
-    graphs = graphs_of(model, frames_of(Atoms("C"), Atoms("O")))
+    graphs = build_graphs(model, frames_of(Atoms("C"), Atoms("O")))
     layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     assert layout.n_atoms == 3 and sum(stop - start for start, stop, _ in layout.chunks) == 3
 
 
 def test_slack_leaves_room_for_more_neighbours() -> None:
     model = backbone(max_ell=1)
-    graphs = graphs_of(model, frames_of(cluster(atoms=9)))
+    graphs = build_graphs(model, frames_of(cluster(atoms=9)))
     tight, wide = (layout_of(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
     assert wide.n_edges >= tight.n_edges + 2 * 9
     assert max(width for _, _, width in wide.chunks) == max(width for _, _, width in tight.chunks) + 2

@@ -13,16 +13,16 @@ from ase import Atoms
 from scipy.spatial.transform import Rotation
 
 import forcetune
-from forcetune.adapters.attach import adapter_of, attach, attached, detach, disable_adapter, merge_weights
+from forcetune.adapters.attach import attach, detach, disable_adapter, get_adapter, merge_weights, require_adapter
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import Method, method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.protocol import Prediction
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.frame import FloatArray, Frame
 from forcetune.graphs.graph import Batch, collate
-from forcetune.magnetism.layer import SpinLayer, half_of
+from forcetune.magnetism.layer import SpinLayer, select_half
 from forcetune.magnetism.options import Magnetism
 from systems import METHODS_FOR_MACE, backbone, cluster, crystal, frames_of, library, perturb
 
@@ -57,7 +57,7 @@ def frame_with(atoms: Atoms, spins: FloatArray) -> Frame:
 
 
 def predict(model: MaceBackbone, *frames: Frame) -> Prediction:
-    batch = collate(graphs_of(model, frames))
+    batch = collate(build_graphs(model, frames))
     batch.spins.requires_grad_()
     return model.predict(batch, stress=True).detached()
 
@@ -175,7 +175,7 @@ def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> Non
 
 def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> None:
     found = magnetic(layer="spin–orbit")
-    part = attached(found).magnetic
+    part = require_adapter(found).magnetic
     assert part is not None
     layer = part.layer
     assert isinstance(layer, SpinLayer)
@@ -244,7 +244,7 @@ def test_adapters_with_a_layer_are_saved_and_loaded(tmp_path: Path, layer: str, 
     detach(found)
     with pytest.raises(InputError, match="magnetic layer"):
         forcetune.combine(found, {"one": tmp_path / "adapter"})
-    assert adapter_of(found) is None
+    assert get_adapter(found) is None
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -253,13 +253,13 @@ def test_nothing_changes_by_our_network_and_every_gradient_is_the_librarys(model
     for make in (library, backbone):
         found = make(**MODELS[model])
         perturb(attach(found, replace(method("mmea"), magnetism=LAYERS["spin–orbit"])), 0.1)
-        batch = collate(graphs_of(found, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
+        batch = collate(build_graphs(found, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
         told = found.predict(batch, stress=True, create_graph=True)
         assert told.stress is not None
         assert told.moments is not None
         loss = told.energy.square().sum() + told.forces.square().sum() + told.stress.square().sum()
         (loss + told.moments.pow(3).sum()).backward()
-        results.append((told.detached(), [p.grad for p in attached(found).parameters()]))
+        results.append((told.detached(), [p.grad for p in require_adapter(found).parameters()]))
     (slow, slow_grads), (fast_found, fast_grads) = results
     for one, other in zip(fast_found[:4], slow[:4], strict=True):
         same(one, other)
@@ -272,9 +272,9 @@ def test_nothing_changes_by_our_network_and_every_gradient_is_the_librarys(model
 def test_every_coefficient_of_the_spin_orbit_terms_learns() -> None:
     """The Dzyaloshinskii–Moriya term is a product of two coefficients: one of them must not start at zero."""
     model = backbone()
-    plain = model.predict(collate(graphs_of(model, frames_of(cluster())))).energy.detach()
+    plain = model.predict(collate(build_graphs(model, frames_of(cluster())))).energy.detach()
     layer: Any = attach(model, replace(method("readout"), magnetism=LAYERS["spin–orbit"])).magnetic
-    batch = collate(graphs_of(model, [frame_with(cluster(), spins_of(cluster()))]))
+    batch = collate(build_graphs(model, [frame_with(cluster(), spins_of(cluster()))]))
     same(model.predict(batch).energy.detach(), plain)
     last = layer.layer.pair[-1]
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
@@ -290,8 +290,8 @@ def test_every_coefficient_of_the_spin_orbit_terms_learns() -> None:
 
 def test_every_pair_is_counted_once() -> None:
     found = backbone()
-    (graph,) = graphs_of(found, frames_of(crystal()))
-    half = half_of(graph)
+    (graph,) = build_graphs(found, frames_of(crystal()))
+    half = select_half(graph)
     assert 2 * len(half) == graph.n_edges
     kept = _keys(graph)[half.numpy()]
     reverse = np.concatenate((kept[:, [1, 0]], -kept[:, 2:]), axis=1)
@@ -307,7 +307,7 @@ def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
     (frame,) = frames_of(crystal())
     told = predict(found, frame)
     same(told.moments, np.zeros((8, 3)))
-    part = attached(found)
+    part = require_adapter(found)
     found.extension = None
     same(predict(found, frame).energy, told.energy)
     found.extension = part.magnetic

@@ -18,7 +18,7 @@ import forcetune
 from forcetune.adapters.attach import attach
 from forcetune.config import RunConfig, TrainingConfig
 from forcetune.deployment.dynamics import energy_conservation
-from forcetune.errors import InputError
+from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.read import frames_from_atoms, read_frames
 from forcetune.frames.spins import with_spins
 from forcetune.magnetism.options import Magnetism
@@ -76,7 +76,6 @@ def test_the_spin_lattice_model_has_known_answers() -> None:
     assert told.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:.*read only with a magnetic layer")
 def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     atoms = Atoms("Fe2", [[0, 0, 0], [0, 0, 2.4]], cell=[4, 4, 5], pbc=True)
     vectors = np.array([[0.0, 1.0, 2.0], [0.5, 0.0, 0.01]])
@@ -101,7 +100,9 @@ def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     in_memory = frames_from_atoms([three], **asked)
     assert in_memory.keys.moments == "calculator"
     np.testing.assert_allclose(in_memory.frames[0].moments, vectors * [0, 0, 1])
-    assert read_frames(tmp_path / "0.xyz").frames[0].moments is None
+    assert read_frames(tmp_path / "0.xyz", ignored=("moments", "spins")).frames[0].moments is None
+    with pytest.warns(ForcetuneWarning, match="read only with a magnetic layer"):
+        assert read_frames(tmp_path / "0.xyz").frames[0].moments is None
 
     (turned,) = with_spins(found.frames, "directions")
     np.testing.assert_allclose(turned.spins, [[0, 0, 1.0], [0, 0, 0]])  # a moment of 0.01 has no direction
@@ -152,7 +153,6 @@ def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> Non
     assert field[3] @ side == pytest.approx(-(energies[0] - energies[1]) / (2 * step), rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:replay data.*read only with a magnetic layer")
 def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its second stage, and with a head for replay frames: rates of their own for what starts from nothing."""
     more = {"training.second_stage.start": 2, "replay.data": [str(iron / "valid.xyz")], "replay.head": "own"}
@@ -436,14 +436,14 @@ def test_exchange_is_smooth_and_ends() -> None:
 
 def test_states_of_one_structure_are_no_copies() -> None:
     from forcetune.diagnostics.duplicates import check_duplicates
-    from forcetune.diagnostics.shape import shape_of
+    from forcetune.diagnostics.shape import measure_shape
 
     frames = []
     for kind in ("ferro", "random", "random"):
         atoms = labelled(cell((2, 2, 2)), directions(cell((2, 2, 2)), kind, np.random.default_rng(len(frames))))
         frames += frames_from_atoms([atoms], moments_key="auto", spins_key="auto").frames
     frames.append(frames[1])
-    (found,) = check_duplicates(frames, [shape_of(frame) for frame in frames], trained_on=True)
+    (found,) = check_duplicates(frames, [measure_shape(frame) for frame in frames], trained_on=True)
     assert (found.code, len(found.frames)) == ("duplicate-frames", 1)
 
 

@@ -20,10 +20,10 @@ from forcetune.diagnostics.diagnosis import diagnose
 from forcetune.diagnostics.doctor import Checkup
 from forcetune.diagnostics.label_checks import check_labels
 from forcetune.diagnostics.label_statistics import LabelledPredictions, energy_agreement, force_agreement
-from forcetune.diagnostics.shape import shape_of
+from forcetune.diagnostics.shape import measure_shape
 from forcetune.diagnostics.stress import ORDERS, find_order
 from forcetune.errors import ForcetuneWarning
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.frames.read import frames_from_atoms, read_frames
 from own_labels import labelled_by, shaken, write
 from systems import labelled, write_model
@@ -215,7 +215,7 @@ def test_stress_in_the_right_order_has_no_other() -> None:
 def test_a_pressure_of_the_other_sign_is_no_wrong_sign(mini: Backbone, crystals: list[Atoms]) -> None:
     """Two theories may differ in the sign of the pressure of all frames."""
     frames = frames_from_atoms(crystals).frames
-    found = LabelledPredictions.of(frames, predict(mini, graphs_of(mini, frames)))
+    found = LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames)))
     assert found.stress is not None
     offset = 0.2 * np.eye(3)
     moved = replace(found, stress=found.stress - offset, stress_label=found.stress + offset)
@@ -372,7 +372,7 @@ def weakened(model: Backbone, structures: list[Atoms], noise: float, energies: s
     """Right labels, and a model whose forces follow them as far as noise lets them and whose energies do not at all."""
     rng = np.random.default_rng(6)
     frames = frames_from_atoms(structures).frames
-    found = LabelledPredictions.of(frames, predict(model, graphs_of(model, frames)))
+    found = LabelledPredictions.of(frames, predict(model, build_graphs(model, frames)))
     forces = [own + noise * own.std() * rng.standard_normal(own.shape) for own in found.forces]
     spread = float(np.std(found.energy))
     moved = {
@@ -406,7 +406,7 @@ def test_energies_are_judged_by_a_good_model(mini: Backbone) -> None:
 def test_liquid_water_is_no_alarm(part: str, reference_data: Path, mini: Backbone) -> None:
     """Right labels, which mini's forces follow with 0.68 and its energies not at all."""
     frames = read_frames(reference_data / "water" / f"water_deepmd_{part}.xyz").frames[::4][:30]
-    found = diagnose(LabelledPredictions.of(frames, predict(mini, graphs_of(mini, frames))))
+    found = diagnose(LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames))))
     assert [str(item) for item in found] == []
 
 
@@ -422,7 +422,7 @@ def test_energies_in_single_precision_repeat_by_chance() -> None:
     energies = [atoms.info["REF_energy"] for atoms in frames]
     assert len(set(energies)) < len(energies) - 3
     found = frames_from_atoms(frames).frames
-    shapes = [shape_of(frame) for frame in found]
+    shapes = [measure_shape(frame) for frame in found]
     assert "energy-repeated" not in {item.code for item in check_labels(found, shapes)}
     written = [replace(frame, energy=found[k // 8 * 8].energy) for k, frame in enumerate(found)]
     assert "energy-repeated" in {item.code for item in check_labels(written, shapes)}

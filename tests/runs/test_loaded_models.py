@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import forcetune
-from forcetune.adapters.attach import adapter_of, attach, detach
+from forcetune.adapters.attach import attach, detach, get_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.loading import load
 from forcetune.backbones.mace.backbone import MaceBackbone
@@ -191,7 +191,7 @@ def test_everything_else_takes_a_loaded_model_as_its_path(data: Path, model: Pat
     assert found[:-2] == pytest.approx(expected[:-2], rel=1e-11)
     assert found[-2][0]["correlation"] == pytest.approx(expected[-2][0]["correlation"], rel=1e-9)
     assert found[-2][1] == expected[-2][1] and found[-1] == expected[-1]
-    assert adapter_of(whole) is None and whole.elements == (1, 6, 7, 8)
+    assert get_adapter(whole) is None and whole.elements == (1, 6, 7, 8)
     assert torch.equal(next(whole.model.parameters()), next(load(model).model.parameters()))
 
 
@@ -211,7 +211,7 @@ def test_a_model_with_an_adapter_is_refused_where_another_would_be_put_on_it(
         with pytest.raises(InputError, match="already carries an adapter"):
             use()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
-    assert adapter_of(backbone) is not None
+    assert get_adapter(backbone) is not None
 
 
 def test_comparisons_of_a_loaded_model(data: Path, model: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_comparisons_of_a_loaded_model(data: Path, model: Path, tmp_path: Path) 
 
     backbone = load(model)
     one, other = compare(model, "one"), compare(backbone, "other")
-    assert adapter_of(backbone) is None
+    assert get_adapter(backbone) is None
     values = [[row.valid_loss.mean for row in found.comparison.methods] for found in (one, other)]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
     memory = MaceBackbone.from_module(make_mace(seed=4))

@@ -63,6 +63,8 @@ def test_files_of_the_user_in_a_run_folder_stay(place: Path, command: Command) -
     assert "what forcetune did not write stays: adapter, checkpoints, notes.txt, own" in err
     assert all(path.read_text(encoding="utf-8") == "mine" for path in foreign)
     assert (run / "environment.json").stat().st_mtime_ns != before
+    # said of this call, not of those that start from its configuration
+    assert "overwrite: false" in (run / "config.yaml").read_text(encoding="utf-8")
     assert not (run / "tensorboard").exists() and not (run / "checkpoints" / "unrefined").exists()
     assert command("evaluate", run, place / "a.xyz")[0] == 0
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import forcetune
-from forcetune.adapters.attach import attach, attached
+from forcetune.adapters.attach import attach, require_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneWarning
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
@@ -63,7 +63,7 @@ def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
 def step_of(
     model: MaceBackbone, graphs: Sequence[Batch], config: LossConfig, frames: int, *, head: ReplayHead | None = None
 ) -> CompiledStep:
-    parameters = [*attached(model).parameters(), *(head.parameters() if head else ())]
+    parameters = [*require_adapter(model).parameters(), *(head.parameters() if head else ())]
     training = TrainingConfig(batch_size=frames)
     layout = choose_layout(model, training, BatchLoader(graphs, frames), frames_of_part(frames, 7, 2))
     return CompiledStep(model, head, config, layout, parameters, Workers(frames))
@@ -99,11 +99,11 @@ def two_threads() -> Any:
 @pytest.mark.parametrize("name", ["mmea", "elora", "sparse", "full", "gain"])
 def test_loss_and_every_gradient_are_those_of_the_eager_step(name: str, two_threads: None) -> None:
     model = tuned(name)
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     step = step_of(model, graphs, LossConfig(energy_per_atom=True), 4)
     assert_eager(step, collate(graphs[:4]))
     assert step.recording is not None and step.recording.operations > 100
-    perturb(attached(model), seed=6)
+    perturb(require_adapter(model), seed=6)
     assert_eager(step, collate(graphs[4:8]))
     assert_eager(step, collate([graphs[8], graphs[0], graphs[3], graphs[5]]))
     # the last batch of an epoch has fewer frames
@@ -120,7 +120,7 @@ def test_loss_and_every_gradient_are_those_of_the_eager_step(name: str, two_thre
 )
 def test_periodic_frames_with_stress_and_other_blocks(first: str, later: str, options: dict[str, Any]) -> None:
     model = tuned("mmea", first=first, later=later, **options)
-    graphs = with_labels(graphs_of(model, frames_of(*CRYSTALS)))
+    graphs = with_labels(build_graphs(model, frames_of(*CRYSTALS)))
     step = step_of(model, graphs, LossConfig(stress=10.0, form="huber"), 2)
     assert_eager(step, collate(graphs[:2]))
     assert_eager(step, collate(graphs[2:4]))
@@ -131,7 +131,7 @@ def test_single_precision(two_threads: None) -> None:
     """Within 1e-3 of the largest gradient: sums come in another order."""
     model = backbone(**SMALL | {"dtype": torch.float32})
     perturb(attach(model, method("mmea")))
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     step = step_of(model, graphs, LossConfig(), 4)
     assert_eager(step, collate(graphs[:4]), 1e-3)
     assert_eager(step, collate(graphs[4:8]), 1e-3)
@@ -139,7 +139,7 @@ def test_single_precision(two_threads: None) -> None:
 
 def test_replay_frames_with_a_head_of_their_own(two_threads: None) -> None:
     model = tuned("elora")
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     graphs = [graph.for_replay() if index % 2 else graph for index, graph in enumerate(graphs)]
     head = ReplayHead(model.n_scalars, seed=0, dtype=model.dtype, device=model.device)
     with torch.no_grad():
@@ -152,9 +152,9 @@ def test_replay_frames_with_a_head_of_their_own(two_threads: None) -> None:
 
 def test_a_batch_that_is_not_of_the_set_is_left_to_the_eager_step() -> None:
     model = tuned("readout")
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     step = step_of(model, graphs, LossConfig(), 2)
-    other = with_labels(graphs_of(model, frames_of(*CRYSTALS)))
+    other = with_labels(build_graphs(model, frames_of(*CRYSTALS)))
     assert step.loss(collate([other[0], graphs[0]])) is None
     assert_eager(step, collate(graphs[1:3]))
     assert step.loss(collate([graphs[0], other[0]])) is None
@@ -163,10 +163,10 @@ def test_a_batch_that_is_not_of_the_set_is_left_to_the_eager_step() -> None:
 def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is a number while it is recorded becomes part of the graph; what depends on values cannot be recorded."""
     model = tuned("readout")
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
-    original = replay_head.loss_of
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
+    original = replay_head.compute_loss
     values = {"factor": 1.0}
-    monkeypatch.setattr(replay_head, "loss_of", lambda *a, **k: original(*a, **k) * values["factor"])
+    monkeypatch.setattr(replay_head, "compute_loss", lambda *a, **k: original(*a, **k) * values["factor"])
     other = step_of(model, graphs, LossConfig(), 2)
     assert other.loss(collate(graphs[:2])) is not None
     values["factor"] = 2.0
@@ -176,14 +176,14 @@ def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch)
     def decides(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
         return original(config, found, batch, **more) * float(batch.forces.nan_to_num().abs().max())
 
-    monkeypatch.setattr(replay_head, "loss_of", decides)
+    monkeypatch.setattr(replay_head, "compute_loss", decides)
     with pytest.raises(CompileError, match="depends on values"):
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
     def chooses(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
         return original(config, found, batch, **more) + found.energy[~torch.isnan(batch.energy)].sum()
 
-    monkeypatch.setattr(replay_head, "loss_of", chooses)
+    monkeypatch.setattr(replay_head, "compute_loss", chooses)
     with pytest.raises(CompileError, match="depends on values"):
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
@@ -192,20 +192,20 @@ def reason(model: NetworkBackbone, graphs: Sequence[Batch], **options: Any) -> C
     config = TrainingConfig.model_validate({"batch_size": 3, "compile": "on"} | options)
     loader = BatchLoader(graphs, config.batch_size)
     with pytest.raises(CompileError) as caught:
-        CompiledTraining(model, None, config, loader, list(attached(model).parameters()))
+        CompiledTraining(model, None, config, loader, list(require_adapter(model).parameters()))
     return caught.value
 
 
 def test_reasons_for_eager_steps() -> None:
     model = tuned("readout")
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     off = reason(model, graphs, compile="off")
     assert "compile=off" in str(off) and off.wanted
     short = reason(model, graphs, compile="auto", epochs=20)
     assert "60 steps" in str(short) and short.wanted
     packed = reason(model, graphs, batch_atoms=30)
     assert "packed by a budget" in str(packed) and not packed.wanted
-    uneven = graphs_of(model, frames_of(*[cluster(atoms=2, seed=seed) for seed in range(9)], cluster(atoms=27)))
+    uneven = build_graphs(model, frames_of(*[cluster(atoms=2, seed=seed) for seed in range(9)], cluster(atoms=27)))
     assert "would be filling" in str(reason(model, uneven))
     slow = library(**SMALL)
     attach(slow, method("readout"))
@@ -215,10 +215,10 @@ def test_reasons_for_eager_steps() -> None:
 def test_stages_are_compiled_where_they_are_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "PAYS_AFTER", 10)
     model = tuned("readout")
-    graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     config = TrainingConfig.model_validate({"batch_size": 3, "epochs": 6, "second_stage": {"start": 5}})
     loader = BatchLoader(graphs, 3)
-    found = CompiledTraining(model, None, config, loader, list(attached(model).parameters()))
+    found = CompiledTraining(model, None, config, loader, list(require_adapter(model).parameters()))
     batch = collate(graphs[:3])
     assert found.loss(config.second_stage.loss, batch) is None and found.operations == 0
     assert found.loss(config.loss, batch) is not None and found.operations > 100
@@ -229,7 +229,7 @@ def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:
     for choice in ("off", "on"):
         model = backbone(**SMALL)
         adapter = attach(model, method("mmea"))
-        graphs = with_labels(graphs_of(model, frames_of(*MOLECULES)))
+        graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
         config = TrainingConfig.model_validate({"epochs": 3, "batch_size": 4, "compile": choice})
         (tmp_path / choice).mkdir()
         outcome = train(model, config, 1e-2, graphs, graphs[:2], tmp_path / choice, lambda _: None)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from forcetune.adapters.attach import attach, attached
+from forcetune.adapters.attach import attach, require_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
@@ -44,7 +44,7 @@ def labelled_graphs(model: MaceBackbone) -> list[Batch]:
             energy=torch.randn(1, generator=generator, dtype=torch.float64),
             forces=torch.randn(graph.forces.shape, generator=generator, dtype=graph.forces.dtype),
         )
-        for graph in graphs_of(model, frames_of(*MOLECULES))
+        for graph in build_graphs(model, frames_of(*MOLECULES))
     ]
 
 
@@ -121,7 +121,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True)
     layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
-    step = CompiledStep(model, None, config, layout, list(attached(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, config, layout, list(require_adapter(model).parameters()), Workers(1))
     before: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
     for index in (0, 3, 5, 7):
@@ -135,7 +135,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
         assert len(mine) == len(wanted)
         for one, two in zip(mine, wanted, strict=True):
             assert torch.allclose(one, two, rtol=1e-9, atol=1e-11)
-        perturb(attached(model), seed=index)
+        perturb(require_adapter(model), seed=index)
     moved = [parameter.detach().clone().requires_grad_() for parameter in step.parameters]
     step.parameters = moved
     with pytest.raises(CompileError, match="no longer where they were"):
@@ -165,7 +165,7 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     for attribute, value in list(vars(model).items()):
         if isinstance(value, torch.Tensor):
             setattr(model, attribute, value.to("meta"))
-    step = CompiledStep(model, None, config, layout, list(attached(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, config, layout, list(require_adapter(model).parameters()), Workers(1))
 
     def once() -> None:
         with with_plan(model, plan):
@@ -174,7 +174,7 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
         assert grads and all(one.device.type == "meta" for one in grads)
 
     once()
-    # constants are where they are needed by now: whatever still comes from the CPU would come anew at each step
+    # constants are where they are needed by now: whatever still comes from the CPU would come again at each step
     with Everything() as mode:
         once()
     foreign = [
@@ -194,7 +194,7 @@ def test_a_cuda_graph_computes_what_the_eager_step_does(name: str) -> None:
     graphs = labelled_graphs(model)
     config = TrainingConfig.model_validate({"batch_size": 2, "compile": "on"})
     layout = choose_layout(model, config, BatchLoader(graphs, 2), 2)
-    step = CompiledStep(model, None, LossConfig(), layout, list(attached(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, LossConfig(), layout, list(require_adapter(model).parameters()), Workers(1))
     for index in (0, 3, 5, 7):
         batch = collate(graphs[index : index + 2]).to("cuda")
         mine = results(step, batch)
@@ -202,4 +202,4 @@ def test_a_cuda_graph_computes_what_the_eager_step_does(name: str) -> None:
         wanted = [eager.detach(), *(g for g in step._gradients(eager) if g is not None)]
         for one, two in zip(mine, wanted, strict=True):
             assert torch.allclose(one, two, rtol=1e-9, atol=1e-11)
-        perturb(attached(model), seed=index)
+        perturb(require_adapter(model), seed=index)

@@ -20,10 +20,10 @@ from forcetune.adapters.methods import method
 from forcetune.backbones import network
 from forcetune.config import LossConfig
 from forcetune.errors import ForcetuneError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.magnetism.options import Magnetism
-from forcetune.training.losses import loss_of
+from forcetune.training.losses import compute_loss
 from models import evaluate, make_mace
 from systems import backbone, cluster, crystal, frames_of, perturb, write_model
 
@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def batch_of(model: Any, *structures: Atoms) -> Batch:
     """With labels of zeros; structures without a cell have no stress."""
-    found = collate(graphs_of(model, frames_of(*structures)))
+    found = collate(build_graphs(model, frames_of(*structures)))
     missing = torch.linalg.det(found.cell).abs() == 0
     return replace(
         found,
@@ -55,7 +55,7 @@ def batch_of(model: Any, *structures: Atoms) -> Batch:
 
 
 def gradients(model: Any, parameters: list[Any], config: LossConfig, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    loss = loss_of(config, model.predict(batch, stress=True, create_graph=True), batch)
+    loss = compute_loss(config, model.predict(batch, stress=True, create_graph=True), batch)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 

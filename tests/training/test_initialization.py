@@ -8,7 +8,7 @@ import torch
 from forcetune.adapters.attach import Adapter
 from forcetune.adapters.methods import method
 from forcetune.config import TrainingConfig
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate
 from forcetune.training.initialization import attach_for_training
 from systems import backbone, cluster, frames_of
@@ -31,7 +31,7 @@ def moved_elements(adapter: Adapter, weights: dict[str, torch.Tensor], count: in
 @pytest.mark.parametrize("name", ["elora", "sparse"])
 def test_elements_that_are_absent_from_the_data_keep_their_weights(name: str) -> None:
     model = backbone(elements=(1, 6, 7, 8))
-    graphs = graphs_of(model, frames_of(cluster((1, 7)), cluster((1, 7), 5, seed=1)))
+    graphs = build_graphs(model, frames_of(cluster((1, 7)), cluster((1, 7), 5, seed=1)))
     adapter = attach_for_training(
         model, method(name), TrainingConfig(), graphs, model.reference_energies, elements=(1, 7)
     )

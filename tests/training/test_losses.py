@@ -11,16 +11,16 @@ import torch
 
 from forcetune.backbones.protocol import Prediction
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.graphs.graph import Batch, collate, graph_of, parts_of
+from forcetune.graphs.graph import Batch, build_graph, collate, split_batch
 from forcetune.training.label_weights import settle
-from forcetune.training.losses import LossSums, loss_of
+from forcetune.training.losses import LossSums, compute_loss
 from systems import cluster, frames_of
 
 
 def batch_of(energies: list[float], forces: float = 0.0) -> Batch:
     graphs = []
     for size, energy in zip((2, 4), energies, strict=True):
-        graph = graph_of(frames_of(cluster(atoms=size))[0], 4.0)
+        graph = build_graph(frames_of(cluster(atoms=size))[0], 4.0)
         label = torch.tensor([energy], dtype=torch.float64)
         graphs.append(replace(graph, energy=label, forces=torch.full((size, 3), forces, dtype=torch.float64)))
     return collate(graphs)
@@ -33,13 +33,13 @@ def prediction(energy: list[float], forces: float = 0.0, stress: float | None = 
 
 
 def test_published_form() -> None:
-    found = loss_of(LossConfig(), prediction([1.0, 5.0], forces=0.3), batch_of([0.0, 2.0], forces=0.1))
+    found = compute_loss(LossConfig(), prediction([1.0, 5.0], forces=0.3), batch_of([0.0, 2.0], forces=0.1))
     assert float(found.detach()) == pytest.approx((1 + 9) / 2 + 1000 * 0.2**2)
 
 
 def test_energy_per_atom() -> None:
     config = LossConfig(energy=2.0, forces=0.0, energy_per_atom=True)
-    found = loss_of(config, prediction([1.0, 5.0]), batch_of([0.0, 2.0]))
+    found = compute_loss(config, prediction([1.0, 5.0]), batch_of([0.0, 2.0]))
     assert float(found.detach()) == pytest.approx(2 * ((1 / 2) ** 2 + (3 / 4) ** 2) / 2)
 
 
@@ -48,14 +48,14 @@ def test_energy_per_atom() -> None:
 )
 def test_other_forms(form: str, expected: float) -> None:
     config = LossConfig.model_validate({"forces": 0.0, "form": form, "huber_delta": 0.01})
-    found = loss_of(config, prediction([0.004, 5.0]), batch_of([0.0, 2.0]))
+    found = compute_loss(config, prediction([0.004, 5.0]), batch_of([0.0, 2.0]))
     assert float(found.detach()) == pytest.approx(expected)
 
 
 def test_missing_labels_count_for_nothing_and_have_finite_gradients() -> None:
     predicted = prediction([1.0, 5.0], stress=0.1)
     batch = batch_of([0.0, math.nan], forces=math.nan)
-    found = loss_of(LossConfig(stress=7.0), predicted, batch)
+    found = compute_loss(LossConfig(stress=7.0), predicted, batch)
     assert float(found.detach()) == pytest.approx(1.0)
     found.backward()
     assert predicted.energy.grad is not None
@@ -66,7 +66,7 @@ def test_stress_term() -> None:
     batch = batch_of([0.0, 0.0])
     stress = torch.full((2, 3, 3), 0.1, dtype=torch.float64)
     stress[1] = math.nan
-    found = loss_of(LossConfig(stress=10.0), prediction([0.0, 0.0], stress=0.3), replace(batch, stress=stress))
+    found = compute_loss(LossConfig(stress=10.0), prediction([0.0, 0.0], stress=0.3), replace(batch, stress=stress))
     assert float(found.detach()) == pytest.approx(10 * 0.2**2)
 
 
@@ -78,23 +78,23 @@ def test_weights_of_the_file_multiply_errors_and_not_the_number_of_labels() -> N
     predicted = prediction([1.0, 5.0], forces=0.3, stress=0.1)
     energy, forces, of_stress = (2 * 1 + 9) / 2, 0.2**2 * (2 * 0.5 + 4 * 4.0) / 6, 0.1**2 * (3 + 1) / 2
     expected = energy + 10 * forces + 7 * of_stress
-    assert float(loss_of(config, predicted, batch).detach()) == pytest.approx(expected)
+    assert float(compute_loss(config, predicted, batch).detach()) == pytest.approx(expected)
     sums = LossSums(config)
     sums.add(predicted, batch)
     assert sums.loss() == pytest.approx(expected)
     # all frames ten times as heavy are ten times the loss, in batches of one, too
     heavy = replace(batch, file_weights=10 * factors)
-    assert float(loss_of(config, predicted, heavy).detach()) == pytest.approx(10 * expected)
+    assert float(compute_loss(config, predicted, heavy).detach()) == pytest.approx(10 * expected)
 
 
 def test_weights_of_a_file_reach_batches_and_their_parts() -> None:
     frames = [
         replace(frame, energy_weight=2.0 + k, stress_weight=0.5) for k, frame in enumerate(frames_of(*3 * [cluster()]))
     ]
-    batch = collate([graph_of(frame, 4.0) for frame in frames]).to(dtype=torch.float32)
+    batch = collate([build_graph(frame, 4.0) for frame in frames]).to(dtype=torch.float32)
     assert batch.file_weights.dtype == torch.float64
     assert batch.file_weights.tolist() == [[2.0 + k, 1.0, 0.5, 1.0] for k in range(3)]
-    assert torch.cat([part.file_weights for part in parts_of(batch, 2)]).equal(batch.file_weights)
+    assert torch.cat([part.file_weights for part in split_batch(batch, 2)]).equal(batch.file_weights)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +128,4 @@ def test_labels_that_are_not_read_weigh_nothing(label: str) -> None:
 
 
 def test_prediction_that_is_no_number_shows() -> None:
-    assert math.isnan(float(loss_of(LossConfig(), prediction([math.nan, 5.0]), batch_of([0.0, 2.0])).detach()))
+    assert math.isnan(float(compute_loss(LossConfig(), prediction([math.nan, 5.0]), batch_of([0.0, 2.0])).detach()))

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune.adapters.attach import attach, attached
+from forcetune.adapters.attach import attach, require_adapter
 from forcetune.adapters.methods import method
 from forcetune.config import TrainingConfig
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.read import read_frames
 from forcetune.graphs.graph import Batch, collate
 from forcetune.runs import fit as run
 from forcetune.runs import fitting
-from forcetune.training.losses import loss_of
+from forcetune.training.losses import compute_loss
 from forcetune.training.refine import refine
 from systems import backbone, write_labelled, write_model
 
@@ -27,7 +27,7 @@ from systems import backbone, write_labelled, write_model
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> list[Batch]:
     frames = read_frames([write_labelled(tmp_path_factory.mktemp("data") / "frames.xyz", 12)]).frames
-    return graphs_of(backbone(), frames)
+    return build_graphs(backbone(), frames)
 
 
 @pytest.mark.parametrize("name", ["elora", "mmea"])
@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_all_frames_at_once_whatever_their_labels(graphs: li
         replace(g, forces=torch.full_like(g.forces, torch.nan)) if i % 5 else g for i, g in enumerate(12 * graphs)
     ]
     config = TrainingConfig.model_validate({"refine": 1})
-    expected = loss_of(config.loss, model.predict(collate(sparse)).detached(), collate(sparse))
+    expected = compute_loss(config.loss, model.predict(collate(sparse)).detached(), collate(sparse))
     found = refine(model, config, sparse, graphs[:2])
     assert found.train_loss_before == pytest.approx(float(expected), rel=1e-10)
 
@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_all_frames_at_once_whatever_their_labels(graphs: li
 def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) -> None:
     model = backbone()
     attach(model, method("readout"))
-    before = {name: value.clone() for name, value in attached(model).state_dict().items()}
+    before = {name: value.clone() for name, value in require_adapter(model).state_dict().items()}
     # validation labels that the untouched model meets exactly
     perfect = []
     for graph in graphs[4:6]:
@@ -70,7 +70,7 @@ def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) 
         perfect.append(replace(graph, energy=found.energy, forces=found.forces))
     found = refine(model, TrainingConfig.model_validate({"refine": 20}), graphs[:4], perfect)
     assert found.best_iteration == 0 and found.iterations == 5 and found.valid_loss_after == found.valid_loss_before
-    assert all(torch.equal(value, before[name]) for name, value in attached(model).state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in require_adapter(model).state_dict().items())
 
 
 def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(

@@ -17,11 +17,11 @@ from ase.io import write
 import forcetune
 from forcetune.config import DataConfig, LossConfig, ReplayConfig, TrainingConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.frames.read import read_frames
 from forcetune.graphs.graph import collate
 from forcetune.graphs.loader import BatchLoader
-from forcetune.training.losses import loss_of
+from forcetune.training.losses import compute_loss
 from forcetune.training.replay import MOST_HELD, Replay, prepare_replay, read_replay
 from forcetune.training.replay_head import replay_head
 from systems import backbone, write_labelled, write_model
@@ -60,7 +60,7 @@ def test_labels_of_the_base_are_its_interaction_energy_at_the_zero_of_the_run(tm
     replay, model = prepared(config)
     assert (len(replay.graphs), len(replay.held)) == (8, 2)
     bare = [replace(frame, energy=None, forces=None) for frame in replay.held]
-    own = predict(model, graphs_of(model, bare))
+    own = predict(model, build_graphs(model, bare))
     for index, frame in enumerate(replay.held):
         expected = own.energy[index] + 7.0 * frame.numbers.sum()
         assert frame.energy == pytest.approx(expected, abs=1e-9)
@@ -102,7 +102,7 @@ def test_a_head_of_its_own_is_for_replay_frames_alone_and_starts_at_nothing(tmp_
     assert replay.head is not None
     assert prepared(ReplayConfig(data=[path], labels="file", head="shared"))[0].head is None
     assert prepared(ReplayConfig(data=[path]))[0].head is None
-    own = graphs_of(model, read_frames(write_labelled(tmp_path / "b.xyz", 3)).frames)
+    own = build_graphs(model, read_frames(write_labelled(tmp_path / "b.xyz", 3)).frames)
     batch = collate([own[0], replay.graphs[0], own[1], replay.graphs[1]])
     assert batch.replayed.tolist() == [False, True, False, True]
     plain = model.predict(batch)
@@ -115,7 +115,7 @@ def test_a_head_of_its_own_is_for_replay_frames_alone_and_starts_at_nothing(tmp_
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     with replay_head(model, replay.head):
         found = model.predict(batch, create_graph=True)
-        loss_of(LossConfig(), found, batch).backward()
+        compute_loss(LossConfig(), found, batch).backward()
     assert model.extension is None
     of_replay = batch.replayed[batch.graph_index]
     assert torch.allclose(found.energy[~batch.replayed], plain.energy[~batch.replayed], rtol=0, atol=1e-10)
@@ -171,8 +171,8 @@ def test_some_frames_are_held_out_and_too_few_are_refused(tmp_path: Path) -> Non
 
 def test_epochs_take_replay_frames_in_turn_and_evenly(tmp_path: Path) -> None:
     model = backbone(elements=(1, 6, 8))
-    own = graphs_of(model, read_frames(write_labelled(tmp_path / "a.xyz", 8)).frames)
-    other = graphs_of(model, read_frames(other_molecules(tmp_path / "b.xyz", 10)).frames)
+    own = build_graphs(model, read_frames(write_labelled(tmp_path / "a.xyz", 8)).frames)
+    other = build_graphs(model, read_frames(other_molecules(tmp_path / "b.xyz", 10)).frames)
     loader = BatchLoader(own, 3, shuffle=True, seed=2, replay=other, replay_ratio=0.5)
     seen: list[int] = []
     for epoch in range(5):
@@ -190,11 +190,11 @@ def test_epochs_take_replay_frames_in_turn_and_evenly(tmp_path: Path) -> None:
 
 def test_weights_of_graphs_weigh_the_loss(tmp_path: Path) -> None:
     model = backbone(elements=(1, 6, 8))
-    graphs = graphs_of(model, read_frames(write_labelled(tmp_path / "a.xyz", 3)).frames)
+    graphs = build_graphs(model, read_frames(write_labelled(tmp_path / "a.xyz", 3)).frames)
     config = LossConfig(forces=0.0)
-    single = [float(loss_of(config, model.predict(graph).detached(), graph)) for graph in graphs]
+    single = [float(compute_loss(config, model.predict(graph).detached(), graph)) for graph in graphs]
     batch = collate([graphs[0], graphs[1].weighted(0.5), graphs[2].weighted(2.0)])
-    found = float(loss_of(config, model.predict(batch).detached(), batch))
+    found = float(compute_loss(config, model.predict(batch).detached(), batch))
     assert found == pytest.approx((single[0] + 0.5 * single[1] + 2 * single[2]) / 3.5, rel=1e-10)
 
 

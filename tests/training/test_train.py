@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from forcetune.adapters.attach import adapter_of, attach, detach
+from forcetune.adapters.attach import attach, detach, get_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import ScheduleConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Errors, graphs_of, predict
+from forcetune.evaluation.metrics import Errors, build_graphs, predict
 from forcetune.frames.read import frames_from_atoms
 from forcetune.frames.references import reference_energies
+from forcetune.runs.metrics import read_metrics
+from forcetune.training.callbacks import METRICS_NAME, MetricsTable
 from forcetune.training.module import FineTuning
 from forcetune.training.optimizers import LearningRate
 from forcetune.training.train import TrainingOutcome, train
@@ -28,7 +32,7 @@ def model() -> MaceBackbone:
     """A small model with reference energies that fit the labels."""
     found = backbone(elements=(1, 6, 8))
     frames = frames_from_atoms(labelled(12)).frames
-    energies = predict(found, graphs_of(found, frames)).energy
+    energies = predict(found, build_graphs(found, frames)).energy
     fitted = reference_energies("estimate", frames, [], energies, found.reference_energies)
     found.set_reference_energies(fitted.energies)
     return found
@@ -38,7 +42,7 @@ def run(
     model: MaceBackbone, folder: Path, name: str = "mmea", rate: float = 5e-3, **options: Any
 ) -> tuple[TrainingOutcome, list[tuple[Errors, dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
     """Train for a few epochs; returns the outcome, what was saved as best and the last weights."""
-    graphs = graphs_of(model, frames_from_atoms(labelled(12)).frames)
+    graphs = build_graphs(model, frames_from_atoms(labelled(12)).frames)
     adapter = attach(model, method(name))
     saved: list[tuple[Errors, dict[str, torch.Tensor]]] = []
 
@@ -51,7 +55,7 @@ def run(
         outcome = train(model, config, rate, graphs[:8], graphs[8:], folder, keep)
         return outcome, saved, {key: value.clone() for key, value in adapter.state_dict().items()}
     finally:
-        if adapter_of(model) is not None:
+        if get_adapter(model) is not None:
             detach(model)
 
 
@@ -183,7 +187,7 @@ def test_tensorboard_logs(model: MaceBackbone, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    graphs = graphs_of(model, frames_from_atoms(labelled(12)).frames)
+    graphs = build_graphs(model, frames_from_atoms(labelled(12)).frames)
     attach(model, method("readout"))
     config = TrainingConfig(epochs=3, batch_size=4)
     train(model, config, 1e-3, graphs[:8], graphs[8:], tmp_path, lambda errors: None, tensorboard=True)
@@ -195,7 +199,7 @@ def test_tensorboard_logs(model: MaceBackbone, tmp_path: Path) -> None:
 
 
 def test_interrupt_keeps_what_was_best(model: MaceBackbone, tmp_path: Path) -> None:
-    graphs = graphs_of(model, frames_from_atoms(labelled(12)).frames)
+    graphs = build_graphs(model, frames_from_atoms(labelled(12)).frames)
     attach(model, method("mmea"))
     saved: list[Errors] = []
 
@@ -213,7 +217,7 @@ def test_interrupt_keeps_what_was_best(model: MaceBackbone, tmp_path: Path) -> N
 
 
 def test_interrupt_before_anything_was_kept_goes_through(model: MaceBackbone, tmp_path: Path) -> None:
-    graphs = graphs_of(model, frames_from_atoms(labelled(12)).frames)
+    graphs = build_graphs(model, frames_from_atoms(labelled(12)).frames)
     attach(model, method("mmea"))
 
     def interrupt(errors: Errors) -> None:
@@ -222,3 +226,13 @@ def test_interrupt_before_anything_was_kept_goes_through(model: MaceBackbone, tm
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         train(model, TrainingConfig(epochs=2), 5e-3, graphs[:8], graphs[8:], tmp_path, interrupt)
     detach(model)
+
+
+def test_a_table_of_an_earlier_version_goes_on_with_more_columns(tmp_path: Path) -> None:
+    earlier = "epoch,step,train_loss,seconds\n1,4,0.5,1.5\n2,8,0.4,3.0\n3,12"  # the last line was being written
+    (tmp_path / METRICS_NAME).write_text(earlier, encoding="utf-8")
+    MetricsTable(tmp_path).on_start(SimpleNamespace(epochs_done=2))  # pyright: ignore[reportArgumentType]
+    metrics = read_metrics(tmp_path / METRICS_NAME)
+    assert metrics is not None
+    assert metrics["train_loss"].tolist() == [0.5, 0.4]
+    assert np.isnan(metrics["valid_stress_mae_mev_per_ang3"]).all()

@@ -14,7 +14,7 @@ import pytest
 
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.utils import processes
-from forcetune.utils.files import path_of, sha256_of
+from forcetune.utils.files import as_path, compute_sha256
 from forcetune.utils.processes import WorkerDiedError, as_they_end, map_in_order, worker_count
 
 
@@ -28,8 +28,8 @@ def files(folder: Path, number: int) -> list[Path]:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_results_come_in_order(tmp_path: Path, workers: int) -> None:
     tasks = files(tmp_path, 7)
-    assert list(map_in_order(sha256_of, tasks, workers)) == [sha256_of(file) for file in tasks]
-    assert list(map_in_order(sha256_of, [], workers)) == []
+    assert list(map_in_order(compute_sha256, tasks, workers)) == [compute_sha256(file) for file in tasks]
+    assert list(map_in_order(compute_sha256, [], workers)) == []
 
 
 def test_tasks_are_taken_as_fast_as_they_are_worked_on(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_tasks_are_taken_as_fast_as_they_are_worked_on(tmp_path: Path) -> None:
         for taken in count(1):  # noqa: B007
             yield file
 
-    results = map_in_order(sha256_of, tasks(), 2)  # pyright: ignore[reportArgumentType]
+    results = map_in_order(compute_sha256, tasks(), 2)  # pyright: ignore[reportArgumentType]
     for _ in range(5):
         next(results)
     assert taken <= 5 + 3
@@ -50,9 +50,9 @@ def test_tasks_are_taken_as_fast_as_they_are_worked_on(tmp_path: Path) -> None:
 
 def test_errors_of_ours_come_as_they_are_and_others_as_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no name that a file can have"):
-        list(map_in_order(path_of, ["a\0b"], 1))
+        list(map_in_order(as_path, ["a\0b"], 1))
     with pytest.raises(ForcetuneError, match="a worker process failed \\(FileNotFoundError"):
-        list(map_in_order(sha256_of, [tmp_path / "missing"], 1))
+        list(map_in_order(compute_sha256, [tmp_path / "missing"], 1))
 
 
 def test_a_death_is_told() -> None:
@@ -69,7 +69,7 @@ def test_a_death_is_told() -> None:
 def test_a_worker_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
     with pytest.raises(ForcetuneError, match="could not be started"):
-        list(map_in_order(sha256_of, files(tmp_path, 1), 1))
+        list(map_in_order(compute_sha256, files(tmp_path, 1), 1))
 
 
 def test_modules_beside_an_installed_package_do_not_hide_the_standard_library(
@@ -85,7 +85,7 @@ def test_modules_beside_an_installed_package_do_not_hide_the_standard_library(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(processes, "__file__", str(place / "forcetune" / "utils" / "processes.py"))
-    list(map_in_order(sha256_of, files(tmp_path, 1), 1))
+    list(map_in_order(compute_sha256, files(tmp_path, 1), 1))
     assert not (tmp_path / "was-run").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_module_beside_the_data_is_not_imported(tmp_path: Path, monkeypatch: p
     for name in ("numpy", "ase", "torch", "h5py"):
         (tmp_path / f"{name}.py").write_text("open('was-run', 'w')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    list(map_in_order(sha256_of, files(tmp_path, 1), 1))
+    list(map_in_order(compute_sha256, files(tmp_path, 1), 1))
     assert not (tmp_path / "was-run").exists()
 
 
@@ -114,7 +114,7 @@ def test_results_as_they_end_and_a_death_that_leaves_the_others_alone() -> None:
     assert "set processes lower" in str(killed[signal.SIGKILL])
     assert killed[0] is None
     with pytest.raises(ForcetuneError, match="a worker process failed"):
-        dict(as_they_end(sha256_of, [Path("missing")], 1, option="processes"))
+        dict(as_they_end(compute_sha256, [Path("missing")], 1, option="processes"))
 
 
 def test_other_processes_end_with_whoever_waits_for_them() -> None:

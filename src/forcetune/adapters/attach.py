@@ -16,150 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forcetune.adapters.magnetic import MagneticPart
+from forcetune.adapters.adapter import Adapter, parameter_at, part_key
 from forcetune.adapters.methods import Method
-from forcetune.adapters.summaries import Coverage, Sparsity
-from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
-from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
+from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.dense import DenseWeight
-from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
 from forcetune.kernels.features import Features, features_of
 from forcetune.utils.parsing import short
-
-
-class Adapter(nn.Module):
-    """The trainable parts of a method on one backbone. All trainable parameters of an adapted model are its own.
-
-    Attributes:
-        method: the table it was built from.
-        enabled: when False the backbone behaves as if nothing were attached.
-        folded: its weight updates were written into the backbone's weights and are no longer among its parts.
-        magnetic: its magnetic layer, if it has one.
-    """
-
-    def __init__(self, method: Method, backbone: Backbone) -> None:
-        super().__init__()
-        self.method = method
-        self.sites = sites = backbone.sites()
-        model = backbone.model
-        self.enabled = True
-        self.folded = False
-        self.parts = nn.ModuleDict()
-        for site in sites:
-            weight = _parameter(model, site)
-            for update in method.updates_at(site):
-                part = update.build(site, weight)
-                if part is not None:
-                    part.update_name = update.name
-                    self.parts[part_key(site, type(part))] = part
-        # after the updates, which start at the same random values with and without it
-        options = method.magnetism
-        self.magnetic = None if options is None else MagneticPart(options, backbone)
-        self._handles: list[Any] = []
-        self._required_grad: dict[str, bool] = {}
-        self._references: dict[int, float] = {}
-        self._base: Base | None = None
-
-    def part(self, site: Site, kind: type[nn.Module]) -> Any:
-        """The part of one kind at ``site``, or None."""
-        return dict(self.parts.items()).get(part_key(site, kind))
-
-    def trainable_parts(self) -> Iterator[tuple[str, TrainablePart]]:
-        """Every part with its key."""
-        for key, part in self.parts.items():
-            assert isinstance(part, TrainablePart)
-            yield key, part
-        if self.magnetic is not None:
-            yield "magnetism|layer", self.magnetic
-
-    @property
-    def equivariant(self) -> bool:
-        """Whether everything it does keeps rotational symmetry."""
-        return self.method.equivariant
-
-    def updates_at(self, site: Site) -> tuple[Update, ...]:
-        """The updates made at ``site``."""
-        return self.method.updates_at(site)
-
-    def effective_weight(self, site: Site, weight: Tensor) -> Tensor:
-        """W' at ``site`` for the frozen W."""
-        part = self.part(site, WeightUpdate)
-        return weight if part is None else part(weight)
-
-    @property
-    def trainable(self) -> int:
-        """Number of trainable parameters."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def coverage(self) -> list[Coverage]:
-        """What is trained, by site kind, in the order in which kinds first occur."""
-        rows: dict[str, list[Site]] = {}
-        for site in self.sites:
-            rows.setdefault(site.kind, []).append(site)
-        result = []
-        for kind, sites in rows.items():
-            parts = {
-                site.name: [p for k in (WeightUpdate, ActivationUpdate) if (p := self.part(site, k))] for site in sites
-            }
-            covered = [site for site in sites if parts[site.name]]
-            updates = dict.fromkeys(update.describe() for site in covered for update in self.updates_at(site))
-            result.append(
-                Coverage(
-                    kind=kind,
-                    update=" + ".join(updates) or "Frozen",
-                    sites=len(sites),
-                    covered=sum(site.numel for site in covered),
-                    total=sum(site.numel for site in sites),
-                    trainable=sum(
-                        p.numel() for site in covered for part in parts[site.name] for p in part.parameters()
-                    ),
-                )
-            )
-        if self.magnetic is not None:
-            assert self.method.magnetism is not None
-            added = sum(parameter.numel() for parameter in self.magnetic.parameters())
-            result.append(Coverage("magnetism", self.method.magnetism.describe(), 1, 0, 0, added))
-        return result
-
-    def parameter_kinds(self) -> Iterator[tuple[str, nn.Parameter, ParameterOptions | None]]:
-        """Every trainable parameter with the kind of its site and how it is trained, where it says so itself."""
-        for site in self.sites:
-            for kind in (WeightUpdate, ActivationUpdate):
-                part = self.part(site, kind)
-                if part is not None:
-                    own = part.options()
-                    yield from ((site.kind, parameter, own.get(name)) for name, parameter in part.named_parameters())
-        if self.magnetic is not None:
-            own = self.magnetic.options()
-            yield from (("magnetism", parameter, own[name]) for name, parameter in self.magnetic.named_parameters())
-
-    def sparsity(self) -> Sparsity | None:
-        """How many weights a sparse update leaves as they were; None where nothing is sparse."""
-        parts = [(site, part) for site in self.sites if isinstance(part := self.part(site, WeightUpdate), SparseWeight)]
-        if not parts:
-            return None
-        changed = sum(part.n_changed() for _, part in parts)
-        wrapped = sum(site.numel for site, _ in parts)
-        return Sparsity(changed=changed, wrapped=wrapped, total=sum(site.numel for site in self.sites))
-
-    def print_trainable_parameters(self) -> None:
-        """Print trainable and total counts in one line, as peft does."""
-        total = sum(site.numel for site in self.sites)
-        share = 100 * self.trainable / total
-        print(f"trainable params: {self.trainable:,} || all params: {total:,} || trainable%: {share:.2f}")
-
-
-def part_key(site: Site, kind: type[nn.Module]) -> str:
-    """Name of a site's part among the parts of an adapter."""
-    return f"{site.name.replace('.', '/')}|{'weight' if issubclass(kind, WeightUpdate) else 'gate'}"
-
-
-def _parameter(model: nn.Module, site: Site) -> nn.Parameter:
-    found = model.get_submodule(site.module)._parameters[site.parameter]
-    assert found is not None
-    return found
 
 
 class _ShowWeights:
@@ -224,7 +88,7 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
     Raises:
         InputError: an adapter is attached already, or the method matches no site.
     """
-    if adapter_of(backbone) is not None:
+    if get_adapter(backbone) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
@@ -246,16 +110,16 @@ def reattach(backbone: Backbone, adapter: Adapter) -> None:
     Raises:
         InputError: an adapter is attached already, or this one was taken out of a model with other weights.
     """
-    if adapter_of(backbone) is not None:
+    if get_adapter(backbone) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
-    if adapter._base is not None and adapter._base.fingerprint != backbone.base.fingerprint:
+    if adapter.base is not None and adapter.base.fingerprint != backbone.base.fingerprint:
         raise InputError(
-            f"this adapter belongs to {adapter._base.name} and not to {backbone.base.name}"
+            f"this adapter belongs to {adapter.base.name} and not to {backbone.base.name}"
             f"{folded_note(backbone.base)}; put it on its own base."
         )
-    adapter._references = backbone.reference_energies
+    adapter.base_references = backbone.reference_energies
     for name, parameter in backbone.model.named_parameters():
-        adapter._required_grad[name] = parameter.requires_grad
+        adapter.required_grad[name] = parameter.requires_grad
         parameter.requires_grad_(False)
     _install(adapter, backbone)
 
@@ -279,11 +143,11 @@ def _install(adapter: Adapter, backbone: Backbone) -> None:
         gate = adapter.part(site, ActivationUpdate)
         if gate is not None:
             handle = model.get_submodule(site.reader).register_forward_hook(_ChangeOutput(adapter, gate))
-            adapter._handles.append(handle)
+            adapter.handles.append(handle)
     for reader, shadows in readers.items():
         module = model.get_submodule(reader)
-        adapter._handles.append(module.register_forward_pre_hook(_ShowWeights(adapter, shadows)))
-        adapter._handles.append(module.register_forward_hook(_HideWeights(shadows), always_call=True))
+        adapter.handles.append(module.register_forward_pre_hook(_ShowWeights(adapter, shadows)))
+        adapter.handles.append(module.register_forward_hook(_HideWeights(shadows), always_call=True))
     backbone.extension = adapter.magnetic
     model.add_module(ADAPTER, adapter)
 
@@ -313,25 +177,25 @@ def check_loaded(backbone: Backbone) -> None:
         raise InputError(f"{short(str(backbone))}: load the model first, as in forcetune.load({short(str(backbone))}).")
 
 
-def adapter_of(backbone: Backbone) -> Adapter | None:
+def get_adapter(backbone: Backbone) -> Adapter | None:
     """The attached adapter, or None.
 
     Raises:
         InputError: as :func:`check_loaded`.
     """
     check_loaded(backbone)
-    found = backbone.model._modules.get(ADAPTER)
-    assert found is None or isinstance(found, Adapter)
-    return found
+    adapter = backbone.model._modules.get(ADAPTER)
+    assert adapter is None or isinstance(adapter, Adapter)
+    return adapter
 
 
-def attached(backbone: Backbone) -> Adapter:
+def require_adapter(backbone: Backbone) -> Adapter:
     """The attached adapter.
 
     Raises:
         InputError: none is attached.
     """
-    adapter = adapter_of(backbone)
+    adapter = get_adapter(backbone)
     if adapter is None:
         raise InputError("this model carries no adapter; attach one or load one first.")
     return adapter
@@ -339,10 +203,10 @@ def attached(backbone: Backbone) -> Adapter:
 
 def detach(backbone: Backbone) -> Adapter:
     """Take the adapter out; the backbone is bit for bit what it was, reference energies included."""
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     _remove(adapter, backbone)
-    backbone.set_reference_energies(adapter._references)
-    adapter._base = backbone.base
+    backbone.set_reference_energies(adapter.base_references)
+    adapter.base = backbone.base
     return adapter
 
 
@@ -354,23 +218,23 @@ def folded_note(base: Base) -> str:
 
 
 def _remove(adapter: Adapter, backbone: Backbone) -> None:
-    for handle in adapter._handles:
+    for handle in adapter.handles:
         handle.remove()
-    adapter._handles.clear()
+    adapter.handles.clear()
     backbone.extension = None
     del backbone.model._modules[ADAPTER]
     for name, parameter in backbone.model.named_parameters():
-        parameter.requires_grad_(adapter._required_grad[name])
+        parameter.requires_grad_(adapter.required_grad[name])
 
 
 @contextmanager
 def disable_adapter(backbone: Backbone) -> Iterator[None]:
     """Within this context the backbone predicts as the untouched foundation model does."""
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     tuned, was_enabled = backbone.reference_energies, adapter.enabled
     adapter.enabled = False
     backbone.extension = None
-    backbone.set_reference_energies(adapter._references)
+    backbone.set_reference_energies(adapter.base_references)
     try:
         yield
     finally:
@@ -385,13 +249,13 @@ def fold_weights(backbone: Backbone) -> None:
     There is no way back: :func:`detach` afterwards leaves the folded weights. The model is then another base, which
     adapters of the one it was do not fit.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     folded = False
     with torch.no_grad():
         for site in adapter.sites:
             part = adapter.part(site, WeightUpdate)
             if part is not None:
-                weight = _parameter(backbone.model, site)
+                weight = parameter_at(backbone.model, site)
                 weight.copy_(part(weight))
                 del adapter.parts[part_key(site, type(part))]
                 folded = True
@@ -401,13 +265,13 @@ def fold_weights(backbone: Backbone) -> None:
             base, sha256="", fingerprint=backbone.fingerprint(), source="", folded=(*base.folded, adapter.method.name)
         )
         adapter.folded = True
-    required = dict(adapter._required_grad)
-    references = adapter._references
+    required = dict(adapter.required_grad)
+    references = adapter.base_references
     _remove(adapter, backbone)
     if adapter.parts or adapter.magnetic is not None:
         for parameter in backbone.model.parameters():
             parameter.requires_grad_(False)
-        adapter._required_grad, adapter._references = required, references
+        adapter.required_grad, adapter.base_references = required, references
         _install(adapter, backbone)
 
 
@@ -416,7 +280,7 @@ def check_mergeable(backbone: Backbone) -> None:
     Raises:
         InputError: the method has gates or other parts that depend on the input and that no weight can absorb.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     if adapter.magnetic is not None:
         raise InputError(
             "this adapter has a magnetic layer, which no plain model of the library has. Use base and adapter together "

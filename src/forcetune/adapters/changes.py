@@ -12,11 +12,12 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from forcetune.adapters.attach import Adapter, attached
+from forcetune.adapters.attach import Adapter, require_adapter
 from forcetune.adapters.combined import CombinedActivation
 from forcetune.adapters.summaries import GateChange, PathChange
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.gate import GateActivation
+from forcetune.adapters.updates.shift import ShiftActivation
 from forcetune.backbones.protocol import Backbone, Site, WeightPath
 from forcetune.errors import InputError
 
@@ -41,21 +42,21 @@ def weight_changes(backbone: Backbone) -> tuple[PathChange, ...]:
     Raises:
         InputError: no adapter is attached.
     """
-    adapter = attached(backbone)
-    found: list[PathChange] = []
+    adapter = require_adapter(backbone)
+    changes: list[PathChange] = []
     for site, weight, delta in _weight_updates(backbone):
         # what no weight can absorb stands beside it and is none of its changes
         update = " + ".join(dict.fromkeys(one.name for one in adapter.updates_at(site) if one.mergeable))
         for path in site.paths:
             place = slice(path.start, path.start + path.size)
             old, new = weight[place].view(path.shape), delta[place].view(path.shape)
-            found.append(_path_change(site, path, update, old, new, backbone.elements))
-    return tuple(found)
+            changes.append(_path_change(site, path, update, old, new, backbone.elements))
+    return tuple(changes)
 
 
 def _weight_updates(backbone: Backbone) -> Iterator[tuple[Site, Tensor, Tensor]]:
     """(site, flat W, flat ΔW) of every site with a weight update, on the CPU in float64."""
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     with torch.no_grad():
         for site in adapter.sites:
             part = adapter.part(site, WeightUpdate)
@@ -98,14 +99,15 @@ def _by_element(path: WeightPath, weight: Tensor, delta: Tensor, elements: Seque
     return {chemical_symbols[number]: float(ratio) for number, ratio in zip(elements, ratios, strict=True)}
 
 
-def _gates_of(adapter: Adapter) -> Iterator[tuple[str, GateActivation]]:
-    """Every gate by the name of its site, which those of a combination have the name of their adapter behind."""
+def _watchable_parts(adapter: Adapter) -> Iterator[tuple[str, GateActivation | ShiftActivation]]:
+    """Every gate and shift by the name of its site; those of a combination have the name of their adapter behind it."""
     for site in adapter.sites:
         part = adapter.part(site, ActivationUpdate)
         if isinstance(part, CombinedActivation):
-            gates = ((f"{site.name} ({member})", own) for member, own in part.parts().items())
-            yield from ((name, gate) for name, gate in gates if isinstance(gate, GateActivation))
-        elif isinstance(part, GateActivation):
+            for member, member_part in part.parts().items():
+                if isinstance(member_part, GateActivation | ShiftActivation):
+                    yield f"{site.name} ({member})", member_part
+        elif isinstance(part, GateActivation | ShiftActivation):
             yield site.name, part
 
 
@@ -116,13 +118,13 @@ def recorded_gates(backbone: Backbone) -> Iterator[list[GateChange]]:
     Raises:
         InputError: no adapter is attached.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     seen: dict[tuple[str, int, str], list[np.ndarray]] = {}
     outputs: dict[tuple[str, int], list[float]] = {}
-    watched = list(_gates_of(adapter))
-    found: list[GateChange] = []
+    watched = list(_watchable_parts(adapter))
+    changes: list[GateChange] = []
 
-    def watch(name: str, gate: GateActivation) -> Any:
+    def watch(name: str, gate: GateActivation | ShiftActivation) -> Any:
         def look(shifts: Tensor | None, gains: Tensor | None, blocks: Sequence[Tensor]) -> None:
             for index, (shift, gain) in enumerate(gate.per_block(shifts, gains)):
                 value, quantity = (shift, "shift") if shift is not None else (gain, "gain")
@@ -135,7 +137,7 @@ def recorded_gates(backbone: Backbone) -> Iterator[list[GateChange]]:
     for name, gate in watched:
         gate.watcher = watch(name, gate)
     try:
-        yield found
+        yield changes
     finally:
         for _, gate in watched:
             gate.watcher = None
@@ -147,7 +149,7 @@ def recorded_gates(backbone: Backbone) -> Iterator[list[GateChange]]:
             numbers = numbers / (np.sqrt(np.mean(outputs[name, index])) or 1.0)
         low, high = np.percentile(numbers, (5, 95))
         statistics = float(numbers.mean()), float(numbers.std()), float(low), float(high)
-        found.append(GateChange(name, block.irrep, block.multiplicity, quantity, *statistics))
+        changes.append(GateChange(name, block.irrep, block.multiplicity, quantity, *statistics))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,9 @@ def likeness(one: Backbone, other: Backbone) -> Likeness:
         weight = first[name][0] if name in first else second[name][0]
         if name in first and name in second and not torch.equal(first[name][0], second[name][0]):
             raise InputError(f"the adapters belong to different bases: {name} differs.")
-        pair = tuple(found[name][1] if name in found else torch.zeros_like(weight) for found in (first, second))
+        pair = tuple(
+            one_side[name][1] if name in one_side else torch.zeros_like(weight) for one_side in (first, second)
+        )
         deltas.append((pair[0], pair[1]))
         norm = float(torch.linalg.vector_norm(weight)) or 1.0
         sizes = [float(torch.linalg.vector_norm(change)) for change in pair]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from forcetune.adapters.attach import Adapter, adapter_of, detach, reattach
+from forcetune.adapters.attach import Adapter, detach, get_adapter, reattach
 from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.file import is_member_name, load_adapter
 from forcetune.backbones.protocol import Backbone
@@ -27,7 +27,7 @@ class Combination:
         Raises:
             InputError: the backbone carries an adapter already.
         """
-        if adapter_of(backbone) is not None:
+        if get_adapter(backbone) is not None:
             raise InputError("this model already carries an adapter; detach it first.")
         self.backbone = backbone
         self._scales: dict[str, float] = {}
@@ -105,7 +105,7 @@ class Combination:
             raise InputError(f"there is no adapter {name!r} here; there are {', '.join(self._members) or 'none'}.")
 
     def _lift(self) -> None:
-        if adapter_of(self.backbone) is not None:
+        if get_adapter(self.backbone) is not None:
             detach(self.backbone)
 
     def _put(self) -> None:
@@ -118,8 +118,8 @@ class Combination:
     def _set_references(self) -> None:
         self.backbone.set_reference_energies(
             {
-                z: own + sum(s * (self._references[name][z] - own) for name, s in self._scales.items())
-                for z, own in self._own.items()
+                z: energy + sum(s * (self._references[name][z] - energy) for name, s in self._scales.items())
+                for z, energy in self._own.items()
             }
         )
 
@@ -135,13 +135,13 @@ def combine(backbone: Backbone, adapters: Mapping[str, str | Path], *, average: 
     Raises:
         InputError: an adapter of another base.
     """
-    made = Combination(backbone)
+    combination = Combination(backbone)
     try:
         for name, folder in adapters.items():
-            made.add(name, folder)
+            combination.add(name, folder)
     except BaseException:
-        made.detach()
+        combination.detach()
         raise
     if average:
-        made.average()
-    return made
+        combination.average()
+    return combination

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forcetune.adapters.attach import Adapter, part_key
+from forcetune.adapters.adapter import part_key
+from forcetune.adapters.attach import Adapter
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import TrainablePart
@@ -49,9 +50,11 @@ class CombinedPart(TrainablePart):
         """
         for member, part in self.parts().items():
             start = f"{member}/"
-            own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            member_tensors = {
+                name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)
+            }
             try:
-                part.unpack(own)
+                part.unpack(member_tensors)
             except ValueError as error:
                 raise ValueError(f"{start}{error}") from error
 
@@ -60,12 +63,12 @@ class CombinedWeight(CombinedPart, WeightUpdate):
     """W + Σ s (W′ − W) over the members, each W′ made from the base's own W."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        found = weight
+        combined = weight
         for name, part in self.parts().items():
             scale = self._scales[name]
             if scale:
-                found = found + scale * (part(weight) - weight)
-        return found
+                combined = combined + scale * (part(weight) - weight)
+        return combined
 
 
 class CombinedActivation(CombinedPart, ActivationUpdate):
@@ -111,8 +114,8 @@ class CombinedAdapter(Adapter):
             for site in self.sites:
                 parts = {name: member.part(site, kind) for name, member in members.items()}
                 if any(part is not None for part in parts.values()):
-                    self.parts[part_key(site, kind)] = made = holder(scales)
-                    made.members.update({name: part for name, part in parts.items() if part is not None})
+                    self.parts[part_key(site, kind)] = combined = holder(scales)
+                    combined.members.update({name: part for name, part in parts.items() if part is not None})
         self.requires_grad_(False)
 
     @property

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import Adapter, attach, attached, check_loaded, detach, folded_note, reattach
+from forcetune.adapters.attach import Adapter, attach, check_loaded, detach, folded_note, reattach, require_adapter
 from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
@@ -174,7 +174,7 @@ def save_adapter(
         InputError: no adapter is attached, or the place cannot be written, such as a folder of something else with a
             file of the same name.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     if adapter.folded:
         raise InputError(
             "the weight updates of this adapter are folded into the weights of the model, so that it can no longer be "
@@ -276,10 +276,10 @@ def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) ->
     Raises:
         InputError: names what differs.
     """
-    wanted, given = config.base, _base_record(backbone)
-    same_file = bool(wanted.sha256) and wanted.sha256 == given.sha256
+    wanted, actual = config.base, _base_record(backbone)
+    same_file = bool(wanted.sha256) and wanted.sha256 == actual.sha256
     differences = [
-        f"{what} {getattr(wanted, key)} there, {getattr(given, key)} here"
+        f"{what} {getattr(wanted, key)} there, {getattr(actual, key)} here"
         for key, what in (
             ("library", "library"),
             ("head", "head"),
@@ -287,13 +287,13 @@ def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) ->
             ("cutoff_ang", "cutoff in Å"),
             ("parameters", "number of weights"),
         )
-        if getattr(wanted, key) != getattr(given, key)
+        if getattr(wanted, key) != getattr(actual, key)
     ]
-    if not same_file and wanted.fingerprint != given.fingerprint:
-        differences.insert(0, f"fingerprint {wanted.fingerprint[:12]} there, {given.fingerprint[:12]} here")
+    if not same_file and wanted.fingerprint != actual.fingerprint:
+        differences.insert(0, f"fingerprint {wanted.fingerprint[:12]} there, {actual.fingerprint[:12]} here")
     if differences:
         raise InputError(
-            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({given.name}"
+            f"{folder}: this adapter was trained on {wanted.name}, which is not the model given ({actual.name}"
             f"{folded_note(backbone.base)}): {'; '.join(differences)}. Load the adapter on its own base."
         )
 
@@ -396,10 +396,10 @@ def _card(config: AdapterConfig) -> str:
     errors = config.metrics.get("errors")
     if isinstance(errors, Mapping) and errors:
         lines += ["| frames | energy MAE, meV/atom | force MAE, meV/Å |", "|---|--:|--:|"]
-        for split, found in errors.items():
-            energy, forces = (found.get(key) for key in ("energy_mae_mev_per_atom", "forces_mae_mev_per_ang"))
-            shown = ["–" if value is None else f"{value:.3g}" for value in (energy, forces)]
-            lines.append(f"| {split} | {shown[0]} | {shown[1]} |")
+        for split, split_errors in errors.items():
+            energy, forces = (split_errors.get(key) for key in ("energy_mae_mev_per_atom", "forces_mae_mev_per_ang"))
+            texts = ["–" if value is None else f"{value:.3g}" for value in (energy, forces)]
+            lines.append(f"| {split} | {texts[0]} | {texts[1]} |")
         lines.append("")
     lines += [f"Written by forcetune {config.forcetune}.", ""]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import Adapter, adapter_of
+from forcetune.adapters.attach import Adapter, get_adapter
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import LowRank
 from forcetune.adapters.updates.base import WeightUpdate
@@ -33,7 +33,7 @@ def weight_gradients(
     Returns:
         By site name, with the shape of the weight; zeros where the loss does not depend on it.
     """
-    assert adapter_of(backbone) is None
+    assert get_adapter(backbone) is None
     parameters = dict(backbone.model.named_parameters())
     wanted = {site.name: parameters[site.name] for site in backbone.sites()}
     before = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -43,8 +43,8 @@ def weight_gradients(
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in wanted)
         for batch in batches:
-            found = backbone.predict(batch, stress=stress, create_graph=True)
-            pulls = torch.autograd.grad(loss(found, batch), list(wanted.values()), allow_unused=True)
+            prediction = backbone.predict(batch, stress=stress, create_graph=True)
+            pulls = torch.autograd.grad(loss(prediction, batch), list(wanted.values()), allow_unused=True)
             for name, pull in zip(wanted, pulls, strict=True):
                 if pull is not None:
                     total[name] += pull

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from forcetune.errors import InputError
 from forcetune.utils.download import ProgressCallback, download, progress_bar
-from forcetune.utils.files import cache_folder, path_of, sha256_of, write_text
+from forcetune.utils.files import as_path, cache_folder, compute_sha256, write_text
 
 MIRROR_VARIABLE = "FORCETUNE_MODELS_URL"
 
@@ -334,9 +334,9 @@ def resolve(name_or_path: str) -> ResolvedModel:
             published one.
         ForcetuneError: as :func:`download_model`.
     """
-    path = path_of(name_or_path)
+    path = as_path(name_or_path)
     if path.is_file():
-        digest = sha256_of(path)
+        digest = compute_sha256(path)
         twin = next((model for model in _MODELS if model.sha256 == digest), None)
         library = twin.library if twin else library_of_file(path)
         return ResolvedModel(path, path.stem, library, twin.licence if twin else "unknown", digest)
@@ -384,16 +384,16 @@ def _present(model: PublishedModel, folder: Path, progress: ProgressCallback | N
     """The checked file of a model in ``folder``, and its SHA-256."""
     if model.packaged:
         found = Path(__file__).parent / model.url
-        return found, sha256_of(found)
+        return found, compute_sha256(found)
     if (installed := _installed(model)) is not None:
-        digest = sha256_of(installed)
+        digest = compute_sha256(installed)
         if digest == model.sha256:
             return installed, digest
     target = folder / model.file
     record = target.with_name(f"{target.name}.sha256")
     expected = model.sha256 or _recorded(record)
     if target.is_file():
-        digest = sha256_of(target)
+        digest = compute_sha256(target)
         if expected is not None and digest != expected:
             raise _changed(model, target, record, digest, expected)
     else:
@@ -445,9 +445,9 @@ def _recorded(record: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{record}: cannot be read; mend or remove it.") from error
+        raise InputError(f"{record}: cannot be read; fix or remove it.") from error
     if not words or not re.fullmatch(r"[0-9a-fA-F]{64}", words[0]):
-        raise InputError(f"{record}: should hold the SHA-256 of the model beside it; mend or remove it.")
+        raise InputError(f"{record}: should hold the SHA-256 of the model beside it; fix or remove it.")
     return words[0].lower()
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from forcetune.config.run import RunConfig, plain_defaults
 from forcetune.config.section import explain
 from forcetune.errors import InputError
-from forcetune.utils.option_defaults import leaf_names, remove_value, set_value, take_record, value_of, with_unset
+from forcetune.utils.option_defaults import get_value, leaf_names, remove_value, set_value, take_record, with_unset
 from forcetune.utils.parsing import parse_yaml, short
 
 
@@ -89,7 +89,7 @@ def load_config(
     unset: set[str] = set()
     if record is not None:
         now = {name for change in changes for name in leaf_names(change)}
-        now |= {name for name in leaf_names(given or {}) if value_of(given or {}, name) is not None}
+        now |= {name for name in leaf_names(given or {}) if get_value(given or {}, name) is not None}
         for name in record.outdated(merged, now):
             whole, alone = plain_defaults(name)
             if whole == alone:

@@ -18,10 +18,10 @@ from forcetune.utils.option_defaults import (
     LOSS,
     RECORD,
     SECOND_LOSS,
+    get_value,
     is_given,
-    record_of,
+    make_record,
     set_value,
-    value_of,
     with_given_as_in,
 )
 
@@ -92,7 +92,7 @@ class RunConfig(Section):
         values = self.model_dump()
         for name, value in self._defaults(learning_rate, optimizer).items():
             # a default that stands in a stored configuration repeats that run, even if it has changed since
-            if not is_given(self, name) and value_of(values, name) in plain_defaults(name):
+            if not is_given(self, name) and get_value(values, name) in plain_defaults(name):
                 set_value(values, name, value)
         try:
             return with_given_as_in(RunConfig.model_validate(values), self)
@@ -115,7 +115,9 @@ class RunConfig(Section):
 
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML, atomically; :func:`load_config` knows which options were given."""
-        content = self.model_dump(mode="json") | {RECORD: record_of(self)}
+        content = self.model_dump(mode="json") | {RECORD: make_record(self)}
+        # said of one call: whoever starts from this file later has not allowed anything to be replaced
+        content["output"]["overwrite"] = False
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

@@ -45,8 +45,8 @@ def explain(error: ValidationError) -> str:
             message = "there is no such option"
         elif item["type"] == "missing":
             message = "is needed"
-        given = (
+        value_text = (
             "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f" (given: {short(item['input'])})"
         )
-        problems.append(f"{key}: {message}{given}" if key else message)
+        problems.append(f"{key}: {message}{value_text}" if key else message)
     return "; ".join(problems) + "."

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from forcetune.adapters.attach import attach, attached, check_mergeable, detach, fold_weights, merge_weights
+from forcetune.adapters.attach import attach, check_mergeable, detach, fold_weights, merge_weights, require_adapter
 from forcetune.adapters.methods import Method, elora, full
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import DataConfig, LossConfig, RunConfig, TrainingConfig, load_config
@@ -31,7 +31,7 @@ from forcetune.deployment.loading import deploy_copy
 from forcetune.deployment.merge import Merged, check_merged_output, write_plain
 from forcetune.deployment.parity import probe_frames
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Errors, Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Errors, Predictions, build_graphs, predict
 from forcetune.frames.dataset import read_dataset
 from forcetune.frames.frame import Frame
 from forcetune.graphs.graph import Batch
@@ -178,9 +178,9 @@ def merge_approximately(
     plain = deploy_copy(model, run, trust=trust).backbone
     _drop_gates(plain)
     labelled = _labelled_by(gated, _shaken(frames.train, seed))
-    wanted, true = predict(gated, graphs_of(gated, frames.test), stress=True), _Measured(plain, frames.test)
+    wanted, true = predict(gated, build_graphs(gated, frames.test), stress=True), _Measured(plain, frames.test)
     dropped = Difference.between(wanted, true.predictions())
-    training, held = _parted(graphs_of(plain, labelled))
+    training, held = _parted(build_graphs(plain, labelled))
     _regress(gated, plain, training, held)
     regressed = Difference.between(wanted, true.predictions())
     method = full() if rank is None else elora(rank=rank)
@@ -192,7 +192,7 @@ def merge_approximately(
     if not distilled.forces_mev_per_ang <= allowed:
         raise InputError(_too_far(run, wanted.errors(), distilled, dropped, allowed))
     probes = probe_frames(plain.elements, plain.cutoff)
-    merged = write_plain(plain, output, predict(plain, graphs_of(plain, probes), stress=True), probes)
+    merged = write_plain(plain, output, predict(plain, build_graphs(plain, probes), stress=True), probes)
     approximation = Approximation(
         merged=merged,
         n_train=len(frames.train),
@@ -227,7 +227,7 @@ def _check_needed(backbone: Backbone, run: str | Path) -> None:
     Raises:
         InputError: there is no adapter, it merges exactly, or it has a magnetic layer.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     if adapter.magnetic is not None:
         check_mergeable(backbone)
     try:
@@ -313,7 +313,7 @@ def _shaken(frames: Sequence[Frame], seed: int) -> list[Frame]:
 
 def _labelled_by(backbone: Backbone, frames: Sequence[Frame]) -> list[Frame]:
     """The frames with what a model predicts as their labels, all of the same weight."""
-    prediction = predict(backbone, graphs_of(backbone, frames), stress=True)
+    prediction = predict(backbone, build_graphs(backbone, frames), stress=True)
     forces = np.split(prediction.forces, np.cumsum(prediction.atoms)[:-1])
     assert prediction.stress is not None
     weights = dict.fromkeys(("energy_weight", "forces_weight", "stress_weight"), 1.0)
@@ -334,7 +334,7 @@ class _Measured:
 
     def __init__(self, backbone: Backbone, frames: Sequence[Frame]) -> None:
         self.backbone = backbone
-        self.graphs = graphs_of(backbone, frames)
+        self.graphs = build_graphs(backbone, frames)
 
     def predictions(self) -> Predictions:
         return predict(self.backbone, self.graphs, stress=True)

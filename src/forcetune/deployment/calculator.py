@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.attach import get_adapter
 from forcetune.adapters.file import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
@@ -22,7 +22,7 @@ from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin
 from forcetune.frames.spins import directions
-from forcetune.graphs.graph import Batch, graph_of
+from forcetune.graphs.graph import Batch, build_graph
 from forcetune.magnetism.options import Magnetism
 
 SMALLEST_VOLUME = 1e-6
@@ -67,7 +67,7 @@ class ForcetuneCalculator(Calculator):
         self.compile = compile
         self._charge_ignored = False
         self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
-        adapter = adapter_of(backbone)
+        adapter = get_adapter(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
         if self.magnetism is not None:
             self.implemented_properties = [*self.implemented_properties, "magmoms"]
@@ -95,7 +95,7 @@ class ForcetuneCalculator(Calculator):
         check_elements(self.backbone, [frame])
         # as in the labels of slabs and wires: per volume of the whole cell, vacuum included
         stress = bool(current.pbc.any()) and abs(float(np.linalg.det(current.cell.array))) > SMALLEST_VOLUME
-        batch = graph_of(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
+        batch = build_graph(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
         self.results = self._results(batch, stress)
 
     def _check_charge(self, atoms: Atoms) -> None:
@@ -167,7 +167,7 @@ def _check_places(atoms: Atoms) -> None:
             "large, take smaller ones."
         )
     if not np.isfinite(atoms.cell.array).all():
-        raise InputError("The cell of the structure is not finite; set it anew.")
+        raise InputError("The cell of the structure is not finite; set it again.")
 
 
 def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:

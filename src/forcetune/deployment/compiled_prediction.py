@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.attach import get_adapter
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.edge_plan import with_plan
@@ -143,7 +143,7 @@ class CompiledPrediction:
 
     def _state(self) -> tuple[Any, ...]:
         """Changes when the model, its adapter or a weight does."""
-        backbone, adapter = self.backbone, adapter_of(self.backbone)
+        backbone, adapter = self.backbone, get_adapter(self.backbone)
         if backbone.model is not self._owners[0] or adapter is not self._owners[1]:
             self._owners = (backbone.model, adapter)
             self._weights = [

@@ -171,7 +171,7 @@ def spread(values: Sequence[FloatArray]) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """How well a standard deviation foretells an error.
+    """How well a standard deviation predicts an error.
 
     Attributes:
         mean_std, rms_error: of the spread and of the errors, meV/atom or meV/Å.
@@ -217,7 +217,7 @@ def _rank_correlation(one: FloatArray, other: FloatArray) -> float | None:
 
 
 def describe_ensemble(ensemble: Ensemble, found: Sequence[Predictions]) -> dict[str, Any]:
-    """Errors of the mean, and how well the spread foretells them, as ``forcetune evaluate --json`` prints them."""
+    """Errors of the mean, and how well the spread predicts them, as ``forcetune evaluate --json`` prints them."""
     mean = mean_of(found)
     figures = {
         "energy_per_atom": calibration(

@@ -28,7 +28,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
 from forcetune.deployment.dynamics import energy_conservation
 from forcetune.errors import ForcetuneError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.evaluation.summaries import Dimer, Distance, Forgetting, Stability
 from forcetune.frames.dataset import Dataset
 from forcetune.frames.frame import Frame
@@ -97,7 +97,7 @@ def _shaken(frame: Frame, width: float, generator: np.random.Generator) -> Frame
 
 def _both(backbone: Backbone, frames: Sequence[Frame]) -> tuple[Predictions, Predictions]:
     """Predictions of base and tuned model without reference energies."""
-    graphs = graphs_of(backbone, [replace(frame, stress=None) for frame in frames])
+    graphs = build_graphs(backbone, [replace(frame, stress=None) for frame in frames])
 
     def bare() -> Predictions:
         return predict(backbone, graphs).shifted({z: -energy for z, energy in backbone.reference_energies.items()})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import require_adapter
 from forcetune.adapters.updates import ActivationUpdate
 from forcetune.backbones.protocol import Backbone, Site
 from forcetune.evaluation.metrics import evaluation_batches
@@ -29,7 +29,7 @@ class GateRegression:
             gated: carries gates, and nothing else that is not folded into its weights.
             graphs: whose atoms count.
         """
-        adapter = attached(gated)
+        adapter = require_adapter(gated)
         self._fits: list[tuple[Site, _LayerFit]] = []
         handles = []
         for site in adapter.sites:

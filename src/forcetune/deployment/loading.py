@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from forcetune.adapters.attach import adapter_of, fold_weights
+from forcetune.adapters.attach import fold_weights, get_adapter
 from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
@@ -121,7 +121,7 @@ def load_base(
         InputError: it cannot be loaded, carries an adapter already, or lacks an element of the adapter.
     """
     if isinstance(model, Backbone):
-        if adapter_of(model) is not None:
+        if get_adapter(model) is not None:
             raise InputError("this model already carries an adapter; detach it first.")
         known = set(config.numbers) <= set(model.elements)  # otherwise the adapter is refused with all that differs
         return load(model, elements=config.numbers if known else None, dtype=dtype, device=device), False

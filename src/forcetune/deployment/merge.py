@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from forcetune.adapters.attach import attached, check_mergeable, merge_weights
+from forcetune.adapters.attach import check_mergeable, merge_weights, require_adapter
 from forcetune.adapters.updates import WeightUpdate
 from forcetune.backbones.protocol import Backbone, Base, Multimodal
 from forcetune.backbones.registry import resolve
 from forcetune.deployment.loading import BASE_NAME, deploy_copy
 from forcetune.deployment.parity import PARITY, probe_frames, relative_differences
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import Frame
-from forcetune.utils.files import atomic_path, path_of, sha256_of
+from forcetune.utils.files import as_path, atomic_path, compute_sha256
 
 MODEL_SUFFIXES = (".model", ".pt", ".pth")
 """Of files that a merged model may replace."""
@@ -88,7 +88,7 @@ def merge(
     check_mergeable(backbone)
     check_merged_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
-    before = predict(backbone, graphs_of(backbone, probes), stress=True)
+    before = predict(backbone, build_graphs(backbone, probes), stress=True)
     added = _new_modality(backbone, Path(run), modality)
     merge_weights(backbone)
     return write_plain(backbone, output, before, probes, dtype=dtype, added=added)
@@ -119,7 +119,7 @@ def write_plain(
     """
     with atomic_path(output) as temporary:
         again = _written(backbone, temporary, dtype, added)
-        after = predict(again, graphs_of(again, probes), stress=True)
+        after = predict(again, build_graphs(again, probes), stress=True)
         energy, forces = relative_differences(before, after, backbone.reference_energies, again.reference_energies)
         references, rounding = _reference_differences(backbone, again)
         allowed = PARITY["float64" if {again.stored_dtype, backbone.dtype} == {torch.float64} else "float32"]
@@ -167,7 +167,7 @@ def _new_modality(backbone: Backbone, run: Path, wanted: str | None) -> str | No
         raise InputError(f"--modality {wanted}: {backbone.base.name} has no modalities; leave it out.")
     if not known or wanted == backbone.head:
         return None
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     kinds = {site.kind for site in adapter.sites if adapter.part(site, WeightUpdate) is not None}
     if kinds != {"modality"}:
         if wanted is None:
@@ -194,7 +194,7 @@ def _check_others(backbone: Backbone, written: Backbone, probes: Sequence[Frame]
     assert isinstance(backbone, Multimodal) and isinstance(written, Multimodal)
     for name in backbone.modalities:
         one, other = backbone.with_modality(name), written.with_modality(name)
-        before, after = (predict(model, graphs_of(model, probes), stress=True) for model in (one, other))
+        before, after = (predict(model, build_graphs(model, probes), stress=True) for model in (one, other))
         worst = max(relative_differences(before, after, one.reference_energies, other.reference_energies))
         if not worst <= PARITY["float32"]:
             raise ForcetuneError(
@@ -208,13 +208,13 @@ def check_merged_output(output: Path, base: Base) -> None:
     Raises:
         InputError: writing there would replace the base or a copy of it, or a file that is no merged model.
     """
-    target = path_of(output)
+    target = as_path(output)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file, such as {target / 'tuned.model'}.")
     if not target.exists():
         return
     source = _file_of(base.source)
-    if (source is not None and target.samefile(source)) or sha256_of(target) == base.sha256:
+    if (source is not None and target.samefile(source)) or compute_sha256(target) == base.sha256:
         raise InputError(f"{target}: is the base of this adapter and stays as it is; choose another name.")
     if target.suffix not in MODEL_SUFFIXES or target.name == BASE_NAME:
         raise InputError(f"{target}: exists and is no merged model; choose another name, such as tuned.model.")

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from forcetune.deployment.calculator import ForcetuneCalculator, frame_of, spins_of
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray
-from forcetune.graphs.graph import graph_of
+from forcetune.graphs.graph import build_graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def exchange_parameters(atoms: Atoms, sites: Sequence[int] | None = None) -> Exc
     spins = spins_of(atoms, calc.magnetism)
     frame = replace(frame_of(atoms), spins=spins)
     backbone = calc.backbone
-    batch = graph_of(frame, backbone.cutoff, backbone.dtype).to(device=backbone.device)
+    batch = build_graph(frame, backbone.cutoff, backbone.dtype).to(device=backbone.device)
     batch.spins.requires_grad_()
     fields = backbone.predict(batch, create_graph=True).fields
     assert fields is not None

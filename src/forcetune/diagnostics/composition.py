@@ -30,14 +30,14 @@ def composition_residual(frames: Sequence[Frame], energies: FloatArray) -> tuple
     atoms = composition.sum(axis=1)
     shares, target = composition / atoms[:, None], energies / atoms
     rank = int(np.linalg.matrix_rank(composition))
-    kept = np.ones(len(frames), dtype=bool)
+    used = np.ones(len(frames), dtype=bool)
     residual = target - np.median(target)
     for _ in range(ROUNDS):
-        solution, *_ = np.linalg.lstsq(shares[kept], target[kept], rcond=None)
+        solution, *_ = np.linalg.lstsq(shares[used], target[used], rcond=None)
         residual = target - shares @ solution
         residual = residual - np.median(residual)
         spread = 1.4826 * float(np.median(np.abs(residual)))
-        kept = np.abs(residual) <= 5 * spread + 1e-9
-        if kept.sum() < rank + 2:
+        used = np.abs(residual) <= 5 * spread + 1e-9
+        if used.sum() < rank + 2:
             break
     return residual, rank, len(elements)

@@ -45,34 +45,34 @@ STRANGE_ATOM = 2.2
 """Error over size of the forces on one atom, over many frames, beyond what a poor model has."""
 
 
-def diagnose(found: LabelledPredictions) -> list[Finding]:
+def diagnose(predictions: LabelledPredictions) -> list[Finding]:
     """Everything that predictions for a set of frames say about its labels as a whole."""
-    forces = force_agreement(found)
-    findings = _check_forces(found.with_forces(), forces)
+    forces = force_agreement(predictions)
+    findings = _check_forces(predictions.with_forces(), forces)
     if not findings and forces is not None and forces.n_frames >= FEWEST and forces.correlation > VANISHED:
-        findings += _check_elements(found) or _check_atoms(found.with_forces())
-    findings += _check_energies(found.with_energy(), forces)
-    return findings + check_stress(found.with_stress(), forces)
+        findings += _check_elements(predictions) or _check_atoms(predictions.with_forces())
+    findings += _check_energies(predictions.with_energy(), forces)
+    return findings + check_stress(predictions.with_stress(), forces)
 
 
-def _check_forces(found: LabelledPredictions, agreement: Agreement | None) -> list[Finding]:
+def _check_forces(predictions: LabelledPredictions, agreement: Agreement | None) -> list[Finding]:
     if agreement is None or not _decides(agreement):
         return []
-    frames = found.frames
+    frames = predictions.frames
     if agreement.correlation <= -AGREES:
         text = (
             f"Forces point against the model's (correlation {two(agreement.correlation)}): they are gradients; "
             "multiply them by −1."
         )
-        return [in_set("forces-sign", "error", text, frames), *_check_force_unit(found, agreement)]
+        return [in_set("forces-sign", "error", text, frames), *_check_force_unit(predictions, agreement)]
     if agreement.correlation >= AGREES:
-        return _check_force_unit(found, agreement)
+        return _check_force_unit(predictions, agreement)
     if agreement.correlation > VANISHED:
         return []
-    mismatch = find_mismatch(found)
+    mismatch = find_mismatch(predictions)
     if mismatch is not None:
-        return [_told(mismatch, agreement, found)]
-    return [_unrelated(found, agreement)]
+        return [_describe_mismatch(mismatch, agreement, predictions)]
+    return [_unrelated(predictions, agreement)]
 
 
 def _decides(agreement: Agreement) -> bool:
@@ -81,43 +81,43 @@ def _decides(agreement: Agreement) -> bool:
     return agreement.n_frames >= FEWEST or (agreement.n_frames >= few and abs(agreement.correlation) >= plain)
 
 
-def _told(mismatch: Mismatch, agreement: Agreement, found: LabelledPredictions) -> Finding:
+def _describe_mismatch(mismatch: Mismatch, agreement: Agreement, predictions: LabelledPredictions) -> Finding:
     before, after = two(agreement.correlation), two(mismatch.correlation)
     if mismatch.kind == "rotation":
         text = (
             f"Forces agree with the model only when all of them are rotated (correlation {before}, then {after}): "
             "positions and forces have different axes; take both in one orientation."
         )
-        return in_set("forces-rotated", "error", text, found.frames)
+        return in_set("forces-rotated", "error", text, predictions.frames)
     if mismatch.kind == "frames":
         text = (
             f"Forces agree with the model's for other frames ({mismatch.detail}; correlation {before}, then {after}): "
             "write structures and forces in one order."
         )
-        return in_set("forces-of-other-frames", "error", text, found.frames)
+        return in_set("forces-of-other-frames", "error", text, predictions.frames)
     text = (
         f"Forces agree with the model's for other atoms ({mismatch.detail}; correlation {before}, then {after}): write "
         "atoms and forces in one order."
     )
-    return in_set("forces-shuffled", "error", text, found.frames)
+    return in_set("forces-shuffled", "error", text, predictions.frames)
 
 
-def _unrelated(found: LabelledPredictions, agreement: Agreement) -> Finding:
+def _unrelated(predictions: LabelledPredictions, agreement: Agreement) -> Finding:
     if agreement.ratio < 0.25:
         text = (
             f"The model's forces are {1 / agreement.ratio:.0f} times larger than the labels and unrelated to them: "
             "elements, positions or cell are probably not what was calculated; else choose a model that knows such "
             "structures."
         )
-        return in_set("structures-implausible", "warning", text, found.frames)
+        return in_set("structures-implausible", "warning", text, predictions.frames)
     text = (
         f"Forces have nothing to do with the model's (correlation {two(agreement.correlation)}): labels, elements or "
         "positions are wrong, or the model does not know this chemistry; compare with another model."
     )
-    return in_set("forces-unrelated", "warning", text, found.frames)
+    return in_set("forces-unrelated", "warning", text, predictions.frames)
 
 
-def _check_force_unit(found: LabelledPredictions, agreement: Agreement) -> list[Finding]:
+def _check_force_unit(predictions: LabelledPredictions, agreement: Agreement) -> list[Finding]:
     near = candidates(agreement.ratio, FORCES, 1.35)
     severity: Severity = "error" if near else "warning"
     if is_usual(agreement.ratio):
@@ -128,39 +128,41 @@ def _check_force_unit(found: LabelledPredictions, agreement: Agreement) -> list[
     text = f"Forces are {times(agreement.ratio)} the model's, as if they were " + (
         f"in {named(near)}; convert them to eV/Å." if near else "in another unit; convert them to eV/Å."
     )
-    return [in_set("forces-unit", severity, text, found.frames)]
+    return [in_set("forces-unit", severity, text, predictions.frames)]
 
 
-def _check_energies(found: LabelledPredictions, forces: Agreement | None) -> list[Finding]:
-    agreement = energy_agreement(found)
+def _check_energies(predictions: LabelledPredictions, forces: Agreement | None) -> list[Finding]:
+    agreement = energy_agreement(predictions)
     if agreement is None or agreement.n_frames < FEWEST:
         return []
     if forces is not None and abs(forces.correlation) < AGREES:
         return []
     bound = max(0.3, 3 / math.sqrt(agreement.n_frames))
     if agreement.correlation <= -max(0.4, bound):
-        return _check_energy_sign(found, agreement, forces)
+        return _check_energy_sign(predictions, agreement, forces)
     if agreement.correlation >= bound:
-        return _check_energy_unit(found, agreement, forces)
-    return _check_energy_order(found, agreement, forces)
+        return _check_energy_unit(predictions, agreement, forces)
+    return _check_energy_order(predictions, agreement, forces)
 
 
 def _is_sure(forces: Agreement | None) -> bool:
     return forces is not None and abs(forces.correlation) >= SURE
 
 
-def _followed(found: LabelledPredictions, forces: Agreement | None) -> float | None:
+def _followed(predictions: LabelledPredictions, forces: Agreement | None) -> float | None:
     """How label energies follow label forces from frame to frame; None where these cannot say."""
     if forces is None or forces.correlation < AGREES or not is_usual(forces.ratio):
         return None
-    both = set(found.with_forces().frames)
-    return pair_correlation(found.select([k for k, frame in enumerate(found.frames) if frame in both]))
+    both = set(predictions.with_forces().frames)
+    return pair_correlation(predictions.select([k for k, frame in enumerate(predictions.frames) if frame in both]))
 
 
-def _check_energy_sign(found: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+def _check_energy_sign(
+    predictions: LabelledPredictions, agreement: Agreement, forces: Agreement | None
+) -> list[Finding]:
     """Energies that fall where the model's rise; where the model is weak, the label forces must say so, too."""
     if not _is_sure(forces):
-        followed = _followed(found, forces)
+        followed = _followed(predictions, forces)
         against = 2 / math.sqrt(agreement.n_frames)
         if forces is not None and (followed is None or followed > -against):
             return []
@@ -168,42 +170,46 @@ def _check_energy_sign(found: LabelledPredictions, agreement: Agreement, forces:
         f"Energies fall where the model's rise (rank correlation {two(agreement.correlation)}): they have the "
         "wrong sign; multiply them by −1."
     )
-    return [in_set("energy-sign", "warning" if forces is None else "error", text, found.frames)]
+    return [in_set("energy-sign", "warning" if forces is None else "error", text, predictions.frames)]
 
 
-def _check_energy_unit(found: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+def _check_energy_unit(
+    predictions: LabelledPredictions, agreement: Agreement, forces: Agreement | None
+) -> list[Finding]:
     """Without forces it is a doubt only: along a scan of one coordinate a model may be wrong by any factor."""
     if is_usual(agreement.ratio) or (forces is None and agreement.n_frames < 3 * FEWEST):
         return []
     if forces is not None and not _is_sure(forces) and 1 / UNSURE_RATIO < agreement.ratio < UNSURE_RATIO:
         return []
-    atoms = float(np.median([len(frame) for frame in found.frames]))
+    atoms = float(np.median([len(frame) for frame in predictions.frames]))
     near = candidates(agreement.ratio, (*ENERGY, Unit("eV divided by the number of atoms", 1 / atoms)), 1.6)
     text = f"Energy differences are {times(agreement.ratio)} the model's, as if they were " + (
         f"in {named(near)}; convert energies to eV for the whole frame." if near else "in another unit; give eV."
     )
-    return [in_set("energy-unit", "error" if near and forces is not None else "warning", text, found.frames)]
+    return [in_set("energy-unit", "error" if near and forces is not None else "warning", text, predictions.frames)]
 
 
-def _check_energy_order(found: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> list[Finding]:
+def _check_energy_order(
+    predictions: LabelledPredictions, agreement: Agreement, forces: Agreement | None
+) -> list[Finding]:
     """Energies that do not follow the model's although the forces do."""
     if forces is None or forces.correlation < SURE or agreement.n_frames < 3 * FEWEST:
         return []
-    followed = _followed(found, forces)
+    followed = _followed(predictions, forces)
     bound = 2 / math.sqrt(agreement.n_frames)
     if agreement.correlation >= bound or (followed is not None and followed >= bound):
         return []
-    told = "" if followed is None else f" and {two(followed)} with what the forces say"
+    following = "" if followed is None else f" and {two(followed)} with what the forces say"
     text = (
-        f"Forces agree with the model, but energies do not (rank correlation {two(agreement.correlation)}{told}): "
+        f"Forces agree with the model, but energies do not (rank correlation {two(agreement.correlation)}{following}): "
         "energies and structures are in different orders or of different calculations; write them again."
     )
     severity: Severity = "error" if agreement.n_frames >= SURE_FRAMES and followed is not None else "warning"
-    return [in_set("energy-shuffled", severity, text, found.frames)]
+    return [in_set("energy-shuffled", severity, text, predictions.frames)]
 
 
-def _check_elements(found: LabelledPredictions) -> list[Finding]:
-    far = [row for row in element_agreement(found) if row.n_atoms >= ELEMENT_ATOMS and row.relative > 1]
+def _check_elements(predictions: LabelledPredictions) -> list[Finding]:
+    far = [row for row in element_agreement(predictions) if row.n_atoms >= ELEMENT_ATOMS and row.relative > 1]
     if not far:
         return []
     named_rows = ", ".join(f"{row.symbol} ({100 * row.relative:.0f} %)" for row in far)
@@ -211,19 +217,19 @@ def _check_elements(found: LabelledPredictions) -> list[Finding]:
         f"The model's force errors are larger than the forces on {named_rows}: is the element right? If so, the "
         "model does not know it in such surroundings; give enough frames of it, and test on it."
     )
-    return [in_set("element-unknown-to-model", "warning", text, _having(found, [row.symbol for row in far]))]
+    return [in_set("element-unknown-to-model", "warning", text, _having(predictions, [row.symbol for row in far]))]
 
 
-def _having(found: LabelledPredictions, symbols: Sequence[str]) -> list[Frame]:
+def _having(predictions: LabelledPredictions, symbols: Sequence[str]) -> list[Frame]:
     wanted = [atomic_numbers[symbol] for symbol in symbols]
-    return [frame for frame in found.with_forces().frames if np.isin(frame.numbers, wanted).any()]
+    return [frame for frame in predictions.with_forces().frames if np.isin(frame.numbers, wanted).any()]
 
 
-def _check_atoms(found: LabelledPredictions) -> list[Finding]:
+def _check_atoms(predictions: LabelledPredictions) -> list[Finding]:
     """Atoms that the model sees otherwise in every frame, as where one element was written for another."""
     findings = []
-    for members in same_order(found):
-        group = found.select(members)
+    for members in same_order(predictions):
+        group = predictions.select(members)
         label, model = np.stack(group.forces_label), np.stack(group.forces)
         # medians over frames, so that a broken frame does not speak for all
         size, error = (np.median((values**2).mean(axis=2), axis=0) for values in (label, label - model))

@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.attach import get_adapter
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import TrainingConfig
@@ -33,7 +33,7 @@ from forcetune.diagnostics.memory import step_memory
 from forcetune.diagnostics.outliers import find_outliers
 from forcetune.diagnostics.reading import read_leniently
 from forcetune.errors import InputError, warn
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.isolated import compare_isolated
 from forcetune.frames.labels import AUTO, Label
@@ -78,17 +78,17 @@ class Checkup:
         return self._count("warning")
 
     def _count(self, severity: str) -> int:
-        return sum(found.severity == severity for found in self.findings)
+        return sum(finding.severity == severity for finding in self.findings)
 
     @property
     def codes(self) -> set[str]:
         """Codes of everything found."""
-        return {found.code for found in self.findings}
+        return {finding.code for finding in self.findings}
 
     def to_json(self) -> dict[str, Any]:
         """As ``forcetune doctor --json`` prints it."""
         return {
-            "findings": [found.to_json() for found in self.findings],
+            "findings": [finding.to_json() for finding in self.findings],
             "n_errors": self.n_errors,
             "n_warnings": self.n_warnings,
             "facts": self.facts,
@@ -144,12 +144,16 @@ def doctor(
     if backbone is not None:
         compared, graphs = _predicted(backbone, examined, console, findings)
         facts["model"] = {"name": backbone.base.name, "cutoff_ang": backbone.cutoff, "licence": backbone.base.licence}
-        facts["agreement"] = {name: _agreement(found) for name, found in compared.items()}
+        facts["agreement"] = {name: _agreement(predictions) for name, predictions in compared.items()}
         facts["memory"] = _memory(backbone, graphs, batch_size or TrainingConfig().batch_size, findings)
         findings += _isolated(known.get(TRAIN, ()), compared.get(TRAIN), backbone)
-        for found in compared.values():
-            findings += diagnose(found) + find_outliers(found)
-        arrays = {f"{name}/{key}": own for name, found in compared.items() for key, own in found.arrays().items()}
+        for predictions in compared.values():
+            findings += diagnose(predictions) + find_outliers(predictions)
+        arrays = {
+            f"{name}/{key}": array
+            for name, predictions in compared.items()
+            for key, array in predictions.arrays().items()
+        }
     return Checkup(sort_findings(_without_copies(findings)), facts, arrays)
 
 
@@ -172,17 +176,17 @@ def check_frames(
         InputError: an error was found; the message has all of them.
     """
     sampled, untold = _in_memory(sets, quiet)
-    found = examine_frames(sampled, cutoff=cutoff, progress=progress).findings
-    return _reported([one for one in found if one.code not in untold], quiet=quiet)
+    findings = examine_frames(sampled, cutoff=cutoff, progress=progress).findings
+    return _reported([one for one in findings if one.code not in untold], quiet=quiet)
 
 
-def check_predictions(frames: Sequence[Frame], found: Predictions) -> list[Finding]:
+def check_predictions(frames: Sequence[Frame], predictions: Predictions) -> list[Finding]:
     """For a run: what the foundation model's predictions for its training frames say about their labels.
 
     Raises:
         InputError: as :func:`check_frames`.
     """
-    compared = LabelledPredictions.of(frames, found)
+    compared = LabelledPredictions.of(frames, predictions)
     # a verdict on the whole set gains nothing from thousands of frames, and compares all pairs of them
     chosen = compared.select(sample(range(len(frames)), SAMPLE_OF_RUN))
     return _reported(diagnose(chosen) + find_outliers(compared))
@@ -199,8 +203,8 @@ def _in_memory(sets: Mapping[str, Sequence[Frame]], quiet: bool) -> tuple[Mappin
             f"Streamed data: structures and labels of all frames were checked, but distances, cells, net forces, "
             f"outliers, duplicates and overlaps only on {counts}; `forcetune doctor` examines all frames, in memory."
         )
-    found = {name: [frames[k] for k in sample(range(len(frames)), SAMPLE_OF_STREAM)] for name, frames in sets.items()}
-    return found, {"composition-rank"} if TRAIN in large else set()
+    sampled = {name: [frames[k] for k in sample(range(len(frames)), SAMPLE_OF_STREAM)] for name, frames in sets.items()}
+    return sampled, {"composition-rank"} if TRAIN in large else set()
 
 
 def _is_large(frames: Sequence[Frame]) -> bool:
@@ -209,14 +213,14 @@ def _is_large(frames: Sequence[Frame]) -> bool:
 
 def _reported(findings: Sequence[Finding], *, quiet: bool = False) -> list[Finding]:
     ordered = sort_findings(findings)
-    for found in ordered:
-        if found.severity == "warning" and not quiet:
-            warn(f"{found} [{found.code}]")
-    errors = [found for found in ordered if found.severity == "error"]
+    for finding in ordered:
+        if finding.severity == "warning" and not quiet:
+            warn(f"{finding} [{finding.code}]")
+    errors = [finding for finding in ordered if finding.severity == "error"]
     if errors:
-        told = " ".join(f"{found} [{found.code}]" for found in errors)
+        messages = " ".join(f"{finding} [{finding.code}]" for finding in errors)
         raise InputError(
-            f"{told} If you know better, `--set data.doctor=off` trains on these data as they are; `forcetune "
+            f"{messages} If you know better, `--set data.doctor=off` trains on these data as they are; `forcetune "
             "doctor` tells more."
         )
     return list(ordered)
@@ -232,8 +236,10 @@ def _read(
     for name, sources in named.items():
         if sources is not None:
             expect: tuple[Label, ...] = ("energy",) if name == "test" else ("energy", "forces")
-            sets[name], keys[name], found = read_leniently(_listed(sources), asked, expect, NAMES[name], type_map)
-            findings += found
+            sets[name], keys[name], file_findings = read_leniently(
+                _listed(sources), asked, expect, NAMES[name], type_map
+            )
+            findings += file_findings
     return sets, keys, findings
 
 
@@ -247,7 +253,7 @@ def _loaded(
     backbone = load(model, head=head, device=device, trust=trust)
     # a table cut to the elements of the data makes a large model smaller, as a fit does
     here = {int(z) for frames in sets.values() for frame in frames for z in frame.numbers} & set(backbone.elements)
-    if here and adapter_of(backbone) is None:
+    if here and get_adapter(backbone) is None:
         backbone = load(backbone, elements=sorted(here))
     return backbone
 
@@ -295,24 +301,25 @@ def _predicted(
         for name, frames in chosen.items():
             if not frames:
                 continue
-            graphs[name] = graphs_of(backbone, frames)
-            found = LabelledPredictions.of(frames, predict(backbone, graphs[name], progress=advance))
-            compared[name], broken = _finite(found)
+            graphs[name] = build_graphs(backbone, frames)
+            predictions = LabelledPredictions.of(frames, predict(backbone, graphs[name], progress=advance))
+            compared[name], broken = _finite(predictions)
             findings += broken
     return compared, graphs
 
 
-def _finite(found: LabelledPredictions) -> tuple[LabelledPredictions, list[Finding]]:
+def _finite(predictions: LabelledPredictions) -> tuple[LabelledPredictions, list[Finding]]:
     sound = [
-        bool(np.isfinite(e)) and bool(np.isfinite(f).all()) for e, f in zip(found.energy, found.forces, strict=True)
+        bool(np.isfinite(e)) and bool(np.isfinite(f).all())
+        for e, f in zip(predictions.energy, predictions.forces, strict=True)
     ]
     broken = in_frames(
         "prediction-not-finite",
         "error",
         "The model's energy or forces are not finite; look for atoms on top of each other.",
-        [frame for frame, fine in zip(found.frames, sound, strict=True) if not fine],
+        [frame for frame, fine in zip(predictions.frames, sound, strict=True) if not fine],
     )
-    return found.select([k for k, fine in enumerate(sound) if fine]), broken
+    return predictions.select([k for k, fine in enumerate(sound) if fine]), broken
 
 
 def sample(indices: Sequence[int], most: int) -> list[int]:
@@ -328,32 +335,32 @@ def _isolated(frames: Sequence[Frame], compared: LabelledPredictions | None, bac
     """What isolated atoms among the training frames say against the others."""
     _, alone = separate_isolated(frames)
     others, energies = ((), ()) if compared is None else (compared.frames, compared.energy)
-    found = compare_isolated(alone, others, energies, backbone.reference_energies)
-    if found is None:
+    isolated = compare_isolated(alone, others, energies, backbone.reference_energies)
+    if isolated is None:
         return []
-    severity = "warning" if found.disagree else "note"
-    return [Finding("isolated-energies", severity, found.sentence("estimate"), alone[0].origin.file)]
+    severity = "warning" if isolated.disagree else "note"
+    return [Finding("isolated-energies", severity, isolated.sentence("estimate"), alone[0].origin.file)]
 
 
 def _without_copies(findings: Sequence[Finding]) -> list[Finding]:
     """A frame that stands out with and without the model is told once, by the finding with more frames."""
     best: dict[tuple[str, str | None], Finding] = {}
-    kept = []
-    for found in findings:
-        if not found.code.endswith("-outlier"):
-            kept.append(found)
+    distinct = []
+    for finding in findings:
+        if not finding.code.endswith("-outlier"):
+            distinct.append(finding)
             continue
-        key = (found.code, found.file)
-        if key not in best or found.n_frames > best[key].n_frames:
-            best[key] = found
-    return kept + list(best.values())
+        key = (finding.code, finding.file)
+        if key not in best or finding.n_frames > best[key].n_frames:
+            best[key] = finding
+    return distinct + list(best.values())
 
 
 def _facts(examined: Examined, keys: Mapping[str, LabelKeys]) -> dict[str, Any]:
-    found: dict[str, Any] = {"sets": {}}
+    facts: dict[str, Any] = {"sets": {}}
     for name, frames in examined.frames.items():
         sizes = [len(frame) for frame in frames]
-        found["sets"][name] = {
+        facts["sets"][name] = {
             "files": list(dict.fromkeys(frame.origin.file for frame in frames)),
             "n_frames": len(frames),
             "keys": keys[name]._asdict(),
@@ -362,14 +369,14 @@ def _facts(examined: Examined, keys: Mapping[str, LabelKeys]) -> dict[str, Any]:
             "largest_frame": str(max(frames, key=len).origin) if frames else None,
             "periodic": sum(bool(frame.pbc.any()) for frame in frames),
         }
-    return found
+    return facts
 
 
-def _agreement(found: LabelledPredictions) -> dict[str, Any]:
+def _agreement(predictions: LabelledPredictions) -> dict[str, Any]:
     measures = {"energy": energy_agreement, "forces": force_agreement, "stress": stress_agreement}
-    measured = {name: measure(found) for name, measure in measures.items()}
+    measured = {name: measure(predictions) for name, measure in measures.items()}
     return {
-        **{name: None if own is None else own.to_json() for name, own in measured.items()},
+        **{name: None if agreement is None else agreement.to_json() for name, agreement in measured.items()},
         "elements": [
             {
                 "symbol": row.symbol,
@@ -377,7 +384,7 @@ def _agreement(found: LabelledPredictions) -> dict[str, Any]:
                 "label_rms_mev_per_ang": row.label_rms,
                 "error_rms_mev_per_ang": row.error_rms,
             }
-            for row in element_agreement(found)
+            for row in element_agreement(predictions)
         ],
     }
 
@@ -385,17 +392,22 @@ def _agreement(found: LabelledPredictions) -> dict[str, Any]:
 def _memory(
     backbone: Backbone, graphs: Mapping[str, Sequence[Batch]], batch_size: int, findings: list[Finding]
 ) -> dict[str, Any] | None:
-    found = step_memory(backbone, graphs.get(TRAIN, []), batch_size)
-    if found is None:
+    estimate = step_memory(backbone, graphs.get(TRAIN, []), batch_size)
+    if estimate is None:
         return None
     available = _available(backbone.device)
-    if available is not None and found.estimate_bytes > available:
+    if available is not None and estimate.estimate_bytes > available:
         text = (
-            f"A step with the {batch_size} largest frames is estimated at {found.estimate_bytes / 1e9:.1f} GB, more "
+            f"A step with the {batch_size} largest frames is estimated at {estimate.estimate_bytes / 1e9:.1f} GB, more "
             f"than the {available / 1e9:.1f} GB of this machine; set training.batch_size or training.batch_edges lower."
         )
         findings.append(Finding("memory", "warning", text))
-    return {**found.to_json(), "batch_size": batch_size, "available_bytes": available, "device": str(backbone.device)}
+    return {
+        **estimate.to_json(),
+        "batch_size": batch_size,
+        "available_bytes": available,
+        "device": str(backbone.device),
+    }
 
 
 def _available(device: torch.device) -> int | None:

@@ -139,10 +139,10 @@ def _near(
 
     asked = min(NEIGHBOURS + within, len(left))
     tree = KDTree(table(first_shapes, left))
-    found, places = tree.query(table(second_shapes, right), k=asked, distance_upper_bound=RADIUS)
-    found, places = found.reshape(len(right), asked), places.reshape(len(right), asked)
+    distances, places = tree.query(table(second_shapes, right), k=asked, distance_upper_bound=RADIUS)
+    distances, places = distances.reshape(len(right), asked), places.reshape(len(right), asked)
     for row, k in enumerate(right):
-        for distance, place in zip(found[row], places[row], strict=True):
+        for distance, place in zip(distances[row], places[row], strict=True):
             if np.isinf(distance) or (within and left[place] >= k):
                 continue
             apart = _difference(first[left[place]], second[k])

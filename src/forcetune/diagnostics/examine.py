@@ -9,7 +9,7 @@ from forcetune.diagnostics.duplicates import check_duplicates, check_overlap
 from forcetune.diagnostics.finding import Finding, in_frames
 from forcetune.diagnostics.geometry import check_cells, check_distances, check_length_unit
 from forcetune.diagnostics.label_checks import check_labels
-from forcetune.diagnostics.shape import Shape, can_be_measured, shape_of
+from forcetune.diagnostics.shape import Shape, can_be_measured, measure_shape
 from forcetune.frames.frame import Frame
 from forcetune.frames.splits import separate_isolated
 
@@ -46,8 +46,8 @@ def examine_frames(
     """
     frames: dict[str, Sequence[Frame]] = {}
     findings: list[Finding] = []
-    for name, found in sets.items():
-        frames[name], isolated = separate_isolated(found)
+    for name, set_frames in sets.items():
+        frames[name], isolated = separate_isolated(set_frames)
         findings += in_frames(
             "isolated-atoms",
             "note",
@@ -55,22 +55,22 @@ def examine_frames(
             isolated,
         )
     shapes: dict[str, list[Shape | None]] = {}
-    for name, found in frames.items():
+    for name, set_frames in frames.items():
         shapes[name] = []
-        for frame in found:
-            shapes[name].append(shape_of(frame) if can_be_measured(frame) else None)
+        for frame in set_frames:
+            shapes[name].append(measure_shape(frame) if can_be_measured(frame) else None)
             if progress is not None:
                 progress()
-    for name, found in frames.items():
-        findings += check_cells(found, cutoff)
-        findings += check_distances(found, shapes[name])
-        findings += check_length_unit(found, shapes[name])
-        labels = check_labels(found, shapes[name])
+    for name, set_frames in frames.items():
+        findings += check_cells(set_frames, cutoff)
+        findings += check_distances(set_frames, shapes[name])
+        findings += check_length_unit(set_frames, shapes[name])
+        labels = check_labels(set_frames, shapes[name])
         # only what is trained on decides reference energies
         findings += [one for one in labels if name == TRAIN or one.code != "composition-rank"]
-        findings += check_duplicates(found, shapes[name], trained_on=not name.startswith("test"))
+        findings += check_duplicates(set_frames, shapes[name], trained_on=not name.startswith("test"))
     if TRAIN in frames:
-        for name, found in frames.items():
+        for name, set_frames in frames.items():
             if name != TRAIN:
-                findings += check_overlap(frames[TRAIN], shapes[TRAIN], found, shapes[name], name)
+                findings += check_overlap(frames[TRAIN], shapes[TRAIN], set_frames, shapes[name], name)
     return Examined(frames, shapes, findings)

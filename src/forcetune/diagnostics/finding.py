@@ -20,7 +20,7 @@ class Finding:
 
     Attributes:
         code: stable name of the kind of finding, such as ``forces-sign``.
-        severity: ``error`` where training on these data surely goes wrong, ``warning`` where somebody should look,
+        severity: ``error`` where training on these data surely goes wrong, ``warning`` where it should be looked at,
             ``note`` for what is good to know.
         message: what was found and what to do about it, one or two sentences.
         file: the file, or None where it concerns all of them.
@@ -80,4 +80,4 @@ def in_set(code: str, severity: Severity, message: str, frames: Sequence[Frame])
 
 def sort_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Errors first, then warnings, then notes; otherwise as they come, and every finding once."""
-    return tuple(sorted(dict.fromkeys(findings), key=lambda found: SEVERITIES.index(found.severity)))
+    return tuple(sorted(dict.fromkeys(findings), key=lambda finding: SEVERITIES.index(finding.severity)))

@@ -33,9 +33,9 @@ def check_cells(frames: Sequence[Frame], cutoff: float | None) -> list[Finding]:
     problems = [cell_problem(frame) for frame in frames]
 
     def having(problem: str) -> list[Frame]:
-        return [frame for frame, own in zip(frames, problems, strict=True) if own == problem]
+        return [frame for frame, frame_problem in zip(frames, problems, strict=True) if frame_problem == problem]
 
-    sound = [frame for frame, own in zip(frames, problems, strict=True) if own is None]
+    sound = [frame for frame, frame_problem in zip(frames, problems, strict=True) if frame_problem is None]
     periodic = [frame for frame in sound if frame.pbc.all()]
     crowded = [f for f in periodic if abs(float(np.linalg.det(f.cell))) / len(f) < DENSE_CELL]
     findings = in_frames(
@@ -47,7 +47,7 @@ def check_cells(frames: Sequence[Frame], cutoff: float | None) -> list[Finding]:
     findings += in_frames(
         "cell-singular",
         "error",
-        "Periodic, but the lattice vectors lie in one plane, so that the cell has no volume; mend the cell.",
+        "Periodic, but the lattice vectors lie in one plane, so that the cell has no volume; fix the cell.",
         having("singular"),
     )
     findings += in_frames(
@@ -146,12 +146,12 @@ def check_length_unit(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -
 
     Noble gases have no bonds and are left out; a single odd structure never decides.
     """
-    found = [
+    suspects = [
         shape.tightness[~np.isin(frame.numbers, _NOBLE)]
         for frame, shape in zip(frames, shapes, strict=True)
         if shape is not None and len(frame) > 1
     ]
-    bonds = np.concatenate(found) if found else np.array([])
+    bonds = np.concatenate(suspects) if suspects else np.array([])
     if len(bonds) < 10 or np.isinf(bonds).mean() > 0.5:
         return []
     low, middle, high = np.quantile(bonds, (0.1, 0.5, 0.9), method="nearest")

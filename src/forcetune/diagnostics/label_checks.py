@@ -96,7 +96,7 @@ def _check_forces(frames: Sequence[Frame], shapes: Sequence[Shape | None]) -> li
         "forces-repeated",
         "error",
         "The forces are those of an earlier frame to the last digit although the structure differs; results of one "
-        "calculation were written to several frames, write them anew.",
+        "calculation were written to several frames, write them again.",
         [frames[k] for k in _repeated(frames, shapes, moving, lambda frame: _forces(frame).tobytes())],
     )
     if len(moving) >= 5:
@@ -115,13 +115,13 @@ def _repeated(
 ) -> list[int]:
     """Frames whose label is that of an earlier one although their structure is another."""
     first: dict[Hashable, int] = {}
-    found = []
+    findings = []
     for k in members:
         earlier = first.setdefault((len(frames[k]), label(frames[k])), k)
         one, other = shapes[earlier], shapes[k]
         if earlier != k and one is not None and other is not None and _is_other(one.descriptor, other.descriptor):
-            found.append(k)
-    return found
+            findings.append(k)
+    return findings
 
 
 def _chance_repeats(frames: Sequence[Frame], step: float) -> float:

@@ -33,22 +33,22 @@ class Mismatch:
     detail: str = ""
 
 
-def find_mismatch(found: LabelledPredictions) -> Mismatch | None:
+def find_mismatch(predictions: LabelledPredictions) -> Mismatch | None:
     """What brings force labels and model together, None if nothing does.
 
     Args:
-        found: frames with force labels.
+        predictions: frames with force labels.
     """
-    label = _cut(saturated(np.concatenate(found.forces_label)), found)
-    model = _cut(saturated(np.concatenate(found.forces)), found)
+    label = _cut(saturated(np.concatenate(predictions.forces_label)), predictions)
+    model = _cut(saturated(np.concatenate(predictions.forces)), predictions)
     rotation = _rotated(np.concatenate(label), np.concatenate(model))
     if rotation >= RESTORED:
         return Mismatch("rotation", rotation)
-    return _of_other_frames(found, label, model) or _of_other_atoms(found, label, model)
+    return _of_other_frames(predictions, label, model) or _of_other_atoms(predictions, label, model)
 
 
-def _cut(vectors: FloatArray, found: LabelledPredictions) -> list[FloatArray]:
-    return np.split(vectors, np.cumsum([len(frame) for frame in found.frames])[:-1])
+def _cut(vectors: FloatArray, predictions: LabelledPredictions) -> list[FloatArray]:
+    return np.split(vectors, np.cumsum([len(frame) for frame in predictions.frames])[:-1])
 
 
 def _rotated(label: FloatArray, model: FloatArray) -> float:
@@ -57,20 +57,22 @@ def _rotated(label: FloatArray, model: FloatArray) -> float:
     return cosine(label @ (u @ vt), model)
 
 
-def same_order(found: LabelledPredictions) -> list[list[int]]:
+def same_order(predictions: LabelledPredictions) -> list[list[int]]:
     """Frames with the same elements in the same order, in groups of ten or more."""
     groups: dict[bytes, list[int]] = {}
-    for k, frame in enumerate(found.frames):
+    for k, frame in enumerate(predictions.frames):
         groups.setdefault(frame.numbers.tobytes(), []).append(k)
     return [members for members in groups.values() if len(members) >= 10]
 
 
-def _of_other_frames(found: LabelledPredictions, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
+def _of_other_frames(
+    predictions: LabelledPredictions, label: list[FloatArray], model: list[FloatArray]
+) -> Mismatch | None:
     matched = by_chance = total = 0
     best: list[float] = []
     steps: list[int] = []
-    for members in same_order(found):
-        if len(found.frames[members[0]]) < 8:
+    for members in same_order(predictions):
+        if len(predictions.frames[members[0]]) < 8:
             continue  # the forces of so few atoms resemble others by chance
         ours = _unit(np.stack([label[k].ravel() for k in members]))
         theirs = _unit(np.stack([model[k].ravel() for k in members]))
@@ -82,7 +84,7 @@ def _of_other_frames(found: LabelledPredictions, label: list[FloatArray], model:
         by_chance += int((-likeness.min(axis=1) > PAIR).sum())
         total += len(members)
         best += sizes[sizes > PAIR].tolist()
-        origins = [found.frames[k].origin for k in members]
+        origins = [predictions.frames[k].origin for k in members]
         steps += [origins[places[i]].index - origins[i].index for i in np.flatnonzero(sizes > PAIR)]
     if total == 0 or matched < max(3, 0.05 * total) or by_chance > 0.2 * matched:
         return None
@@ -99,8 +101,10 @@ def _unit(rows: FloatArray) -> FloatArray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 
-def _of_other_atoms(found: LabelledPredictions, label: list[FloatArray], model: list[FloatArray]) -> Mismatch | None:
-    for members in same_order(found):
+def _of_other_atoms(
+    predictions: LabelledPredictions, label: list[FloatArray], model: list[FloatArray]
+) -> Mismatch | None:
+    for members in same_order(predictions):
         # one order for all frames leaves no room for chance
         gain = np.einsum("kax,kbx->ab", np.stack([label[k] for k in members]), np.stack([model[k] for k in members]))
         rows, columns = linear_sum_assignment(-gain)
@@ -109,8 +113,8 @@ def _of_other_atoms(found: LabelledPredictions, label: list[FloatArray], model: 
         )
         if ordered >= RESTORED and (rows != columns).any():
             return Mismatch("atoms", ordered, "in the same wrong order in every frame")
-    straight = np.array([_assigned(own, theirs) for own, theirs in zip(label, model, strict=True)])
-    lead = straight - np.array([_assigned(-own, theirs) for own, theirs in zip(label, model, strict=True)])
+    straight = np.array([_assigned(ours, theirs) for ours, theirs in zip(label, model, strict=True)])
+    lead = straight - np.array([_assigned(-ours, theirs) for ours, theirs in zip(label, model, strict=True)])
     error = max(float(lead.std()) / np.sqrt(len(lead)), 1e-6)
     if straight.mean() >= RESTORED and lead.mean() >= LEAD and lead.mean() >= SIGNIFICANT * error:
         return Mismatch("atoms", float(straight.mean()), "in a different wrong order in each frame")
@@ -118,12 +122,12 @@ def _of_other_atoms(found: LabelledPredictions, label: list[FloatArray], model: 
 
 
 def _assigned(label: FloatArray, model: FloatArray) -> float:
-    """Correlation when a frame's forces (atoms, 3) may be given to its atoms anew."""
+    """Correlation when a frame's forces (atoms, 3) may be assigned to its atoms again."""
     rows, columns = linear_sum_assignment(-(label @ model.T))
     return cosine(label[rows], model[columns])
 
 
-def pair_correlation(found: LabelledPredictions) -> float | None:
+def pair_correlation(predictions: LabelledPredictions) -> float | None:
     """How energy differences of similar frames follow the forces between them, as a rank correlation.
 
     For two frames of one molecule, the second turned onto the first, E₂ − E₁ is expected to be the model's difference
@@ -131,14 +135,14 @@ def pair_correlation(found: LabelledPredictions) -> float | None:
     lacks, exact where that is harmonic. So the label forces speak for the label energies, and the model only helps.
 
     Args:
-        found: frames with energy and force labels.
+        predictions: frames with energy and force labels.
 
     Returns:
         None where no ten frames have the same atoms in the same order.
     """
     expected, seen = [], []
-    for members in same_order(found):
-        one = found.select(members[:200])
+    for members in same_order(predictions):
+        one = predictions.select(members[:200])
         positions = np.stack([frame.positions - frame.positions.mean(axis=0) for frame in one.frames])
         lacking = np.stack(one.forces_label) - np.stack(one.forces)
         turn = _turns(positions)

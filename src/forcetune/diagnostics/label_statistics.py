@@ -74,27 +74,27 @@ class LabelledPredictions:
     stress_label: FloatArray | None
 
     @staticmethod
-    def of(frames: Sequence[Frame], found: Predictions) -> LabelledPredictions:
-        ends = np.cumsum(found.atoms)[:-1]
+    def of(frames: Sequence[Frame], predictions: Predictions) -> LabelledPredictions:
+        ends = np.cumsum(predictions.atoms)[:-1]
         return LabelledPredictions(
             tuple(frames),
-            found.energy,
-            found.energy_label,
-            np.split(found.forces, ends),
-            np.split(found.forces_label, ends),
-            found.stress,
-            found.stress_label,
+            predictions.energy,
+            predictions.energy_label,
+            np.split(predictions.forces, ends),
+            np.split(predictions.forces_label, ends),
+            predictions.stress,
+            predictions.stress_label,
         )
 
-    def select(self, kept: Sequence[int]) -> LabelledPredictions:
+    def select(self, indices: Sequence[int]) -> LabelledPredictions:
         """Only these frames."""
-        index = np.asarray(kept, dtype=np.int64)
+        index = np.asarray(indices, dtype=np.int64)
         return LabelledPredictions(
-            tuple(self.frames[k] for k in kept),
+            tuple(self.frames[k] for k in indices),
             self.energy[index],
             self.energy_label[index],
-            [self.forces[k] for k in kept],
-            [self.forces_label[k] for k in kept],
+            [self.forces[k] for k in indices],
+            [self.forces_label[k] for k in indices],
             None if self.stress is None else self.stress[index],
             None if self.stress_label is None else self.stress_label[index],
         )
@@ -131,20 +131,20 @@ class LabelledPredictions:
     def arrays(self) -> dict[str, FloatArray]:
         """Labels and predictions of ordinary frames for plots; energies an atom, moved onto the labels by "
         "composition."""
-        shown = self.ordinary()
-        if not shown.frames:
+        ordinary = self.ordinary()
+        if not ordinary.frames:
             return {}
-        found = {
-            "forces_element": np.concatenate([frame.numbers for frame in shown.frames]),
-            "reference/forces": np.concatenate(shown.forces_label),
-            "before/forces": np.concatenate(shown.forces),
+        arrays = {
+            "forces_element": np.concatenate([frame.numbers for frame in ordinary.frames]),
+            "reference/forces": np.concatenate(ordinary.forces_label),
+            "before/forces": np.concatenate(ordinary.forces),
         }
-        labelled = shown.with_energy()
+        labelled = ordinary.with_energy()
         if len(labelled.frames) >= 3:
             label = labelled.energy_label / np.array([len(frame) for frame in labelled.frames])
             off, *_ = composition_residual(labelled.frames, labelled.energy_label - labelled.energy)
-            found |= {"reference/energy_per_atom": label, "before/energy_per_atom": label - off}
-        return found
+            arrays |= {"reference/energy_per_atom": label, "before/energy_per_atom": label - off}
+        return arrays
 
     def energy_residuals(self) -> tuple[FloatArray, FloatArray]:
         """Labels and predictions with their own composition taken out, (frames,) each, eV an atom."""
@@ -170,15 +170,15 @@ def cosine(one: FloatArray, other: FloatArray) -> float:
     return float((one * other).sum() / size) if size > 0 else 0.0
 
 
-def force_agreement(found: LabelledPredictions) -> Agreement | None:
+def force_agreement(predictions: LabelledPredictions) -> Agreement | None:
     """Of the force labels; None without any."""
-    found = found.with_forces()
-    if not found.frames:
+    predictions = predictions.with_forces()
+    if not predictions.frames:
         return None
-    label, model = np.concatenate(found.forces_label), np.concatenate(found.forces)
+    label, model = np.concatenate(predictions.forces_label), np.concatenate(predictions.forces)
     sizes = [float(np.median(np.linalg.norm(vectors, axis=1))) for vectors in (label, model)]
     ratio = sizes[0] / sizes[1] if sizes[1] > 0 else np.inf
-    return Agreement(cosine(saturated(label), saturated(model)), ratio, len(found.frames))
+    return Agreement(cosine(saturated(label), saturated(model)), ratio, len(predictions.frames))
 
 
 def rank_correlation(one: FloatArray, other: FloatArray) -> float:
@@ -187,37 +187,37 @@ def rank_correlation(one: FloatArray, other: FloatArray) -> float:
     return cosine(a - a.mean(), b - b.mean())
 
 
-def energy_agreement(found: LabelledPredictions) -> Agreement | None:
+def energy_agreement(predictions: LabelledPredictions) -> Agreement | None:
     """Of the energy labels after composition; None where that leaves nothing to compare."""
-    found = found.with_energy()
-    if len(found.frames) < 3:
+    predictions = predictions.with_energy()
+    if len(predictions.frames) < 3:
         return None
-    label, model = found.energy_residuals()
+    label, model = predictions.energy_residuals()
     sizes = [float(np.median(np.abs(values))) for values in (label, model)]
     if min(sizes) <= 1e-9:
         return None
-    return Agreement(rank_correlation(label, model), sizes[0] / sizes[1], len(found.frames))
+    return Agreement(rank_correlation(label, model), sizes[0] / sizes[1], len(predictions.frames))
 
 
-def stress_agreement(found: LabelledPredictions) -> Agreement | None:
+def stress_agreement(predictions: LabelledPredictions) -> Agreement | None:
     """Of the stress labels; None without any."""
-    found = found.with_stress()
-    if found.stress is None or found.stress_label is None or not len(found.stress):
+    predictions = predictions.with_stress()
+    if predictions.stress is None or predictions.stress_label is None or not len(predictions.stress):
         return None
-    label, model = found.stress_label.reshape(-1, 3), found.stress.reshape(-1, 3)
+    label, model = predictions.stress_label.reshape(-1, 3), predictions.stress.reshape(-1, 3)
     sizes = [float(np.median(np.linalg.norm(values, axis=1))) for values in (label, model)]
     if min(sizes) <= 0:
         return None
-    return Agreement(cosine(saturated(label), saturated(model)), sizes[0] / sizes[1], len(found.frames))
+    return Agreement(cosine(saturated(label), saturated(model)), sizes[0] / sizes[1], len(predictions.frames))
 
 
-def element_agreement(found: LabelledPredictions) -> list[ElementAgreement]:
+def element_agreement(predictions: LabelledPredictions) -> list[ElementAgreement]:
     """Of the forces on every element, ascending by atomic number; frames that stand out by size are left out."""
-    found = found.with_forces().ordinary()
-    if not found.frames:
+    predictions = predictions.with_forces().ordinary()
+    if not predictions.frames:
         return []
-    numbers = np.concatenate([frame.numbers for frame in found.frames])
-    label, model = np.concatenate(found.forces_label), np.concatenate(found.forces)
+    numbers = np.concatenate([frame.numbers for frame in predictions.frames])
+    label, model = np.concatenate(predictions.forces_label), np.concatenate(predictions.forces)
 
     def rms(vectors: FloatArray) -> float:
         return 1e3 * float(np.sqrt((vectors**2).mean()))

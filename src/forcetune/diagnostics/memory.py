@@ -52,10 +52,10 @@ def measure_peak_memory(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     level = most = 0
-    for event in sorted(_memory_events(found), key=lambda event: event.start_ns()):
+    for event in sorted(_memory_events(profiler), key=lambda event: event.start_ns()):
         level += event.nbytes()
         most = max(most, level)
     return most
@@ -65,20 +65,20 @@ def measure_peak_memory(run: Callable[[], object], device: torch.device) -> int:
 def _silent() -> Iterator[None]:
     """Within this context nothing reaches standard error: some builds of the profiler report their own starts there."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)
 
 
-def _memory_events(found: Any) -> list[Any]:
-    assert found.profiler is not None
-    return [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+def _memory_events(profiler: Any) -> list[Any]:
+    assert profiler.profiler is not None
+    return [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def training_step(backbone: Backbone, batch: Batch) -> None:
@@ -88,8 +88,8 @@ def training_step(backbone: Backbone, batch: Batch) -> None:
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        found = backbone.predict(batch, create_graph=True)
-        (found.energy.square().mean() + found.forces.square().mean()).backward()
+        prediction = backbone.predict(batch, create_graph=True)
+        (prediction.energy.square().mean() + prediction.forces.square().mean()).backward()
     finally:
         for parameter, before in zip(parameters, wanted, strict=True):
             parameter.grad = None

@@ -10,7 +10,7 @@ from forcetune.diagnostics.composition import composition_residual
 from forcetune.diagnostics.diagnosis import AGREES, FEWEST
 from forcetune.diagnostics.finding import Finding, in_frames
 from forcetune.diagnostics.label_statistics import LabelledPredictions, cosine, saturated
-from forcetune.diagnostics.shape import bonding_of
+from forcetune.diagnostics.shape import hash_bonding
 from forcetune.frames.frame import FloatArray, Frame
 
 ENERGY_OUTLIER = (9.0, 0.03)
@@ -23,21 +23,21 @@ GROUP = (3, 0.03)
 """Frames, and share of all frames, that make a group and not outliers."""
 
 
-def find_outliers(found: LabelledPredictions) -> list[Finding]:
+def find_outliers(predictions: LabelledPredictions) -> list[Finding]:
     """Energies and forces of single frames, and groups of frames, that differ from the model as no others do."""
-    return _energies(found.with_energy()) + _forces(found.with_forces())
+    return _energies(predictions.with_energy()) + _forces(predictions.with_forces())
 
 
-def _energies(found: LabelledPredictions) -> list[Finding]:
-    if len(found.frames) < FEWEST:
+def _energies(predictions: LabelledPredictions) -> list[Finding]:
+    if len(predictions.frames) < FEWEST:
         return []
-    off, _, _ = composition_residual(found.frames, found.energy_label - found.energy)
-    levels = _levels(found, off)
+    off, _, _ = composition_residual(predictions.frames, predictions.energy_label - predictions.energy)
+    levels = _levels(predictions, off)
     if levels:
         return levels
     spread = 1.4826 * float(np.median(np.abs(off)))
     bound = max(ENERGY_OUTLIER[0] * spread, ENERGY_OUTLIER[1])
-    outside: list[Frame] = [frame for frame, size in zip(found.frames, np.abs(off), strict=True) if size > bound]
+    outside: list[Frame] = [frame for frame, size in zip(predictions.frames, np.abs(off), strict=True) if size > bound]
     text = (
         f"The energy is off by more than {1e3 * bound:,.0f} meV/atom against what the model and the other frames say; "
         "repeat its calculation or remove the frame."
@@ -45,19 +45,19 @@ def _energies(found: LabelledPredictions) -> list[Finding]:
     return in_frames("energy-outlier", "warning", text, outside)
 
 
-def _levels(found: LabelledPredictions, off: FloatArray) -> list[Finding]:
+def _levels(predictions: LabelledPredictions, off: FloatArray) -> list[Finding]:
     """Frames of one bonding in two groups of energies; isomers may differ by what the model does not know."""
     by_bonding: dict[int, list[int]] = {}
-    for k, frame in enumerate(found.frames):
-        by_bonding.setdefault(bonding_of(frame), []).append(k)
+    for k, frame in enumerate(predictions.frames):
+        by_bonding.setdefault(hash_bonding(frame), []).append(k)
     findings = []
     for members in by_bonding.values():
         groups = _groups(off[members]) if len(members) >= FEWEST else None
         if groups is None:
             continue
         gap, smaller = groups
-        inside = [found.frames[members[k]] for k in smaller]
-        outside = [found.frames[k] for place, k in enumerate(members) if place not in set(smaller)]
+        inside = [predictions.frames[members[k]] for k in smaller]
+        outside = [predictions.frames[k] for place, k in enumerate(members) if place not in set(smaller)]
         cause = _states(inside, outside) or (
             "settings, units or molecules are mixed; calculate all with the same settings."
         )
@@ -102,12 +102,12 @@ def _groups(off: FloatArray) -> tuple[float, list[int]] | None:
     return gap, sorted(smaller.tolist())
 
 
-def _forces(found: LabelledPredictions) -> list[Finding]:
+def _forces(predictions: LabelledPredictions) -> list[Finding]:
     """Frames whose forces do not follow the model although those of most frames do."""
-    if len(found.frames) < FEWEST:
+    if len(predictions.frames) < FEWEST:
         return []
     likeness = np.array(
-        [cosine(saturated(a), saturated(b)) for a, b in zip(found.forces_label, found.forces, strict=True)]
+        [cosine(saturated(a), saturated(b)) for a, b in zip(predictions.forces_label, predictions.forces, strict=True)]
     )
     middle = float(np.median(likeness))
     if middle < AGREES + 0.1:
@@ -116,12 +116,12 @@ def _forces(found: LabelledPredictions) -> list[Finding]:
     off = np.arctanh(min(middle, 0.999)) - np.arctanh(np.clip(likeness, -0.999, 0.999))
     spread = 1.4826 * float(np.median(np.abs(off - np.median(off))))
     # of a few atoms near equilibrium the forces are mostly the difference between two theories
-    size = np.array([np.sqrt((label**2).mean()) for label in found.forces_label])
+    size = np.array([np.sqrt((label**2).mean()) for label in predictions.forces_label])
     strange = (off > FORCES_OUTLIER * max(spread, 0.05)) & (size > 0.3 * np.median(size))
-    strange &= np.array([len(frame) >= 4 for frame in found.frames])
+    strange &= np.array([len(frame) >= 4 for frame in predictions.frames])
     text = (
         "The forces do not follow the model's, while those of most frames do (correlation "
         f"{middle:.2f}); look "
         "for forces of another frame, another order of atoms or a failed calculation."
     )
-    return in_frames("forces-outlier", "warning", text, [found.frames[k] for k in np.flatnonzero(strange)])
+    return in_frames("forces-outlier", "warning", text, [predictions.frames[k] for k in np.flatnonzero(strange)])

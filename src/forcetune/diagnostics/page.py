@@ -15,12 +15,12 @@ from forcetune.errors import InputError
 from forcetune.reports.page import render_page
 from forcetune.reports.plots import parity
 from forcetune.reports.texts import MISSING, bytes_text, count_text, files_text, number_text, ratio
-from forcetune.utils.files import path_of, write_text
+from forcetune.utils.files import as_path, write_text
 
 TITLES = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 MEANINGS = {
     "error": "training on these data surely goes wrong",
-    "warning": "somebody should look",
+    "warning": "look at these",
     "note": "good to know",
 }
 SETS = {"train": "Training", "valid": "Validation", "test": "Test"}
@@ -31,7 +31,7 @@ def check_page(path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: a page cannot be written there, or would replace a file that is none.
     """
-    target = path_of(path)
+    target = as_path(path)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file for the page, such as {target / 'checkup.html'}.")
     if target.exists() and target.suffix.lower() not in (".html", ".htm"):

@@ -26,7 +26,7 @@ from forcetune.frames.labels import (
 )
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import expand, file_format
-from forcetune.frames.store.chunks import structures_of
+from forcetune.frames.store.chunks import iterate_structures
 from forcetune.frames.unread import tell_unread
 from forcetune.frames.weights import WeightTally, is_left_out
 from forcetune.frames.xyz import XYZ_FORMATS
@@ -59,10 +59,10 @@ def read_leniently(
     with _told("reading", findings):
         everything = list(_raw_frames(sources, type_map, findings))
     for raw in everything:
-        found = _refusal("structure-broken", raw.origin, lambda raw=raw: check_structure(raw))
-        found += _refusal("weight-broken", raw.origin, lambda raw=raw: tally.add(raw))
-        findings += found
-        if not found and not is_left_out(raw):
+        refusal = _refusal("structure-broken", raw.origin, lambda raw=raw: check_structure(raw))
+        refusal += _refusal("weight-broken", raw.origin, lambda raw=raw: tally.add(raw))
+        findings += refusal
+        if not refusal and not is_left_out(raw):
             raws.append(raw)
     keys = _keys(raws, asked, expect, name, findings)
     for code, text in (("weights", tally.sentence()), ("labels-unread", tell_unread(raws, keys, asked))):
@@ -71,9 +71,9 @@ def read_leniently(
             findings.append(Finding(code, severity, f"{name}: {text}", _file_of(raws)))
     frames = []
     for raw in raws:
-        own, broken = _sound_labels(raw, keys)
+        labels, broken = _sound_labels(raw, keys)
         findings += broken
-        frames.append(labelled_frame(raw, own))
+        frames.append(labelled_frame(raw, labels))
     return tuple(frames), keys, _gathered(findings)
 
 
@@ -103,7 +103,7 @@ def _raw_frames(
         reached = 0
         try:
             format_name = file_format(file)
-            for index, atoms in enumerate(structures_of(file, format_name, type_map)):
+            for index, atoms in enumerate(iterate_structures(file, format_name, type_map)):
                 reached = index + 1
                 yield raw_frame(atoms, Origin(str(file), index), moved=format_name in XYZ_FORMATS)
         except InputError as error:
@@ -150,9 +150,9 @@ def _sound_labels(raw: RawFrame, keys: LabelKeys) -> tuple[LabelKeys, list[Findi
     for label, key in zip(LABELS, keys, strict=True):
         code = f"{label}-not-finite" if _is_not_finite(raw, label, key) else f"{label}-broken"
         alone = nothing._replace(**{label: key})
-        found = _refusal(code, raw.origin, lambda alone=alone: labelled_frame(raw, alone))
-        findings += found
-        sound[label] = None if found else key
+        refusal = _refusal(code, raw.origin, lambda alone=alone: labelled_frame(raw, alone))
+        findings += refusal
+        sound[label] = None if refusal else key
     return LabelKeys(**sound), findings
 
 
@@ -174,22 +174,22 @@ def _refusal(code: str, origin: Origin, check: Callable[[], object]) -> list[Fin
 
 def _gathered(findings: Sequence[Finding]) -> list[Finding]:
     """Findings of one kind in one file become one, with the message of the first."""
-    kept: list[Finding] = []
+    gathered: list[Finding] = []
     by_kind: dict[tuple[str, str], list[Finding]] = {}
-    for found in findings:
-        if found.frames and found.file is not None:
-            by_kind.setdefault((found.code, found.file), []).append(found)
+    for finding in findings:
+        if finding.frames and finding.file is not None:
+            by_kind.setdefault((finding.code, finding.file), []).append(finding)
         else:
-            kept.append(found)
+            gathered.append(finding)
     for (code, file), group in by_kind.items():
         first = group[0]
         if len(group) == 1:
-            kept.append(first)
+            gathered.append(first)
             continue
-        origins = [Origin(file, index) for found in group for index in found.frames]
+        origins = [Origin(file, index) for finding in group for index in finding.frames]
         message = f"In the first of them {first.message[0].lower()}{first.message[1:]}"
-        kept += in_frames(code, first.severity, message, origins)
-    return kept
+        gathered += in_frames(code, first.severity, message, origins)
+    return gathered
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def print_checkup(checkup: Mapping[str, Any], console: Console) -> None:
     memory = memory_text(checkup["facts"])
     if memory:
         console.print(f"memory   {memory}", highlight=False)
-    console.print(f"found    {counts_text(checkup)}", highlight=False)
+    console.print(f"findings {counts_text(checkup)}", highlight=False)
 
 
 def where_text(item: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ def distances(frame: Frame) -> tuple[IntArray, IntArray, FloatArray, FloatArray]
     return i, j, np.linalg.norm(apart, axis=1), shifts
 
 
-def shape_of(frame: Frame) -> Shape:
+def measure_shape(frame: Frame) -> Shape:
     """Measure a frame for which :func:`can_be_measured` holds."""
     i, j, apart, shifts = distances(frame)
     radii = covalent_radii[frame.numbers]
@@ -104,9 +104,9 @@ def _descriptor(first: IntArray, second: IntArray, apart: FloatArray, atoms: int
     weights = (1 - (apart / REACH) ** 2) ** 2 / np.sqrt(atoms)
     smeared = weights[:, None] * np.exp(-0.5 * ((apart[:, None] - CENTRES) / WIDTH) ** 2)
     kinds, index = np.unique(pairs, axis=0, return_inverse=True)
-    found = np.zeros((len(kinds), len(CENTRES)))
-    np.add.at(found, index.reshape(-1), smeared)
-    return np.concatenate((kinds.sum(axis=1, keepdims=True) * 10.0, found), axis=1).ravel()
+    descriptor = np.zeros((len(kinds), len(CENTRES)))
+    np.add.at(descriptor, index.reshape(-1), smeared)
+    return np.concatenate((kinds.sum(axis=1, keepdims=True) * 10.0, descriptor), axis=1).ravel()
 
 
 def sorted_distances(frame: Frame) -> dict[tuple[int, int], FloatArray]:
@@ -120,7 +120,7 @@ def sorted_distances(frame: Frame) -> dict[tuple[int, int], FloatArray]:
     }
 
 
-def bonding_of(frame: Frame) -> int:
+def hash_bonding(frame: Frame) -> int:
     """A number that two frames share where every element has the same bonded neighbours in both, as conformers have."""
     i, j, apart, _ = distances(frame)
     radii = covalent_radii[frame.numbers]
@@ -128,10 +128,12 @@ def bonding_of(frame: Frame) -> int:
     neighbours_of: list[list[int]] = [[] for _ in range(len(frame))]
     for a, b in zip(i[bonded], j[bonded], strict=True):
         neighbours_of[a].append(int(frame.numbers[b]))
-    return hash(tuple(sorted((int(z), *sorted(own)) for z, own in zip(frame.numbers, neighbours_of, strict=True))))
+    return hash(
+        tuple(sorted((int(z), *sorted(neighbours)) for z, neighbours in zip(frame.numbers, neighbours_of, strict=True)))
+    )
 
 
-def composition_of(frame: Frame) -> tuple[tuple[int, int], ...]:
+def count_elements(frame: Frame) -> tuple[tuple[int, int], ...]:
     """Atomic numbers and how many atoms each has."""
     numbers, counts = np.unique(frame.numbers, return_counts=True)
     return tuple(zip(numbers.tolist(), counts.tolist(), strict=True))
@@ -151,5 +153,5 @@ def by_composition(frames: Sequence[Frame]) -> dict[tuple[tuple[int, int], ...],
     """Indices of the frames of each composition."""
     groups: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for index, frame in enumerate(frames):
-        groups.setdefault(composition_of(frame), []).append(index)
+        groups.setdefault(count_elements(frame), []).append(index)
     return groups

@@ -45,30 +45,35 @@ class Order(NamedTuple):
     after: float
 
 
-def check_stress(found: LabelledPredictions, forces: Agreement | None) -> list[Finding]:
+def check_stress(predictions: LabelledPredictions, forces: Agreement | None) -> list[Finding]:
     """Everything that predictions for a set say about its stress labels.
 
     Args:
-        found: frames with stress labels.
+        predictions: frames with stress labels.
         forces: how the model agrees with their forces, which says how far to believe it; None where they have none.
     """
-    agreement = stress_agreement(found)
-    if agreement is None or agreement.n_frames < FEWEST or found.stress is None or found.stress_label is None:
+    agreement = stress_agreement(predictions)
+    if (
+        agreement is None
+        or agreement.n_frames < FEWEST
+        or predictions.stress is None
+        or predictions.stress_label is None
+    ):
         return []
     if forces is not None and abs(forces.correlation) < AGREES:
         return []
     least = max(AGREES, 3.5 / math.sqrt(6 * agreement.n_frames))
-    order = find_order(found.stress_label, found.stress)
+    order = find_order(predictions.stress_label, predictions.stress)
     if order is not None and abs(order.after) >= least:
         text = (
             "Stress agrees with the model's only with its components in another order (correlation "
             f"{two(order.before)}, then {two(order.after)}): six numbers are read as {' '.join(ASE_ORDER)}, as ASE "
             f"writes them, and these stand in the order {order.text}; write them in ASE's order, or all nine."
         )
-        return [in_set("stress-order", "error", text, found.frames)]
+        return [in_set("stress-order", "error", text, predictions.frames)]
     if abs(agreement.correlation) < least:
         return []
-    return _check_sign(found, agreement) + _check_unit(found, agreement)
+    return _check_sign(predictions, agreement) + _check_unit(predictions, agreement)
 
 
 def find_order(label: FloatArray, model: FloatArray) -> Order | None:
@@ -99,27 +104,27 @@ def _correlation(label: FloatArray, model: FloatArray) -> float:
     return cosine(saturated(label.reshape(-1, 3)), saturated(model.reshape(-1, 3)))
 
 
-def _check_sign(found: LabelledPredictions, agreement: Agreement) -> list[Finding]:
-    if agreement.correlation > 0 or found.stress is None or found.stress_label is None:
+def _check_sign(predictions: LabelledPredictions, agreement: Agreement) -> list[Finding]:
+    if agreement.correlation > 0 or predictions.stress is None or predictions.stress_label is None:
         return []
     # two theories may differ in the sign of the pressure of all frames, but then not in how it changes
-    changes = [values - values.mean(axis=0) for values in (found.stress_label, found.stress)]
+    changes = [values - values.mean(axis=0) for values in (predictions.stress_label, predictions.stress)]
     if _correlation(*changes) > -AGREES / 2:
         return []
     text = (
         f"Stress has the sign against the model's (correlation {two(agreement.correlation)}); positive is tension "
         "here, as in ASE: multiply it by −1."
     )
-    return [in_set("stress-sign", "error", text, found.frames)]
+    return [in_set("stress-sign", "error", text, predictions.frames)]
 
 
-def _check_unit(found: LabelledPredictions, agreement: Agreement) -> list[Finding]:
+def _check_unit(predictions: LabelledPredictions, agreement: Agreement) -> list[Finding]:
     if is_usual(agreement.ratio):
         return []
-    volume = float(np.median([abs(np.linalg.det(frame.cell)) for frame in found.frames]))
+    volume = float(np.median([abs(np.linalg.det(frame.cell)) for frame in predictions.frames]))
     units: Sequence[Unit] = (*STRESS, Unit("eV (a virial; stress is −virial / volume)", volume))
     near = candidates(agreement.ratio, units, 1.6)
     text = f"Stress is {times(agreement.ratio)} the model's, as if it were " + (
         f"in {named(near)}; convert it to eV/Å³." if near else "in another unit; convert it to eV/Å³."
     )
-    return [in_set("stress-unit", "error" if near else "warning", text, found.frames)]
+    return [in_set("stress-unit", "error" if near else "warning", text, predictions.frames)]

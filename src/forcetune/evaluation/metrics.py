@@ -12,10 +12,10 @@ from ase.data import chemical_symbols
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import FloatArray, Frame
-from forcetune.frames.store.stored_frames import StoredFrames, elements_of
-from forcetune.graphs.graph import Batch, collate, graph_of, moment_labels
+from forcetune.frames.store.stored_frames import StoredFrames, list_elements
+from forcetune.graphs.graph import Batch, build_graph, collate, moment_labels
 from forcetune.graphs.loader import BatchLoader
-from forcetune.graphs.stored_graphs import any_label, sizes_of, stored_graphs
+from forcetune.graphs.stored_graphs import any_label, measure_graphs, stored_graphs
 
 EVALUATION_ATOMS = 512
 
@@ -70,16 +70,16 @@ class Predictions:
     moments_label: FloatArray | None = None
 
     @staticmethod
-    def of(batch: Batch, found: Prediction) -> Predictions:
+    def of(batch: Batch, prediction: Prediction) -> Predictions:
         """Of one batch on the CPU."""
-        stress, moments = found.stress, found.moments
+        stress, moments = prediction.stress, prediction.moments
         labels = None if moments is None else moment_labels(moments, batch.moments)
         return Predictions(
             numbers=batch.numbers.numpy(),
             atoms=batch.atoms_per_graph.numpy(),
-            energy=found.energy.double().numpy(),
+            energy=prediction.energy.double().numpy(),
             energy_label=batch.energy.numpy(),
-            forces=found.forces.double().numpy(),
+            forces=prediction.forces.double().numpy(),
             forces_label=batch.forces.double().numpy(),
             stress=None if stress is None else stress.double().numpy(),
             stress_label=None if stress is None else batch.stress.double().numpy(),
@@ -131,14 +131,14 @@ class Tally:
         self.n_frames = 0
         self.sums = np.zeros((5, 3))
 
-    def add(self, found: Predictions) -> None:
+    def add(self, predictions: Predictions) -> None:
         """Count frames with what was predicted for them."""
         pairs = (
-            (found.energy, found.energy_label),
-            (found.energy / found.atoms, found.energy_label / found.atoms),
-            (found.forces, found.forces_label),
-            (found.stress, found.stress_label),
-            (found.moments, found.moments_label),
+            (predictions.energy, predictions.energy_label),
+            (predictions.energy / predictions.atoms, predictions.energy_label / predictions.atoms),
+            (predictions.forces, predictions.forces_label),
+            (predictions.stress, predictions.stress_label),
+            (predictions.moments, predictions.moments_label),
         )
         for row, (predicted, label) in zip(self.sums, pairs, strict=True):
             if predicted is None or label is None:
@@ -146,7 +146,7 @@ class Tally:
             known = ~np.isnan(label)
             difference = predicted[known] - label[known]
             row += known.sum(), np.abs(difference).sum(), (difference**2).sum()
-        self.n_frames += len(found.atoms)
+        self.n_frames += len(predictions.atoms)
 
     def merge(self, other: Tally) -> None:
         """Count what another has counted."""
@@ -170,7 +170,7 @@ def check_elements(backbone: Backbone, frames: Sequence[Frame]) -> None:
         InputError: a frame has an element that the model does not know; names file and frame.
     """
     known = set(backbone.elements)
-    if known.issuperset(elements_of(frames)):
+    if known.issuperset(list_elements(frames)):
         return
     for frame in frames:
         unknown = sorted({int(z) for z in frame.numbers} - known)
@@ -183,7 +183,7 @@ def check_elements(backbone: Backbone, frames: Sequence[Frame]) -> None:
             )
 
 
-def graphs_of(
+def build_graphs(
     backbone: Backbone, frames: Sequence[Frame], progress: Callable[[int], None] | None = None, workers: int = 0
 ) -> Sequence[Batch]:
     """The graph of every frame, with the model's cutoff and dtype, on the CPU; on disk where the frames are.
@@ -198,23 +198,26 @@ def graphs_of(
         InputError: an element the model does not know, or a periodic frame without a cell.
     """
     check_elements(backbone, frames)
+    _warn_of_stress_without_cell(frames)
     if isinstance(frames, StoredFrames):
         return stored_graphs(frames, backbone.cutoff, backbone.dtype, workers=workers, progress=progress)
-    _tell_stress_without_cell(frames)
     graphs = []
     for frame in frames:
-        graphs.append(graph_of(frame, backbone.cutoff, backbone.dtype))
+        graphs.append(build_graph(frame, backbone.cutoff, backbone.dtype))
         if progress is not None:
             progress(1)
     return graphs
 
 
-def _tell_stress_without_cell(frames: Sequence[Frame]) -> None:
-    found = [frame for frame in frames if frame.stress is not None and not frame.has_volume]
-    if found:
+def _warn_of_stress_without_cell(frames: Sequence[Frame]) -> None:
+    if isinstance(frames, StoredFrames):
+        unused = np.flatnonzero(frames.stress_without_cell)
+    else:
+        unused = [k for k, frame in enumerate(frames) if frame.stress is not None and not frame.has_volume]
+    if len(unused):
         warn(
-            f"{found[0].origin}: has a stress but no cell that it could belong to ({len(found)} of {len(frames)} "
-            "frames); the stress does not count there."
+            f"{frames[int(unused[0])].origin}: has a stress but no cell that it could belong to ({len(unused)} of "
+            f"{len(frames)} frames); the stress does not count there."
         )
 
 
@@ -229,7 +232,7 @@ def predict(
 
     Args:
         backbone: the model.
-        graphs: as from :func:`graphs_of`.
+        graphs: as from :func:`build_graphs`.
         stress: whether to compute stresses; by default where there are labels.
         progress: called with the number of frames done after each batch.
     """
@@ -237,8 +240,8 @@ def predict(
         stress = any_label(graphs, "stress")
     pairs: list[tuple[Batch, Prediction]] = []
     for batch in evaluation_batches(graphs):
-        found = backbone.predict(batch.to(device=backbone.device), stress=stress)
-        pairs.append((batch, found.detached()))
+        prediction = backbone.predict(batch.to(device=backbone.device), stress=stress)
+        pairs.append((batch, prediction.detached()))
         if progress is not None:
             progress(batch.n_graphs)
     return Predictions.of(*gather(pairs))
@@ -248,21 +251,21 @@ def evaluation_batches(
     graphs: Sequence[Batch], device: torch.device | str = "cpu", atoms: int = EVALUATION_ATOMS
 ) -> BatchLoader:
     """Graphs in order, in batches of some hundred atoms."""
-    budget = max(atoms, int(sizes_of(graphs)[:, 0].max(initial=0)))
+    budget = max(atoms, int(measure_graphs(graphs)[:, 0].max(initial=0)))
     return BatchLoader(graphs, len(graphs), batch_atoms=budget, device=device)
 
 
 def gather(pairs: Sequence[tuple[Batch, Prediction]]) -> tuple[Batch, Prediction]:
     """Batches and their predictions, laid one after another on the CPU."""
-    stresses = [found.stress.cpu() for _, found in pairs if found.stress is not None]
-    moments = [found.moments.cpu() for _, found in pairs if found.moments is not None]
-    found = Prediction(
-        torch.cat([found.energy.cpu() for _, found in pairs]),
-        torch.cat([found.forces.cpu() for _, found in pairs]),
+    stresses = [prediction.stress.cpu() for _, prediction in pairs if prediction.stress is not None]
+    moments = [prediction.moments.cpu() for _, prediction in pairs if prediction.moments is not None]
+    prediction = Prediction(
+        torch.cat([prediction.energy.cpu() for _, prediction in pairs]),
+        torch.cat([prediction.forces.cpu() for _, prediction in pairs]),
         torch.cat(stresses) if stresses else None,
         torch.cat(moments) if moments else None,
     )
-    return collate([batch.to(device="cpu") for batch, _ in pairs]), found
+    return collate([batch.to(device="cpu") for batch, _ in pairs]), prediction
 
 
 def check_finite(predictions: Predictions, frames: Sequence[Frame]) -> None:
@@ -284,8 +287,8 @@ def evaluate_frames(backbone: Backbone, frames: Sequence[Frame]) -> Predictions:
     """Predict for frames.
 
     Raises:
-        InputError: as :func:`graphs_of` and :func:`check_finite`.
+        InputError: as :func:`build_graphs` and :func:`check_finite`.
     """
-    predictions = predict(backbone, graphs_of(backbone, frames))
+    predictions = predict(backbone, build_graphs(backbone, frames))
     check_finite(predictions, frames)
     return predictions

@@ -19,7 +19,7 @@ SHOWN = 1000
 """Frames of a streamed set of which every prediction is kept, for plots and comparisons; evenly spread."""
 
 
-def shown_of(count: int) -> np.ndarray:
+def choose_shown(count: int) -> np.ndarray:
     """Which frames of so many are shown, ascending."""
     return np.unique(np.linspace(0, count - 1, min(SHOWN, count)).round().astype(np.int64))
 
@@ -32,7 +32,7 @@ class StreamedPredictions:
         frames: the set.
         energy, energy_label: (frames,), eV; of all.
         tally: of forces and stresses of all.
-        shown: everything of the frames that :func:`shown_of` chooses.
+        shown: everything of the frames that :func:`choose_shown` chooses.
     """
 
     frames: StoredFrames
@@ -48,30 +48,34 @@ class StreamedPredictions:
 
     def errors(self) -> Errors:
         """Over all frames."""
-        found = Tally()
-        found.merge(self.tally)
+        tally = Tally()
+        tally.merge(self.tally)
         atoms, empty = self.frames.atoms, np.zeros((0, 3))
         energies = Tally()
         energies.add(Predictions(np.zeros(0), atoms, self.energy, self.energy_label, empty, empty, None, None))
-        found.sums[:2] = energies.sums[:2]
-        return found.errors()
+        tally.sums[:2] = energies.sums[:2]
+        return tally.errors()
 
 
-def shown(found: Predictions | StreamedPredictions) -> Predictions:
+def shown(predictions: Predictions | StreamedPredictions) -> Predictions:
     """Of a streamed set those that are shown, otherwise all."""
-    return found.shown if isinstance(found, StreamedPredictions) else found
+    return predictions.shown if isinstance(predictions, StreamedPredictions) else predictions
 
 
-def shown_frames(frames: Sequence[Frame], found: Predictions | StreamedPredictions) -> Sequence[Frame]:
+def shown_frames(frames: Sequence[Frame], predictions: Predictions | StreamedPredictions) -> Sequence[Frame]:
     """The frames of :func:`shown`."""
-    return [frames[int(k)] for k in shown_of(len(frames))] if isinstance(found, StreamedPredictions) else frames
+    return (
+        [frames[int(k)] for k in choose_shown(len(frames))] if isinstance(predictions, StreamedPredictions) else frames
+    )
 
 
 def predict_shown(
     backbone: Backbone, graphs: StoredGraphs, progress: Callable[[int], None] | None = None
 ) -> Predictions:
-    """Predict for the frames that :func:`shown_of` chooses."""
-    return predict(backbone, graphs.take(shown_of(len(graphs))), stress=any_label(graphs, "stress"), progress=progress)
+    """Predict for the frames that :func:`choose_shown` chooses."""
+    return predict(
+        backbone, graphs.take(choose_shown(len(graphs))), stress=any_label(graphs, "stress"), progress=progress
+    )
 
 
 def predict_streamed(
@@ -92,8 +96,8 @@ def predict_streamed(
     energy, label = np.zeros(len(graphs)), np.zeros(len(graphs))
     tally, done = Tally(), 0
     for batch in evaluation_batches(graphs):
-        found = backbone.predict(batch.to(device=backbone.device), stress=stress).detached()
-        part = Predictions.of(batch, found.to(batch.energy.device))
+        prediction = backbone.predict(batch.to(device=backbone.device), stress=stress).detached()
+        part = Predictions.of(batch, prediction.to(batch.energy.device))
         if finite:
             _check_finite(graphs.frames, done, batch, part)
         here = slice(done, done + batch.n_graphs)
@@ -105,9 +109,9 @@ def predict_streamed(
     return StreamedPredictions(graphs.frames, energy, label, tally, predict_shown(backbone, graphs))
 
 
-def _check_finite(frames: StoredFrames, start: int, batch: Batch, found: Predictions) -> None:
-    bad = ~np.isfinite(found.energy)
-    bad[batch.graph_index.numpy()[~np.isfinite(found.forces).all(axis=1)]] = True
+def _check_finite(frames: StoredFrames, start: int, batch: Batch, predictions: Predictions) -> None:
+    bad = ~np.isfinite(predictions.energy)
+    bad[batch.graph_index.numpy()[~np.isfinite(predictions.forces).all(axis=1)]] = True
     if bad.any():
         raise InputError(
             f"{frames[start + int(np.argmax(bad))].origin}: the model's energy or forces are not finite; look for "

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from forcetune.backbones.protocol import Backbone
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.evaluation.summaries import RotationError
 from forcetune.frames.frame import FloatArray, Frame
 
@@ -26,8 +26,8 @@ def rotation_error(backbone: Backbone, frames: Sequence[Frame], *, most: int = 5
     chosen = [frames[int(i)] for i in np.linspace(0, len(frames) - 1, min(most, len(frames)))]
     rotations = [np.linalg.qr(generator.standard_normal((3, 3)))[0] for _ in chosen]
     turned = [_turned(frame, rotation) for frame, rotation in zip(chosen, rotations, strict=True)]
-    one = predict(backbone, graphs_of(backbone, [replace(frame, stress=None) for frame in chosen]))
-    other = predict(backbone, graphs_of(backbone, turned))
+    one = predict(backbone, build_graphs(backbone, [replace(frame, stress=None) for frame in chosen]))
+    other = predict(backbone, build_graphs(backbone, turned))
     ends = np.cumsum(one.atoms)
     forces = [
         np.abs(other.forces[end - size : end] @ rotation - one.forces[end - size : end]).max()

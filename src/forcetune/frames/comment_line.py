@@ -20,8 +20,8 @@ _VOIGT = (0, 5, 4, 5, 1, 3, 4, 3, 2)
 
 def parse_comment(line: str) -> dict[str, Any]:
     """As ASE's own parser, for more forms of ``stress`` and ``virial``."""
-    found: dict[str, Any] = key_val_str_to_dict(_TENSOR.sub(_nine_numbers, line))
-    return found
+    values: dict[str, Any] = key_val_str_to_dict(_TENSOR.sub(_nine_numbers, line))
+    return values
 
 
 def numbers_in(text: str) -> list[float] | None:

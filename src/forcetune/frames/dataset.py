@@ -17,9 +17,9 @@ from forcetune.frames.read import read_frames
 from forcetune.frames.sources import content_size, expand
 from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
 from forcetune.frames.splits import separate_isolated, split
-from forcetune.frames.store.stored_frames import StoredFrames, elements_of
+from forcetune.frames.store.stored_frames import StoredFrames, list_elements
 from forcetune.frames.store.streaming import stream_frames
-from forcetune.utils.files import cache_folder, path_of
+from forcetune.utils.files import as_path, cache_folder
 from forcetune.utils.processes import worker_count
 
 STREAM_FROM = 256 * 2**20
@@ -38,7 +38,7 @@ class Split(NamedTuple):
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
-        return elements_of(self.frames)
+        return list_elements(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,27 +112,27 @@ def read_dataset(
         _streamed(config, progress) if streamed else partial(_in_memory, type_map=config.type_map),
         magnetic,
     )
-    found = read(config.train, needed, "training data")
-    frames, isolated = separate_isolated(found.frames)
+    training = read(config.train, needed, "training data")
+    frames, isolated = separate_isolated(training.frames)
     if not frames:
-        raise InputError(f"{found.files[0]}: holds isolated atoms only; give frames to train on.")
+        raise InputError(f"{training.files[0]}: holds isolated atoms only; give frames to train on.")
     if isinstance(config.valid, list):
-        given = read(config.valid, needed, "validation data", found.keys)
-        valid_frames, _ = separate_isolated(given.frames)
+        validation = read(config.valid, needed, "validation data", training.keys)
+        valid_frames, _ = separate_isolated(validation.frames)
         if not valid_frames:
-            raise InputError(f"{given.files[0]}: holds isolated atoms only; give frames to validate on.")
-        valid = Split(valid_frames, given.files, given.sha256, given.keys)
+            raise InputError(f"{validation.files[0]}: holds isolated atoms only; give frames to validate on.")
+        valid = Split(valid_frames, validation.files, validation.sha256, validation.keys)
         train_frames = frames
     else:
         train_frames, valid_frames = split(frames, config.valid, config.split_seed)
-        valid = Split(valid_frames, found.files, found.sha256, found.keys)
-    train = Split(train_frames, found.files, found.sha256, found.keys)
+        valid = Split(valid_frames, training.files, training.sha256, training.keys)
+    train = Split(train_frames, training.files, training.sha256, training.keys)
     tests = {}
     for source, name in zip(config.test, _test_names(config.test), strict=True):
-        given = read([source], ("energy",), f"{name} data", found.keys)
-        tests[name] = Split(given.frames, given.files, given.sha256, given.keys)
+        test = read([source], ("energy",), f"{name} data", training.keys)
+        tests[name] = Split(test.frames, test.files, test.sha256, test.keys)
     if magnetism is not None and magnetism.layer == "spin":
-        inputs = resolved_inputs(magnetism.inputs, found.keys, found.frames)
+        inputs = resolved_inputs(magnetism.inputs, training.keys, training.frames)
         train, valid = (part._replace(frames=_with_state(part.frames, inputs)) for part in (train, valid))
         tests = {name: part._replace(frames=_with_state(part.frames, inputs)) for name, part in tests.items()}
     return Dataset(train, valid, tests, isolated)
@@ -146,11 +146,11 @@ def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:
     """
     if not isinstance(frames, StoredFrames):
         return with_spins(frames, inputs)
-    found = frames.with_spins(inputs)
+    with_state = frames.with_spins(inputs)
     if not frames.all_have("spins" if inputs in OF_FILE else "moments"):
-        for _ in found:
+        for _ in with_state:
             pass  # names the frame that has none
-    return found
+    return with_state
 
 
 _Reader = Callable[[Sequence[str], LabelKeys, Sequence[Label], str], FrameSet]
@@ -164,7 +164,7 @@ def _in_memory(
 
 
 def _streamed(config: DataConfig, progress: Callable[[int], None] | None) -> _Reader:
-    folder = path_of(config.store) if config.store is not None else cache_folder("streams")
+    folder = as_path(config.store) if config.store is not None else cache_folder("streams")
     workers = worker_count(config.workers)
 
     def read(sources: Sequence[str], asked: LabelKeys, expect: Sequence[Label], name: str) -> FrameSet:
@@ -185,13 +185,13 @@ def _read(
 ) -> FrameSet:
     unasked = () if magnetic else ("moments", "spins")
     asked = LabelKeys(*(NONE if name in unasked else getattr(config, f"{name}_key") for name in LabelKeys._fields))
-    found = reader(sources, asked, expect, name)
-    for label, ours, theirs in zip(LabelKeys._fields, found.keys, expected or found.keys, strict=True):
+    frame_set = reader(sources, asked, expect, name)
+    for label, ours, theirs in zip(LabelKeys._fields, frame_set.keys, expected or frame_set.keys, strict=True):
         if ours != theirs and None not in (ours, theirs):
             warn(
                 f"{name}: {label} from {ours!r}, but the training data have it under {theirs!r}; set data.{label}_key."
             )
-    return found
+    return frame_set
 
 
 def _test_names(sources: Sequence[str]) -> list[str]:

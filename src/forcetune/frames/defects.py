@@ -60,7 +60,7 @@ def refusing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def structure_of(row: AtomsRow) -> Atoms:
+def read_structure(row: AtomsRow) -> Atoms:
     """A row of an ASE database with its key-value pairs and data, which ``ase.io`` leaves behind."""
     atoms = row.toatoms()
     atoms.info.update(row.data)

@@ -14,7 +14,7 @@ _PROTEIN_LABELS = {"CA": "C", "CD": "C", "CE": "C", "HE": "H", "HG": "H", "ND": 
 
 
 @lru_cache(maxsize=4096)
-def element_of(label: str) -> tuple[str, str | None]:
+def parse_element(label: str) -> tuple[str, str | None]:
     """The element that an atom of this name is.
 
     Args:
@@ -46,6 +46,8 @@ def element_of(label: str) -> tuple[str, str | None]:
         symbol = ISOTOPES.get(decorated[1], decorated[1].capitalize())
         if symbol in atomic_numbers:
             return symbol, f"atoms named '{label[:20]}' are read as {symbol}, the element before the label"
-    hint = next((own for own in (label[:2].capitalize(), label[:1].upper()) if own in atomic_numbers), None)
+    hint = next(
+        (candidate for candidate in (label[:2].capitalize(), label[:1].upper()) if candidate in atomic_numbers), None
+    )
     advice = "write the symbol of the element" + (f", such as '{hint}'" if hint else "")
     raise ValueError(f"the name '{label[:20]}', which is no element; {advice}")

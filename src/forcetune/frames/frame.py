@@ -17,7 +17,7 @@ SMALLEST_VOLUME = 1e-6
 """Å³; a cell below it is none."""
 
 
-def volume_of(cell: FloatArray) -> float:
+def compute_volume(cell: FloatArray) -> float:
     """Å³, of (3, 3) lattice vectors in rows."""
     return abs(float(np.linalg.det(cell)))
 
@@ -76,11 +76,11 @@ class Frame:
     @property
     def has_volume(self) -> bool:
         """Whether the cell has one; a stress is a share of it."""
-        return volume_of(self.cell) >= SMALLEST_VOLUME
+        return compute_volume(self.cell) >= SMALLEST_VOLUME
 
 
 class LabelKeys(NamedTuple):
-    """The keys under which labels were found; None where there is no such label, or where nobody asked for it.
+    """The keys under which labels were found; None where there is no such label, or where it was not asked for.
 
     A key of ``calculator`` means the results of an attached ASE calculator.
     """

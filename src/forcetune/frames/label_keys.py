@@ -70,15 +70,15 @@ class Survey:
         for label, asked in zip(LABELS, self.asked, strict=True):
             keys = list(dict.fromkeys((*CANDIDATES[label], *((asked,) if asked else ()))))
             present = [key for key in keys if label_under(raw, label, key) is not None]
-            own = [key for key in keys if own_label(raw, label, key) is not None]
-            facts += [tuple(present), tuple(own), may_lack(raw, label), differing(label, present, raw)]
+            label_keys = [key for key in keys if own_label(raw, label, key) is not None]
+            facts += [tuple(present), tuple(label_keys), may_lack(raw, label), differing(label, present, raw)]
         # names are for a listing in a message; of very many the first will do
         named = tuple(sorted(raw.named)), tuple(sorted(raw.results))
         return (*facts, named if len(self._kinds) < _MOST_NAMED else None)
 
 
-def survey_of(raws: Sequence[RawFrame], asked: LabelKeys) -> list[RawFrame]:
+def survey_labels(raws: Sequence[RawFrame], asked: LabelKeys) -> list[RawFrame]:
     """The witnesses of some frames."""
-    found = Survey(asked)
-    found.add(raws)
-    return found.witnesses
+    survey = Survey(asked)
+    survey.add(raws)
+    return survey.witnesses

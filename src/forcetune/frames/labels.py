@@ -27,7 +27,7 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.frame import SMALLEST_VOLUME, FloatArray, LabelKeys, Origin, volume_of
+from forcetune.frames.frame import SMALLEST_VOLUME, FloatArray, LabelKeys, Origin, compute_volume
 
 Label = Literal["energy", "forces", "stress", "moments", "spins"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -251,7 +251,7 @@ def stress_tensor(raw: RawFrame, key: str, values: Any) -> FloatArray:
         )
     if "virial" not in key.lower():
         return matrix
-    volume = volume_of(raw.atoms.cell.array)
+    volume = compute_volume(raw.atoms.cell.array)
     if volume < SMALLEST_VOLUME:
         raise InputError(
             f"{raw.origin}: the virial under '{key}' cannot become a stress because the cell has no volume; "
@@ -299,8 +299,8 @@ def _listing(raws: Sequence[RawFrame]) -> str:
     """A sentence with the keys that are there, for a message about one that is not."""
     names = sorted({key for raw in raws for key in raw.named} - {"initial_magmoms", "initial_charges", "tags"})
     results = sorted({key for raw in raws if not raw.moved for key in raw.results})
-    shown = ", ".join(f"'{key}'" for key in names[:16]) + (", …" if len(names) > 16 else "")
-    parts = [f"the keys there are {shown}"] if names else []
+    listed = ", ".join(f"'{key}'" for key in names[:16]) + (", …" if len(names) > 16 else "")
+    parts = [f"the keys there are {listed}"] if names else []
     if results:
         parts.append(f"the calculator has {', '.join(results)}")
     if any(raw.stale for raw in raws):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from forcetune.errors import InputError
 from forcetune.utils.download import ProgressCallback, download, progress_bar
-from forcetune.utils.files import checksum_of
+from forcetune.utils.files import compute_checksum
 
 MIRROR_VARIABLE = "FORCETUNE_DATASETS_MIRROR"
 
@@ -82,24 +82,24 @@ def download_dataset(
         InputError: unknown name; the download is refused or out of reach; the file is not the expected one.
         ForcetuneError: the connection kept breaking; what arrived is kept and the next call resumes.
     """
-    found = next((one for one in _DATASETS if one.name == name.strip().lower()), None)
-    if found is None:
+    dataset = next((one for one in _DATASETS if one.name == name.strip().lower()), None)
+    if dataset is None:
         known = [one.name for one in _DATASETS]
         close = difflib.get_close_matches(name.lower(), known, n=2) or known
         raise InputError(f"{name}: no published data set; there are {', '.join(close)}.")
-    target = Path(folder) / found.file
+    target = Path(folder) / dataset.file
     if target.is_file():
-        if found.md5 is not None and (digest := checksum_of(target, "md5")) != found.md5:
+        if dataset.md5 is not None and (digest := compute_checksum(target, "md5")) != dataset.md5:
             raise InputError(
-                f"{target}: is not the published file (MD5 expected {found.md5}, got {digest}); move it away to "
+                f"{target}: is not the published file (MD5 expected {dataset.md5}, got {digest}); move it away to "
                 "download it again."
             )
         return target
     mirror = os.environ.get(MIRROR_VARIABLE)
-    url = f"{mirror.rstrip('/')}/{found.file}" if mirror else found.url
+    url = f"{mirror.rstrip('/')}/{dataset.file}" if mirror else dataset.url
     if progress is not None:
-        download(url, target, md5=found.md5, progress=progress)
+        download(url, target, md5=dataset.md5, progress=progress)
         return target
-    with progress_bar(found.name) as bar:
-        download(url, target, md5=found.md5, progress=bar)
+    with progress_bar(dataset.name) as bar:
+        download(url, target, md5=dataset.md5, progress=bar)
     return target

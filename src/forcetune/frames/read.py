@@ -27,9 +27,9 @@ from forcetune.frames.labels import (
     stress_tensor,
 )
 from forcetune.frames.sources import content_hash, expand, file_format
-from forcetune.frames.store.chunks import structures_of
+from forcetune.frames.store.chunks import iterate_structures
 from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS, scalar_under, tell_unread
-from forcetune.frames.weights import WeightTally, is_left_out, weights_of
+from forcetune.frames.weights import WeightTally, is_left_out, read_weights
 from forcetune.frames.xyz import XYZ_FORMATS
 
 _USUAL: tuple[Label, ...] = ("energy", "forces", "stress")
@@ -47,6 +47,7 @@ def read_frames(
     expect: Sequence[Label] = (),
     name: str = "training data",
     type_map: Sequence[str] = (),
+    ignored: Sequence[Label] = (),
 ) -> FrameSet:
     """Read frames and labels from files that ASE reads: extended XYZ, trajectories, databases, …, and from those of
     other programs (:mod:`forcetune.frames.formats`).
@@ -69,6 +70,7 @@ def read_frames(
             count.
         name: what the data are, for messages about all of them.
         type_map: elements of numbered types, type 0 first, for files that name none (MTP's ``.cfg``).
+        ignored: labels that are left out on purpose: no warning says that they are in the files and not read.
 
     Raises:
         InputError: a file is missing, empty, damaged or of unknown format; a required label or a key that was
@@ -80,11 +82,11 @@ def read_frames(
     raws: list[RawFrame] = []
     for file, format_name in kinds:
         moved = format_name in XYZ_FORMATS
-        for index, atoms in enumerate(structures_of(file, format_name, type_map)):
+        for index, atoms in enumerate(iterate_structures(file, format_name, type_map)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
     say_conversions(kinds)
     asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
-    frames, keys = _label(raws, asked, require, name, expect)
+    frames, keys = _label(raws, asked, require, name, expect, ignored)
     digest = hashlib.sha256("".join(content_hash(file) for file in files).encode()).hexdigest()
     return FrameSet(frames, keys, tuple(str(file) for file in files), digest)
 
@@ -130,19 +132,24 @@ def describe_keys(frameset: FrameSet) -> str:
 
 
 def _label(
-    raws: Sequence[RawFrame], asked: LabelKeys, require: Sequence[Label], name: str, expect: Sequence[Label]
+    raws: Sequence[RawFrame],
+    asked: LabelKeys,
+    require: Sequence[Label],
+    name: str,
+    expect: Sequence[Label],
+    ignored: Sequence[Label] = (),
 ) -> tuple[tuple[Frame, ...], LabelKeys]:
     tally = WeightTally()
     for raw in raws:
         check_structure(raw)
         tally.add(raw)
     tally.check(name, raws[0].origin.file)
-    kept = [raw for raw in raws if not is_left_out(raw)]
-    keys = choose_keys(kept, asked, require, name, expect=expect)
-    for text in (tally.sentence(), tell_unread(kept, keys, asked)):
+    used = [raw for raw in raws if not is_left_out(raw)]
+    keys = choose_keys(used, asked, require, name, expect=expect)
+    for text in (tally.sentence(), tell_unread(used, keys, asked, ignored)):
         if text is not None:
             warn(f"{name}: {text}")
-    return tuple(labelled_frame(raw, keys) for raw in kept), keys
+    return tuple(labelled_frame(raw, keys) for raw in used), keys
 
 
 def check_structure(raw: RawFrame) -> None:
@@ -163,9 +170,9 @@ def check_structure(raw: RawFrame) -> None:
         )
     if not np.isfinite(atoms.positions).all():
         atom = int(np.argmax(~np.isfinite(atoms.positions).all(axis=1)))
-        raise InputError(f"{raw.origin}: the position of atom {atom} is not finite; mend or remove the frame.")
+        raise InputError(f"{raw.origin}: the position of atom {atom} is not finite; fix or remove the frame.")
     if not np.isfinite(atoms.cell.array).all():
-        raise InputError(f"{raw.origin}: the cell is not finite; mend or remove the frame.")
+        raise InputError(f"{raw.origin}: the cell is not finite; fix or remove the frame.")
 
 
 def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
@@ -175,7 +182,7 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
         InputError: a label is not finite or of the wrong shape, or a weight is no number.
     """
     atoms = raw.atoms
-    weights = weights_of(raw, keys)
+    weights = read_weights(raw, keys)
     energy = _numbers(raw, "energy", keys.energy if weights.energy else None)
     forces = _numbers(raw, "forces", keys.forces if weights.forces else None)
     stress = _numbers(raw, "stress", keys.stress if weights.stress else None)
@@ -209,12 +216,12 @@ def _numbers(raw: RawFrame, label: Label, key: str | None) -> FloatArray | None:
     if label == "stress" and isinstance(value, str):
         value = numbers_in(value) or value  # nested rows that ASE leaves as a text
     try:
-        found = np.asarray(value)
+        array = np.asarray(value)
     except ValueError:
-        found = np.asarray(None)  # ragged lists
-    if found.dtype.kind not in "iuf":
-        raise InputError(f"{raw.origin}: the {label} under '{key}' is not a number but {str(value)[:40]!r}; mend it.")
-    numbers = found.astype(np.float64)
+        array = np.asarray(None)  # ragged lists
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{raw.origin}: the {label} under '{key}' is not a number but {str(value)[:40]!r}; fix it.")
+    numbers = array.astype(np.float64)
     finite = np.isfinite(numbers)
     if not finite.all():
         bad = numbers[~finite].flat[0]
@@ -239,7 +246,7 @@ def _forces(raw: RawFrame, key: str | None, values: FloatArray) -> FloatArray:
     if values.shape not in {(atoms, 3), (3 * atoms,)}:
         raise InputError(
             f"{raw.origin}: the forces under '{key}' should have shape ({atoms}, 3) but have {values.shape}; "
-            "choose the key of the forces or mend the frame."
+            "choose the key of the forces or fix the frame."
         )
     return values.reshape(atoms, 3)
 
@@ -252,7 +259,7 @@ def _vectors(raw: RawFrame, label: Label, key: str | None, values: FloatArray) -
     if values.shape != (atoms, 3):
         raise InputError(
             f"{raw.origin}: the {label} under '{key}' should have shape ({atoms}, 3) or ({atoms},) but have "
-            f"{values.shape}; choose the key of the {label} or mend the frame."
+            f"{values.shape}; choose the key of the {label} or fix the frame."
         )
     return values
 

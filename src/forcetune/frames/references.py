@@ -18,7 +18,7 @@ from ase.data import atomic_numbers, chemical_symbols
 
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray, Frame, IntArray
-from forcetune.frames.store.stored_frames import elements_of, has_label
+from forcetune.frames.store.stored_frames import has_label, list_elements
 
 Mode = Literal["estimate", "model", "isolated", "average", "table"]
 
@@ -82,12 +82,12 @@ def reference_energies(
     elements = tuple(sorted(model_references))
     if not has_label(frames, "energy"):
         return _without_energies(mode, frames, isolated_frames, model_references, table)
-    found = _labelled(frames, elements, model_energies)
-    present = tuple(z for z, occurs in zip(elements, found.occurring, strict=True) if occurs)
+    labelled = _labelled(frames, elements, model_energies)
+    present = tuple(z for z, occurs in zip(elements, labelled.occurring, strict=True) if occurs)
     if mode == "estimate":
-        energies = _estimate(found, model_references)
+        energies = _estimate(labelled, model_references)
     elif mode == "average":
-        energies = _average(found, model_references)
+        energies = _average(labelled, model_references)
     elif mode == "isolated":
         energies = isolated(isolated_frames, model_references, present)
     elif mode == "table":
@@ -96,15 +96,15 @@ def reference_energies(
         energies = {z: float(model_references[z]) for z in elements}
 
     shift = np.array([energies[z] - model_references[z] for z in elements])
-    atoms = found.counts.sum(axis=1, dtype=np.float64)
-    residual = found.energies - found.predicted
-    moved = np.concatenate([block @ shift for block, _ in _blocks(found.counts, residual)])
+    atoms = labelled.counts.sum(axis=1, dtype=np.float64)
+    residual = labelled.energies - labelled.predicted
+    moved = np.concatenate([block @ shift for block, _ in _blocks(labelled.counts, residual)])
     return ReferenceEnergies(
         energies=energies,
         mode=mode,
         offset_before_mev_per_atom=float(np.mean(np.abs(residual) / atoms) * 1e3),
         offset_after_mev_per_atom=float(np.mean(np.abs(residual - moved) / atoms) * 1e3),
-        rank=_rank(found.counts),
+        rank=_rank(labelled.counts),
         n_elements=len(present),
     )
 
@@ -123,8 +123,8 @@ def _without_energies(
     """
     if mode in ("estimate", "average"):
         raise InputError("Reference energies: no frame has an energy; give data with energies or keep 'model'.")
-    present = elements_of(frames)
-    energies = {z: float(own) for z, own in sorted(model_references.items())}
+    present = list_elements(frames)
+    energies = {z: float(energy) for z, energy in sorted(model_references.items())}
     if mode == "isolated":
         energies = isolated(isolated_frames, model_references, present)
     elif mode == "table":
@@ -180,8 +180,8 @@ def estimate(
     return _estimate(_labelled(frames, tuple(sorted(model_references)), model_energies), model_references)
 
 
-def _estimate(found: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
-    shift = _least_squares(found.counts, found.energies - found.predicted, found.weights, per_atom=True)
+def _estimate(labelled: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
+    shift = _least_squares(labelled.counts, labelled.energies - labelled.predicted, labelled.weights, per_atom=True)
     return {z: float(model_references[z] + change) for z, change in zip(sorted(model_references), shift, strict=True)}
 
 
@@ -197,11 +197,11 @@ def average(frames: Sequence[Frame], model_references: Mapping[int, float]) -> d
     return _average(_labelled(frames, tuple(sorted(model_references))), model_references)
 
 
-def _average(found: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
-    fitted = _least_squares(found.counts, found.energies, np.ones(len(found.energies)), per_atom=False)
+def _average(labelled: _Labelled, model_references: Mapping[int, float]) -> dict[int, float]:
+    fitted = _least_squares(labelled.counts, labelled.energies, np.ones(len(labelled.energies)), per_atom=False)
     return {
         z: float(value if occurs else model_references[z])
-        for z, value, occurs in zip(sorted(model_references), fitted, found.occurring, strict=True)
+        for z, value, occurs in zip(sorted(model_references), fitted, labelled.occurring, strict=True)
     }
 
 
@@ -213,8 +213,8 @@ def _blocks(counts: np.ndarray, values: FloatArray) -> Iterator[tuple[FloatArray
 def _triangle(counts: np.ndarray, values: FloatArray, divisors: FloatArray) -> FloatArray:
     """R of the QR decomposition of [C | values], block by block, each row over its divisor."""
     triangle = np.zeros((0, counts.shape[1] + 1))
-    for (block, own), (_, divisor) in zip(_blocks(counts, values), _blocks(counts, divisors), strict=True):
-        rows = np.column_stack((block, own)) / divisor[:, None]
+    for (block, block_values), (_, divisor) in zip(_blocks(counts, values), _blocks(counts, divisors), strict=True):
+        rows = np.column_stack((block, block_values)) / divisor[:, None]
         triangle = np.asarray(np.linalg.qr(np.concatenate((triangle, rows)), mode="r"), dtype=np.float64)
     return triangle
 
@@ -257,23 +257,26 @@ def isolated(
     Raises:
         InputError: an element of ``needed`` has no isolated atom, or an element has two that disagree.
     """
-    found: dict[int, Frame] = {}
+    frame_by_element: dict[int, Frame] = {}
     for frame in isolated_frames:
         if len(frame) != 1 or frame.energy is None:
             raise InputError(f"{frame.origin}: an isolated atom is one atom with an energy; this frame is not.")
         z = int(frame.numbers[0])
-        first = found.setdefault(z, frame)
+        first = frame_by_element.setdefault(z, frame)
         if abs(_energy(first) - frame.energy) > ISOLATED_TOLERANCE:
             raise InputError(
                 f"{frame.origin}: isolated {chemical_symbols[z]} has {frame.energy} eV here but "
                 f"{first.energy} eV in {first.origin}; keep one of them."
             )
-    if missing := sorted(set(needed) - set(found)):
+    if missing := sorted(set(needed) - set(frame_by_element)):
         raise InputError(
             f"No isolated atom of {_symbols(missing)} among the data; add a frame of one atom with its "
             "energy for each, or choose reference energies 'estimate'."
         )
-    return {z: _energy(found[z]) if z in found else float(own) for z, own in sorted(model_references.items())}
+    return {
+        z: _energy(frame_by_element[z]) if z in frame_by_element else float(energy)
+        for z, energy in sorted(model_references.items())
+    }
 
 
 def explicit(
@@ -302,7 +305,7 @@ def explicit(
             raise InputError(f"Reference energies: {chemical_symbols[z]} is given twice with different values.")
     if missing := sorted(set(needed) - set(values)):
         raise InputError(f"Reference energies: the table has none for {_symbols(missing)}; add them in eV.")
-    return {z: values.get(z, float(own)) for z, own in sorted(model_references.items())}
+    return {z: values.get(z, float(model_energy)) for z, model_energy in sorted(model_references.items())}
 
 
 def _atomic_number(key: str | int) -> int:
@@ -353,10 +356,10 @@ def _labelled(
                 raise InputError(
                     f"{frame.origin}: the model's energy is not finite; look for atoms on top of each other."
                 )
-    kept = ~np.isnan(energies)
-    if not kept.any():
+    labelled = ~np.isnan(energies)
+    if not labelled.any():
         raise InputError("Reference energies: no frame has an energy; give data with energies or keep 'model'.")
-    return _Labelled(counts[kept], energies[kept], predicted[kept], weights[kept])
+    return _Labelled(counts[labelled], energies[labelled], predicted[labelled], weights[labelled])
 
 
 def _energy(frame: Frame) -> float:

@@ -13,12 +13,12 @@ from ase.io.formats import UnknownFileTypeError, filetype
 
 from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.frames import formats
-from forcetune.frames.defects import guarded, no_frames, structure_of
+from forcetune.frames.defects import guarded, no_frames, read_structure
 from forcetune.frames.store import mptrj
 from forcetune.frames.store.mptrj import is_mptrj
-from forcetune.frames.text import head_of
+from forcetune.frames.text import read_head
 from forcetune.frames.xyz import ARCHIVE, XYZ_FORMATS, is_xyz, xyz_pieces, xyz_structures
-from forcetune.utils.files import path_of, sha256_of
+from forcetune.utils.files import as_path, compute_sha256
 from forcetune.utils.parsing import first_line
 
 ENDINGS = {".h5": "hdf5", ".hdf5": "hdf5", ".aselmdb": "aselmdb", ".lmdb": "aselmdb", ".mdb": "aselmdb"}
@@ -38,7 +38,7 @@ def expand(sources: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
         raise InputError("No data file was named; name at least one.")
     files: dict[Path, Path] = {}
     for source in named:
-        for path in _matches(path_of(source)):
+        for path in _matches(as_path(source)):
             _check_readable(path)
             if path.resolve() in files:
                 warn(f"{path}: named more than once; its frames are used once.")
@@ -59,10 +59,10 @@ def _matches(path: Path) -> list[Path]:
     folders = {folder for match in matches if match.is_dir() for folder in formats.data_folders(match)}
     files = {match for match in matches if match.is_file()}
     # what stands in a data folder is read with it
-    found = sorted(match for match in files | folders if not folders & set(match.parents))
-    if not found:
+    sorted_matches = sorted(match for match in files | folders if not folders & set(match.parents))
+    if not sorted_matches:
         raise InputError(f"{path}: no file matches this pattern; check the folder and the ending.")
-    return found
+    return sorted_matches
 
 
 def _check_readable(path: Path) -> None:
@@ -90,14 +90,14 @@ def file_format(path: Path) -> str:
     What a file holds goes before its ending.
 
     Raises:
-        InputError: nobody knows it.
+        InputError: it is no known format.
     """
     if path.suffix in ENDINGS:
         return ENDINGS[path.suffix]
     if path.suffix == ARCHIVE:
         return "extxyz"
     try:
-        head = "" if path.is_dir() else head_of(path)
+        head = "" if path.is_dir() else read_head(path)
         if name := formats.recognize(path, head):
             return name
         if is_mptrj(path):
@@ -114,16 +114,16 @@ def file_format(path: Path) -> str:
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file, or of all files that are read with what is named."""
-    parts = formats.parts_of(path)
+    parts = formats.list_files(path)
     if parts == [path]:
-        return sha256_of(path)
-    named = "".join(f"{part.name}:{sha256_of(part)}\n" for part in parts)
+        return compute_sha256(path)
+    named = "".join(f"{part.name}:{compute_sha256(part)}\n" for part in parts)
     return hashlib.sha256(named.encode()).hexdigest()
 
 
 def content_size(path: Path) -> int:
     """Bytes of a file, or of all files that are read with what is named."""
-    return sum(part.stat().st_size for part in formats.parts_of(path))
+    return sum(part.stat().st_size for part in formats.list_files(path))
 
 
 def iterate(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Atoms]:
@@ -156,17 +156,17 @@ def _structures(path: Path, format_name: str, type_map: Sequence[str]) -> Iterat
             start += count
         return
     if format_name in formats.FORMATS:
-        found: Iterable[Atoms] = formats.FORMATS[format_name].read(path, type_map)
+        structures: Iterable[Atoms] = formats.FORMATS[format_name].read(path, type_map)
     elif format_name in DATABASE_FORMATS:
-        found = _database_rows(path, format_name)
+        structures = _database_rows(path, format_name)
     else:
         # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
-        found = ase.io.iread(str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True)
-    yield from guarded(path, iter(found))
+        structures = ase.io.iread(str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True)
+    yield from guarded(path, iter(structures))
 
 
 def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:
-    return (structure_of(row) for row in ase.db.connect(str(path), type=format_name, serial=True).select())
+    return (read_structure(row) for row in ase.db.connect(str(path), type=format_name, serial=True).select())
 
 
 def _unknown_format(path: Path) -> InputError:

@@ -39,7 +39,7 @@ def resolved_inputs(inputs: SpinInputs, keys: LabelKeys, frames: Sequence[Frame]
 
 def are_unit(frames: Sequence[Frame]) -> bool:
     """Whether all spins of the first :data:`UNIT_FRAMES` frames are unit vectors or zero: they say directions."""
-    found = False
+    any_spins = False
     for frame in frames[:UNIT_FRAMES]:
         if frame.spins is None:
             return False
@@ -47,8 +47,8 @@ def are_unit(frames: Sequence[Frame]) -> bool:
         spinning = lengths > 0
         if np.abs(lengths[spinning] - 1).max(initial=0.0) > UNIT_TOLERANCE:
             return False
-        found = found or bool(spinning.any())
-    return found
+        any_spins = any_spins or bool(spinning.any())
+    return any_spins
 
 
 def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]:
@@ -65,14 +65,14 @@ def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]
     """
     result = []
     for frame in frames:
-        given = frame.spins if inputs in OF_FILE else frame.moments
-        if given is None:
+        vectors = frame.spins if inputs in OF_FILE else frame.moments
+        if vectors is None:
             what, key = ("spins", "spins") if inputs in OF_FILE else ("magnetic moments", "moments")
             raise InputError(
                 f"{frame.origin}: has no {what}, which the spin-aware layer starts from; add them to the frame, set "
                 f"data.{key}_key, or choose other inputs (magnetism.inputs)."
             )
-        result.append(replace(frame, spins=directions(given) if inputs in DIRECTIONS else given))
+        result.append(replace(frame, spins=directions(vectors) if inputs in DIRECTIONS else vectors))
     return tuple(result)
 
 

@@ -34,7 +34,7 @@ def _as_latin(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(_LATIN, _as_latin)
 
 
-def encoding_of(head: bytes) -> str:
+def detect_encoding(head: bytes) -> str:
     """The encoding of a text that begins with these bytes: by its byte order mark, or by where its zeros are."""
     for mark, encoding in _MARKS:
         if head.startswith(mark):
@@ -59,11 +59,11 @@ def open_text(path: Path) -> io.TextIOWrapper:
 def decoded(stream: IO[Any]) -> io.TextIOWrapper:
     """A stream of bytes as text; carriage returns, alone or with a line feed, become line feeds."""
     buffered = io.BufferedReader(stream, HEAD)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    encoding = encoding_of(buffered.peek(4)[:4])
+    encoding = detect_encoding(buffered.peek(4)[:4])
     return io.TextIOWrapper(buffered, encoding=encoding, errors=_LATIN if encoding.startswith("utf-8") else "replace")
 
 
-def head_of(path: Path) -> str:
+def read_head(path: Path) -> str:
     """The beginning of a file as text, whatever it is.
 
     Raises:
@@ -71,5 +71,5 @@ def head_of(path: Path) -> str:
     """
     with open_with_compression(str(path), "rb") as stream:
         head = stream.read(HEAD)
-    text = head.decode(encoding_of(head), errors="replace").removeprefix("\ufeff")
+    text = head.decode(detect_encoding(head), errors="replace").removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from forcetune.frames.frame import LabelKeys
-from forcetune.frames.labels import CANDIDATES, NONE, RawFrame
+from forcetune.frames.labels import CANDIDATES, NONE, Label, RawFrame
 
 _LABEL = re.compile(r"energ|force|stress|virial|^[ef]$", re.IGNORECASE)
 _STATE = re.compile(r"charge|spin|multiplicity|dipole", re.IGNORECASE)
@@ -20,17 +20,20 @@ _PASSED_OVER = frozenset({"corrected_total_energy", "uncorrected_total_energy"})
 """Names that a reader of ours adds to those of the file."""
 
 
-def tell_unread(raws: Sequence[RawFrame], keys: LabelKeys, asked: LabelKeys) -> str | None:
+def tell_unread(
+    raws: Sequence[RawFrame], keys: LabelKeys, asked: LabelKeys, ignored: Sequence[Label] = ()
+) -> str | None:
     """A sentence about what looks like a label and is not read; None where there is nothing.
 
     Args:
         raws: all frames.
         keys: what is read.
         asked: labels of which the user said ``none`` are not told.
+        ignored: moments or spins that are left out on purpose, and not told either.
     """
     known = {*CANDIDATES["energy"], *CANDIDATES["forces"], *CANDIDATES["stress"], *(key for key in keys if key)}
     for label in ("moments", "spins"):
-        if getattr(asked, label) not in (None, NONE):
+        if label in ignored or getattr(asked, label) not in (None, NONE):
             known |= {*CANDIDATES[label]}
     names = sorted({name for raw in raws for name in raw.named} - known - _PASSED_OVER)
     names = [name for name in names if not name.startswith(("initial_", "config_"))]
@@ -69,10 +72,10 @@ def scalar_under(raw: RawFrame, names: Iterable[str]) -> float | None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = [f"'{name}'" for name in names[:_SHOWN]]
+    quoted = [f"'{name}'" for name in names[:_SHOWN]]
     if len(names) > _SHOWN:
-        return ", ".join([*shown, "…"])
-    return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
+        return ", ".join([*quoted, "…"])
+    return " and ".join([", ".join(quoted[:-1]), quoted[-1]]) if len(quoted) > 1 else quoted[0]
 
 
 def _s(names: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ def is_left_out(raw: RawFrame) -> bool:
     return weight_under(raw, FRAME_KEY) == 0
 
 
-def weights_of(raw: RawFrame, keys: LabelKeys) -> LabelWeights:
+def read_weights(raw: RawFrame, keys: LabelKeys) -> LabelWeights:
     """The weights of a frame's labels, that of the frame included.
 
     Args:
@@ -77,8 +77,8 @@ def weights_of(raw: RawFrame, keys: LabelKeys) -> LabelWeights:
     """
 
     def first(names: Iterable[str]) -> float:
-        found = (weight_under(raw, name) for name in names)
-        return next((weight for weight in found if weight is not None), 1.0)
+        weights = (weight_under(raw, name) for name in names)
+        return next((weight for weight in weights if weight is not None), 1.0)
 
     whole = first((FRAME_KEY,))
     is_virial = "virial" in (keys.stress or "").lower()

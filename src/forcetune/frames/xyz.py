@@ -17,7 +17,7 @@ from ase.data import atomic_numbers
 
 from forcetune.errors import InputError, warn
 from forcetune.frames.comment_line import parse_comment
-from forcetune.frames.elements import element_of
+from forcetune.frames.elements import parse_element
 from forcetune.frames.frame import Origin
 from forcetune.frames.text import decoded, open_text
 from forcetune.utils.parsing import check_archive, check_unpacked, first_line
@@ -53,8 +53,8 @@ def is_xyz(head: str) -> bool:
 def xyz_structures(text: str, format_name: str) -> Iterator[Atoms]:
     """The structures in the text of an XYZ file."""
     options: dict[str, Any] = {"properties_parser": parse_comment} if format_name == "extxyz" else {}
-    found: Any = ase.io.iread(io.StringIO(text), ":", format=format_name, parallel=False, **options)
-    return iter(found)
+    structures: Any = ase.io.iread(io.StringIO(text), ":", format=format_name, parallel=False, **options)
+    return iter(structures)
 
 
 def xyz_pieces(path: Path, most: int = PIECE_TEXT) -> Iterator[tuple[int, str]]:
@@ -67,16 +67,16 @@ def xyz_pieces(path: Path, most: int = PIECE_TEXT) -> Iterator[tuple[int, str]]:
     Raises:
         InputError: as :func:`xyz_texts`.
     """
-    kept: list[str] = []
+    lines_of_piece: list[str] = []
     size = 0
     for text in xyz_texts(path):
-        kept.append(text)
+        lines_of_piece.append(text)
         size += len(text)
-        if len(kept) == PIECE or size > most:
-            yield len(kept), "".join(kept)
-            kept, size = [], 0
-    if kept:
-        yield len(kept), "".join(kept)
+        if len(lines_of_piece) == PIECE or size > most:
+            yield len(lines_of_piece), "".join(lines_of_piece)
+            lines_of_piece, size = [], 0
+    if lines_of_piece:
+        yield len(lines_of_piece), "".join(lines_of_piece)
 
 
 def xyz_texts(path: Path) -> Iterator[str]:
@@ -86,24 +86,24 @@ def xyz_texts(path: Path) -> Iterator[str]:
         InputError: a frame is cut short, something else stands where a number of atoms is expected, an atom has no
             element, or the text of one frame is larger than any frame is.
     """
-    kept: list[str] = []
+    pending: list[str] = []
     size = frame = 0
     said: set[str] = set()
 
     def keep(line: str) -> None:
         nonlocal size
         size += len(line)
-        if size > _LARGEST_FRAME or len(kept) > _MOST_LINES:
+        if size > _LARGEST_FRAME or len(pending) > _MOST_LINES:
             raise ValueError("it has a frame that is larger than memory should hold")
-        kept.append(line)
+        pending.append(line)
 
     for _ in _walk(path, keep):
         # the first line of the next frame, if there is one, was kept, too
-        *own, following = kept
-        yield "".join(_named(path, frame, own, said))
-        kept, size, frame = [following], len(following), frame + 1
-    if kept:
-        yield "".join(_named(path, frame, kept, said))
+        *frame_lines, following = pending
+        yield "".join(_named(path, frame, frame_lines, said))
+        pending, size, frame = [following], len(following), frame + 1
+    if pending:
+        yield "".join(_named(path, frame, pending, said))
 
 
 def _named(path: Path, frame: int, lines: list[str], said: set[str]) -> list[str]:
@@ -120,7 +120,7 @@ def _named(path: Path, frame: int, lines: list[str], said: set[str]) -> list[str
     strange: dict[str, str] = {}
     for name in {word[0] for word in words if word} - _PLAIN:
         try:
-            strange[name], remark = element_of(name)
+            strange[name], remark = parse_element(name)
         except ValueError as error:
             atom = next(index for index, word in enumerate(words) if word == [name])
             raise InputError(f"{Origin(str(path), frame)}: atom {atom} has {error}.") from error
@@ -136,11 +136,11 @@ def _named(path: Path, frame: int, lines: list[str], said: set[str]) -> list[str
 
 def _column_of_names(comment: str) -> int | None:
     """Which column has the names of atoms; None where atomic numbers stand for them."""
-    found = re.search(r"\bProperties\s*=\s*[\"']?([^\s\"']+)", comment)
-    if found is None:
+    match = re.search(r"\bProperties\s*=\s*[\"']?([^\s\"']+)", comment)
+    if match is None:
         return 0
     column = 0
-    fields = found[1].split(":")
+    fields = match[1].split(":")
     for name, _, count in zip(fields[::3], fields[1::3], fields[2::3], strict=False):
         if name.lower() in ("species", "symbols"):
             return column
@@ -247,8 +247,8 @@ def _walk_xyz(path: Path, lines: Iterator[tuple[int, str]], keep: Callable[[str]
         _check_columns(path, frame, comment)
         keep(comment)
         missing = atoms
-        for _, (_, own) in zip(range(atoms), lines, strict=False):
-            keep(own)
+        for _, (_, atom_line) in zip(range(atoms), lines, strict=False):
+            keep(atom_line)
             missing -= 1
         if missing > 0 and atoms > 0:
             raise InputError(
@@ -266,6 +266,6 @@ def _check_columns(path: Path, frame: int, comment: str) -> None:
     announced = re.findall(r":[A-Za-z]:([0-9]+)", comment)
     if len(announced) > _MOST_COLUMNS or sum(int(count[:9]) for count in announced) > _MOST_COLUMNS:
         raise InputError(
-            f"{Origin(str(path), frame)}: the comment line announces more than {_MOST_COLUMNS:,} columns; mend its "
+            f"{Origin(str(path), frame)}: the comment line announces more than {_MOST_COLUMNS:,} columns; fix its "
             "Properties."
         )

@@ -40,7 +40,7 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
             )
     _, crowd = np.unique(np.floor(frame.positions / cutoff), axis=0, return_counts=True)
     if not float((crowd.astype(float) ** 2).sum()) < _MOST_EDGES:
-        raise InputError(f"{frame.origin}: {crowd.max()} of its atoms are in one place; mend or remove the frame.")
+        raise InputError(f"{frame.origin}: {crowd.max()} of its atoms are in one place; fix or remove the frame.")
     if pbc.any():
         vectors = frame.cell[pbc]
         spanned = float(np.sqrt(np.linalg.det(vectors @ vectors.T)))
@@ -50,11 +50,11 @@ def _check_extent(frame: Frame, cutoff: float) -> None:
             lengths = ", ".join(f"{length:.3g}" for length in np.linalg.norm(vectors, axis=1))
             raise InputError(
                 f"{frame.origin}: a cell with vectors of {lengths} Å makes no sense for {len(frame)} atoms and a "
-                f"cutoff of {cutoff:g} Å; mend it."
+                f"cutoff of {cutoff:g} Å; fix it."
             )
 
 
-def edges_of(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
+def find_edges(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
     """Neighbours in one frame as :func:`forcetune.frames.neighbor_list.neighbours` gives them.
 
     Raises:
@@ -101,15 +101,15 @@ class EdgeSearch:
     cutoff: float
 
 
-def find_edges(task: EdgeSearch) -> tuple[list[bytes], list[int]]:
+def search_store(task: EdgeSearch) -> tuple[list[bytes], list[int]]:
     """Rows of neighbours for a store, and the number of edges in each; runs in a worker.
 
     Raises:
-        InputError: as :func:`edges_of`.
+        InputError: as :func:`find_edges`.
     """
     rows, counts = [], []
     for frame in StoredFrames(task.frames, np.arange(task.first, task.end)):
-        edge_index, shifts = edges_of(frame, task.cutoff)
+        edge_index, shifts = find_edges(frame, task.cutoff)
         rows.append(packed(EDGE_COLUMNS, {"edges": edge_index.T, "shifts": shifts}))
         counts.append(edge_index.shape[1])
     return rows, counts

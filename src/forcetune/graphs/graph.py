@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forcetune.frames.frame import FloatArray, Frame, IntArray
-from forcetune.graphs.edges import edges_of
+from forcetune.graphs.edges import find_edges
 
 GRAPH_FIELDS = ("cell", "energy", "stress", "weight", "file_weights", "replayed")
 """Fields of a batch with one row for each graph."""
@@ -91,13 +91,13 @@ class Batch:
         return replace(self, replayed=torch.ones_like(self.replayed))
 
 
-def graph_of(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
+def build_graph(frame: Frame, cutoff: float, dtype: torch.dtype = torch.float64) -> Batch:
     """The graph of one frame as a batch of one.
 
     Raises:
-        InputError: as :func:`edges_of`.
+        InputError: as :func:`find_edges`.
     """
-    return graph_with(frame, *edges_of(frame, cutoff), dtype)
+    return graph_with(frame, *find_edges(frame, cutoff), dtype)
 
 
 def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtype: torch.dtype) -> Batch:
@@ -194,14 +194,14 @@ def collate(graphs: Sequence[Batch]) -> Batch:
     )
 
 
-def parts_of(batch: Batch, most: int) -> list[Batch]:
+def split_batch(batch: Batch, most: int) -> list[Batch]:
     """Cut a batch into runs of at most so many graphs, as equal as can be; edges lie in the order of their graphs."""
     count = -(-batch.n_graphs // most)
     bounds = [batch.n_graphs * index // count for index in range(count + 1)]
     first_atoms = [int(batch.ptr[bound]) for bound in bounds]
     graph_of_edge = batch.graph_index[batch.edge_index[0]]
     first_edges = torch.searchsorted(graph_of_edge, torch.tensor(bounds, device=graph_of_edge.device)).tolist()
-    found = []
+    parts = []
     for index in range(count):
         graphs, atoms, edges = (
             slice(firsts[index], firsts[index + 1]) for firsts in (bounds, first_atoms, first_edges)
@@ -210,7 +210,7 @@ def parts_of(batch: Batch, most: int) -> list[Batch]:
             name: getattr(batch, name)[atoms]
             for name in ("numbers", "positions", "graph_index", "forces", "moments", "spins")
         } | {name: getattr(batch, name)[graphs] for name in GRAPH_FIELDS}
-        found.append(
+        parts.append(
             Batch(
                 **cut | {"graph_index": cut["graph_index"] - graphs.start},
                 edge_index=batch.edge_index[:, edges] - atoms.start,
@@ -218,7 +218,7 @@ def parts_of(batch: Batch, most: int) -> list[Batch]:
                 ptr=batch.ptr[graphs.start : graphs.stop + 1] - atoms.start,
             )
         )
-    return found
+    return parts
 
 
 def moment_labels(predicted: Tensor, labels: Tensor) -> Tensor:

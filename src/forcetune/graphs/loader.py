@@ -9,7 +9,7 @@ import torch
 
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, collate
-from forcetune.graphs.stored_graphs import StoredGraphs, sizes_of
+from forcetune.graphs.stored_graphs import StoredGraphs, measure_graphs
 from forcetune.utils import distributed
 
 WINDOW = 256
@@ -107,16 +107,16 @@ def balanced(edges: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
         for each part the places of its items, ascending.
     """
     loads = [(0, 0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
+    groups: list[list[int]] = [[] for _ in range(parts)]
     for place in sorted(range(len(edges)), key=lambda place: (-int(edges[place]), place)):
         items, load, part = min(loads, key=lambda one: (one[0] > 0, one[1], one[0], one[2]))
-        found[part].append(place)
+        groups[part].append(place)
         loads[part] = (items + 1, load + int(edges[place]), part)
-    return [sorted(part) for part in found]
+    return [sorted(part) for part in groups]
 
 
 class BatchLoader:
-    """Iterates over batches; shuffled anew every epoch from (seed, epoch) alone, so a resumed run sees the same order.
+    """Iterates over batches; shuffled again every epoch from (seed, epoch) alone, so a resumed run sees the same order.
 
     Attributes:
         epoch: the epoch whose order the next iteration gives.
@@ -151,10 +151,10 @@ class BatchLoader:
         """
         self.device = device
         self._stored = isinstance(graphs, StoredGraphs)
-        kept = "cpu" if self._stored else device
-        self._graphs: Sequence[Batch] = graphs if self._stored else [graph.to(device=kept) for graph in graphs]
-        self._replay = [graph.to(device=kept) for graph in replay]
-        self.sizes = np.concatenate((sizes_of(graphs), sizes_of(self._replay)))
+        placed_on = "cpu" if self._stored else device
+        self._graphs: Sequence[Batch] = graphs if self._stored else [graph.to(device=placed_on) for graph in graphs]
+        self._replay = [graph.to(device=placed_on) for graph in replay]
+        self.sizes = np.concatenate((measure_graphs(graphs), measure_graphs(self._replay)))
         self._own = len(graphs)
         self._replayed = max(1, round(replay_ratio * len(graphs))) if replay else 0
         self.batch_size = batch_size
@@ -194,10 +194,10 @@ class BatchLoader:
 
     def _replay_of_epoch(self) -> np.ndarray:
         """Indices of this epoch's replay graphs: epoch after epoch goes on in one endless series of permutations."""
-        start, own, count = self.epoch * self._replayed, self._own, len(self._replay)
+        start, n_own, count = self.epoch * self._replayed, self._own, len(self._replay)
         rounds = range(start // count, (start + self._replayed - 1) // count + 1)
         series = np.concatenate([np.random.default_rng((self.seed, index, 1)).permutation(count) for index in rounds])
-        return own + series[start % count :][: self._replayed]
+        return n_own + series[start % count :][: self._replayed]
 
     def _batches(self) -> list[list[int]]:
         if self._planned is None or self._planned[0] != self.epoch:
@@ -226,8 +226,8 @@ class BatchLoader:
         return len(self._batches())
 
     def _collated(self, indices: Sequence[int]) -> Batch:
-        found = collate([self.graph(i) for i in indices])
-        return found.to(device=self.device) if self._stored else found
+        batch = collate([self.graph(i) for i in indices])
+        return batch.to(device=self.device) if self._stored else batch
 
     def __iter__(self) -> Iterator[Batch]:
         if self.shuffle:

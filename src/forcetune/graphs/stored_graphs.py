@@ -14,7 +14,7 @@ import torch
 from forcetune.frames.store.rows import RowReader, RowWriter
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.frames.store.streaming import new_store
-from forcetune.graphs.edges import EDGE_COLUMNS, EdgeSearch, find_edges
+from forcetune.graphs.edges import EDGE_COLUMNS, EdgeSearch, search_store
 from forcetune.graphs.graph import Batch, graph_with
 from forcetune.utils import distributed
 from forcetune.utils.processes import map_in_order
@@ -24,7 +24,7 @@ _CHUNK = 128
 
 
 class StoredGraphs(Sequence[Batch]):
-    """The graph of every frame of a set, read when asked for; as :func:`forcetune.graphs.graph.graph_of` gives it.
+    """The graph of every frame of a set, read when asked for; as :func:`forcetune.graphs.graph.build_graph` gives it.
 
     Attributes:
         frames: on disk, too.
@@ -81,7 +81,7 @@ def stored_graphs(
         progress: called with the number of frames done.
 
     Raises:
-        InputError: as :func:`forcetune.graphs.graph.graph_of`, or the folder cannot be written.
+        InputError: as :func:`forcetune.graphs.graph.build_graph`, or the folder cannot be written.
     """
     rows = frames.rows
     name = hashlib.sha256(f"{VERSION} {rows.folder.name} {cutoff!r}".encode()).hexdigest()[:32]
@@ -97,7 +97,7 @@ def _make(place: Path, frames: RowReader, cutoff: float, workers: int, progress:
     with new_store(place) as temporary:
         writer = RowWriter(temporary, EDGE_COLUMNS)
         try:
-            for rows, edges in map_in_order(find_edges, tasks, workers):
+            for rows, edges in map_in_order(search_store, tasks, workers):
                 writer.write(rows)
                 sizes.extend(edges)
                 progress(len(rows))
@@ -106,7 +106,7 @@ def _make(place: Path, frames: RowReader, cutoff: float, workers: int, progress:
             writer.abandon()
 
 
-def sizes_of(graphs: Sequence[Batch]) -> np.ndarray:
+def measure_graphs(graphs: Sequence[Batch]) -> np.ndarray:
     """(graphs, 2) atoms and edges of each."""
     if isinstance(graphs, StoredGraphs):
         return graphs.sizes

@@ -38,7 +38,7 @@ def envelope(lengths: Tensor, cutoff: float) -> Tensor:
     return 1 - 28 * x**6 + 48 * x**7 - 21 * x**8
 
 
-def half_of(batch: Batch) -> Tensor:
+def select_half(batch: Batch) -> Tensor:
     """One edge of each pair of an edge and its reverse."""
     sender, receiver = batch.edge_index
     shift = batch.unit_shifts.round()
@@ -111,21 +111,21 @@ class SpinLayer(nn.Module):
         """
         nodes = self.embedding(scalars)
         inputs = torch.cat((nodes[sender] * nodes[receiver], self.radial(lengths)), dim=1)
-        found = self.pair(inputs) * envelope(lengths, self.cutoff)
-        return dict(zip(self.names, found.split(1, dim=1), strict=True))
+        coefficients = self.pair(inputs) * envelope(lengths, self.cutoff)
+        return dict(zip(self.names, coefficients.split(1, dim=1), strict=True))
 
     def exchange(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Distance, Å, and J, eV/μB², of every pair of atoms, each once: (pairs,) both."""
-        half = half_of(batch)
+        half = select_half(batch)
         lengths = torch.linalg.vector_norm(vectors[half], dim=1, keepdim=True)
         sender, receiver = batch.edge_index[:, half]
-        found = self.coefficients(self.norm(scalars), lengths, sender, receiver)
-        return lengths[:, 0], found["J"][:, 0]
+        coefficients = self.coefficients(self.norm(scalars), lengths, sender, receiver)
+        return lengths[:, 0], coefficients["J"][:, 0]
 
     def forward(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> Extra:
         """Moments (atoms, 3), μB, and energies (graphs,), eV; atoms without given spins have none."""
         spins = torch.nan_to_num(batch.spins)
-        half = half_of(batch)
+        half = select_half(batch)
         sender, receiver = batch.edge_index[:, half]
         vectors = vectors[half]
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)

@@ -23,10 +23,10 @@ def comparison_curves(runs: Mapping[str, Sequence[Metrics]], target: float) -> l
         runs: method → one table for each seed.
         target: loss that all reached, for a line.
     """
-    shown = (("valid_loss", "validation loss"), ("valid_forces_mae_mev_per_ang", "forces MAE\n(meV/Å)"))
+    panels = (("valid_loss", "validation loss"), ("valid_forces_mae_mev_per_ang", "forces MAE\n(meV/Å)"))
     figures = []
     with style():
-        for column, title in shown:
+        for column, title in panels:
             figure = Figure(figsize=(4.9, 3.9), layout="constrained")
             axes = figure.subplots()
             for index, (name, tables) in enumerate(runs.items()):

@@ -116,20 +116,21 @@ def _sparsity_figure(metrics: Metrics) -> Figure:
 def _error_curves_figure(
     metrics: Metrics, best_epoch: float | None, before: Mapping[str, float | None]
 ) -> Figure | None:
-    shown = [
+    columns = [
         (title, f"valid_{key}", before.get(key))
         for title, key in (
             ("energy MAE\n(meV/atom)", "energy_mae_mev_per_atom"),
             ("forces MAE\n(meV/Å)", "forces_mae_mev_per_ang"),
+            ("stress MAE\n(meV/Å³)", "stress_mae_mev_per_ang3"),
             ("moments MAE\n(μB)", "moment_mae_mub"),
         )
         if _positive(metrics[f"valid_{key}"]).size
     ]
-    if not shown:
+    if not columns:
         return None
     figure = Figure(figsize=(4.7, 4.2), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0])
-    for axes, (title, column, start) in zip(panels, shown, strict=True):
+    panels: list[Axes] = list(figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0])
+    for axes, (title, column, start) in zip(panels, columns, strict=True):
         _curve(axes, metrics, column, AFTER, "validation")
         if start is not None and start > 0:
             axes.axhline(start, color=BEFORE, linewidth=1.2, linestyle=(0, (4, 2)), label="before training")

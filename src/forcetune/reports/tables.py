@@ -123,7 +123,7 @@ def evaluation_table(errors: Mapping[str, Any]) -> Table:
 
 
 def calibration_table(ensemble: Mapping[str, Any]) -> Table:
-    """How well the spread of an ensemble foretells its errors, for the terminal.
+    """How well the spread of an ensemble predicts its errors, for the terminal.
 
     Args:
         ensemble: that part of what ``forcetune evaluate --ensemble --json`` prints.
@@ -131,9 +131,11 @@ def calibration_table(ensemble: Mapping[str, Any]) -> Table:
     columns = ("spread", "RMSE", "RMSE / spread", "rank correlation", "within 1 σ", "within 2 σ")
     table = _rich_table(f"spread of {len(ensemble['members'])} adapters", ("quantity", "unit"), columns)
     for name, unit, key in (("Energy", "meV/atom", "energy_per_atom"), ("Forces", "meV/Å", "forces")):
-        found = ensemble.get(key)
-        if found is not None:
-            values = [found[part] for part in ("mean_std", "rms_error", "ratio", "correlation", "within_1", "within_2")]
+        calibration = ensemble.get(key)
+        if calibration is not None:
+            values = [
+                calibration[part] for part in ("mean_std", "rms_error", "ratio", "correlation", "within_1", "within_2")
+            ]
             table.add_row(name, unit, *map(number_text, values))
     return table
 

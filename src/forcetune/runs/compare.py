@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.attach import get_adapter
 from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
@@ -22,7 +22,7 @@ from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
 from forcetune.runs.fit import resume, run_fit
-from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, status_of
+from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, read_status
 from forcetune.runs.search import Searched, check_search, search_options, with_settings
 from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
@@ -67,7 +67,7 @@ def compare(
     unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
     methods that have them. A run that is finished with the same configuration is not repeated and one that was
     interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
-    anew.
+    again.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -126,12 +126,12 @@ def compare(
         console.print(f"{len(everything) - len(missing)} of {len(everything)} runs are finished already")
     _run_all(missing, processes, console)
     runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in plan.items()}
-    found = read_comparison(runs)
-    content = found.to_json()
+    comparison = read_comparison(runs)
+    content = comparison.to_json()
     if searched:
         content["search"] = {name: asdict(one) for name, one in searched.items()}
     write_json(folder / COMPARISON_NAME, content)
-    return ComparisonRun(folder, found, write_comparison(folder, found, runs))
+    return ComparisonRun(folder, comparison, write_comparison(folder, comparison, runs))
 
 
 def _seeds(config: RunConfig, count: int) -> range:
@@ -154,16 +154,16 @@ def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
 def _config_of(
     config: RunConfig, name: str, seed: int, folder: Path, processes: int, chosen: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    given = config.model_dump(exclude_unset=True)
+    options_set = config.model_dump(exclude_unset=True)
     known = option_names(METHODS[name])
     options = {key: value for key, value in config.method.options().items() if key in known}
     threads = config.training.threads
     if threads is None and processes > 1:
         threads = max(1, (os.cpu_count() or 1) // processes)
-    given["method"] = {"name": name, "target": config.method.target, **options}
-    given["training"] = given.get("training", {}) | {"seed": seed, "threads": threads}
-    given["output"] = given.get("output", {}) | {"run": str(folder / f"{name}-{seed}"), "overwrite": True}
-    return RunConfig.model_validate(with_settings(given, chosen or {}))
+    options_set["method"] = {"name": name, "target": config.method.target, **options}
+    options_set["training"] = options_set.get("training", {}) | {"seed": seed, "threads": threads}
+    options_set["output"] = options_set.get("output", {}) | {"run": str(folder / f"{name}-{seed}"), "overwrite": True}
+    return RunConfig.model_validate(with_settings(options_set, chosen or {}))
 
 
 def _resolved(config: RunConfig) -> dict[str, Any]:
@@ -172,6 +172,7 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
     full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)
+    content["output"].pop("overwrite")
     for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress"):
         if not is_given(full, name):
             remove_value(content, name)  # the labels decide
@@ -179,7 +180,7 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
 
 
 def _is_finished(config: RunConfig) -> bool:
-    return _is_begun(config) and status_of(Path(config.output.run)) in FINISHED
+    return _is_begun(config) and read_status(Path(config.output.run)) in FINISHED
 
 
 def _is_begun(config: RunConfig) -> bool:
@@ -233,8 +234,8 @@ def _in_processes(
         if processes > 1 and jobs:
             # fresh interpreters: a fork of PyTorch's threads hangs, and the user's script is not to be run again
             ended = as_they_end(work, jobs, min(processes, len(jobs)), option="processes")
-        for job, found in ended:
-            yield job, found
+        for job, result in ended:
+            yield job, result
             bar.advance(task)
 
 
@@ -248,10 +249,10 @@ def _search_all(
     """
     jobs = [(config, folder / SEARCH_NAME, trials) for config in configs]
     searched: dict[str, Searched] = {}
-    for _, found in _in_processes(_search_one, jobs, processes, console, "searches"):
-        if isinstance(found, WorkerDiedError):
-            raise found
-        searched[found.method] = found
+    for _, result in _in_processes(_search_one, jobs, processes, console, "searches"):
+        if isinstance(result, WorkerDiedError):
+            raise result
+        searched[result.method] = result
     return searched
 
 
@@ -278,7 +279,7 @@ def _with_model(
         return config, None
     if not isinstance(model, Backbone):
         return _with_options(config, {"model": str(model)}), None
-    if adapter_of(model) is not None:
+    if get_adapter(model) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
     load(model, **asked_of_loaded(config.model))
     changed, stored = with_loaded(config, model, folder / MODEL_NAME)

@@ -41,18 +41,18 @@ def say_data(console: Console, dataset: Dataset, replay: ReplayFrames | None, co
         console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
 
 
-def say_isolated(console: Console, found: IsolatedAtoms | None, references: ReferenceEnergies) -> None:
+def say_isolated(console: Console, isolated: IsolatedAtoms | None, references: ReferenceEnergies) -> None:
     """What isolated atoms among the training frames say; a warning where they do not fit the frames."""
-    if found is None:
+    if isolated is None:
         return
-    text = found.sentence(references.mode, references.offset_after_mev_per_atom)
-    if found.disagree:
+    text = isolated.sentence(references.mode, references.offset_after_mev_per_atom)
+    if isolated.disagree:
         warn(text)
     elif references.mode != "isolated":
         console.print(text, highlight=False)
 
 
-def say_weights(console: Console, given: TrainingConfig, settled: TrainingConfig, labelled: Collection[str]) -> None:
+def say_weights(console: Console, asked: TrainingConfig, settled: TrainingConfig, labelled: Collection[str]) -> None:
     """Which labels are trained on where that is not what the options say by themselves; a warning for unused stress."""
     loss = settled.loss
     for label, others in (("energy", "forces"), ("forces", "energies")):
@@ -62,10 +62,10 @@ def say_weights(console: Console, given: TrainingConfig, settled: TrainingConfig
         return
     if loss.stress_weight == 0:
         why = (
-            "training.loss.stress is 0" if given.loss.stress == 0 else "forces weigh nothing; set training.loss.stress"
+            "training.loss.stress is 0" if asked.loss.stress == 0 else "forces weigh nothing; set training.loss.stress"
         )
         warn(f"The training frames have stress labels that are not trained on: {why}.")
-    elif given.loss.stress is None:
+    elif asked.loss.stress is None:
         console.print(
             f"stress: trained on with weight {loss.stress_weight:g}, beside {loss.forces:g} of forces and "
             f"{loss.energy:g} of energies (training.loss.stress; 0 leaves it out)",

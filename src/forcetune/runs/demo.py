@@ -82,7 +82,7 @@ def demo(
     """
     began = time.monotonic()
     console = console or Console(stderr=True, soft_wrap=True)
-    given = {
+    options = {
         "data": {
             "train": [str(demo_file("train"))],
             "valid": [str(demo_file("valid"))],
@@ -93,7 +93,7 @@ def demo(
         "training": _training(settings or {}, method),
         "output": {"run": str(out), "overwrite": overwrite},
     }
-    run = run_fit(load_config(given=given, overrides=settings), console=console)
+    run = run_fit(load_config(given=options, overrides=settings), console=console)
     with limited_threads(TRAINING["threads"]):
         dynamics = _dynamics(run, picoseconds, console)
     summary = DynamicsSummary.model_validate(dynamics.to_json())

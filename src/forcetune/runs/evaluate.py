@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forcetune.adapters.attach import adapter_of
+from forcetune.adapters.attach import get_adapter
 from forcetune.adapters.file import read_adapter_config
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, check_finite, evaluate_frames, graphs_of
+from forcetune.evaluation.metrics import Errors, build_graphs, check_finite, evaluate_frames
 from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE
 from forcetune.frames.read import read_frames
@@ -92,7 +92,7 @@ def _labelled_frames(
 def _magnetism_of(place: str | Path | Backbone) -> Magnetism | None:
     """The magnetic layer of what is to be evaluated, before anything heavy is loaded."""
     if isinstance(place, Backbone):
-        carried = adapter_of(place)
+        carried = get_adapter(place)
         return None if carried is None else carried.method.magnetism
     folder = adapter_folder(place)
     return None if folder is None else Method.from_json(read_adapter_config(folder).method).magnetism
@@ -113,7 +113,7 @@ def evaluate_ensemble(
     dtype: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Errors of the mean of several adapters on one base, and how well their spread foretells these errors.
+    """Errors of the mean of several adapters on one base, and how well their spread predicts these errors.
 
     Args:
         members: run folders, adapter folders or folders of comparisons.
@@ -130,7 +130,7 @@ def evaluate_ensemble(
     ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
     keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
     frames = _labelled_frames(data, keys, ensemble.magnetism, type_map)
-    found = ensemble.predict(graphs_of(ensemble.backbone, frames))
-    for one in found:
+    predictions = ensemble.predict(build_graphs(ensemble.backbone, frames))
+    for one in predictions:
         check_finite(one, frames)
-    return describe_ensemble(ensemble, found)
+    return describe_ensemble(ensemble, predictions)

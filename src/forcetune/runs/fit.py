@@ -21,7 +21,7 @@ from forcetune.runs.folder import (
     CONFIG_NAME,
     FINISHED,
     has_checkpoint,
-    status_of,
+    read_status,
 )
 from forcetune.runs.runtime import collected_warnings, limited_threads
 from forcetune.utils import distributed
@@ -58,14 +58,14 @@ def fit(
         InputError: bad input; nothing has been written.
         ForcetuneError: the training failed; the best adapter so far stays in the run folder.
     """
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "data": {"train": _texts(train), "valid": _texts(valid), "test": _texts(test)},
         "model": {"model": None if isinstance(model, Backbone) else _text(model)},
         "method": {"name": method},
         "training": {"epochs": epochs},
         "output": {"run": _text(out)},
     }
-    resolved = load_config(config, given=given, overrides=settings)
+    resolved = load_config(config, given=options, overrides=settings)
     backbone = model if isinstance(model, Backbone) else None
     return run_fit(resolved, backbone=backbone, inputs=() if config is None else (config,))
 
@@ -103,10 +103,10 @@ def run_fit(
     console = console or Console(stderr=True, soft_wrap=True)
     with (
         _among_others(config, console) as (config, console),
-        collected_warnings() as told,
+        collected_warnings() as messages,
         limited_threads(config.training.threads),
     ):
-        return Fitting(config, console, told, observe, inputs).run(backbone)
+        return Fitting(config, console, messages, observe, inputs).run(backbone)
 
 
 def resume(run: str | Path, *, console: Console | None = None) -> Run:
@@ -128,19 +128,19 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     config = config.model_copy(update={"output": config.output.model_copy(update={"run": str(folder)})})
     if (folder / BASE_NAME).is_file():
         config = config.model_copy(update={"model": config.model.model_copy(update={"model": str(folder / BASE_NAME)})})
-    if status_of(folder) in FINISHED:
+    if read_status(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
     console = console or Console(stderr=True, soft_wrap=True)
     with (
         _among_others(config, console, going_on=True) as (config, console),
-        collected_warnings() as told,
+        collected_warnings() as messages,
         limited_threads(config.training.threads),
     ):
         if not has_checkpoint(Path(config.output.run)):
             console.print("interrupted before the first checkpoint: starting from the beginning")
             again = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
-            return Fitting(again, console, told).run(None, from_the_beginning=True)
-        return Fitting(config, console, told).resume()
+            return Fitting(again, console, messages).run(None, from_the_beginning=True)
+        return Fitting(config, console, messages).resume()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import adapter_of, attached, detach, disable_adapter
+from forcetune.adapters.attach import detach, disable_adapter, get_adapter, require_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
 from forcetune.adapters.magnetic import with_magnetism
@@ -27,14 +27,14 @@ from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.diagnostics.doctor import check_frames, check_predictions
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, Predictions, check_elements, check_finite, graphs_of, predict
+from forcetune.evaluation.metrics import Errors, Predictions, build_graphs, check_elements, check_finite, predict
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
+    choose_shown,
     predict_shown,
     predict_streamed,
     shown,
     shown_frames,
-    shown_of,
 )
 from forcetune.evaluation.summaries import Forgetting
 from forcetune.evaluation.symmetry import rotation_error
@@ -135,14 +135,14 @@ class Fitting:
         self,
         config: RunConfig,
         console: Console,
-        told: list[str],
+        messages: list[str],
         observe: Callable[[int, Errors], None] | None = None,
         inputs: Sequence[str | Path] = (),
     ) -> None:
         self.method = build_method(config.method)
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
-        self.told = told
+        self.messages = messages
         self.observe = observe
         self.folder = Path(config.output.run)
         self.inputs = inputs
@@ -177,11 +177,11 @@ class Fitting:
         checkpoint = read_checkpoint(self.folder)
         self._progress(checkpoint)
         start = self._start(None, checkpoint)
-        for name, found, stored in (
+        for name, current, stored in (
             ("the training frames", start.data, checkpoint["data"]),
             ("the model", start.backbone.base.fingerprint, checkpoint["base"]),
         ):
-            if found != stored:
+            if current != stored:
                 raise InputError(f"{self.folder}: {name} changed since the run began; start a new run with `fit`.")
         recover_adapter(self.folder / ADAPTER_NAME)
         epochs, planned = self._progress(checkpoint)
@@ -221,8 +221,8 @@ class Fitting:
         check_trainable_labels(self.training, graphs["train"])
         raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
         for name, part in dataset.splits.items():
-            if isinstance(found := raw[name], Predictions):
-                check_finite(found, part.frames)
+            if isinstance(predictions := raw[name], Predictions):
+                check_finite(predictions, part.frames)
         if examined:
             check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
         own_references = backbone.reference_energies
@@ -232,7 +232,7 @@ class Fitting:
         shift = {z: references.energies[z] - own_references[z] for z in own_references}
         # errors of streamed training frames are those of a sample, before and after
         raw["train"] = shown(raw["train"])
-        before = {name: found.shifted(shift) for name, found in raw.items()}
+        before = {name: predictions.shifted(shift) for name, predictions in raw.items()}
         prepared = None
         if replay is not None:
             prepared = prepare_replay(replay, self.config.replay, self.training, backbone, references.energies)
@@ -252,7 +252,10 @@ class Fitting:
         asked = self.config.training.refine is not None and outcome.status != "interrupted"
         refinement = self._refine(start) if asked else None
         after = self._best(start)
-        arrays = [{name: shown(own) for name, own in found.items()} for found in (start.before, after)]
+        arrays = [
+            {name: shown(split_predictions) for name, split_predictions in by_split.items()}
+            for by_split in (start.before, after)
+        ]
         save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
         errors_before = {name: start.before[name].errors() for name in after}
         errors_after = {name: predictions.errors() for name, predictions in after.items()}
@@ -282,14 +285,14 @@ class Fitting:
                 f"{references.offset_after_mev_per_atom:.1f} meV/atom",
                 highlight=False,
             )
-        found = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, own_references)
-        say_isolated(self.console, found, references)
+        isolated = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, own_references)
+        say_isolated(self.console, isolated, references)
         return references
 
     def _settle_weights(self, graphs: Sequence[Batch]) -> None:
         """Weights of the loss for the labels there are, and a line about what is not trained on."""
         data = self.config.data
-        # energies and forces that are not there although nobody said so are a mistake, which is told later
+        # energies and forces that are missing although no key is `none` are a mistake, which is told later
         labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
         if any_label(graphs, "stress"):
             labelled.add("stress")
@@ -341,7 +344,7 @@ class Fitting:
         model = self.config.model
         wanted = elements if "elements" in model.model_fields_set else None
         loaded = load(backbone, elements=wanted, **asked_of_loaded(model))
-        if adapter_of(loaded) is not None:
+        if get_adapter(loaded) is not None:
             raise InputError("this model already carries an adapter; detach it first.")
         self.config, self._stores_base = with_loaded(self.config, loaded, self.folder / BASE_NAME)
         return loaded
@@ -360,7 +363,7 @@ class Fitting:
 
     def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
         with self._counting(f"{name}, neighbours", len(frames)) as advance:
-            return graphs_of(backbone, frames, advance, worker_count(self.config.data.workers))
+            return build_graphs(backbone, frames, advance, worker_count(self.config.data.workers))
 
     def _predict(
         self, backbone: Backbone, graphs: Sequence[Batch], label: str, *, finite: bool
@@ -421,7 +424,7 @@ class Fitting:
         load_adapter(start.backbone, unrefined)
         with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task("refining", total=self.config.training.refine)
-            found = refine(
+            refinement = refine(
                 start.backbone,
                 self.training,
                 start.graphs["train"],
@@ -430,12 +433,13 @@ class Fitting:
                 progress=lambda done: bar.update(task, completed=done),
             )
         self.console.print(
-            f"refined by {found.iterations} iterations of L-BFGS: validation loss {found.valid_loss_before:.4g} → "
-            f"{found.valid_loss_after:.4g}, training loss {found.train_loss_before:.4g} → {found.train_loss_after:.4g}",
+            f"refined by {refinement.iterations} iterations of L-BFGS: validation loss "
+            f"{refinement.valid_loss_before:.4g} → {refinement.valid_loss_after:.4g}, training loss "
+            f"{refinement.train_loss_before:.4g} → {refinement.train_loss_after:.4g}",
             highlight=False,
         )
         self._save(start, {})
-        return found
+        return refinement
 
     def _save(self, start: Start, errors: Mapping[str, Errors]) -> None:
         save_adapter(
@@ -443,7 +447,7 @@ class Fitting:
             self.folder / ADAPTER_NAME,
             stored_dtype=torch.float32 if self.config.output.adapter_dtype == "float32" else torch.float64,
             training_data_sha256=start.data,
-            metrics={"errors": {name: found.to_json() for name, found in errors.items()}},
+            metrics={"errors": {name: split_errors.to_json() for name, split_errors in errors.items()}},
         )
 
     def _best(self, start: Start) -> dict[str, Predictions | StreamedPredictions]:
@@ -451,16 +455,16 @@ class Fitting:
         detach(start.backbone)
         load_adapter(start.backbone, self.folder / ADAPTER_NAME)
         after = {name: self._again(start, name) for name in start.graphs}
-        self._save(start, {name: found.errors() for name, found in after.items()})
+        self._save(start, {name: predictions.errors() for name, predictions in after.items()})
         return after
 
     def _again(self, start: Start, name: str) -> Predictions | StreamedPredictions:
         """Predictions after the training; of streamed training frames those shown."""
         graphs, label = start.graphs[name], f"{name}, after"
         if name == "train" and isinstance(graphs, StoredGraphs):
-            with self._counting(label, len(shown_of(len(graphs)))) as advance:
+            with self._counting(label, len(choose_shown(len(graphs)))) as advance:
                 return predict_shown(start.backbone, graphs, advance)
-        # a training that went astray is told by its errors: days of it should not end without results
+        # a training that diverged shows in its errors: days of it should not end without results
         return self._predict(start.backbone, graphs, label, finite=False)
 
     def _training_summary(self, outcome: TrainingOutcome, refinement: Refinement | None) -> TrainingSummary:
@@ -483,7 +487,7 @@ class Fitting:
         """Everything that goes into ``results.json``; what does not concern the run is left out."""
         backbone = start.backbone
         optional: dict[str, Any] = {}
-        sparsity = attached(backbone).sparsity()
+        sparsity = require_adapter(backbone).sparsity()
         if sparsity is not None:
             optional["sparsity"] = sparsity
         if start.replay_frames is not None:
@@ -505,7 +509,7 @@ class Fitting:
             rotation_error=rotation_error(backbone, start.dataset.valid.frames),
             changes=list(weight_changes(backbone)),
             **optional,
-            warnings=list(self.told),
+            warnings=list(self.messages),
             errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
         )
 
@@ -515,5 +519,5 @@ class Fitting:
             forgetting = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
         for text in forgetting.warnings:
             self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
-            self.told.append(text)
+            self.messages.append(text)
         return forgetting

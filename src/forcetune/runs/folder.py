@@ -24,7 +24,7 @@ from forcetune.runs.predictions import PREDICTIONS_NAME
 from forcetune.runs.results import RESULTS_NAME
 from forcetune.training.callbacks import METRICS_NAME
 from forcetune.training.train import TENSORBOARD_NAME
-from forcetune.utils.files import atomic_path, is_inside, path_of, retire_folder
+from forcetune.utils.files import as_path, atomic_path, is_inside, retire_folder
 from forcetune.utils.parsing import check_archive
 
 CONFIG_NAME = "config.yaml"
@@ -110,7 +110,7 @@ def recover_adapter(folder: Path) -> None:
         retire_folder(path, folder, ADAPTER_FILES)
 
 
-def status_of(folder: Path) -> str | None:
+def read_status(folder: Path) -> str | None:
     """How the run of a folder ended, None if it has not.
 
     Raises:
@@ -139,7 +139,7 @@ def input_files(config: RunConfig, others: Sequence[str | Path] = ()) -> list[Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever reads them says what is named twice
         frames = [file for name in named for file in expand(name)]
-    return [file for file in (*frames, path_of(config.model.model), *map(path_of, others)) if file.exists()]
+    return [file for file in (*frames, as_path(config.model.model), *map(as_path, others)) if file.exists()]
 
 
 def check_folder(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
@@ -152,7 +152,7 @@ def check_folder(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     Raises:
         InputError: the run folder exists and is not empty, and may not or cannot be replaced.
     """
-    path_of(folder)
+    as_path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another run folder with --out.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -188,14 +188,14 @@ def own_files(folder: Path) -> list[Path]:
     Raises:
         InputError: a folder or a link has the name of such a file.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for place, names in own_folders(folder).items():
         for path in sorted(place.iterdir()):
             if any(path.match(name) for name in names):
                 if path.is_symlink() or not path.is_file():
                     raise InputError(f"{path}: is not what forcetune wrote there; move it away first.")
-                found.append(path)
-    return found
+                files.append(path)
+    return files
 
 
 def own_folders(folder: Path) -> dict[Path, tuple[str, ...]]:
@@ -204,13 +204,13 @@ def own_folders(folder: Path) -> dict[Path, tuple[str, ...]]:
     Raises:
         InputError: a file or a link has the name of such a folder.
     """
-    found: dict[Path, tuple[str, ...]] = {}
+    folders: dict[Path, tuple[str, ...]] = {}
     for pattern, names in OWN_FILES.items():
         for path in sorted(folder.glob(pattern)) if pattern else ():
             if path.is_symlink() or not path.is_dir():
                 raise InputError(f"{path}: is not what forcetune wrote there; move it away first.")
-            found[path] = names
-    return found | {folder: OWN_FILES[""]}
+            folders[path] = names
+    return folders | {folder: OWN_FILES[""]}
 
 
 def prepare_folder(

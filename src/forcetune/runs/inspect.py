@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import require_adapter
 from forcetune.adapters.changes import Changes, GateChange, Likeness, likeness, recorded_gates, weight_changes
 from forcetune.adapters.updates import ActivationUpdate
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import load_config
 from forcetune.deployment.loading import deploy_copy
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.frames.read import read_frames
 
 
@@ -51,14 +51,14 @@ def inspect(
         InputError: no adapter there, bad data, or ``against`` belongs to another base.
     """
     backbone = deploy_copy(model, run, trust=trust).backbone
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     gates: tuple[GateChange, ...] = ()
     if any(isinstance(part, ActivationUpdate) for part in adapter.parts.values()):
         frames = read_frames(
             data if data is not None else _training_files(run), require=(), name="data to watch gates on"
         ).frames
         with recorded_gates(backbone) as seen:
-            predict(backbone, graphs_of(backbone, frames))
+            predict(backbone, build_graphs(backbone, frames))
         gates = tuple(seen)
     alike = None
     if against is not None:

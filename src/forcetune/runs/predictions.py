@@ -25,8 +25,8 @@ PREDICTIONS_NAME = "predictions.npz"
 def save_predictions(path: Path, before: Mapping[str, Predictions], after: Mapping[str, Predictions]) -> None:
     """Write predictions and labels of every split, compressed: ``{split}/{before|after|reference}/{quantity}``."""
     arrays: dict[str, np.ndarray] = {}
-    for when, found in (("before", before), ("after", after)):
-        for name, predictions in found.items():
+    for when, by_split in (("before", before), ("after", after)):
+        for name, predictions in by_split.items():
             arrays[f"{name}/{when}/energy_per_atom"] = predictions.energy / predictions.atoms
             arrays[f"{name}/{when}/forces"] = predictions.forces
             arrays[f"{name}/reference/energy_per_atom"] = predictions.energy_label / predictions.atoms

@@ -15,7 +15,7 @@ from forcetune.errors import ForcetuneWarning
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
     """Within this context our warnings are shown as ever and also gathered for the report."""
-    told: list[str] = []
+    messages: list[str] = []
     show: Callable[..., None] = warnings.showwarning
 
     def note(
@@ -27,12 +27,12 @@ def collected_warnings() -> Iterator[list[str]]:
         line: str | None = None,
     ) -> None:
         if issubclass(category, ForcetuneWarning):
-            told.append(str(message))
+            messages.append(str(message))
         show(message, category, filename, lineno, file, line)
 
     warnings.showwarning = note
     try:
-        yield told
+        yield messages
     finally:
         warnings.showwarning = show
 

@@ -17,6 +17,7 @@ from forcetune.config import LossConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors
 from forcetune.runs.fit import run_fit
+from forcetune.training.label_weights import default_stress_weight
 from forcetune.utils.option_defaults import is_given
 
 RANKS = (4, 8, 16, 32, 64)
@@ -45,14 +46,26 @@ class Searched:
     trials: tuple[dict[str, Any], ...]
 
 
-def score(errors: Errors, loss: LossConfig) -> float:
-    """w_E RMSE_E² + w_F RMSE_F² with the configured weights, eV² and eV²/Å².
+def score(errors: Errors, loss: LossConfig, magnetic: bool = False) -> float:
+    """w_E RMSE_E² + w_F RMSE_F² + w_S RMSE_S² with the configured weights, eV², eV²/Å² and eV²/Å⁶.
 
-    It does not depend on the weights of a trial, so that trials with different ones can be compared.
+    It does not depend on the weights of a trial, so that trials with different ones can be compared. Without a weight
+    of its own the stress has that of the training (:func:`forcetune.training.label_weights.default_stress_weight`).
+
+    Args:
+        errors: on the validation frames; those without labels do not count.
+        loss: of the configuration that is searched for.
+        magnetic: whether the run has a magnetic layer.
     """
     total = 0.0
+    stress_weight = default_stress_weight(loss, magnetic) if loss.stress is None else loss.stress
     energy = errors.energy_rmse_mev_per_atom if loss.energy_per_atom else errors.energy_rmse_mev
-    for weight, value in ((loss.energy, energy), (loss.forces, errors.forces_rmse_mev_per_ang)):
+    terms = (
+        (loss.energy, energy),
+        (loss.forces, errors.forces_rmse_mev_per_ang),
+        (stress_weight, errors.stress_rmse_mev_per_ang3),
+    )
+    for weight, value in terms:
         if value is not None:
             total += weight * (value / 1000) ** 2
     return total
@@ -108,7 +121,7 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
 
         def observe(epoch: int, errors: Errors) -> None:
             nonlocal best
-            best = min(best, score(errors, config.training.loss))
+            best = min(best, score(errors, config.training.loss, config.magnetism.layer != "off"))
             trial.report(best, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
@@ -151,20 +164,20 @@ def _last(values: Mapping[int, float]) -> float | None:
 def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]]:
     """Options to search, with their limits or choices; what the user gave stays."""
     loss = config.training.loss
-    found: dict[str, Any] = {}
+    space: dict[str, Any] = {}
     if not is_given(config, "training.learning_rate"):
         rate = build_method(config.method).learning_rate
-        found["training.learning_rate"] = (RATES[0] * rate, RATES[1] * rate)
+        space["training.learning_rate"] = (RATES[0] * rate, RATES[1] * rate)
     known = option_names(METHODS[config.method.name])
     if "rank" in known and "rank" not in config.method.options():
-        found["method.rank"] = RANKS
+        space["method.rank"] = RANKS
     if "forces" not in loss.model_fields_set and loss.energy > 0 and loss.forces > 0:
-        found["training.loss.forces"] = (WEIGHTS[0] * loss.forces, WEIGHTS[1] * loss.forces)
-    if not found:
+        space["training.loss.forces"] = (WEIGHTS[0] * loss.forces, WEIGHTS[1] * loss.forces)
+    if not space:
         raise InputError(
             f"--search: learning rate, rank and weight of the forces are all given for {config.method.name}."
         )
-    return found
+    return space
 
 
 def _defaults(config: RunConfig) -> dict[str, Any]:
@@ -178,13 +191,13 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
 
 
 def _suggested(trial: Any, config: RunConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    suggested: dict[str, Any] = {}
     for key, limits in _space(config).items():
         if key == "method.rank":
-            found[key] = trial.suggest_categorical(key, limits)
+            suggested[key] = trial.suggest_categorical(key, limits)
         else:
-            found[key] = trial.suggest_float(key, *limits, log=True)
-    return _settings(found)
+            suggested[key] = trial.suggest_float(key, *limits, log=True)
+    return _settings(suggested)
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,15 +207,15 @@ def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with(config: RunConfig, settings: Mapping[str, Any], run: Path) -> RunConfig:
     """The configuration with these options, for a run in ``run`` without test frames."""
-    given = with_settings(config.model_dump(exclude_unset=True), settings)
-    given["data"] = {key: value for key, value in given["data"].items() if key != "test"}
-    given["output"] = given.get("output", {}) | {"run": str(run), "overwrite": True, "forgetting": False}
-    return RunConfig.model_validate(given)
+    options = with_settings(config.model_dump(exclude_unset=True), settings)
+    options["data"] = {key: value for key, value in options["data"].items() if key != "test"}
+    options["output"] = options.get("output", {}) | {"run": str(run), "overwrite": True, "forgetting": False}
+    return RunConfig.model_validate(options)
 
 
-def with_settings(given: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_settings(options: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A nested mapping with options by dotted name put in; the original stays."""
-    result = dict(given)
+    result = dict(options)
     for key, value in settings.items():
         *sections, last = key.split(".")
         place = result

@@ -13,7 +13,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import ReplayConfig
 from forcetune.frames.dataset import Dataset, Split
 from forcetune.frames.references import ReferenceEnergies
-from forcetune.frames.store.stored_frames import StoredFrames, atoms_of
+from forcetune.frames.store.stored_frames import StoredFrames, count_atoms
 from forcetune.runs.results import (
     DataSummary,
     ElementReference,
@@ -82,7 +82,7 @@ def summarize_data(dataset: Dataset) -> dict[str, DataSummary | None]:
 
 
 def _summarize_split(split: Split) -> DataSummary:
-    sizes = atoms_of(split.frames)
+    sizes = count_atoms(split.frames)
     keys = split.keys._asdict()
     return DataSummary(
         files=list(split.files),

@@ -23,6 +23,8 @@ VALID_KEYS = (
     "energy_rmse_mev_per_atom",
     "forces_mae_mev_per_ang",
     "forces_rmse_mev_per_ang",
+    "stress_mae_mev_per_ang3",
+    "stress_rmse_mev_per_ang3",
     "moment_mae_mub",
     "moment_rmse_mub",
 )
@@ -59,19 +61,22 @@ class MetricsTable(Observer):
         self.began = time.monotonic()
 
     def on_start(self, training: FineTuning) -> None:
-        kept = self._rows(training.epochs_done)
-        self.began = time.monotonic() - (float(kept[-1]["seconds"]) if kept else 0.0)
+        rows = self._rows(training.epochs_done)
+        self.began = time.monotonic() - (float(rows[-1]["seconds"]) if rows else 0.0)
         with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
+            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(rows)
 
     def _rows(self, epochs: int) -> list[dict[str, str]]:
-        """Rows of the epochs that a resumed run does not repeat."""
+        """Rows of the epochs that a resumed run does not repeat; a last line without its end is left out.
+
+        Tables of earlier versions lack columns, which stay empty.
+        """
         if epochs == 0 or not self.path.is_file():
             return []
         with self.path.open(newline="", encoding="utf-8") as stream:
-            rows = [row for row in csv.DictReader(stream) if all(row.get(name) is not None for name in COLUMNS)]
+            rows = [row for row in csv.DictReader(stream) if all(value is not None for value in row.values())]
         return [row for row in rows if int(row["epoch"]) <= epochs]
 
     def on_epoch(self, training: FineTuning) -> None:
@@ -136,14 +141,14 @@ class ProgressBar(Observer):
         columns = (
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console)
         done, epochs = training.epochs_done, training.epochs
-        self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, told="")
+        self.task = self.bar.add_task("", total=epochs, completed=done, epoch=done, epochs=epochs, text="")
         self.bar.start()
 
     def on_step(self, training: FineTuning) -> None:
@@ -154,14 +159,14 @@ class ProgressBar(Observer):
                 epochs=training.epochs,
                 completed=training.progress,
                 epoch=training.epoch,
-                told=_told(training),
+                text=_progress_text(training),
             )
 
     def on_epoch(self, training: FineTuning) -> None:
         every = max(1, math.ceil(training.config.epochs / 20))
         if self.bar is None and training.epoch % every == 0:
-            told = _told(training)
-            self.console.print(f"epoch {training.epoch}/{training.epochs} {told}", highlight=False)
+            text = _progress_text(training)
+            self.console.print(f"epoch {training.epoch}/{training.epochs} {text}", highlight=False)
 
     def close(self) -> None:
         """Take the bar down, whatever ended the run."""
@@ -170,7 +175,7 @@ class ProgressBar(Observer):
             self.bar = None
 
 
-def _told(module: FineTuning) -> str:
+def _progress_text(module: FineTuning) -> str:
     parts = []
     errors = module.valid_errors
     if errors is not None and errors.energy_mae_mev_per_atom is not None:

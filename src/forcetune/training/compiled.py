@@ -20,7 +20,7 @@ from torch import Tensor
 
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.graphs.graph import Batch, parts_of
+from forcetune.graphs.graph import Batch, split_batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.kernels.edge_plan import Plan, with_plan
@@ -91,7 +91,7 @@ class CompiledStep:
             CompileError: the step cannot be recorded, or what was recorded differs from the eager step.
         """
         here = batch.to("cpu")
-        parts = [fitted(part, self.layout, self.backbone.elements) for part in parts_of(here, self.layout.frames)]
+        parts = [fitted(part, self.layout, self.backbone.elements) for part in split_batch(here, self.layout.frames)]
         wholes = label_weights(self.config, here)
         inputs = [[*tensors_of(part[0]), *tensors_of(part[1]), *wholes] for part in parts if part is not None]
         if len(inputs) < len(parts):
@@ -110,7 +110,7 @@ class CompiledStep:
 
     def _sums(self, recording: Recording, inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Loss and gradients, summed over the parts."""
-        first, *others = self.workers.map(recording, [(*own, *self.parameters) for own in inputs])
+        first, *others = self.workers.map(recording, [(*part_inputs, *self.parameters) for part_inputs in inputs])
         sums = list(first)
         for other in others:
             sums = torch._foreach_add(sums, list(other))  # pyright: ignore[reportPrivateImportUsage]
@@ -163,8 +163,8 @@ class Workers:
     def map(self, run: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> list[Any]:
         """Results for all inputs in their order."""
 
-        def one(own: tuple[Tensor, ...]) -> Any:
-            return run(*own)
+        def one(arguments: tuple[Tensor, ...]) -> Any:
+            return run(*arguments)
 
         if self.count == 1 or len(inputs) == 1:
             return list(map(one, inputs))
@@ -292,10 +292,10 @@ class CompiledTraining:
             return None
         if self._step is None or self._step.config != config:
             self._step = CompiledStep(*self._arguments, config, self._layout, self._parameters, self._workers)
-        found = self._step.loss(batch)
+        loss = self._step.loss(batch)
         if self._step.recording is not None:
             self.operations = self._step.recording.operations
-        return found
+        return loss
 
 
 def _steps(config: TrainingConfig, batches: int) -> list[tuple[LossConfig, int]]:

@@ -88,20 +88,20 @@ def describe_failure(
     where = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     of = f" of {where}" if where else ", but of no frame by itself"
     what = "the model's prediction" if cause.what == "prediction" else "the gradient of the loss by the weights"
-    mend = "Look at the structure and labels there, or leave the frame out" if where else "Please report this"
+    advice = "Look at the structure and labels there, or leave the frame out" if where else "Please report this"
     return (
-        f"{start}, and not because of the learning rate: with finite weights {what}{of} is not finite. {mend}. The "
+        f"{start}, and not because of the learning rate: with finite weights {what}{of} is not finite. {advice}. The "
         "best adapter so far is kept."
     )
 
 
-def copies_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+def copy_values(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The values of parameters, to be put back by :func:`put_back`."""
     return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()
 def put_back(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Give parameters the values that :func:`copies_of` took."""
+    """Give parameters the values that :func:`copy_values` took."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

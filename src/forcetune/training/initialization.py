@@ -15,7 +15,7 @@ from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.magnetism.layer import SpinLayer
-from forcetune.training.losses import loss_of
+from forcetune.training.losses import compute_loss
 
 FIRST_FRAMES = 100
 
@@ -44,7 +44,7 @@ def attach_for_training(
     """
     if not method.needs_gradients:
         return _calibrated(_left_alone(attach(backbone, method, seed=config.seed), backbone, elements), graphs)
-    own = backbone.reference_energies
+    model_references = backbone.reference_energies
     backbone.set_reference_energies(reference_energies)
     loader = BatchLoader(
         graphs[:FIRST_FRAMES],
@@ -61,9 +61,9 @@ def attach_for_training(
             "moments alone have no gradient yet."
         )
     gradients = weight_gradients(
-        backbone, loader, lambda found, batch: loss_of(loss, found, batch), stress=loss.stress_weight > 0
+        backbone, loader, lambda prediction, batch: compute_loss(loss, prediction, batch), stress=loss.stress_weight > 0
     )
-    backbone.set_reference_energies(own)
+    backbone.set_reference_energies(model_references)
     if method.budget is not None:
         method = within_budget(method, backbone.sites(), gradients)
     adapter = attach(backbone, method, seed=config.seed)

@@ -16,6 +16,16 @@ where stress counts for next to nothing.
 """
 
 
+def default_stress_weight(loss: LossConfig, magnetic: bool = False) -> float:
+    """Weight of the stress term where training frames have stress and none was set.
+
+    Args:
+        loss: its form, and the weight of the forces.
+        magnetic: whether the run has a magnetic layer, which weighs all terms alike.
+    """
+    return 1.0 if magnetic else STRESS_PER_FORCES[loss.form] * loss.forces
+
+
 def settle(config: TrainingConfig, labelled: Collection[str], magnetic: bool = False) -> TrainingConfig:
     """The configuration with a weight for every term: 0 where no training frame has the label.
 
@@ -29,8 +39,7 @@ def settle(config: TrainingConfig, labelled: Collection[str], magnetic: bool = F
         changed = {name: 0.0 for name in ("energy", "forces") if name not in labelled}
         stress = loss.stress
         if stress is None:
-            usual = 1.0 if magnetic else STRESS_PER_FORCES[loss.form] * loss.forces
-            stress = usual if "stress" in labelled else 0.0
+            stress = default_stress_weight(loss, magnetic) if "stress" in labelled else 0.0
         return loss.model_copy(update=changed | {"stress": stress})
 
     second = config.second_stage

@@ -13,7 +13,7 @@ from forcetune.config import LossConfig
 from forcetune.graphs.graph import Batch, moment_labels
 
 
-def loss_of(
+def compute_loss(
     config: LossConfig, prediction: Prediction, batch: Batch, *, total: Callable[[Tensor], Tensor] = lambda value: value
 ) -> Tensor:
     """w_E f(E) + w_F f(F) + w_S f(S) + w_M f(μ), each f a mean over the labels there are.
@@ -38,7 +38,7 @@ def loss_of(
 
 
 class LossSums:
-    """The loss of frames that come batch after batch and are not kept: that of :func:`loss_of` for all of them."""
+    """The loss of frames that come batch after batch and are not kept: that of :func:`compute_loss` for all of them."""
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
@@ -50,7 +50,7 @@ class LossSums:
         self.sums[: len(terms)] += torch.stack([torch.stack(term) for term in terms]).detach().cpu()
 
     def wholes(self) -> tuple[Tensor, ...]:
-        """The sum of the weights of each term's labels, in the order in which :func:`loss_of` asks for them."""
+        """The sum of the weights of each term's labels, in the order in which :func:`compute_loss` asks for them."""
         return self.sums[:, 1].unbind()
 
     def loss(self) -> float:
@@ -59,19 +59,19 @@ class LossSums:
 
 
 def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
-    """The sum of the weights of each term's labels, in the order in which :func:`loss_of` asks for them.
+    """The sum of the weights of each term's labels, in the order in which :func:`compute_loss` asks for them.
 
     Raises:
         ValueError: the loss has moments, whose labels take the shape of what is predicted.
     """
     if config.moments:
         raise ValueError("how many labels moments have depends on what is predicted")
-    found = [_weights(batch.energy, batch.weight)]
+    by_label = [_weights(batch.energy, batch.weight)]
     if config.forces:
-        found.append(_weights(batch.forces, batch.weight[batch.graph_index]))
+        by_label.append(_weights(batch.forces, batch.weight[batch.graph_index]))
     if config.stress_weight:
-        found.append(_weights(batch.stress, batch.weight))
-    return [weights.sum() for weights in found]
+        by_label.append(_weights(batch.stress, batch.weight))
+    return [weights.sum() for weights in by_label]
 
 
 def _weights(label: Tensor, weight: Tensor) -> Tensor:
@@ -102,17 +102,17 @@ def _terms(config: LossConfig, prediction: Prediction, batch: Batch) -> list[tup
     atoms = batch.atoms_per_graph if config.energy_per_atom else 1
     graph = batch.graph_index
     energy, forces, stress, moments = batch.file_weights.unbind(1)
-    found = [_sums(config, prediction.energy / atoms, batch.energy / atoms, batch.weight, energy)]
+    terms = [_sums(config, prediction.energy / atoms, batch.energy / atoms, batch.weight, energy)]
     if config.forces:
-        found.append(_sums(config, prediction.forces, batch.forces, batch.weight[graph], forces[graph]))
+        terms.append(_sums(config, prediction.forces, batch.forces, batch.weight[graph], forces[graph]))
     if config.stress_weight:
         assert prediction.stress is not None
-        found.append(_sums(config, prediction.stress, batch.stress, batch.weight, stress))
+        terms.append(_sums(config, prediction.stress, batch.stress, batch.weight, stress))
     if config.moments:
         assert prediction.moments is not None
         labels = moment_labels(prediction.moments, batch.moments)
-        found.append(_sums(config, prediction.moments, labels, batch.weight[graph], moments[graph]))
-    return found
+        terms.append(_sums(config, prediction.moments, labels, batch.weight[graph], moments[graph]))
+    return terms
 
 
 def _sums(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import Sparsity, attached
+from forcetune.adapters.attach import require_adapter
+from forcetune.adapters.summaries import Sparsity
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, warn
@@ -20,8 +21,8 @@ from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.recording import CompileError
 from forcetune.training.compiled import CompiledTraining
-from forcetune.training.failure import Cause, cause_in, copies_of, describe_failure, put_back
-from forcetune.training.losses import LossSums, loss_of
+from forcetune.training.failure import Cause, cause_in, copy_values, describe_failure, put_back
+from forcetune.training.losses import LossSums, compute_loss
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from forcetune.training.replay_head import ReplayHead, objective
 from forcetune.utils import distributed
@@ -79,7 +80,7 @@ class FineTuning:
         head: ReplayHead | None = None,
     ) -> None:
         self.backbone = backbone
-        self.adapter = attached(backbone)
+        self.adapter = require_adapter(backbone)
         self.config = config
         self.loader = loader
         self.save_best = save_best
@@ -213,7 +214,7 @@ class FineTuning:
         Raises:
             ForcetuneError: the loss is no longer finite.
         """
-        self._began_with = copies_of(self._trained())
+        self._began_with = copy_values(self._trained())
         try:
             for observer in observers:
                 observer.on_start(self)
@@ -314,10 +315,10 @@ class FineTuning:
 
     def _name_of(self, numbers: Sequence[int], index: int) -> str:
         number = numbers[index]
-        own = number < self.loader.n_own
-        if own and self.frame_name is not None:
+        is_own = number < self.loader.n_own
+        if is_own and self.frame_name is not None:
             return self.frame_name(number)
-        return f"training frame {number}" if own else f"replay frame {number - self.loader.n_own}"
+        return f"training frame {number}" if is_own else f"replay frame {number - self.loader.n_own}"
 
     def _trained(self) -> list[torch.nn.Parameter]:
         parameters = [*self.adapter.parameters(), *(() if self.head is None else self.head.parameters())]
@@ -325,20 +326,20 @@ class FineTuning:
 
     def _validation(self, validation: Iterable[Batch]) -> tuple[float, Errors]:
         """Loss and errors over the validation frames of all processes."""
-        kept: list[tuple[Batch, Prediction]] = []
+        pairs: list[tuple[Batch, Prediction]] = []
         counted = (LossSums(self.loss_config), Tally())
         for batch in validation:
             moved = batch.to(device=self.backbone.device)
             prediction = self.backbone.predict(moved, stress=self.loss_config.stress_weight > 0)
             batch, prediction = batch.to(device="cpu"), prediction.detached().to(torch.device("cpu"))
             if self.keeps_validation:
-                kept.append((batch, prediction))
+                pairs.append((batch, prediction))
             else:
                 counted[0].add(prediction, batch)
                 counted[1].add(Predictions.of(batch, prediction))
         if self.keeps_validation:
-            batch, prediction = gather(distributed.collected(kept) if self.shares_validation else kept)
-            return float(loss_of(self.loss_config, prediction, batch)), Predictions.of(batch, prediction).errors()
+            batch, prediction = gather(distributed.collected(pairs) if self.shares_validation else pairs)
+            return float(compute_loss(self.loss_config, prediction, batch)), Predictions.of(batch, prediction).errors()
         parts = distributed.collected([counted]) if self.shares_validation else [counted]
         (losses, errors), *others = parts
         for more_losses, more_errors in others:

@@ -36,19 +36,19 @@ def make_optimizer(
     the ``first_rate`` that it began with, so that its groups are the same.
     """
     begun = learning_rate if first_rate is None else first_rate
-    found: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    for kind, parameter, own in adapter.parameter_kinds():
-        if own is None:
+    parameter_groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for kind, parameter, options in adapter.parameter_kinds():
+        if options is None:
             key = (config.weight_decay if kind in DECAYED_KINDS else 0.0, 1.0, False)
         else:
-            key = (config.weight_decay if own.decay is None else own.decay, _rate(own, begun), True)
-        found.setdefault(key, []).append(parameter)
+            key = (config.weight_decay if options.decay is None else options.decay, _rate(options, begun), True)
+        parameter_groups.setdefault(key, []).append(parameter)
     if head is not None:
-        found.setdefault((0.0, LEARNING_RATE / begun, True), []).extend(head.parameters())
+        parameter_groups.setdefault((0.0, LEARNING_RATE / begun, True), []).extend(head.parameters())
     groups: list[dict[str, Any]] = [
         {"params": members, "weight_decay": decay, "lr": rate * learning_rate, "rate": rate}
-        | ({"decoupled_weight_decay": True} if own and config.optimizer in (None, "adam") else {})
-        for (decay, rate, own), members in found.items()
+        | ({"decoupled_weight_decay": True} if options and config.optimizer in (None, "adam") else {})
+        for (decay, rate, options), members in parameter_groups.items()
     ]
     if config.optimizer == "schedulefree":
         warmup = config.schedule.warmup_epochs * steps_per_epoch
@@ -135,12 +135,12 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the parameters have the averaged values."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        saved = [parameter.detach().clone() for parameter in self.parameters]
         self._assign(self.averages)
         try:
             yield
         finally:
-            self._assign(kept)
+            self._assign(saved)
 
     def _assign(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from forcetune.adapters.attach import attached
+from forcetune.adapters.attach import require_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.evaluation.metrics import EVALUATION_ATOMS, evaluation_batches, gather
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs
-from forcetune.training.losses import LossSums, label_weights, loss_of
+from forcetune.training.losses import LossSums, compute_loss, label_weights
 from forcetune.training.outcome import Refinement
 from forcetune.training.replay import Replay
 from forcetune.training.replay_head import objective
@@ -49,7 +49,7 @@ def refine(
         progress: called with the number of each iteration.
         batch_atoms: atoms whose loss is differentiated at once, which takes memory.
     """
-    adapter = attached(backbone)
+    adapter = require_adapter(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     batches = _Weighted(training, replay, backbone, batch_atoms)
@@ -75,11 +75,11 @@ def refine(
         pairs = ((b, backbone.predict(b, stress=loss.stress_weight > 0).detached()) for b in validating)
         if isinstance(validation, StoredGraphs):
             sums = LossSums(loss)
-            for batch, found in pairs:
-                sums.add(found, batch)
+            for batch, validation_loss in pairs:
+                sums.add(validation_loss, batch)
             return sums.loss()
-        batch, found = gather(list(pairs))
-        return float(loss_of(loss, found, batch))
+        batch, validation_loss = gather(list(pairs))
+        return float(compute_loss(loss, validation_loss, batch))
 
     def kept() -> list[Tensor]:
         return [parameter.detach().clone() for parameter in parameters]
@@ -94,11 +94,11 @@ def refine(
     while iteration < (config.refine or 0) and iteration - best_iteration < PATIENCE:
         losses.append(float(optimizer.step(closure)))  # pyright: ignore[reportArgumentType]
         iteration += 1
-        found = valid_loss()
-        if not math.isfinite(found):
+        validation_loss = valid_loss()
+        if not math.isfinite(validation_loss):
             break
-        if found < best_loss:
-            best, best_loss, best_iteration = kept(), found, iteration
+        if validation_loss < best_loss:
+            best, best_loss, best_iteration = kept(), validation_loss, iteration
         if progress is not None:
             progress(iteration)
     with torch.no_grad():

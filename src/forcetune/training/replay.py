@@ -18,13 +18,13 @@ import numpy as np
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import DataConfig, ReplayConfig, TrainingConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Predictions, check_finite, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, check_finite, predict
 from forcetune.frames.frame import Frame
 from forcetune.frames.labels import AUTO, NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import composition_matrix, estimate
 from forcetune.frames.splits import separate_isolated
-from forcetune.frames.store.stored_frames import elements_of
+from forcetune.frames.store.stored_frames import list_elements
 from forcetune.graphs.graph import Batch
 from forcetune.training.replay_head import ReplayHead
 
@@ -50,12 +50,12 @@ class ReplayFrames:
     @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
-        return elements_of((*self.frames, *self.held))
+        return list_elements((*self.frames, *self.held))
 
     @property
     def trained_elements(self) -> tuple[int, ...]:
         """Those in the frames to train on."""
-        return elements_of(self.frames)
+        return list_elements(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +90,34 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
     """
     if not config.data:
         return None
-    own = config.labels == "file"
+    own_labels = config.labels == "file"
     expected: tuple[Label, ...] = ("energy", "forces")
-    found = read_frames(
+    frame_set = read_frames(
         config.data,
-        energy_key=(NONE if data.energy_key == NONE else AUTO) if own else NONE,
-        forces_key=(NONE if data.forces_key == NONE else AUTO) if own else NONE,
-        stress_key=(NONE if data.stress_key == NONE else AUTO) if own else NONE,
+        energy_key=(NONE if data.energy_key == NONE else AUTO) if own_labels else NONE,
+        forces_key=(NONE if data.forces_key == NONE else AUTO) if own_labels else NONE,
+        stress_key=(NONE if data.stress_key == NONE else AUTO) if own_labels else NONE,
+        # replay frames are not trained on moments, whatever layer the run has
+        ignored=("moments", "spins"),
         require=(),
-        expect=expected if own else (),
+        expect=expected if own_labels else (),
         name="replay data",
         type_map=data.type_map,
     )
-    frames, _ = separate_isolated(found.frames)
+    frames, _ = separate_isolated(frame_set.frames)
     frames = tuple(frame for frame in frames if len(frame) > 1)
     if len(frames) < 2:
-        raise InputError(f"{found.files[0]}: replay needs at least 2 frames of several atoms; name more.")
+        raise InputError(f"{frame_set.files[0]}: replay needs at least 2 frames of several atoms; name more.")
     order = np.random.default_rng(0).permutation(len(frames))
     count = max(1, min(MOST_HELD, len(frames) // 5))
-    held, kept = np.sort(order[:count]), np.sort(order[count:])
-    return ReplayFrames(tuple(frames[i] for i in kept), tuple(frames[i] for i in held), found.files, found.sha256)
+    held, trained = np.sort(order[:count]), np.sort(order[count:])
+    return ReplayFrames(
+        tuple(frames[i] for i in trained), tuple(frames[i] for i in held), frame_set.files, frame_set.sha256
+    )
 
 
 def prepare_replay(
-    found: ReplayFrames,
+    replay: ReplayFrames,
     config: ReplayConfig,
     training: TrainingConfig,
     backbone: Backbone,
@@ -122,7 +126,7 @@ def prepare_replay(
     """Label replay frames and bring their energies to the run's zero.
 
     Args:
-        found: the frames.
+        replay: the frames.
         config: which labels, and how they count.
         training: its loss says whether stresses are needed.
         backbone: the foundation model without an adapter, with its own reference energies.
@@ -131,23 +135,23 @@ def prepare_replay(
     Raises:
         InputError: an element that the model does not know, or a frame that it gives no finite numbers for.
     """
-    frames = (*found.frames, *found.held)
-    graphs = graphs_of(backbone, frames)
+    frames = (*replay.frames, *replay.held)
+    graphs = build_graphs(backbone, frames)
     stress = max(training.loss.stress_weight, training.second_stage.loss.stress_weight) > 0 and config.labels == "base"
     predicted = predict(backbone, graphs, stress=stress)
     check_finite(predicted, frames)
-    own = backbone.reference_energies
+    model_references = backbone.reference_energies
     if config.labels == "base":
-        labelled, zero = _labelled_by(predicted, frames), own
+        labelled, zero = _labelled_by(predicted, frames), model_references
     else:
-        labelled, zero = list(frames), estimate(frames, predicted.energy, own)
+        labelled, zero = list(frames), estimate(frames, predicted.energy, model_references)
     labelled = shifted_frames(labelled, {z: references[z] - zero[z] for z in zero})
-    count = len(found.frames)
+    count = len(replay.frames)
     head = None
     if has_own_head(config):
         head = ReplayHead(backbone.n_scalars, seed=training.seed, dtype=backbone.dtype, device=backbone.device)
     return Replay(
-        tuple(graph.weighted(config.weight).for_replay() for graph in graphs_of(backbone, labelled[:count])),
+        tuple(graph.weighted(config.weight).for_replay() for graph in build_graphs(backbone, labelled[:count])),
         tuple(labelled[count:]),
         config.ratio,
         dict(zero),
@@ -179,6 +183,6 @@ def shifted_frames(frames: Sequence[Frame], shift: Mapping[int, float]) -> list[
     ]
 
 
-def data_hash(training: str, found: ReplayFrames | None) -> str:
+def data_hash(training: str, replay: ReplayFrames | None) -> str:
     """What a resumed run compares: the hash of the training frames, and of the replay frames where there are some."""
-    return training if found is None else hashlib.sha256(f"{training} {found.sha256}".encode()).hexdigest()
+    return training if replay is None else hashlib.sha256(f"{training} {replay.sha256}".encode()).hexdigest()

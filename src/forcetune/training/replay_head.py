@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from forcetune.backbones.protocol import Backbone, Extension, Extra
 from forcetune.config import LossConfig
 from forcetune.graphs.graph import Batch
-from forcetune.training.losses import loss_of
+from forcetune.training.losses import compute_loss
 
 CHANNELS = 32
 SMALLEST_VARIANCE = 1e-5
@@ -66,11 +66,11 @@ class _WithHead:
     other: Extension | None
 
     def __call__(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> Extra:
-        own = self.head(scalars, batch)
+        head_energies = self.head(scalars, batch)
         if self.other is None:
-            return Extra(own, None)
+            return Extra(head_energies, None)
         extra = self.other(scalars, vectors, batch)
-        return extra._replace(energy=own if extra.energy is None else own + extra.energy)
+        return extra._replace(energy=head_energies if extra.energy is None else head_energies + extra.energy)
 
 
 @contextmanager
@@ -102,8 +102,8 @@ def objective(
         head: of replay frames, or None where they have none.
         config: the loss.
         batch: with labels.
-        total: as :func:`forcetune.training.losses.loss_of`.
+        total: as :func:`forcetune.training.losses.compute_loss`.
     """
     with replay_head(backbone, head):
-        found = backbone.predict(batch, stress=config.stress_weight > 0, create_graph=True)
-    return loss_of(config, found, batch, total=total)
+        prediction = backbone.predict(batch, stress=config.stress_weight > 0, create_graph=True)
+    return compute_loss(config, prediction, batch, total=total)

@@ -15,7 +15,7 @@ from forcetune.errors import InputError
 from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
-from forcetune.graphs.stored_graphs import StoredGraphs, any_label, sizes_of
+from forcetune.graphs.stored_graphs import StoredGraphs, any_label, measure_graphs
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
 from forcetune.training.module import FineTuning, Observer
 from forcetune.training.outcome import TrainingOutcome
@@ -116,8 +116,8 @@ def _restore(module: FineTuning, state: dict[str, Any], folder: Path) -> None:
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:
-    shown = console or Console(stderr=True, soft_wrap=True)
-    return lambda text: shown.print(text, highlight=False)
+    console_used = console or Console(stderr=True, soft_wrap=True)
+    return lambda text: console_used.print(text, highlight=False)
 
 
 def _loaders(
@@ -138,8 +138,8 @@ def _loaders(
         replay=() if replay is None else replay.graphs,
         replay_ratio=0.0 if replay is None else replay.ratio,
     )
-    budget = max(EVALUATION_ATOMS, int(sizes_of(validation)[:, 0].max()))
-    mine = distributed.part_of(validation) if _shares_validation(validation) else validation
+    budget = max(EVALUATION_ATOMS, int(measure_graphs(validation)[:, 0].max()))
+    mine = distributed.select_part(validation) if _shares_validation(validation) else validation
     return loader, BatchLoader(mine, len(mine), batch_atoms=budget, device=backbone.device)
 
 

@@ -131,7 +131,7 @@ def _there(path: Path) -> bool:
         raise InputError(f"{path.parent}: cannot be looked into ({error.strerror}); choose another folder.") from error
 
 
-def part_of(items: Sequence[Item]) -> Sequence[Item]:
+def select_part(items: Sequence[Item]) -> Sequence[Item]:
     """What this process has of ``items``: every n-th."""
     here = place()
     return items[here.rank :: here.count] if joined() else items
@@ -143,6 +143,6 @@ def collected(items: Sequence[Item]) -> list[Item]:
         return list(items)
     import torch.distributed as dist
 
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, list(items))
-    return [item for part in found for item in part]
+    objects: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(objects, list(items))
+    return [item for part in objects for item in part]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.utils.files import checksum_of, sha256_of, write_text
+from forcetune.utils.files import compute_checksum, compute_sha256, write_text
 
 try:
     import fcntl
@@ -101,7 +101,7 @@ def download(
         before = _signature(target)
         with _locked(target):
             if _signature(target) != before and target.exists():
-                digest = sha256_of(target)  # another process finished while this one waited
+                digest = compute_sha256(target)  # another process finished while this one waited
                 if _differing(target, digest, sha256, md5) is None:
                     return digest
             part = _Part(url, target)
@@ -178,7 +178,7 @@ class _Part:
         )
 
     def _transfer(self, progress: ProgressCallback | None, timeout: float) -> None:
-        """One request: append to the part, or start it anew where the server cannot continue it."""
+        """One request: append to the part, or start it again where the server cannot continue it."""
         validator = self.validator()
         if validator is None:
             self.discard()
@@ -253,7 +253,7 @@ class _Part:
 
     def finish(self, sha256: str | None, md5: str | None) -> str:
         """Check the complete part and move it onto the target."""
-        digest = sha256_of(self.path)
+        digest = compute_sha256(self.path)
         differing = _differing(self.path, digest, sha256, md5)
         if differing is not None:
             self.discard()
@@ -269,9 +269,9 @@ class _Part:
 
 def _differing(path: Path, digest: str, sha256: str | None, md5: str | None) -> str | None:
     """The first checksum of a file that is not the expected one, for a message; ``digest`` is its SHA-256."""
-    for name, expected, found in (("SHA-256", sha256, digest), ("MD5", md5, md5 and checksum_of(path, "md5"))):
-        if expected is not None and found != expected.lower():
-            return f"{name} expected {expected.lower()}, got {found}"
+    for name, expected, actual in (("SHA-256", sha256, digest), ("MD5", md5, md5 and compute_checksum(path, "md5"))):
+        if expected is not None and actual != expected.lower():
+            return f"{name} expected {expected.lower()}, got {actual}"
     return None
 
 

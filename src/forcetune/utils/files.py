@@ -18,7 +18,7 @@ HOME_VARIABLE = "FORCETUNE_HOME"
 """Names the folder for all that is kept between runs."""
 
 
-def path_of(name: str | os.PathLike[str]) -> Path:
+def as_path(name: str | os.PathLike[str]) -> Path:
     """The path that a name given by a user stands for, ``~`` included.
 
     Raises:
@@ -83,7 +83,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it takes the place of ``path``, on failure it is removed.
 
-    Files of ``path`` that are not written anew stay where they are.
+    Files of ``path`` that are not written again stay where they are.
 
     Raises:
         InputError: ``path`` is a file, or its parent folder cannot be created or written.
@@ -150,12 +150,12 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
+def compute_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    return checksum_of(path, "sha256")
+    return compute_checksum(path, "sha256")
 
 
-def checksum_of(path: str | os.PathLike[str], name: str) -> str:
+def compute_checksum(path: str | os.PathLike[str], name: str) -> str:
     """A checksum of a file's bytes, hexadecimal, by the name that hashlib gives it."""
     digest = hashlib.new(name, usedforsecurity=False)
     with Path(path).open("rb") as stream:

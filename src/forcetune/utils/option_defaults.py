@@ -69,20 +69,20 @@ class DefaultsRecord:
     names: frozenset[str]
     parents: dict[str, Any]
 
-    def outdated(self, merged: Mapping[str, Any], given: set[str]) -> set[str]:
+    def outdated(self, merged: Mapping[str, Any], now: set[str]) -> set[str]:
         """Options that were chosen for other values than those in a merged configuration, unless given now."""
-        changed = {name for name, value in self.parents.items() if _word(value_of(merged, name)) != _word(value)}
-        return {name for name in self.names - given if changed.intersection(PARENTS[name])}
+        changed = {name for name, value in self.parents.items() if _word(get_value(merged, name)) != _word(value)}
+        return {name for name in self.names - now if changed.intersection(PARENTS[name])}
 
 
-def record_of(config: BaseModel) -> dict[str, Any]:
+def make_record(config: BaseModel) -> dict[str, Any]:
     """What ``config.yaml`` says about defaults: their values, and those of the options they depend on."""
     content = config.model_dump(mode="json")
     names = [name for name in PARENTS if not is_given(config, name)]
     parents = dict.fromkeys(parent for name in names for parent in PARENTS[name])
     return {
-        "values": {name: value_of(content, name) for name in names},
-        "for": {name: value_of(content, name) for name in parents},
+        "values": {name: get_value(content, name) for name in names},
+        "for": {name: get_value(content, name) for name in parents},
     }
 
 
@@ -102,7 +102,7 @@ def take_record(content: dict[str, Any]) -> DefaultsRecord | None:
     parents = stored.get("for") if isinstance(stored, dict) else None
     if not isinstance(values, dict) or not isinstance(parents, dict) or set(values) - set(PARENTS):
         raise ValueError(f"{RECORD} is written by forcetune; remove this part and give the options you want")
-    names = frozenset(name for name, value in values.items() if value_of(content, name) == value)
+    names = frozenset(name for name, value in values.items() if get_value(content, name) == value)
     return DefaultsRecord(names, {str(name): value for name, value in parents.items()})
 
 
@@ -114,14 +114,14 @@ def _is_of_a_run(content: Mapping[str, Any]) -> bool:
 
 def _earlier_record(content: Mapping[str, Any]) -> DefaultsRecord:
     """By the defaults of the versions that kept no record."""
-    name, table = value_of(content, "method.name"), value_of(content, "method.table")
+    name, table = get_value(content, "method.name"), get_value(content, "method.table")
     sparse = name in _EARLIER_SCHEDULEFREE if table is None else "SoftThreshold" in str(table)
-    magnetic = _word(value_of(content, "magnetism.layer")) not in (None, "off")
-    second = magnetic and value_of(content, "training.second_stage.start") is not None
+    magnetic = _word(get_value(content, "magnetism.layer")) not in (None, "off")
+    second = magnetic and get_value(content, "training.second_stage.start") is not None
     defaults: dict[str, Any] = {
         "training.learning_rate": _EARLIER_RATE if table is not None else _EARLIER_RATES.get(str(name), _EARLIER_RATE),
         "training.optimizer": "schedulefree" if sparse else "adam",
-        "training.ema": None if value_of(content, "training.optimizer") == "schedulefree" else 0.995,
+        "training.ema": None if get_value(content, "training.optimizer") == "schedulefree" else 0.995,
         **{f"{LOSS}.{key}": value for key, value in (_EARLIER_MAGNETIC if magnetic else _EARLIER_PLAIN).items()},
         **{
             f"{SECOND_LOSS}.{key}": value
@@ -133,10 +133,10 @@ def _earlier_record(content: Mapping[str, Any]) -> DefaultsRecord:
     names = {
         key
         for key, value in defaults.items()
-        if value_of(content, key) == value or (key in NULL_IS_UNSET and value_of(content, key) is None)
+        if get_value(content, key) == value or (key in NULL_IS_UNSET and get_value(content, key) is None)
     }
     parents = dict.fromkeys(parent for key in names for parent in PARENTS[key])
-    return DefaultsRecord(frozenset(names), {parent: value_of(content, parent) for parent in parents})
+    return DefaultsRecord(frozenset(names), {parent: get_value(content, parent) for parent in parents})
 
 
 def _word(value: Any) -> Any:
@@ -144,7 +144,7 @@ def _word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def value_of(content: Mapping[str, Any], name: str) -> Any:
+def get_value(content: Mapping[str, Any], name: str) -> Any:
     """The option of a dotted name in nested mappings; None where there is none."""
     value: Any = content
     for key in name.split("."):

@@ -1,4 +1,4 @@
-"""Text from files that nobody vouches for: read within limits, and told without surprises."""
+"""Text from files of unknown origin: read within limits, and printed without surprises."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def short(value: Any, depth: int = 0) -> str:
     if isinstance(value, list | tuple | dict | set | frozenset):
         if depth == 2:
             return "…"
-        shown = [short(part, depth + 1) for _, part in zip(range(4), value, strict=False)]
-        return f"{type(value).__name__}({', '.join(shown)}{', …' if len(value) > 4 else ''})"
+        parts = [short(part, depth + 1) for _, part in zip(range(4), value, strict=False)]
+        return f"{type(value).__name__}({', '.join(parts)}{', …' if len(value) > 4 else ''})"
     return repr(value)[:60] if value is None or isinstance(value, int | float) else type(value).__name__
 
 

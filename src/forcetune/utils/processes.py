@@ -52,7 +52,7 @@ class WorkerDiedError(ForcetuneError):
         if self.killed:
             why = f"was killed (exit status {code}), perhaps for want of memory; set {option} lower."
         else:
-            why = f"ended without an answer (exit status {code}); what it printed above tells why."
+            why = f"ended without an answer (exit status {code}); what it printed above says why."
         super().__init__(f"a worker process {why}")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 import forcetune
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from models import make_mace
 from systems import cluster, frames_of, write_labelled
 from terminal import Command
@@ -91,5 +91,5 @@ def test_a_genuine_conversion_and_the_way_back(tmp_path: Path) -> None:
     finally:
         torch.set_default_dtype(before)
     models = (MaceBackbone.from_module(plain), forcetune.load(tmp_path / "fast.plain.model"))
-    one, other = (predict(model, graphs_of(model, frames_of(cluster((1, 6, 8))))) for model in models)
+    one, other = (predict(model, build_graphs(model, frames_of(cluster((1, 6, 8))))) for model in models)
     np.testing.assert_allclose(one.forces, other.forces, rtol=0, atol=1e-12)

@@ -23,7 +23,7 @@ from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.network import NetworkBackbone
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from models import ARCHITECTURES, NONLINEAR, Oracle, default_dtype, make_mace, oracle
 from systems import METHODS_FOR_MACE, backbone, cluster, crystal, frames_of, library, perturb
@@ -55,7 +55,7 @@ def boxed(atoms: Atoms) -> Atoms:
 
 
 def batch_for(tuned: NetworkBackbone, *structures: Atoms) -> Batch:
-    return collate(graphs_of(tuned, frames_of(*structures)))
+    return collate(build_graphs(tuned, frames_of(*structures)))
 
 
 def mixed(tuned: NetworkBackbone) -> Batch:

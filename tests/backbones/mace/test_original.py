@@ -15,7 +15,7 @@ from ase import Atoms
 import forcetune
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.backbones.mace.original import changes_to_whole, write_into_original
-from forcetune.graphs.graph import graph_of
+from forcetune.graphs.graph import build_graph
 from forcetune.kernels.tensors import UnfitError
 from models import Evaluation, assert_same, evaluate, make_mace, structure
 from systems import frames_of, perturb
@@ -35,7 +35,7 @@ def write(path: Path, **options: Any) -> Any:
 
 
 def predicted(backbone: MaceBackbone, atoms: Atoms) -> Evaluation:
-    graph = graph_of(frames_of(atoms)[0], backbone.cutoff, backbone.dtype)
+    graph = build_graph(frames_of(atoms)[0], backbone.cutoff, backbone.dtype)
     found = backbone.predict(graph, stress=True).detached()
     assert found.stress is not None
     return Evaluation(found.energy[0], found.forces, found.stress[0])

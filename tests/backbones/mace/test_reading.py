@@ -30,7 +30,7 @@ from forcetune.backbones.mace.writing import write_model, write_plain
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Prediction
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate
 from models import ARCHITECTURES, make_mace, oracle, structure
 from systems import backbone, frames_of, perturb
@@ -40,7 +40,7 @@ EXACT = 1e-11
 
 
 def predicted(model: NetworkBackbone, elements: tuple[int, ...] = (1, 6, 7, 8)) -> Prediction:
-    return model.predict(collate(graphs_of(model, frames_of(structure(elements)))), stress=True).detached()
+    return model.predict(collate(build_graphs(model, frames_of(structure(elements)))), stress=True).detached()
 
 
 def assert_same(found: Prediction, expected: Prediction, tolerance: float = EXACT) -> None:
@@ -153,7 +153,7 @@ def test_charges_that_earlier_versions_rounded_stay_so(tmp_path: Path) -> None:
     write_plain(replace(model.content, rounded_charges=True), tmp_path / "rounded.safetensors")
     rounded = load(tmp_path / "rounded.safetensors", device="cpu")
     close = frames_of(Atoms("NO", [[0, 0, 0], [0.3, 0.4, 0.5]]))  # closer than their radii, where charges count
-    one, other = (found.predict(collate(graphs_of(found, close))).forces for found in (rounded, model))
+    one, other = (found.predict(collate(build_graphs(found, close))).forces for found in (rounded, model))
     assert 0 < float((one - other).abs().max()) < 1e-6 * float(other.abs().max())
     rounded.save(tmp_path / "again.safetensors")
     assert_same(predicted(load(tmp_path / "again.safetensors", device="cpu")), predicted(rounded), 1e-15)

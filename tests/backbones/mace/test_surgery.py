@@ -18,7 +18,7 @@ from forcetune.backbones.mace.writing import write_plain
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base, Prediction
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate
 from models import make_mace, oracle, structure
 from systems import frames_of
@@ -56,7 +56,7 @@ def predicted(model: MaceContent | NetworkBackbone, elements: tuple[int, ...] = 
     if isinstance(model, MaceContent):
         found = MaceBackbone(build_network(model), Base("cut", "", "", "unknown"))
     assert isinstance(found, NetworkBackbone)
-    return found.predict(collate(graphs_of(found, frames_of(structure(elements)))), stress=True).detached()
+    return found.predict(collate(build_graphs(found, frames_of(structure(elements)))), stress=True).detached()
 
 
 def assert_same(found: Prediction, expected: Prediction, tolerance: float = 1e-12) -> None:

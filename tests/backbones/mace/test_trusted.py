@@ -18,7 +18,7 @@ from forcetune.backbones.mace.trusted import LibraryMace
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from models import make_mace, oracle
 from systems import cluster, crystal, frames_of, perturb, write_model
 
@@ -26,7 +26,7 @@ UNKNOWN: dict[str, Any] = {"later": "RealAgnosticAttResidualInteractionBlock"}
 
 
 def predictions(model: NetworkBackbone) -> Predictions:
-    return predict(model, graphs_of(model, frames_of(crystal(), cluster())), stress=True)
+    return predict(model, build_graphs(model, frames_of(crystal(), cluster())), stress=True)
 
 
 def trusted(path: Path, **options: Any) -> LibraryMace:
@@ -69,7 +69,7 @@ def test_adapters_train_merge_and_are_written(options: dict[str, Any], tmp_path:
     perturb(adapter)
     tuned = predictions(found)
     assert np.abs(tuned.forces - before.forces).max() > 1e-6
-    batch = graphs_of(found, frames_of(cluster()))[0]
+    batch = build_graphs(found, frames_of(cluster()))[0]
     found.predict(batch, create_graph=True).forces.square().sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
     with pytest.raises(ForcetuneError, match="while an adapter is attached"):
@@ -113,4 +113,4 @@ def test_unknown_elements_are_named() -> None:
 
     found = oracle(make_mace())
     with pytest.raises(InputError, match="element Au is unknown to"):
-        found.predict(graphs_of(found, frames_of(Atoms("Au")))[0])
+        found.predict(build_graphs(found, frames_of(Atoms("Au")))[0])

@@ -22,7 +22,7 @@ import forcetune
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.frame import Frame, Origin
-from forcetune.graphs.graph import graph_of
+from forcetune.graphs.graph import build_graph
 from genuine import FOLDER_VARIABLE, Genuine, Structure, UnavailableError, Versions
 from genuine_models import QUICK_VERSIONS, VERSIONS, cases
 from systems import perturb
@@ -82,7 +82,7 @@ def assert_parity(
         if not set(structure.numbers) <= set(backbone.elements):
             continue
         crystal = bool(structure.pbc.all())
-        graph = graph_of(as_frame(structure, index), backbone.cutoff, backbone.dtype)
+        graph = build_graph(as_frame(structure, index), backbone.cutoff, backbone.dtype)
         predicted = backbone.predict(graph, stress=crystal).detached()
         found = {"energy": predicted.energy[0], "forces": predicted.forces}
         if crystal:
@@ -153,7 +153,7 @@ def test_merged_readouts_of_mixed_heads_are_what_their_version_computes(
     backbone = forcetune.load(str(model.path), head="b")
     perturb(forcetune.attach(backbone, forcetune.method("full")))
     pair = model.results.structures[2]
-    expected = backbone.predict(graph_of(as_frame(pair, 0), backbone.cutoff, backbone.dtype)).detached()
+    expected = backbone.predict(build_graph(as_frame(pair, 0), backbone.cutoff, backbone.dtype)).detached()
     forcetune.save_adapter(backbone, tmp_path / "adapter")
     forcetune.merge(tmp_path / "adapter", tmp_path / "tuned.model", model=model.path)
     results = versions.evaluate("0.3.14", tmp_path / "tuned.model", model)
@@ -200,7 +200,7 @@ def test_gradients_of_the_weights_of_a_version(version: str, name: str, get: Get
         weight.requires_grad_()
     loss = torch.zeros((), dtype=torch.float64)
     for index, structure in enumerate(model.results.structures[:2]):
-        graph = graph_of(as_frame(structure, index), backbone.cutoff, backbone.dtype)
+        graph = build_graph(as_frame(structure, index), backbone.cutoff, backbone.dtype)
         predicted = backbone.predict(graph, create_graph=True)
         loss = loss + predicted.energy.sum() + (predicted.forces**2).sum()
     slopes = torch.autograd.grad(loss, [weights[parameter] for parameter in expected])

@@ -11,13 +11,13 @@ import pytest
 import torch
 from ase.data import chemical_symbols
 
-from forcetune.adapters.attach import attach, attached, detach
+from forcetune.adapters.attach import attach, detach, require_adapter
 from forcetune.adapters.file import load_adapter, save_adapter
 from forcetune.adapters.methods import METHODS, method
 from forcetune.adapters.updates import Gate
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from forcetune.runs.methods import compare_methods
 from sevennet_models import BATTERY, RECIPES, Recipe, backbone_of, perturb, write_checkpoint
 from systems import cluster, crystal, frames_of
@@ -154,7 +154,7 @@ def test_a_model_without_modalities_says_what_it_lacks() -> None:
 def test_gates_with_the_species_leave_linear_self_connections_alone() -> None:
     linear, coupled = (backbone_of(BATTERY[f"SevenNet, {name}"]) for name in ("no parity, linear", "fully connected"))
     gate = Gate(4, species=True)
-    for model, reason in ((linear, "it is not told the species"), (coupled, None)):
+    for model, reason in ((linear, "it does not know the species"), (coupled, None)):
         sites = [site for site in model.sites() if site.kind == "tensor_product"]
         assert len(sites) == model.content.architecture.n_layers
         assert {gate.unsupported_reason(site) for site in sites} == {reason}
@@ -179,7 +179,7 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path, recipe: str, name: str) -
     model = SevenNetBackbone.load(file, head=head, elements=[1, 6, 8])
     perturb(attach(model, method(name)))
     model.set_reference_energies({1: -13.5, 8: -2041.0})
-    batches = graphs_of(model, frames_of(cluster((1, 6, 8)), crystal((1, 6, 8))))
+    batches = build_graphs(model, frames_of(cluster((1, 6, 8)), crystal((1, 6, 8))))
     expected = predict(model, batches, stress=True)
     save_adapter(model, tmp_path / "adapter")
     detach(model)
@@ -188,7 +188,7 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path, recipe: str, name: str) -
     found = predict(again, batches, stress=True)
     assert np.array_equal(found.energy, expected.energy)
     assert np.array_equal(found.forces, expected.forces)
-    assert attached(again).method.name == name
+    assert require_adapter(again).method.name == name
 
 
 def test_an_adapter_of_one_modality_is_refused_by_another(tmp_path: Path) -> None:
@@ -202,12 +202,12 @@ def test_an_adapter_of_one_modality_is_refused_by_another(tmp_path: Path) -> Non
 
 def test_cut_and_folded_models_keep_what_they_compute() -> None:
     model = backbone_of(BATTERY["SevenNet, modalities"])
-    before = predict(model, graphs_of(model, frames_of(cluster((1, 6, 8)))))
+    before = predict(model, build_graphs(model, frames_of(cluster((1, 6, 8)))))
     assert model.fingerprint() == model.base.fingerprint
     model.set_reference_energies({1: -13.587123456789})
     cut = model.cut_to([1, 6, 8])
     assert cut.elements == (1, 6, 8)
-    found = predict(cut, graphs_of(cut, frames_of(cluster((1, 6, 8)))))
+    found = predict(cut, build_graphs(cut, frames_of(cluster((1, 6, 8)))))
     assert np.array_equal(found.forces, before.forces)
     assert cut.reference_energies[1] == -13.587123456789
     assert cut.stored_dtype == torch.float32

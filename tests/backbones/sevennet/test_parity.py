@@ -21,7 +21,7 @@ import forcetune
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.backbones.sevennet.content import Cut
 from forcetune.deployment.calculator import frame_of
-from forcetune.evaluation.metrics import graphs_of
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from sevennet_models import ALL_VERSIONS, PUBLISHED, RECIPES, structures, universal_structures
 from sevennet_oracle import NEWEST, Request, Results, SevenNets
@@ -49,7 +49,7 @@ def marked(cases: Sequence[tuple[str, str]]) -> list[object]:
 
 
 def batch_of(backbone: SevenNetBackbone, atoms: Atoms) -> Batch:
-    return collate(graphs_of(backbone, [frame_of(atoms)]))
+    return collate(build_graphs(backbone, [frame_of(atoms)]))
 
 
 def assert_parity(

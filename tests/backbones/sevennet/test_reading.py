@@ -14,7 +14,7 @@ import torch
 from forcetune.backbones.registry import library_of_file
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import graphs_of, predict
+from forcetune.evaluation.metrics import build_graphs, predict
 from sevennet_models import RECIPES, checkpoint, structures, write_checkpoint
 from systems import frames_of
 from terminal import Command
@@ -116,7 +116,7 @@ def readings(folder: Path, name: str) -> list[tuple[str, Any, float]]:
             try:
                 model = SevenNetBackbone.load(file, head=next(iter(RECIPES[name].modalities), None))
                 frames = frames_of(*structures(RECIPES[name].symbols)[:1])
-                predict(model, graphs_of(model, frames), stress=True)
+                predict(model, build_graphs(model, frames), stress=True)
             except InputError as error:
                 assert len(str(error)) < 500 + len(str(file))
             found.append((key, value, time.monotonic() - start))

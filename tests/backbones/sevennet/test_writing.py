@@ -24,8 +24,8 @@ from forcetune.backbones.sevennet import modalities
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.deployment.merge import merge
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import graphs_of, predict
-from forcetune.utils.files import sha256_of
+from forcetune.evaluation.metrics import build_graphs, predict
+from forcetune.utils.files import compute_sha256
 from sevennet_models import ALL_VERSIONS, PUBLISHED, RECIPES, perturb, structures, write_checkpoint
 from sevennet_oracle import NEWEST, Request, Results, SevenNets
 from systems import frames_of
@@ -37,7 +37,7 @@ E0 = {8: -1.25, 72: -3.5}
 def tuned(base: Path, folder: Path, name: str, *, head: str | None = None, **options: Any) -> Path:
     """A perturbed adapter for some elements of a model, with reference energies of its own."""
     elements = options.pop("elements", (8, 72))
-    model = SevenNetBackbone.load(base, elements=elements, head=head, sha256=sha256_of(base), **options)
+    model = SevenNetBackbone.load(base, elements=elements, head=head, sha256=compute_sha256(base), **options)
     perturb(attach(model, method(name)), 0.05)
     model.set_reference_energies({z: E0[z] for z in elements if z in E0})
     save_adapter(model, folder)
@@ -409,5 +409,5 @@ def test_unchanged_models_are_written_as_they_were(sevennets: SevenNets, tmp_pat
         again = SevenNetBackbone.load(tmp_path / "same.pth", head=model.modalities[0])
         assert again.base.fingerprint == found.base.fingerprint
         frames = frames_of(bulk("Fe"))
-        one, other = (predict(b, graphs_of(b, frames)) for b in (found, again))
+        one, other = (predict(b, build_graphs(b, frames)) for b in (found, again))
         assert one.energy[0] == pytest.approx(other.energy[0], abs=1e-9)

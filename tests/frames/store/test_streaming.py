@@ -20,6 +20,7 @@ from ase import Atoms
 
 from forcetune.config import DataConfig
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.dataset import Dataset, is_streamed, read_dataset
 from forcetune.frames.frame import FrameSet, LabelKeys
 from forcetune.frames.read import read_frames
@@ -30,9 +31,9 @@ from forcetune.frames.store.rows import RowReader
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.frames.store.streaming import stream_frames
 from forcetune.utils.distributed import made_once
-from forcetune.utils.files import sha256_of
+from forcetune.utils.files import compute_sha256
 from frames.formats import FORMATS, assert_same, write_database, write_xyz
-from systems import crystal, labelled
+from systems import backbone, crystal, labelled
 
 NEEDED = ("energy", "forces")
 SOURCES = str(Path(streaming.__file__).parents[3])
@@ -232,12 +233,12 @@ def test_a_file_that_changes_while_it_is_read_makes_no_store(
     longer = write_xyz(tmp_path / "b.xyz", labelled(12)).read_text(encoding="utf-8").splitlines(keepends=True)
 
     def hashed(file: Path) -> str:
-        digest = sha256_of(file)
+        digest = compute_sha256(file)
         file.write_text("".join(longer[: len(longer) - cut]), encoding="utf-8")
         return digest
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "sha256_of", hashed)
+        patch.setattr(streaming, "compute_sha256", hashed)
         with pytest.raises(InputError, match=r"a\.xyz: changed while it was read; run again"):
             stream(path)
     assert not list((tmp_path / "store").iterdir())
@@ -258,7 +259,7 @@ def test_a_reading_that_dies_leaves_no_store(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """Half a store of the same data goes away, unless somebody is still at work on it."""
+    """Half a store of the same data goes away, unless a process is still at work on it."""
     path = write_xyz(tmp_path / "a.xyz", labelled(10))
     stream(path)
     (place,) = (tmp_path / "store").iterdir()
@@ -397,7 +398,7 @@ def test_rows_of_a_database_written_at_any_time_keep_their_order(tmp_path: Path)
 @pytest.mark.parametrize("announced", [9, 11])
 def test_another_number_of_frames_than_was_counted_is_told(tmp_path: Path, announced: int) -> None:
     path = write_xyz(tmp_path / "a.xyz", labelled(10))
-    (chunk,) = chunks.chunks_of(path, "extxyz")
+    (chunk,) = chunks.iterate_chunks(path, "extxyz")
     with pytest.raises(
         InputError, match=rf"a\.xyz, frame 0: here are \w+ frames than the {announced} that were counted"
     ):
@@ -408,9 +409,9 @@ def test_chunks_are_small_whatever_the_file(tmp_path: Path, monkeypatch: pytest.
     frames = labelled(300)
     for name, write in FORMATS.items():
         kind = file_format(path := write(tmp_path / name, frames))
-        assert [chunk.start for chunk in chunks.chunks_of(path, kind)][-1] >= 300 - chunks.CHUNK, name
+        assert [chunk.start for chunk in chunks.iterate_chunks(path, kind)][-1] >= 300 - chunks.CHUNK, name
     monkeypatch.setattr(chunks, "_CHUNK_TEXT", 1000)
-    assert len(list(chunks.chunks_of(tmp_path / "a.xyz", "extxyz"))) > 100
+    assert len(list(chunks.iterate_chunks(tmp_path / "a.xyz", "extxyz"))) > 100
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,3 +419,20 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     path = write_xyz(tmp_path / "a.xyz", labelled(5))
     read_dataset(DataConfig.model_validate({"train": [str(path)], "valid": 2, "stream": "on", "workers": 0}))
     assert [place.name[:7] for place in (tmp_path / "home" / "streams").iterdir()] == ["frames-"]
+
+
+def test_a_stress_without_a_cell_is_named_as_in_memory(tmp_path: Path) -> None:
+    structures = labelled(6)
+    for index in (2, 4):
+        structures[index].info["REF_stress"] = np.zeros(6)
+    file = write_xyz(tmp_path / "frames.xyz", structures)
+    streamed, in_memory = stream(file).frames, read_frames(file).frames
+    assert isinstance(streamed, StoredFrames)
+    assert streamed.stress_without_cell.tolist() == [False, False, True, False, True, False]
+    model = backbone(elements=(1, 6, 8))
+    told = []
+    for frames in (in_memory, streamed):
+        with pytest.warns(ForcetuneWarning, match=r"frame 2: has a stress but no cell .* \(2 of 6 frames\)") as caught:
+            build_graphs(model, frames)
+        told.append([str(one.message) for one in caught if one.category is ForcetuneWarning])
+    assert told[0] == told[1]

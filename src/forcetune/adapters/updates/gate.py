@@ -62,7 +62,7 @@ class _FixedGate(torch.autograd.Function):
         scalars, *blocks = ctx.saved_tensors
         again = torch.is_grad_enabled()
         shifts, gains, slope, before = gate.fixed(scalars[:, 0]) if again else ctx.fixed
-        found: list[Tensor] = []
+        block_grads: list[Tensor] = []
         by_shift: list[Tensor] = []
         by_gain: list[Tensor] = []
         for grad, block, (shift, gain) in zip(grads, blocks, gate.per_block(shifts, gains), strict=True):
@@ -72,15 +72,15 @@ class _FixedGate(torch.autograd.Function):
                 grad = grad * gain.unsqueeze(1)
             elif shift is not None:
                 by_shift.append(grad[:, 0])
-            found.append(grad)
+            block_grads.append(grad)
         if not ctx.needs_input_grad[1]:
-            return None, None, *found
+            return None, None, *block_grads
         if slope is not None:
             by_gain = [_joined(by_gain) * slope]
         hidden = _joined([*by_shift, *by_gain]) @ gate.heads()[0]
         if gate.spec.activation:
             hidden = _through_silu(hidden, before, again=again)
-        return None, (hidden @ gate.down.weight).unsqueeze(1), *found
+        return None, (hidden @ gate.down.weight).unsqueeze(1), *block_grads
 
 
 def _through_silu(grad: Tensor, x: Tensor, *, again: bool) -> Tensor:
@@ -158,12 +158,12 @@ class GateActivation(ActivationUpdate):
         """Shifts, gains, the derivative of the gains, and the bottleneck before its activation, for (atoms, n₀)."""
         before = self.down(scalars)
         hidden = functional.silu(before) if self.spec.activation else before
-        found = functional.linear(hidden, *self.heads())
+        outputs = functional.linear(hidden, *self.heads())
         if self.gain is None:
-            return found, None, None, before
+            return outputs, None, None, before
         n_shift = 0 if self.shift is None else self.shift.out_features
-        shifts = found[:, :n_shift] if n_shift else None
-        return shifts, *gain_and_slope(self.spec.gain, found[:, n_shift:] if n_shift else found), before
+        shifts = outputs[:, :n_shift] if n_shift else None
+        return shifts, *gain_and_slope(self.spec.gain, outputs[:, n_shift:] if n_shift else outputs), before
 
     def heads(self) -> tuple[Tensor, Tensor]:
         """W↑ and b↑ of shifts and gains, shifts first."""
@@ -188,8 +188,8 @@ class GateActivation(ActivationUpdate):
     def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
         if self._can_be_fixed(inputs, outputs):
             known: Any = outputs
-            given: Any = inputs
-            scalars = given.blocks[self._place]
+            features: Any = inputs
+            scalars = features.blocks[self._place]
             blocks: Any = _FixedGate.apply(self, scalars, *known.blocks)
             return Features(blocks, geometric=True, trains=True)  # pyright: ignore[reportReturnType]
         parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
@@ -211,7 +211,7 @@ class GateActivation(ActivationUpdate):
 
     def per_block(self, shifts: Tensor | None, gains: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
         """(shift, gain) of each output block, (…, channels) or (…, 1)."""
-        found: list[tuple[Tensor | None, Tensor | None]] = []
+        by_block: list[tuple[Tensor | None, Tensor | None]] = []
         n_shift = n_gain = 0
         for block, count in zip(self.blocks_out, self.gains_of, strict=True):
             shift = gain = None
@@ -221,8 +221,8 @@ class GateActivation(ActivationUpdate):
             elif count and gains is not None:
                 gain = gains[..., n_gain : n_gain + count]
                 n_gain += count
-            found.append((shift, gain))
-        return found
+            by_block.append((shift, gain))
+        return by_block
 
     def _changed(
         self, inputs: Tensor, outputs: Any, per_block: Sequence[tuple[Tensor | None, Tensor | None]]
@@ -301,7 +301,7 @@ class Gate(Update):
             return "its module has no irreps"
         # a linear layer may stand in the place of a tensor product with the species
         if self.species and not all("*" in path.name for path in site.paths):
-            return "it is not told the species"
+            return "it does not know the species"
         if not any(block.is_even_scalar for block in parse_irreps(site.irreps_in)):
             return "its input has no even scalars to drive a gate"
         outputs = parse_irreps(site.irreps_out)

@@ -80,13 +80,13 @@ class SparseWeight(WeightUpdate):
     def packed(self) -> dict[str, Tensor]:
         """τ, and of every path the places and values of the changed weights."""
         flat = self.update().detach().view(-1)
-        found = {"tau": self.tau.detach()}
+        tensors = {"tau": self.tau.detach()}
         for path in self.paths:
             part = flat[path.start : path.start + path.size]
             places = part.nonzero()[:, 0]
-            found[f"{path.name}/index"] = places.to(torch.int32)
-            found[f"{path.name}/value"] = part[places]
-        return found
+            tensors[f"{path.name}/index"] = places.to(torch.int32)
+            tensors[f"{path.name}/value"] = part[places]
+        return tensors
 
     @torch.no_grad()
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:

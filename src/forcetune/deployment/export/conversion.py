@@ -25,7 +25,7 @@ from forcetune.deployment.export.target import Job, Parity
 from forcetune.deployment.merge import merge
 from forcetune.deployment.parity import probe_frames, relative_differences
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import Frame
 from forcetune.frames.neighbor_list import neighbours
 
@@ -67,7 +67,7 @@ def convert(converter: Converter, job: Job, path: Path, options: Mapping[str, An
     _check_installed(converter, job.python)
     backbone = job.backbone
     probes = [frame for frame in probe_frames(backbone.elements, backbone.cutoff) if len(frame) > 1]
-    before = predict(backbone, graphs_of(backbone, probes), stress=True)
+    before = predict(backbone, build_graphs(backbone, probes), stress=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         suffix = ".pth" if backbone.library == "sevennet" else ".model"

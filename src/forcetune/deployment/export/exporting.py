@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from forcetune.adapters.attach import adapter_of, check_mergeable
+from forcetune.adapters.attach import check_mergeable, get_adapter
 from forcetune.backbones.protocol import Backbone, Base
 from forcetune.backbones.registry import resolve
 from forcetune.deployment.export.registry import TARGETS, find_target
 from forcetune.deployment.export.target import Job, Parity, Target
 from forcetune.deployment.loading import Deployed, adapter_folder, deploy, deploy_copy
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.utils.files import atomic_folder, atomic_path, path_of, sha256_of
+from forcetune.utils.files import as_path, atomic_folder, atomic_path, compute_sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def export(
         ForcetuneError: what was written disagrees, or the converter failed; nothing is left at ``output``.
     """
     target = find_target(to)
-    destination = path_of(output)
+    destination = as_path(output)
     deployed = _deployed(run, model, head, dtype, trust)
     backbone = deployed.backbone
     _check_fits(target, backbone, run)
@@ -118,7 +118,7 @@ def _check_fits(target: Target, backbone: Backbone, run: str | Path) -> None:
             f"{run}: --to {target.name} takes models of {' and '.join(target.libraries)}, and this one is of "
             f"{backbone.library}; choose {' or '.join(others)}."
         )
-    if target.gates or adapter_of(backbone) is None:
+    if target.gates or get_adapter(backbone) is None:
         return
     try:
         check_mergeable(backbone)
@@ -152,5 +152,5 @@ def _check_output(target: Target, destination: Path, base: Base) -> None:
     source = None
     with suppress(ForcetuneError):  # where it is no longer there, it cannot be replaced
         source = resolve(base.source).path if base.source else None
-    if (source is not None and destination.samefile(source)) or sha256_of(destination) == base.sha256:
+    if (source is not None and destination.samefile(source)) or compute_sha256(destination) == base.sha256:
         raise InputError(f"{destination}: is the base of this model and stays as it is; choose another name.")

@@ -17,7 +17,7 @@ from forcetune.deployment.mliap.stand_in import LammpsResult, Unified, run_lammp
 from forcetune.deployment.mliap.unified import UnifiedPotential
 from forcetune.deployment.parity import PARITY, probe_frames, relative_differences
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.evaluation.metrics import Predictions, graphs_of, predict
+from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import Frame
 
 TORCH_SUFFIXES = (".pt", ".pth")
@@ -41,7 +41,7 @@ def write(job: Job, path: Path) -> Parity:
             "features between; use forcetune.calculator, or a base that forcetune computes."
         )
     probes = probe_frames(backbone.elements, backbone.cutoff)
-    before = predict(backbone, graphs_of(backbone, probes), stress=True)
+    before = predict(backbone, build_graphs(backbone, probes), stress=True)
     if job.adapted:
         # what merges costs nothing afterwards; gates stay
         fold_weights(backbone)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 from forcetune.errors import note
 from forcetune.frames.formats.format import Format
-from forcetune.frames.text import head_of
+from forcetune.frames.text import read_head
 
 
 def _collect() -> dict[str, Format]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    found = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
-    return {one.name: one for one in found}
+    collected = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
+    return {one.name: one for one in collected}
 
 
 FORMATS: Mapping[str, Format] = _collect()
@@ -32,7 +32,7 @@ def recognize(path: Path, head: str) -> str | None:
 
     Args:
         path: of it.
-        head: the beginning of a file as text (:func:`forcetune.frames.text.head_of`).
+        head: the beginning of a file as text (:func:`forcetune.frames.text.read_head`).
     """
     folder = path.is_dir()
     return next(
@@ -44,15 +44,15 @@ def recognize(path: Path, head: str) -> str | None:
 def data_folders(path: Path) -> list[Path]:
     """The folder itself where it is data of a format, otherwise all such folders below it, sorted."""
     for one in FORMATS.values():
-        if one.folders_in is not None and (found := one.folders_in(path)):
-            return found
+        if one.folders_in is not None and (folders := one.folders_in(path)):
+            return folders
     return []
 
 
-def parts_of(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
     """All files that are read when a file or folder is named; of what cannot be opened only itself."""
     try:
-        name = recognize(path, "" if path.is_dir() else head_of(path))
+        name = recognize(path, "" if path.is_dir() else read_head(path))
     except Exception:
         # a damaged compressed file raises whatever its library raises; its reader will say so
         name = None

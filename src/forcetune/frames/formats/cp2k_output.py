@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.units import Bohr, Hartree
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.formats.format import BAR, GIGAPASCAL, KILOBAR, Format, labelled, say_left_out, symbols_of
+from forcetune.frames.formats.format import BAR, GIGAPASCAL, KILOBAR, Format, labelled, parse_symbols, say_left_out
 from forcetune.frames.text import open_text
 
 _CELL = re.compile(r"\s*CELL\| Vector ([abc]) \[(angstrom|bohr)\]:?\s+(\S+)\s+(\S+)\s+(\S+)", re.IGNORECASE)
@@ -71,26 +71,26 @@ class _Parser:
         """The next line."""
         if self._table and self._row(line):
             return
-        if found := _CELL.match(line):
-            row = "abc".index(found[1].lower())
-            self._cell[row] = [_LENGTHS[found[2].lower()] * float(found[number]) for number in (3, 4, 5)]
-        elif found := _PERIODIC.match(line):
-            x, y, z = (axis in found[1].upper() and found[1].upper() != "NONE" for axis in "XYZ")
+        if match := _CELL.match(line):
+            row = "abc".index(match[1].lower())
+            self._cell[row] = [_LENGTHS[match[2].lower()] * float(match[number]) for number in (3, 4, 5)]
+        elif match := _PERIODIC.match(line):
+            x, y, z = (axis in match[1].upper() and match[1].upper() != "NONE" for axis in "XYZ")
             self._pbc = (x, y, z)
-        elif found := _COORDINATES.match(line):
+        elif match := _COORDINATES.match(line):
             cell = self._cell.copy() if self._cell.any() else None
             self._current = _Step(cell=cell, pbc=self._pbc if cell is not None else (False, False, False))
-            self._open("coordinates", _LENGTHS[found[1].lower()])
+            self._open("coordinates", _LENGTHS[match[1].lower()])
         elif "SCF run NOT converged" in line:
             self._converged = False
         elif "SCF run converged" in line:
             self._converged = True
-        elif found := _ENERGY.match(line):
-            self._energy(Hartree * float(found[2]))
-        elif found := _FORCES.match(line):
-            self._open("forces", _FORCE_UNITS[found[1].lower()])
-        elif found := _STRESS.match(line):
-            self._open("stress", _STRESS_UNITS[found[1].lower()])
+        elif match := _ENERGY.match(line):
+            self._energy(Hartree * float(match[2]))
+        elif match := _FORCES.match(line):
+            self._open("forces", _FORCE_UNITS[match[1].lower()])
+        elif match := _STRESS.match(line):
+            self._open("stress", _STRESS_UNITS[match[1].lower()])
 
     def _open(self, table: str, unit: float) -> None:
         self._table, self._unit = table, unit
@@ -108,17 +108,17 @@ class _Parser:
     def _row(self, line: str) -> bool:
         """Whether the line is a row of the table that is open, or before its first row."""
         step = self._current
-        if self._table == "coordinates" and (found := _ATOM.match(line)) and step is not None:
-            step.names.append(found[1])
-            step.positions.append([self._unit * float(found[number]) for number in (2, 3, 4)])
+        if self._table == "coordinates" and (match := _ATOM.match(line)) and step is not None:
+            step.names.append(match[1])
+            step.positions.append([self._unit * float(match[number]) for number in (2, 3, 4)])
             return True
-        if self._table == "forces" and (found := _FORCE.match(line)):
+        if self._table == "forces" and (match := _FORCE.match(line)):
             if step is not None:
-                step.forces.append([self._unit * float(word) for word in found[1].split()[:3]])
+                step.forces.append([self._unit * float(word) for word in match[1].split()[:3]])
             return True
-        if self._table == "stress" and (found := _STRESS_ROW.match(line)) and _is_number(found[2]):
+        if self._table == "stress" and (match := _STRESS_ROW.match(line)) and _is_number(match[2]):
             if step is not None:
-                step.stress[found[1].lower()] = [-self._unit * float(found[number]) for number in (2, 3, 4)]
+                step.stress[match[1].lower()] = [-self._unit * float(match[number]) for number in (2, 3, 4)]
             return True
         rows = {
             "coordinates": [] if step is None else step.names,
@@ -171,7 +171,7 @@ def read_output(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
 
 
 def _structure(path: Path, step: _Step, said: set[str]) -> Atoms:
-    symbols = symbols_of(path, step.names, said)
+    symbols = parse_symbols(path, step.names, said)
     atoms = Atoms(symbols, positions=step.positions, cell=step.cell, pbc=step.pbc)
     stress: Any = [step.stress[axis] for axis in "xyz"] if len(step.stress) == 3 else None
     return labelled(atoms, energy=step.energy, forces=step.forces or None, stress=stress)

@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.units import Bohr, Hartree
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.formats.format import BAR, Format, labelled, symbols_of
+from forcetune.frames.formats.format import BAR, Format, labelled, parse_symbols
 from forcetune.frames.frame import FloatArray, Origin
 from forcetune.frames.text import open_text
 from forcetune.frames.xyz import xyz_texts
@@ -50,15 +50,15 @@ def read_trajectory(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
         # files may be written less often than others, or begin earlier
         while forces is not None and force_rows is not None and force_rows[0] < step:
             force_rows = next(forces, None)
-        own = None if force_rows is None or force_rows[0] != step else Hartree / Bohr * force_rows[3]
-        if forces is not None and own is None:
+        frame_forces = None if force_rows is None or force_rows[0] != step else Hartree / Bohr * force_rows[3]
+        if forces is not None and frame_forces is None:
             raise InputError(
                 f"{Origin(str(path), index)}: step {step} is missing in {beside['forces']}; copy both again."
             )
         cell, pbc = _cell(path, index, step, cells, fixed)
-        atoms = Atoms(symbols_of(path, names, said), positions=positions, cell=cell, pbc=pbc)
+        atoms = Atoms(parse_symbols(path, names, said), positions=positions, cell=cell, pbc=pbc)
         stress = -unit * stresses[step].reshape(3, 3) if step in stresses else None
-        yield labelled(atoms, energy=Hartree * energy, forces=own, stress=stress)
+        yield labelled(atoms, energy=Hartree * energy, forces=frame_forces, stress=stress)
 
 
 _Fixed = tuple[FloatArray, tuple[bool, bool, bool]]
@@ -97,25 +97,25 @@ def _frames(path: Path) -> Iterator[tuple[int, float, list[str], FloatArray]]:
     """Step, energy (Hartree), names and the three numbers of each atom."""
     for index, text in enumerate(xyz_texts(path)):
         lines = text.splitlines()
-        found = _COMMENT.match(lines[1])
-        if found is None:
+        match = _COMMENT.match(lines[1])
+        if match is None:
             raise InputError(f"{Origin(str(path), index)}: its comment has no step and energy as CP2K writes them.")
         rows = [line.split() for line in lines[2 : 2 + int(lines[0])]]
         numbers = np.array([[float(word) for word in row[1:4]] for row in rows]).reshape(-1, 3)
-        yield int(found[1]), float(found[2]), [row[0] for row in rows], numbers
+        yield int(match[1]), float(match[2]), [row[0] for row in rows], numbers
 
 
 def _table(path: Path, numbers: int) -> dict[int, FloatArray]:
     """Numbers behind step and time, by step."""
-    found: dict[int, FloatArray] = {}
+    table: dict[int, FloatArray] = {}
     with open_text(path) as stream:
         for line in stream:
             words = line.split()
             if words and not words[0].startswith("#"):
-                found[int(words[0])] = np.array([float(word) for word in words[2 : 2 + numbers]])
-    if any(len(values) != numbers for values in found.values()):
+                table[int(words[0])] = np.array([float(word) for word in words[2 : 2 + numbers]])
+    if any(len(values) != numbers for values in table.values()):
         raise InputError(f"{path}: a line has fewer than {numbers} numbers; copy the file again.")
-    return found
+    return table
 
 
 def _unit_of(path: Path) -> str:
@@ -126,10 +126,10 @@ def _unit_of(path: Path) -> str:
 
 def _cell_of_restart(path: Path) -> _Fixed | None:
     with open_text(path) as stream:
-        found = re.search(r"^\s*&CELL\b(.*?)^\s*&END CELL", stream.read(2**26), re.MULTILINE | re.DOTALL)
-    if found is None:
+        section = re.search(r"^\s*&CELL\b(.*?)^\s*&END CELL", stream.read(2**26), re.MULTILINE | re.DOTALL)
+    if section is None:
         return None
-    words = {line.split()[0].upper(): line.split()[1:] for line in found[1].splitlines() if line.split()}
+    words = {line.split()[0].upper(): line.split()[1:] for line in section[1].splitlines() if line.split()}
     if not {"A", "B", "C"} <= words.keys():
         return None
     cell = np.array([[float(word) for word in words[name][-3:]] for name in "ABC"])

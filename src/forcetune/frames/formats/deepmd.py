@@ -69,11 +69,11 @@ def _read_set(path: Path, arrays: _Set, names: Sequence[str], periodic: bool) ->
     mixed = arrays.per_atom("real_atom_types", 1)
     source = "deepmd without type_map.raw" if mixed is None else "deepmd's mixed data without type_map.raw"
     for index in range(arrays.n_frames):
-        own = arrays.types if mixed is None else mixed[index, :, 0].astype(int)
-        here = own >= 0 if mixed is not None else np.ones(len(own), dtype=bool)
+        frame_types = arrays.types if mixed is None else mixed[index, :, 0].astype(int)
+        here = frame_types >= 0 if mixed is not None else np.ones(len(frame_types), dtype=bool)
         cell = None if box is None or not periodic else np.asarray(box[index], dtype=float).reshape(3, 3)
         atoms = Atoms(
-            symbols_of_types(path, own[here].tolist(), names, source),
+            symbols_of_types(path, frame_types[here].tolist(), names, source),
             positions=np.asarray(coordinates[index], dtype=float)[here],
             cell=cell,
             pbc=periodic,

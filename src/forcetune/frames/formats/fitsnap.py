@@ -16,7 +16,7 @@ import numpy as np
 from ase import Atoms
 from ase.units import Bohr, Hartree, kcal, mol
 
-from forcetune.frames.formats.format import BAR, GIGAPASCAL, KILOBAR, Format, labelled, symbols_of
+from forcetune.frames.formats.format import BAR, GIGAPASCAL, KILOBAR, Format, labelled, parse_symbols
 from forcetune.frames.text import open_text
 
 _LENGTHS = {"angstrom": 1.0, "bohr": Bohr}
@@ -48,7 +48,7 @@ def read_fitsnap(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
     said: set[str] = set()
     for row in dataset["Data"]:
         cell = lattice * np.array(row["Lattice"], dtype=float)
-        symbols = symbols_of(path, [str(name) for name in row["AtomTypes"]], said)
+        symbols = parse_symbols(path, [str(name) for name in row["AtomTypes"]], said)
         atoms = Atoms(symbols, positions=length * np.array(row["Positions"], dtype=float), cell=cell, pbc=True)
         yield labelled(
             atoms,

@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError, warn
-from forcetune.frames.elements import element_of
+from forcetune.frames.elements import parse_element
 
 KILOBAR = 1e8 / 1.602176634e11
 """1 kbar in eV/Å³ (0.1 GPa)."""
@@ -94,7 +94,7 @@ def labelled(
     return atoms
 
 
-def symbols_of(path: Path, names: Sequence[str], said: set[str] | None = None) -> list[str]:
+def parse_symbols(path: Path, names: Sequence[str], said: set[str] | None = None) -> list[str]:
     """Symbols for the names of atoms; warns once about each name that is not one.
 
     Raises:
@@ -104,7 +104,7 @@ def symbols_of(path: Path, names: Sequence[str], said: set[str] | None = None) -
     symbols: dict[str, str] = {}
     for name in dict.fromkeys(names):
         try:
-            symbols[name], remark = element_of(name)
+            symbols[name], remark = parse_element(name)
         except ValueError as error:
             raise InputError(f"{path}: an atom has {error}.") from error
         if remark is not None and remark not in said:
@@ -134,8 +134,8 @@ def symbols_of_types(path: Path, types: Sequence[int], type_map: Sequence[str], 
             f"{path}: {source} numbers the types of its atoms, here 0 to {highest}, and {known} of them has a name; "
             "name the elements in the order of their types, such as --type-map C,O,H (data.type_map)."
         )
-    own = symbols_of(path, list(type_map))
-    return [own[number] for number in types]
+    symbols = parse_symbols(path, list(type_map))
+    return [symbols[number] for number in types]
 
 
 def say_left_out(path: Path, steps: Sequence[int], total: int, why: str, advice: str) -> None:
@@ -146,9 +146,9 @@ def say_left_out(path: Path, steps: Sequence[int], total: int, why: str, advice:
     """
     if not steps:
         return
-    shown = ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
+    listed = ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
     if len(steps) == total:
         raise InputError(
             f"{path}: {why} in {'its only step' if total == 1 else f'all of its {total} steps'}; {advice}."
         )
-    warn(f"{path}: {why} in {len(steps)} of {total} steps ({shown}, counted from 0), which are left out; {advice}.")
+    warn(f"{path}: {why} in {len(steps)} of {total} steps ({listed}, counted from 0), which are left out; {advice}.")

@@ -18,7 +18,7 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError
-from forcetune.frames.formats.format import KILOBAR, Format, labelled, symbols_of
+from forcetune.frames.formats.format import KILOBAR, Format, labelled, parse_symbols
 from forcetune.frames.text import open_text
 
 _VASP_ORDER = ((0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2))
@@ -50,7 +50,7 @@ def _structure(path: Path, record: Any, said: set[str]) -> Atoms:
     names = [site["species"][0]["element"] for site in sites]
     cell = np.array(structure["lattice"]["matrix"], dtype=float)
     periodic = structure["lattice"].get("pbc", True)
-    atoms = Atoms(symbols_of(path, names, said), positions=[site["xyz"] for site in sites], cell=cell, pbc=periodic)
+    atoms = Atoms(parse_symbols(path, names, said), positions=[site["xyz"] for site in sites], cell=cell, pbc=periodic)
     if isinstance(record.get("group"), str):
         atoms.info["group"] = record["group"]
     return labelled(atoms, energy=outputs.get("energy"), forces=outputs.get("forces"), stress=_stress(record, outputs))
@@ -58,10 +58,10 @@ def _structure(path: Path, record: Any, said: set[str]) -> Atoms:
 
 def _stress(record: Any, outputs: Any) -> Any:
     """(3, 3), eV/Å³, positive under tension."""
-    given = outputs.get("virial_stress")
-    if given is None:
+    virial = outputs.get("virial_stress")
+    if virial is None:
         return None
-    values = -KILOBAR * np.array(given, dtype=float)
+    values = -KILOBAR * np.array(virial, dtype=float)
     if values.shape == (3, 3):
         return values
     if values.shape != (6,):

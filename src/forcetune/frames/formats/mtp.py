@@ -38,7 +38,7 @@ class _Configuration:
 def read_cfg(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
     """
     Raises:
-        InputError: a configuration is cut short or damaged, or nobody says which elements the types are.
+        InputError: a configuration is cut short or damaged, or there is nothing that says which elements the types are.
     """
     for index, configuration in enumerate(_configurations(path)):
         try:
@@ -78,16 +78,18 @@ def _configurations(path: Path) -> Iterator[_Configuration]:
         )
 
 
-def _atoms(path: Path, found: _Configuration, type_map: Sequence[str]) -> Atoms:
-    size = int((found.headers.get("Size") or found.rows["Size"][0])[0])
-    columns = found.headers.get("AtomData:", [])
-    table = found.rows.get("AtomData:", [])
+def _atoms(path: Path, configuration: _Configuration, type_map: Sequence[str]) -> Atoms:
+    size = int((configuration.headers.get("Size") or configuration.rows["Size"][0])[0])
+    columns = configuration.headers.get("AtomData:", [])
+    table = configuration.rows.get("AtomData:", [])
     if len(table) != size:
         raise ValueError(f"it has {len(table)} atoms and announces {size}")
     missing = {"type"} - set(columns)
     if missing or not ({"cartes_x", "direct_x"} & set(columns)):
         raise ValueError(f"its AtomData has the columns {' '.join(columns)[:60]}, but type and cartes_x are needed")
-    vectors = np.array([[float(word) for word in row[:3]] for row in found.rows.get("Supercell", [])]).reshape(-1, 3)
+    vectors = np.array([[float(word) for word in row[:3]] for row in configuration.rows.get("Supercell", [])]).reshape(
+        -1, 3
+    )
     periodic = np.arange(3) < len(vectors)
     cell = np.zeros((3, 3))
     cell[: len(vectors)] = vectors
@@ -103,20 +105,20 @@ def _atoms(path: Path, found: _Configuration, type_map: Sequence[str]) -> Atoms:
         positions = vector("direct_") @ complete_cell(cell)
     types = numbers[:, columns.index("type")].astype(int).tolist()
     atoms = Atoms(symbols_of_types(path, types, type_map, "MTP's .cfg"), positions=positions, cell=cell, pbc=periodic)
-    energy = found.headers.get("Energy") or next(iter(found.rows.get("Energy", [])), None)
+    energy = configuration.headers.get("Energy") or next(iter(configuration.rows.get("Energy", [])), None)
     return labelled(
         atoms,
         energy=None if energy is None else float(energy[0]),
         forces=vector("f"),
-        stress=_stress(found, cell if periodic.all() else None),
+        stress=_stress(configuration, cell if periodic.all() else None),
     )
 
 
-def _stress(found: _Configuration, cell: Any) -> Any:
-    rows = found.rows.get("PlusStress:", [])
+def _stress(configuration: _Configuration, cell: Any) -> Any:
+    rows = configuration.rows.get("PlusStress:", [])
     if not rows or cell is None:
         return None
-    header = found.headers.get("PlusStress:") or list(_COMPONENTS)
+    header = configuration.headers.get("PlusStress:") or list(_COMPONENTS)
     virial = np.zeros((3, 3))
     for name, word in zip(header, rows[0], strict=True):
         row, column = _COMPONENTS[name.lower()]

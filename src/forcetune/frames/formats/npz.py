@@ -51,10 +51,10 @@ def _layout_of(path: Path) -> tuple[dict[str, str], list[str]]:
     for layout in _LAYOUTS.values():
         if {layout["positions"], layout["numbers"]} <= set(names):
             return {key: layout.get(key, key) for key in _READ}, names
-    shown = ", ".join(repr(name[:30]) for name in names[:8]) or "nothing"
+    listed = ", ".join(repr(name[:30]) for name in names[:8]) or "nothing"
     raise InputError(
         f"{path}: a NumPy archive that is neither sGDML's (R, z, E, F) nor rMD17's (coords, nuclear_charges, energies, "
-        f"forces) but has {shown}; write the frames as extended XYZ."
+        f"forces) but has {listed}; write the frames as extended XYZ."
     )
 
 
@@ -80,9 +80,9 @@ def read_npz(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
     if forces is not None:
         forces = np.asarray(forces, dtype=float).reshape(positions.shape)
     cell = None if lattice is None else length_unit * np.asarray(lattice, dtype=float).reshape(3, 3).T
-    for index, own in enumerate(positions):
+    for index, frame_positions in enumerate(positions):
         yield labelled(
-            Atoms(numbers, positions=length_unit * own, cell=cell, pbc=cell is not None),
+            Atoms(numbers, positions=length_unit * frame_positions, cell=cell, pbc=cell is not None),
             energy=None if energies is None else energy_unit * energies[index],
             forces=None if forces is None else energy_unit / length_unit * forces[index],
         )
@@ -104,8 +104,8 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     return np.lib.format.read_array(content, allow_pickle=False)
 
 
-def _unit(path: Path, given: Any, units: dict[str, float], usual: str) -> float:
-    text = usual if given is None else given.item()
+def _unit(path: Path, stored: Any, units: dict[str, float], usual: str) -> float:
+    text = usual if stored is None else stored.item()
     name = text.decode("latin-1") if isinstance(text, bytes) else str(text)
     if name.strip().lower() not in units:
         raise InputError(f"{path}: its unit '{name[:30]}' is unknown; known are {', '.join(units)}.")

@@ -23,21 +23,21 @@ def read_orca(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
         InputError: no SCF converged.
     """
     with open_text(path) as stream:
-        found: Any = list(ase.io.iread(stream, ":", format="orca-output", parallel=False))
-    results = [{} if atoms.calc is None else atoms.calc.results for atoms in found]
-    converged = [not math.isnan(own.get("energy") or 0.0) for own in results]
-    bare = [own.get("forces") is None for own in results]
+        structures: Any = list(ase.io.iread(stream, ":", format="orca-output", parallel=False))
+    results = [{} if atoms.calc is None else atoms.calc.results for atoms in structures]
+    converged = [not math.isnan(result.get("energy") or 0.0) for result in results]
+    bare = [result.get("forces") is None for result in results]
     if any(bare) and not all(bare):
         # an optimisation ends with an energy at its last geometry
         warn(
             f"{path}: {sum(bare)} of {len(bare)} geometries have an energy and no gradient (first {bare.index(True)}, "
             "counted from 0) and are left out."
         )
-    for atoms, own, fine, without in zip(found, results, converged, bare, strict=True):
+    for atoms, result, fine, without in zip(structures, results, converged, bare, strict=True):
         if fine and (not without or all(bare)):
-            yield labelled(atoms, energy=own.get("energy"), forces=own.get("forces"))
+            yield labelled(atoms, energy=result.get("energy"), forces=result.get("forces"))
     left = [index for index, fine in enumerate(converged) if not fine]
-    say_left_out(path, left, len(found), "the wavefunction did not converge", "repeat these calculations")
+    say_left_out(path, left, len(structures), "the wavefunction did not converge", "repeat these calculations")
 
 
 FORMAT = Format(

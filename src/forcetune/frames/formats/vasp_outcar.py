@@ -46,8 +46,8 @@ def read_outcar(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
     left: list[int] = []
     total = 0
     with open_text(path) as stream:
-        found: Any = ase.io.iread(stream, ":", format="vasp-out", parallel=False)
-        for atoms in found:
+        structures: Any = ase.io.iread(stream, ":", format="vasp-out", parallel=False)
+        for atoms in structures:
             if total < len(converged) and not converged[total]:
                 left.append(total)
             else:

@@ -22,7 +22,7 @@ from ase.db.row import AtomsRow
 from ase.io.jsonio import fix_int_keys_in_dicts, numpyfy, object_hook
 
 from forcetune.errors import InputError
-from forcetune.frames.defects import guarded, refusing, structure_of
+from forcetune.frames.defects import guarded, read_structure, refusing
 from forcetune.frames.frame import Origin
 
 _LARGEST_ROW = 64 * 2**20
@@ -72,7 +72,7 @@ def _atoms(path: Path, packed: bytes | None, identity: int) -> Atoms:
     for key in all_properties:
         if isinstance(content.get(key), list):
             content[key] = np.array(content[key])
-    return structure_of(AtomsRow(content | {"id": identity}))
+    return read_structure(AtomsRow(content | {"id": identity}))
 
 
 @contextmanager
@@ -127,14 +127,14 @@ def _value(path: Path, packed: bytes | None) -> Any:
         raise InputError(f"{path}: a row is damaged ({str(error)[:80]}); copy the file again.") from error
 
 
-def _hook(found: dict[str, Any]) -> Any:
+def _hook(content: dict[str, Any]) -> Any:
     """ASE's, which makes room for an array of any shape before it looks at the numbers.
 
     Raises:
         ValueError: an array has another number of entries than its shape says, or such as no frame has.
     """
-    if "__ndarray__" in found:
-        shape, name, entries = found["__ndarray__"]
+    if "__ndarray__" in content:
+        shape, name, entries = content["__ndarray__"]
         dtype = np.dtype(name)
         count = math.prod(shape) * (2 if dtype.kind == "c" else 1)
         if not isinstance(entries, list) or count != len(entries) or min(shape, default=0) < 0:
@@ -142,7 +142,7 @@ def _hook(found: dict[str, Any]) -> Any:
         number = dtype.kind in "biufc" and dtype.itemsize <= _LARGEST_NUMBER
         if not number and not (dtype.kind in "SU" and dtype.itemsize * count <= _LARGEST_TEXTS):
             raise ValueError("an array has entries that are no numbers")
-    return object_hook(found)
+    return object_hook(content)
 
 
 _decode = json.JSONDecoder(object_hook=_hook).decode

@@ -13,7 +13,7 @@ import numpy as np
 from ase import Atoms
 
 from forcetune.errors import InputError
-from forcetune.frames.defects import guarded, no_frames, refusing, structure_of
+from forcetune.frames.defects import guarded, no_frames, read_structure, refusing
 from forcetune.frames.frame import Origin
 from forcetune.frames.sources import iterate
 from forcetune.frames.store import aselmdb, hdf5
@@ -55,17 +55,17 @@ class FileChunk:
         Raises:
             InputError: a frame is damaged, or there are not as many as were announced.
         """
-        found = 0
+        count = 0
         with refusing(self.path):
             for atoms in self._structures():
-                found += 1
-                if found > self.count:
+                count += 1
+                if count > self.count:
                     break
                 yield atoms
-        if found != self.count:
+        if count != self.count:
             # frames that are dropped or repeated would go unnoticed in a set of many
             raise InputError(
-                f"{Origin(str(self.path), self.start)}: here are {'more' if found > self.count else 'fewer'} frames "
+                f"{Origin(str(self.path), self.start)}: here are {'more' if count > self.count else 'fewer'} frames "
                 f"than the {self.count} that were counted before; the file is damaged or was changed while it was "
                 "read, write it again."
             )
@@ -82,7 +82,7 @@ class FileChunk:
         return iter(self.content)
 
 
-def chunks_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[FileChunk]:
+def iterate_chunks(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[FileChunk]:
     """The chunks of a file in order.
 
     Raises:
@@ -97,7 +97,7 @@ def chunks_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Ite
         raise no_frames(path, format_name)
 
 
-def structures_of(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Atoms]:
+def iterate_structures(path: Path, format_name: str, type_map: Sequence[str] = ()) -> Iterator[Atoms]:
     """All structures of a file; those of a dangerous format are read by another process.
 
     Raises:
@@ -107,11 +107,11 @@ def structures_of(path: Path, format_name: str, type_map: Sequence[str] = ()) ->
         yield from iterate(path, format_name, type_map)
         return
     size, most = 0, max(_LEAST_UNPACKED, _RATIO * path.stat().st_size)
-    for found in safely(path, map_in_order(_listed, chunks_of(path, format_name), 1)):
-        size += sum(map(_bytes_of, found))
+    for structures in safely(path, map_in_order(_listed, iterate_chunks(path, format_name), 1)):
+        size += sum(map(_bytes_of, structures))
         if size > most:
             raise InputError(f"{path}: its frames unpack to more than {most:,} bytes; write it again.")
-        yield from found
+        yield from structures
 
 
 def safely(path: Path, results: Iterator[Any]) -> Iterator[Any]:
@@ -170,8 +170,8 @@ def _contents(path: Path, format_name: str, type_map: Sequence[str]) -> Iterator
 
 def _some(items: Iterable[Item]) -> Iterator[list[Item]]:
     left = iter(items)
-    while found := list(islice(left, CHUNK)):
-        yield found
+    while batch := list(islice(left, CHUNK)):
+        yield batch
 
 
 def _connection(path: Path) -> Any:
@@ -190,4 +190,4 @@ def _rows(path: Path, first: int, end: int) -> Iterator[Atoms]:
     """Rows of an SQLite database with ids in a range."""
     with _connection(path) as database:
         for row in database.select([("id", ">=", first), ("id", "<", end)], sort="id"):
-            yield structure_of(row)
+            yield read_structure(row)

@@ -47,10 +47,10 @@ def frame_groups(path: Path) -> list[tuple[str, np.ndarray]]:
     with refusing(path), _opened(path) as file:
         names = _numbered(file, "config_batch_")
         if not names:
-            shown = ", ".join(repr(name[:40]) for name in list(file)[:5])
+            listed = ", ".join(repr(name[:40]) for name in list(file)[:5])
             raise InputError(
                 f"{path}: has no groups config_batch_0, config_batch_1, … as mace_prepare_data writes them (it has "
-                f"{shown or 'nothing'}); write the frames in this layout, or as an ASE database or extended XYZ."
+                f"{listed or 'nothing'}); write the frames in this layout, or as an ASE database or extended XYZ."
             )
         # an array, because a batch may have millions
         return [(name, np.array(_numbered(_group(file, name), "config_"), dtype=bytes)) for name in names]
@@ -175,17 +175,17 @@ def _group(group: Any, name: str) -> Any:
         ValueError: there is no group of this name.
     """
     h5py = _library()
-    found = _opened_member(group, name)
-    if not isinstance(found, h5py.h5g.GroupID):
+    member = _opened_member(group, name)
+    if not isinstance(member, h5py.h5g.GroupID):
         raise ValueError(f"'{name[:40]}' is missing or no group")
-    return h5py.Group(found)
+    return h5py.Group(member)
 
 
 def _needed(group: Any, name: str, budget: _Budget) -> np.ndarray:
-    found = _value(group, name, budget)
-    if not isinstance(found, np.ndarray):
+    value = _value(group, name, budget)
+    if not isinstance(value, np.ndarray):
         raise ValueError(f"'{name}' is missing")
-    return found
+    return value
 
 
 def _value(group: Any, name: str, budget: _Budget) -> Any:
@@ -195,15 +195,15 @@ def _value(group: Any, name: str, budget: _Budget) -> Any:
         ValueError: it lies in another file, or is larger than a frame can be.
     """
     h5py = _library()
-    found = _opened_member(group, name)
-    if found is None:
+    member = _opened_member(group, name)
+    if member is None:
         return None
-    if not isinstance(found, h5py.h5d.DatasetID):
+    if not isinstance(member, h5py.h5d.DatasetID):
         raise ValueError(f"'{name[:40]}' is no table of numbers")
-    layout = found.get_create_plist()
+    layout = member.get_create_plist()
     if layout.get_external_count() or layout.get_layout() == h5py.h5d.VIRTUAL:
         raise ValueError(f"'{name[:40]}' lies in another file")
-    dataset = h5py.Dataset(found)
+    dataset = h5py.Dataset(member)
     if dataset.size is None:
         return None
     text = h5py.check_string_dtype(dataset.dtype) is not None

@@ -210,12 +210,12 @@ class RowReader:
         """(rows,) the array of one number a row, on disk."""
         try:
             # np.load would take an archive or a pickle, too
-            found = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="r")
+            column = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="r")
         except (OSError, ValueError) as error:
             raise self.damaged() from error
-        if found.shape != (len(self),):
+        if column.shape != (len(self),):
             raise self.damaged()
-        return found
+        return column
 
     def row(self, index: int) -> dict[str, Any]:
         """The arrays of one row; those without entries are empty, numbers that are not there None.
@@ -251,9 +251,9 @@ class RowReader:
         lengths = np.frombuffer(content, np.int64, len(self._columns))
         if (lengths < 0).any():
             raise ValueError("a length is negative")
-        place, found = lengths.nbytes, {}
+        place, columns = lengths.nbytes, {}
         for (column, numbers, width, dtype), length in zip(self._columns, lengths.tolist(), strict=True):
             values = np.frombuffer(content, dtype, length * numbers, place).reshape(length, *column.shape)
-            found[column.name] = (values[0].item() if length else None) if column.scalar else values
+            columns[column.name] = (values[0].item() if length else None) if column.scalar else values
             place += length * width + (-length * width) % _STEP
-        return found
+        return columns

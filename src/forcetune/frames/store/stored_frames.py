@@ -99,6 +99,11 @@ class StoredFrames(Sequence[Frame]):
         return np.asarray(self.rows.numbers("alone")[self.indices])
 
     @property
+    def stress_without_cell(self) -> np.ndarray:
+        """(frames,) whether each has a stress but no cell that it could belong to."""
+        return np.asarray(self.rows.numbers("stress_without_cell")[self.indices])
+
+    @property
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
         sets = self.rows.facts["element_sets"]
@@ -116,14 +121,14 @@ class StoredFrames(Sequence[Frame]):
         return self.rows.facts["labelled"][name] == len(self.rows)
 
 
-def elements_of(frames: Sequence[Frame]) -> tuple[int, ...]:
+def list_elements(frames: Sequence[Frame]) -> tuple[int, ...]:
     """Atomic numbers that occur, ascending."""
     if isinstance(frames, StoredFrames):
         return frames.elements
     return tuple(sorted({int(z) for frame in frames for z in frame.numbers}))
 
 
-def atoms_of(frames: Sequence[Frame]) -> np.ndarray:
+def count_atoms(frames: Sequence[Frame]) -> np.ndarray:
     """(frames,) number of atoms of each."""
     return frames.atoms if isinstance(frames, StoredFrames) else np.array([len(frame) for frame in frames], dtype=int)
 

@@ -26,21 +26,21 @@ import numpy as np
 
 from forcetune.errors import ForcetuneError, ForcetuneWarning, InputError, warn
 from forcetune.frames.defects import refusing
-from forcetune.frames.formats import parts_of, say_conversions
+from forcetune.frames.formats import list_files, say_conversions
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys, Origin
-from forcetune.frames.label_keys import Survey, survey_of
+from forcetune.frames.label_keys import Survey, survey_labels
 from forcetune.frames.labels import CANDIDATES, Label, RawFrame, choose_keys, raw_frame
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import content_hash, expand, file_format
 from forcetune.frames.splits import is_isolated
-from forcetune.frames.store.chunks import DANGEROUS, FileChunk, chunks_of, crashed
+from forcetune.frames.store.chunks import DANGEROUS, FileChunk, crashed, iterate_chunks
 from forcetune.frames.store.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
 from forcetune.frames.store.stored_frames import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.unread import tell_unread
 from forcetune.frames.weights import WeightTally, is_left_out
 from forcetune.frames.xyz import XYZ_FORMATS
 from forcetune.utils import distributed
-from forcetune.utils.files import sha256_of
+from forcetune.utils.files import compute_sha256
 from forcetune.utils.processes import WorkerDiedError, map_in_order
 
 try:
@@ -48,7 +48,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-VERSION = 3
+VERSION = 4
 _LOCK = "lock"
 Progress = Callable[[int], None]
 
@@ -73,6 +73,7 @@ class _Part:
     rows: list[bytes] = field(default_factory=list)
     atoms: list[int] = field(default_factory=list)
     alone: list[bool] = field(default_factory=list)
+    stress_without_cell: list[bool] = field(default_factory=list)
     elements: list[tuple[int, ...]] = field(default_factory=list)
     labelled: dict[str, int] = field(default_factory=dict)
     error: InputError | None = None
@@ -115,8 +116,8 @@ def stream_frames(
 
     def make() -> None:
         with new_store(place) as temporary:
-            shown = progress or (lambda _: None)
-            building = _Building(files, asked, require, expect, name, workers, shown, type_map)
+            report = progress or (lambda _: None)
+            building = _Building(files, asked, require, expect, name, workers, report, type_map)
             try:
                 building.build(temporary)
             except ForcetuneError:
@@ -135,16 +136,16 @@ def stream_frames(
 
 def _hash_of(file: Path) -> str:
     with refusing(file):
-        return sha256_of(file) if parts_of(file) == [file] else content_hash(file)
+        return compute_sha256(file) if list_files(file) == [file] else content_hash(file)
 
 
 def _signature(file: Path) -> list[tuple[int, int, int]] | None:
     """What changes when a file, or one that is read with it, is written or replaced."""
     try:
-        found = [part.stat() for part in parts_of(file)]
+        stats = [part.stat() for part in list_files(file)]
     except OSError:
         return None
-    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in found]
+    return [(status.st_size, status.st_mtime_ns, status.st_ino) for status in stats]
 
 
 def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
@@ -165,11 +166,11 @@ def new_store(place: Path) -> Iterator[Path]:
         InputError: the folder cannot be written, or there is no room.
     """
     try:
-        with ExitStack() as kept:
+        with ExitStack() as stack:
             with writing():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 _remove_abandoned(place)
-                store = kept.enter_context(_scratch(place)) / "store"
+                store = stack.enter_context(_scratch(place)) / "store"
                 store.mkdir()
             yield store
             with writing():
@@ -256,28 +257,28 @@ class _Building:
             # files are read twice or thrice, and what their readers warn of is told whenever the store is opened
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always", ForcetuneWarning)
-                keys, told = self._read_and_write(folder)
+                keys, messages = self._read_and_write(folder)
         except ForcetuneError:
             for text in _texts(heard):
                 warn(text)
             raise
-        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *told]})
+        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *messages]})
 
     def _read_and_write(self, folder: Path) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told about them."""
         guess = self._guess()
         survey, weights, error = self._write(folder, guess)
         weights.check(self.name, self.files[0][0])
-        keys, told = self._choice(survey, weights)
+        keys, messages = self._choice(survey, weights)
         if keys != guess:
             *_, error = self._write(folder, keys)
         if error is not None:
             raise error
-        return keys, told
+        return keys, messages
 
     def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
         """The keys of the labels, and what is to be told whenever the store is opened."""
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
@@ -287,7 +288,7 @@ class _Building:
                         warn(f"{self.name}: {text}")
             except InputError as error:
                 refusal = error
-        texts = _texts(told)
+        texts = _texts(messages)
         if refusal is not None:
             for text in texts:
                 warn(text)
@@ -317,7 +318,7 @@ class _Building:
         """
         survey, weights, writer = Survey(self.asked), WeightTally(), RowWriter(folder, FRAME_COLUMNS)
         error: InputError | None = None
-        atoms, alone, kinds = array("i"), array("b"), array("i")
+        atoms, alone, kinds, without_cell = array("i"), array("b"), array("i"), array("b")
         sets: dict[tuple[int, ...], int] = {}
         labelled = dict.fromkeys(LABEL_FIELDS, 0)
         try:
@@ -329,6 +330,7 @@ class _Building:
                     writer.write(part.rows)
                     atoms.extend(part.atoms)
                     alone.extend(part.alone)
+                    without_cell.extend(part.stress_without_cell)
                     kinds.extend(sets.setdefault(elements, len(sets)) for elements in part.elements)
                     labelled = {name: count + part.labelled.get(name, 0) for name, count in labelled.items()}
                 self.progress(part.count)
@@ -337,7 +339,12 @@ class _Building:
                 "element_sets": [list(kind) for kind in sets],
                 "labelled": labelled,
             }
-            numbers = {"atoms": np.array(atoms), "alone": np.array(alone, dtype=bool), "kind": np.array(kinds)}
+            numbers = {
+                "atoms": np.array(atoms),
+                "alone": np.array(alone, dtype=bool),
+                "kind": np.array(kinds),
+                "stress_without_cell": np.array(without_cell, dtype=bool),
+            }
             writer.close(facts, numbers)
         finally:
             writer.abandon()
@@ -347,7 +354,7 @@ class _Building:
         tasks = (
             _Task(chunk, number, self.asked, keys)
             for number, (file, kind) in enumerate(self.files)
-            for chunk in chunks_of(file, kind, self.type_map)
+            for chunk in iterate_chunks(file, kind, self.type_map)
         )
         try:
             yield from map_in_order(_read, tasks, workers)
@@ -373,7 +380,7 @@ def _read(task: _Task) -> _Part:
         weights.add(raw)
         if not is_left_out(raw):
             raws.append(raw)
-    part = _Part(weights.frames, survey_of(raws, task.asked), weights)
+    part = _Part(weights.frames, survey_labels(raws, task.asked), weights)
     if task.keys is None:
         return part
     try:
@@ -388,6 +395,7 @@ def _add(part: _Part, frame: Frame, file: int) -> None:
     part.rows.append(packed_frame(frame, file))
     part.atoms.append(len(frame))
     part.alone.append(is_isolated(frame))
+    part.stress_without_cell.append(frame.stress is not None and not frame.has_volume)
     part.elements.append(tuple(np.unique(frame.numbers).tolist()))
     for name in LABEL_FIELDS:
         part.labelled[name] = part.labelled.get(name, 0) + (getattr(frame, name) is not None)
