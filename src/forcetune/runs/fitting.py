@@ -45,7 +45,7 @@ from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label
 from forcetune.reports.run_page import write_report
-from forcetune.runs.console import say_adapter, say_data, say_isolated, say_weights
+from forcetune.runs.console import say_adapter, say_data, say_isolated, say_kernels, say_weights
 from forcetune.runs.folder import (
     ADAPTER_NAME,
     CONFIG_NAME,
@@ -323,9 +323,11 @@ class Fitting:
                 dtype=model.dtype,
                 device=model.device,
                 trust=model.trust,
+                kernels=model.kernels,
             )
         else:
             loaded = self._take(backbone, wanted)
+        say_kernels(self.console, loaded)
         return loaded
 
     def _element_table(self, elements: Sequence[int]) -> list[int] | None:

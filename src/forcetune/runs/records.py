@@ -24,6 +24,7 @@ from forcetune.evaluation.metrics import Predictions
 from forcetune.frames.dataset import Dataset, Split
 from forcetune.frames.references import ReferenceEnergies
 from forcetune.frames.store.stored_frames import StoredFrames, atoms_of
+from forcetune.kernels.compiled.choice import kernels_in_use
 from forcetune.training.replay import ReplayFrames, has_own_head
 from forcetune.utils.files import atomic_path, write_text
 
@@ -97,6 +98,7 @@ def describe_model(backbone: Backbone) -> dict[str, Any]:
         "elements": [chemical_symbols[z] for z in backbone.elements],
         "cutoff_ang": backbone.cutoff,
         "dtype": "float64" if backbone.dtype == torch.float64 else "float32",
+        "kernels": kernels_in_use(backbone.model),
     }
 
 

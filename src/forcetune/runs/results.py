@@ -42,6 +42,7 @@ class ModelPart(Part):
     elements: list[str] = []
     cutoff_ang: float | None = None
     dtype: str | None = None
+    kernels: str | None = None
 
 
 class MethodPart(Part):
