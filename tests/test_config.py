@@ -45,24 +45,25 @@ def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_pat
 
 
 @pytest.mark.parametrize("word", ["off", "'off'", "false"])
-def test_switching_kernels_off_is_an_option_of_earlier_versions(word: str, tmp_path: Path) -> None:
+def test_kernels_that_are_off_are_those_of_torch(word: str, tmp_path: Path) -> None:
     path, written = tmp_path / "run.yaml", tmp_path / "again.yaml"
     path.write_text(f"data: {{train: [a.xyz]}}\nmodel: {{model: m, kernels: {word}}}\n", encoding="utf-8")
-    with pytest.warns(ForcetuneWarning, match="model.kernels=off is ignored") as told:
+    with pytest.warns(ForcetuneWarning, match="model.kernels=off is an option of earlier versions") as told:
         config = load_config(path)
     assert len(told) == 1 and len(str(told[0].message).splitlines()) == 1
-    assert not hasattr(config.model, "kernels") and config.model.model == "m"
+    assert config.model.kernels == "torch" and config.model.model == "m"
     config.save(written)
-    assert "kernels" not in written.read_text(encoding="utf-8")
+    assert "kernels: torch" in written.read_text(encoding="utf-8")
     assert load_config(written) == config
 
 
-def test_kernels_of_earlier_configurations_that_were_on_say_nothing(tmp_path: Path) -> None:
+def test_kernels_are_one_of_three(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("data: {train: [a.xyz]}\nmodel: {kernels: auto}\n", encoding="utf-8")
-    load_config(path)
+    assert load_config(path).model.kernels == "auto"
+    assert load_config(settings=["model.kernels=compiled"], given=LEAST).model.kernels == "compiled"
     for word in ("on", "fast", "[1]", "{a: 1}", "null"):
-        with pytest.raises(InputError, match=r"model\.kernels: there is no such option"):
+        with pytest.raises(InputError, match=r"model\.kernels"):
             load_config(settings=[f"model.kernels={word}"], given=LEAST)
 
 

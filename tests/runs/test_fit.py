@@ -74,9 +74,10 @@ def test_float32_run(tmp_path: Path) -> None:
         test=write_labelled(tmp_path / "b.xyz", 5, seed=9),
         epochs=4,
         out=tmp_path / "run",
-        settings={"model.dtype": "float32"},
+        settings={"model.dtype": "float32", "model.kernels": "torch"},
     )
     assert run.results["model"]["dtype"] == "float32"
+    assert run.results["model"]["kernels"] == "torch"
     before, after = run.before["valid"].forces_mae_mev_per_ang, run.after["valid"].forces_mae_mev_per_ang
     assert before is not None
     assert after is not None

@@ -16,6 +16,7 @@ from forcetune.backbones.protocol import ADAPTER, Backbone
 from forcetune.backbones.registry import resolve
 from forcetune.config import ModelConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.kernels.compiled.choice import Kernels, choose_kernels, chosen_kernels
 from forcetune.utils.distributed import place
 
 ENTRY_POINTS = "forcetune.backbones"
@@ -65,6 +66,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str = "auto",
     trust: bool = False,
+    kernels: Kernels | None = None,
 ) -> Backbone:
     """Load a foundation model.
 
@@ -76,21 +78,26 @@ def load(
         dtype: ``float64`` or ``float32``; by default float64, or that of a loaded backbone.
         device: ``cpu``, ``cuda`` … or ``auto``, which leaves a loaded backbone where it is.
         trust: allow a model file to run its own code where it cannot be rebuilt without.
+        kernels: what computes convolutions and contractions: ``compiled`` loops, ``torch`` operations or ``auto``,
+            compiled on a CPU where llvmlite is installed; by default auto, or that of a loaded backbone.
 
     Raises:
-        InputError: unknown name, unreadable file, unknown head, element or device, or a loaded backbone that is not
-            what is asked for.
+        InputError: unknown name, unreadable file, unknown head, element or device, compiled kernels where there are
+            none, or a loaded backbone that is not what is asked for.
     """
     precision = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(model, Backbone):
-        return _loaded_already(model, head, elements, precision, device)
+        loaded = _loaded_already(model, head, elements, precision, device)
+        if kernels is not None:
+            choose_kernels(loaded.model, kernels)
+        return loaded
     if not isinstance(model, str | Path):
         raise InputError(
             f"a model is a name, a path or what forcetune.load returned, and no {type(model).__name__}; an own module "
             "of the library is saved by torch.save(model, 'own.model') and named by its path."
         )
     found = resolve(str(model))
-    return backbone_class(found.library).load(
+    backbone = backbone_class(found.library).load(
         found.path,
         name=found.name,
         licence=found.licence,
@@ -102,6 +109,8 @@ def load(
         device=choose_device(device),
         trust=trust,
     )
+    choose_kernels(backbone.model, kernels or "auto")
+    return backbone
 
 
 def _loaded_already(
@@ -126,7 +135,9 @@ def _loaded_already(
             f"the loaded model {name} carries an adapter and knows other elements than those asked for; detach the "
             "adapter first, or load the model with these elements."
         )
-    return model.cut_to(elements)
+    cut = model.cut_to(elements)
+    choose_kernels(cut.model, chosen_kernels(model.model))
+    return cut
 
 
 def is_as_loaded(backbone: Backbone) -> bool:
@@ -205,4 +216,5 @@ def with_loaded(config: RunConfig, backbone: Backbone, place: Path) -> tuple[Run
 
 def asked_of_loaded(config: ModelConfig) -> dict[str, Any]:
     """What a configuration says of the model beside its name, as arguments of :func:`load`; no defaults."""
-    return {name: getattr(config, name) for name in ("head", "dtype", "device") if name in config.model_fields_set}
+    names = ("head", "dtype", "device", "kernels")
+    return {name: getattr(config, name) for name in names if name in config.model_fields_set}

@@ -90,15 +90,20 @@ class ModelConfig(Section):
         default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
     )
 
+    kernels: Literal["auto", "compiled", "torch"] = Field(
+        default="auto",
+        description="What computes convolutions and contractions: `compiled` loops for this processor (llvmlite), "
+        "`torch` operations, or `auto`, compiled on a CPU where llvmlite is installed.",
+    )
+
     @model_validator(mode="before")
     @classmethod
-    def _without_earlier_options(cls, section: Any) -> Any:
-        """``kernels`` stands in the configuration of earlier runs; there is one way to compute now."""
-        if not isinstance(section, dict) or as_word(section.get("kernels")) not in ("auto", "off"):
+    def _renamed_options(cls, section: Any) -> Any:
+        """``off`` stands in the configuration of earlier runs."""
+        if not isinstance(section, dict) or as_word(section.get("kernels")) != "off":
             return section
-        if as_word(section["kernels"]) == "off":
-            warn("model.kernels=off is ignored: it is an option of earlier versions, and there is one way to compute.")
-        return {name: value for name, value in section.items() if name != "kernels"}
+        warn("model.kernels=off is an option of earlier versions; it is read as torch.")
+        return {**section, "kernels": "torch"}
 
 
 class ReferenceConfig(Section):

@@ -22,7 +22,8 @@ from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin
 from forcetune.frames.spins import directions
-from forcetune.graphs.graph import Batch, build_graph
+from forcetune.graphs.graph import Batch, graph_with
+from forcetune.graphs.skin_list import SkinList
 from forcetune.magnetism.options import Magnetism
 
 SMALLEST_VOLUME = 1e-6
@@ -66,6 +67,7 @@ class ForcetuneCalculator(Calculator):
         self.backbone = backbone
         self.compile = compile
         self._charge_ignored = False
+        self._neighbors = SkinList(backbone.cutoff)
         self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
         adapter = get_adapter(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
@@ -95,7 +97,10 @@ class ForcetuneCalculator(Calculator):
         check_elements(self.backbone, [frame])
         # as in the labels of slabs and wires: per volume of the whole cell, vacuum included
         stress = bool(current.pbc.any()) and abs(float(np.linalg.det(current.cell.array))) > SMALLEST_VOLUME
-        batch = build_graph(frame, self.backbone.cutoff, self.backbone.dtype).to(device=self.backbone.device)
+        if self._neighbors.cutoff != self.backbone.cutoff:
+            self._neighbors = SkinList(self.backbone.cutoff)
+        edges = self._neighbors.edges(frame)
+        batch = graph_with(frame, *edges, self.backbone.dtype).to(device=self.backbone.device)
         self.results = self._results(batch, stress)
 
     def _check_charge(self, atoms: Atoms) -> None:

@@ -69,11 +69,11 @@ def find_edges(frame: Frame, cutoff: float) -> tuple[IntArray, FloatArray]:
         )
     _check_extent(frame, cutoff)
     edge_index, shifts = neighbours(frame.positions, frame.cell, pbc, cutoff)
-    _check_apart(frame, edge_index, shifts)
+    check_apart(frame, edge_index, shifts)
     return edge_index, shifts
 
 
-def _check_apart(frame: Frame, edge_index: IntArray, shifts: FloatArray) -> None:
+def check_apart(frame: Frame, edge_index: IntArray, shifts: FloatArray) -> None:
     """
     Raises:
         InputError: two atoms are at one place, where no direction leads from one to the other.

@@ -16,6 +16,7 @@ from forcetune.frames.dataset import Dataset
 from forcetune.frames.isolated import IsolatedAtoms
 from forcetune.frames.references import ReferenceEnergies
 from forcetune.frames.store.stored_frames import StoredFrames
+from forcetune.kernels.compiled.choice import kernels_in_use, missing_reason
 from forcetune.training.replay import ReplayFrames, has_own_head
 
 
@@ -71,6 +72,14 @@ def say_weights(console: Console, asked: TrainingConfig, settled: TrainingConfig
             f"{loss.energy:g} of energies (training.loss.stress; 0 leaves it out)",
             highlight=False,
         )
+
+
+def say_kernels(console: Console, backbone: Backbone) -> None:
+    """What computes the model, and that the first use of compiled kernels may take a moment."""
+    if kernels_in_use(backbone.model) == "compiled":
+        console.print("computed by compiled kernels (made at their first use and kept)", highlight=False)
+    elif backbone.device.type == "cpu" and (reason := missing_reason()) is not None:
+        console.print(f"computed by PyTorch's operations: {reason}", highlight=False)
 
 
 def say_adapter(console: Console, method: Method, backbone: Backbone, adapter: Adapter) -> None:

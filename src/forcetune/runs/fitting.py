@@ -46,7 +46,7 @@ from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label
 from forcetune.reports.run_page import write_report
-from forcetune.runs.console import say_adapter, say_data, say_isolated, say_weights
+from forcetune.runs.console import say_adapter, say_data, say_isolated, say_kernels, say_weights
 from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
 from forcetune.runs.folder import (
     ADAPTER_NAME,
@@ -316,9 +316,11 @@ class Fitting:
                 dtype=model.dtype,
                 device=model.device,
                 trust=model.trust,
+                kernels=model.kernels,
             )
         else:
             loaded = self._take(backbone, wanted)
+        say_kernels(self.console, loaded)
         return loaded
 
     def _element_table(self, elements: Sequence[int]) -> list[int] | None:

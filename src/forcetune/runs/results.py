@@ -44,6 +44,7 @@ class ModelSummary(Summary):
     elements: list[str] = []
     cutoff_ang: float | None = None
     dtype: str | None = None
+    kernels: str | None = None
 
 
 class MethodSummary(Summary):

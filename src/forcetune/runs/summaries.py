@@ -14,6 +14,7 @@ from forcetune.config import ReplayConfig
 from forcetune.frames.dataset import Dataset, Split
 from forcetune.frames.references import ReferenceEnergies
 from forcetune.frames.store.stored_frames import StoredFrames, count_atoms
+from forcetune.kernels.compiled.choice import kernels_in_use
 from forcetune.runs.results import (
     DataSummary,
     ElementReference,
@@ -39,6 +40,7 @@ def summarize_model(backbone: Backbone) -> ModelSummary:
         elements=_symbols(backbone.elements),
         cutoff_ang=backbone.cutoff,
         dtype="float64" if backbone.dtype == torch.float64 else "float32",
+        kernels=kernels_in_use(backbone.model),
     )
 
 

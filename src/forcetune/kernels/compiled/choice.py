@@ -54,6 +54,11 @@ def choose_kernels(model: nn.Module, kernels: Kernels) -> None:
             setattr(module, "kernels", kernels)  # noqa: B010 (torch types attributes of modules as tensors)
 
 
+def chosen_kernels(model: nn.Module) -> Kernels:
+    """The setting of a model's layers; ``auto`` for a model without such layers."""
+    return next((getattr(module, "kernels") for module in model.modules() if hasattr(module, "kernels")), "auto")  # noqa: B009
+
+
 def kernels_in_use(model: nn.Module) -> Literal["compiled", "torch"]:
     """Which kernels compute a model now."""
     parameter = next(iter(model.parameters()), None)
