@@ -350,10 +350,15 @@ def library_of_file(path: Path) -> str:
     """The library whose backbone reads a file: by the names in its pickle, which is not run."""
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            names = archive.namelist()
+            if any(name.endswith("/.data/extern_modules") for name in names):  # a package of torch
+                return "nequip"
+            pickles = [name for name in names if name.endswith("data.pkl")]
             program = archive.read(pickles[0]) if pickles else b""
     except (OSError, zipfile.BadZipFile, NotImplementedError, zlib.error, RuntimeError):
         return "mace"
+    if b"hyper_parameters" in program and b"info_dict" in program and b"nequip" in program:
+        return "nequip"
     # sevenn has written this key since its first version
     return "sevennet" if b"model_state_dict" in program and b"weight_nn" in program else "mace"
 

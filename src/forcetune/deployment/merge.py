@@ -21,7 +21,7 @@ from forcetune.frames.frame import FloatArray, Frame, Origin
 from forcetune.utils.files import atomic_path, path_of, sha256_of
 
 PARITY = {"float64": 1e-10, "float32": 1e-4}
-MODEL_SUFFIXES = (".model", ".pt", ".pth")
+MODEL_SUFFIXES = (".model", ".pt", ".pth", ".ckpt", ".zip")
 """Of files that a merged model may replace."""
 
 
