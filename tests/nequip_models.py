@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from forcetune.backbones.nequip.backbone import NequIPBackbone
+from forcetune.backbones.nequip.checkpoint import MODEL, content_from_checkpoint
+from forcetune.backbones.nequip.configuration import builder_config, read_configuration
+from forcetune.backbones.nequip.content import SCALES, SHIFTS
+from forcetune.backbones.nequip.network import NequIPNetwork
+from forcetune.backbones.protocol import Base
+from forcetune.backbones.safe_unpickle.reader import InertFile
+from forcetune.kernels.tensors import TensorSource
+
 NEWEST = "0.19.1"
-ALL_VERSIONS = ("0.15.0", "0.16.2", "0.17.1", "0.18.0", NEWEST)
-_SINCE_16 = ALL_VERSIONS[1:]
-_SINCE_17 = ALL_VERSIONS[2:]
-_SINCE_18 = ALL_VERSIONS[3:]
+ALL_VERSIONS = ("0.14.0", "0.15.0", "0.16.2", "0.17.1", "0.18.0", NEWEST)
+_SINCE_16 = ALL_VERSIONS[2:]
+_SINCE_17 = ALL_VERSIONS[3:]
+_SINCE_18 = ALL_VERSIONS[4:]
 FOUR = ("H", "C", "N", "O")
 
 
@@ -127,3 +142,89 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """All that forcetune computes, option by option."""
+
+
+# ---- checkpoints without nequip ------------------------------------------------------------------------------------
+
+
+def checkpoint(recipe: Recipe, seed: int = 0, version: str = NEWEST) -> dict[str, Any]:
+    """A checkpoint with random weights, made without nequip; equal seeds give equal ones."""
+    config = copy.deepcopy(dict(recipe.config))
+    minor = int(version.split(".")[1])
+    described = read_configuration(config, (0, minor))
+    architecture, options = described.architecture, builder_config(config)[1]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = NequIPNetwork(architecture, architecture.elements, TensorSource(None))
+    dtype = getattr(torch, architecture.dtype)
+    state: OrderedDict[str, Tensor] = OrderedDict({"run_stage": torch.zeros(1, dtype=torch.long)})
+    parameters = dict(network.named_parameters())
+    averages: list[Tensor] = []
+    for name, tensor in network.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        value = (tensor + 0.1 * noise).to(dtype) if name in parameters else tensor
+        if name.endswith("norm_const"):
+            continue  # nequip does not save it
+        if name == "edge_norm._rmax_recip":
+            value = _cutoffs(options)
+        elif name in (SHIFTS, SCALES):
+            value = _of_types(options, "shifts" if name == SHIFTS else "scales")
+        state[f"{MODEL}func.{name}"] = value
+        if name in parameters:
+            averages.append(value + 0.1 * torch.randn(value.shape, generator=generator).to(dtype))
+    if architecture.repulsion_power is not None:
+        state[f"{MODEL}func.pair_potential.atomic_numbers"] = torch.tensor(architecture.elements, dtype=dtype)
+    if recipe.trainer.startswith("EMA"):
+        state |= {f"ema.ema_weight_{index}": value for index, value in enumerate(averages)}
+        extra: Any = {"decay": 0.99, "num_updates": 3, "is_holding_ema_weights": True}
+        state["ema._extra_state"] = extra
+    training = {"_target_": f"nequip.train.{recipe.trainer}", "model": copy.deepcopy(config)}
+    info = {"versions": {"nequip": version, "torch": "2.13.0"}, "training_module": training, "data": {}, "runs": []}
+    return {
+        "epoch": 0,
+        "global_step": 2,
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": state,
+        "hyper_parameters": {"model": config, "info_dict": info, "num_datasets": {"train": 1}},
+    }
+
+
+def _cutoffs(options: Mapping[str, Any]) -> Tensor:
+    """1/cutoff, one for all pairs or a table by the type of the center and that of the neighbor."""
+    largest, names = options["r_max"], options["type_names"]
+    given = options.get("per_edge_type_cutoff")
+    if given is None:
+        return torch.tensor(1 / largest, dtype=torch.float64)
+    rows = [given.get(name, {}) for name in names]
+    table = [[row if isinstance(row, float) else row.get(other, largest) for other in names] for row in rows]
+    return 1 / torch.tensor(table, dtype=torch.float64).flatten()
+
+
+def _of_types(options: Mapping[str, Any], what: str) -> Tensor:
+    given = options.get(f"per_type_energy_{what}")
+    if given is None:
+        return torch.zeros(0)
+    values = [given[name] for name in options["type_names"]] if isinstance(given, dict) else [given]
+    return torch.tensor(values, dtype=torch.float64).view(-1, 1)
+
+
+def write_checkpoint(path: Path, recipe: Recipe, seed: int = 0, version: str = NEWEST) -> Path:
+    """:func:`checkpoint` in a file."""
+    torch.save(checkpoint(recipe, seed, version), path)
+    return path
+
+
+def backbone_of(recipe: Recipe, *, seed: int = 0, **options: Any) -> NequIPBackbone:
+    """The backbone of :func:`checkpoint`."""
+    content = content_from_checkpoint(InertFile(checkpoint(recipe, seed), {}), Path("small.ckpt"))
+    base = Base("small", "", content.fingerprint, "unknown")
+    return NequIPBackbone.from_content(content, base, **options)
+
+
+BATTERY = {
+    "NequIP, parity": RECIPES["parity"],
+    "NequIP, cutoffs by direction": RECIPES["cutoffs by pair and direction"],
+    "NequIP, repulsion": RECIPES["repulsion with an envelope of its own"],
+}
+"""One of each sort, for the elements of ``systems.py``, for tests of everything that works on any backbone."""

@@ -11,6 +11,7 @@ Nothing of forcetune is imported here. The one argument is a JSON file with list
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -115,12 +116,15 @@ def _type_names(config: dict[str, Any]) -> list[str]:
 # ---- evaluating ----------------------------------------------------------------------------------------------------
 
 
+def _named_types(function: Any) -> dict[str, Any]:
+    """What says that types are named after elements, which early versions take for granted."""
+    name = "chemical_species_to_atom_type_map"
+    return {name: True} if name in inspect.signature(function).parameters else {}
+
+
 def _calculator(path: str) -> Any:
     """The ASE calculator of a saved model; it knows the elements by their names."""
-    if _early():
-        from nequip.model.saved_models import load_utils  # noqa: F401
-    options: dict[str, Any] = {} if _early() else {"chemical_species_to_atom_type_map": True}
-    return NequIPCalculator._from_saved_model(path, device="cpu", **options)
+    return NequIPCalculator._from_saved_model(path, device="cpu", **_named_types(NequIPCalculator._from_saved_model))
 
 
 def evaluate(work: dict[str, Any]) -> None:
@@ -171,7 +175,7 @@ def compile_(work: dict[str, Any]) -> None:
 
     target = str(Path(work["folder"]) / "compiled.nequip.pth")
     compile_model([work["model"], target, "--mode", "torchscript", "--device", "cpu"])
-    options: dict[str, Any] = {} if _early() else {"chemical_species_to_atom_type_map": True}
+    options = _named_types(NequIPCalculator.from_compiled_model)
     _calculated(NequIPCalculator.from_compiled_model(target, device="cpu", **options), work)
 
 

@@ -20,7 +20,7 @@ from forcetune.utils.parsing import short
 LARGEST = 16384
 """Of channels, widths and the like: more than any model has."""
 _HIGHEST_ORDER = 8
-VERSIONS = ((0, 15), (0, 16), (0, 17), (0, 18), (0, 19))
+VERSIONS = tuple((0, minor) for minor in range(13, 20))
 """Of nequip, whose files are known."""
 CONVOLUTION_ACTIVATIONS = ("abs", "tanh", "ssp", "silu")
 
@@ -125,7 +125,7 @@ def check_version(version: Any) -> tuple[int, int]:
         raise UnfitError(f"it was written by nequip {short(version)}, of which nothing is known")
     found = int(parts[0]), int(parts[1])
     if found not in VERSIONS:
-        raise UnfitError(f"it was written by nequip {short(str(version))}; forcetune knows the files of 0.15 to 0.19")
+        raise UnfitError(f"it was written by nequip {short(str(version))}; forcetune knows the files of 0.13 to 0.19")
     return found
 
 
