@@ -215,9 +215,9 @@ def write_checkpoint(path: Path, recipe: Recipe, seed: int = 0, version: str = N
     return path
 
 
-def backbone_of(recipe: Recipe, *, seed: int = 0, **options: Any) -> NequIPBackbone:
+def backbone_of(recipe: Recipe, *, seed: int = 0, version: str = NEWEST, **options: Any) -> NequIPBackbone:
     """The backbone of :func:`checkpoint`."""
-    content = content_from_checkpoint(InertFile(checkpoint(recipe, seed), {}), Path("small.ckpt"))
+    content = content_from_checkpoint(InertFile(checkpoint(recipe, seed, version), {}), Path("small.ckpt"))
     base = Base("small", "", content.fingerprint, "unknown")
     return NequIPBackbone.from_content(content, base, **options)
 

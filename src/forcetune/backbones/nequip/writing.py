@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forcetune.backbones.nequip.architecture import NequIPArchitecture
 from forcetune.backbones.nequip.checkpoint import average_names, content_from_checkpoint
 from forcetune.backbones.nequip.content import SHIFTS, NequIPContent, network_name
 from forcetune.backbones.nequip.module_tree import read_tree
@@ -137,8 +136,14 @@ def _innermost(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _change_options(options: dict[str, Any], content: NequIPContent, before: Mapping[str, Any]) -> None:
-    architecture: NequIPArchitecture = content.architecture
-    options["model_dtype"] = architecture.dtype
+    if options["model_dtype"] != content.architecture.dtype:
+        options["model_dtype"] = content.architecture.dtype
+        if options.get("avg_num_neighbors") is not None:
+            # what follows from them was rounded to the precision that the model had
+            norms = content.tensors["layer0_convnet.conv.avg_num_neighbors_norm.norm_const"].double().flatten()
+            numbers = (1 / norms.square()).tolist()
+            by_type = dict(zip(options["type_names"], numbers, strict=False))
+            options["avg_num_neighbors"] = numbers[0] if len(numbers) == 1 else by_type
     shifts = content.tensors[SHIFTS]
     if shifts.shape != before[content.names[SHIFTS]].shape:
         values = shifts.detach().flatten().tolist()
