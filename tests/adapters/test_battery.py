@@ -16,6 +16,8 @@ from forcetune.adapters.methods import METHODS, Method, custom_method, method
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.evaluation.metrics import Predictions, build_graphs, predict
+from nequip_models import BATTERY as NEQUIPS
+from nequip_models import backbone_of as nequip_of
 from sevennet_models import BATTERY as SEVENNETS
 from sevennet_models import backbone_of
 from systems import backbone, cluster, crystal, frames_of, perturb
@@ -54,11 +56,17 @@ OPTIONS: dict[str, Method] = {
 }
 NAMED_CASES = [
     (name, label, variant)
-    for name in (*MODELS, *SEVENNETS)
+    for name in (*MODELS, *SEVENNETS, *NEQUIPS)
     for label, variant in VARIANTS.items()
     if label not in NEEDS_MODALITIES or name == "SevenNet, modalities"
 ]
-WITH_OPTIONS = ("scale-shift", "odd scalars", "SevenNet, fully connected", "SevenNet, no parity, linear")
+WITH_OPTIONS = (
+    "scale-shift",
+    "odd scalars",
+    "SevenNet, fully connected",
+    "SevenNet, no parity, linear",
+    "NequIP, parity",
+)
 NAMED_CASES += [(name, label, variant) for name in WITH_OPTIONS for label, variant in OPTIONS.items()]
 CASES = [(name, variant) for name, _, variant in NAMED_CASES]
 IDS = [f"{name}-{label}" for name, label, _ in NAMED_CASES]
@@ -67,7 +75,10 @@ MERGEABLE = [case for case in CASES if case[1].mergeable]
 
 @cache
 def known_model(name: str) -> NetworkBackbone:
-    found = backbone_of(SEVENNETS[name]) if name in SEVENNETS else backbone(**MODELS[name])
+    if name in NEQUIPS:
+        found = nequip_of(NEQUIPS[name])
+    else:
+        found = backbone_of(SEVENNETS[name]) if name in SEVENNETS else backbone(**MODELS[name])
     for _ in range(3):
         # the library's TorchScript parts sum in another order until they have been optimised
         predictions(found, cluster(), crystal())

@@ -46,6 +46,7 @@ _MATPES_R2SCAN = "materials, r2SCAN (MatPES)"
 LICENCE_NOTES = {
     "ASL": "the Academic Software License (ASL, github.com/gabor1/ASL), which forbids commercial use",
     "MIT": "the MIT licence",
+    "CC-BY-4.0": "the Creative Commons licence CC BY 4.0, which asks for attribution",
 }
 
 
@@ -57,7 +58,7 @@ class PublishedModel:
         name: what to ask for.
         library: the backbone that loads it.
         url: where its publisher offers it; of a packaged model its place below this folder.
-        licence: of the weights: ``MIT`` or ``ASL``.
+        licence: of the weights: ``MIT``, ``ASL`` or ``CC-BY-4.0``.
         sha256: of the file, 64 hexadecimal digits; None where it is trusted on first use.
         description: what it is for, and the level of theory (data set) it was trained on.
         elements: what it knows.
@@ -174,6 +175,33 @@ _SEVENNETS = (
     ),
 )
 
+_ZENODO = "https://zenodo.org/records/18775904/files"
+_OAM = "materials, PBE+U (OMat24, then sAlex and MPtrj)"
+_NEQUIPS = (
+    PublishedModel(
+        "nequip-oam-l",
+        "nequip",
+        f"{_ZENODO}/NequIP-OAM-L-0.1.nequip.zip",
+        "CC-BY-4.0",
+        "5d01a4fab228abb3cdb6ace0033f93993729956bca6a42234a2a8816825b9a0f",
+        _OAM,
+        _PERIODIC_TABLE,
+        "large",
+        ("nequip-oam-l-0.1",),
+    ),
+    PublishedModel(
+        "nequip-oam-xl",
+        "nequip",
+        f"{_ZENODO}/NequIP-OAM-XL-0.1.nequip.zip",
+        "CC-BY-4.0",
+        "99c3799b28026f1ecf66c413292038a27a0749d4d4d7cd0b3a642f2e68df9e9c",
+        _OAM,
+        _PERIODIC_TABLE,
+        "large",
+        ("nequip-oam-xl-0.1",),
+    ),
+)
+
 _MINI = PublishedModel(
     name="mini",
     library="mace",
@@ -190,6 +218,7 @@ _MINI = PublishedModel(
 _MODELS: tuple[PublishedModel, ...] = (
     _MINI,
     *_SEVENNETS,
+    *_NEQUIPS,
     _mace(
         *("mace-off23-small", f"{_OFF}/mace_off23/MACE-OFF23_small.model", "ASL"),
         *(_OFF23, _ORGANIC, "small", ("off23-small",)),
@@ -350,10 +379,15 @@ def library_of_file(path: Path) -> str:
     """The library whose backbone reads a file: by the names in its pickle, which is not run."""
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            names = archive.namelist()
+            if any(name.endswith("/.data/extern_modules") for name in names):  # a package of torch
+                return "nequip"
+            pickles = [name for name in names if name.endswith("data.pkl")]
             program = archive.read(pickles[0]) if pickles else b""
     except (OSError, zipfile.BadZipFile, NotImplementedError, zlib.error, RuntimeError):
         return "mace"
+    if b"hyper_parameters" in program and b"info_dict" in program and b"nequip" in program:
+        return "nequip"
     # sevenn has written this key since its first version
     return "sevennet" if b"model_state_dict" in program and b"weight_nn" in program else "mace"
 

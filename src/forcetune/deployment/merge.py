@@ -19,7 +19,7 @@ from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.frame import Frame
 from forcetune.utils.files import as_path, atomic_path, compute_sha256
 
-MODEL_SUFFIXES = (".model", ".pt", ".pth")
+MODEL_SUFFIXES = (".model", ".pt", ".pth", ".ckpt", ".zip")
 """Of files that a merged model may replace."""
 
 

@@ -42,7 +42,7 @@ class SkinList:
         self._candidates: _Candidates | None = None
 
     def edges(self, frame: Frame) -> tuple[IntArray, FloatArray]:
-        """The neighbors of a frame, the same in the same order as :func:`~forcetune.graphs.edges.find_edges` gives them.
+        """The neighbors of a frame, equal to those of :func:`~forcetune.graphs.edges.find_edges` and in their order.
 
         Raises:
             InputError: as there.

@@ -161,9 +161,23 @@ def wigner_3j(first: int, second: int, third: int) -> Tensor:
 
 
 @functools.cache
-def _ascending_3j(first: int, second: int, third: int) -> Tensor:
-    """Of ascending orders; the central element is positive, or where it is 0 the first that is not."""
-    bases = [_real_from_complex(order) for order in (first, second, third)]
+def clebsch_gordan_3j(first: int, second: int, third: int) -> Tensor:
+    """As :func:`wigner_3j`, with the sign that Clebsch–Gordan coefficients of the orders as they stand give it.
+
+    e3nn has this sign since version 0.5; it differs from the other for some odd sums of orders.
+
+    Raises:
+        ValueError: the orders do not couple, or are too high.
+    """
+    found = wigner_3j(first, second, third)
+    bases = [1j**order * _real_from_complex(order) for order in (first, second, third)]
+    table = _complex_table(first, second, third)
+    real = torch.einsum("abc,ia,jb,kc->ijk", table, bases[0], bases[1], bases[2].conj()).real
+    return found * torch.sign((found * real).sum())
+
+
+def _complex_table(first: int, second: int, third: int) -> Tensor:
+    """⟨l₁ m₁ l₂ m₂ | l₃ m₃⟩ of all components."""
     table = torch.zeros(2 * first + 1, 2 * second + 1, 2 * third + 1, dtype=torch.complex128)
     for m1 in range(-first, first + 1):
         for m2 in range(-second, second + 1):
@@ -171,6 +185,14 @@ def _ascending_3j(first: int, second: int, third: int) -> Tensor:
                 value = _clebsch_gordan(first, m1, second, m2, third, m1 + m2)
                 # the third index is an output: the invariant has its conjugate
                 table[m1 + first, m2 + second, m1 + m2 + third] = value
+    return table
+
+
+@functools.cache
+def _ascending_3j(first: int, second: int, third: int) -> Tensor:
+    """Of ascending orders; the central element is positive, or where it is 0 the first that is not."""
+    bases = [_real_from_complex(order) for order in (first, second, third)]
+    table = _complex_table(first, second, third)
     real = torch.einsum("abc,ia,jb,kc->ijk", table, bases[0], bases[1], bases[2].conj())
     part = real.real if real.real.norm() > real.imag.norm() else real.imag
     part = torch.where(part.abs() < 1e-13, 0.0, part)

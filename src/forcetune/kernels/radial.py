@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from forcetune.kernels.harmonics import second_moment_factor
 from forcetune.kernels.site import Site, WeightPath
-from forcetune.kernels.tensors import TensorSource, UnfitError, register
+from forcetune.kernels.tensors import Draw, TensorSource, UnfitError, register
 
 RADII = torch.from_numpy(np.asarray(covalent_radii, dtype=np.float64))
 """Å, by atomic number."""
@@ -225,7 +225,17 @@ def _register_radii(module: nn.Module, source: TensorSource) -> None:
 
 
 class RadialLayer(nn.Module):
-    """x W / √(inputs), and unless it is the last an activation of second moment 1."""
+    """x W g / √(inputs), and unless it is the last an activation, of second moment 1 by its factor.
+
+    Args:
+        inputs, outputs: widths.
+        source: of ``weight``.
+        activation: None for the last layer.
+        factor: of the activation.
+        kind: of its site.
+        gain: g.
+        draw: makes new weights.
+    """
 
     weight: Tensor
 
@@ -237,11 +247,14 @@ class RadialLayer(nn.Module):
         activation: Callable[[Tensor], Tensor] | None,
         factor: float,
         kind: str = "radial_mlp",
+        *,
+        gain: float = 1.0,
+        draw: Draw = torch.randn,
     ) -> None:
         super().__init__()
         self.kind = kind
-        register(self, "weight", source.take("weight", (inputs, outputs), torch.randn))
-        self.scale = 1 / math.sqrt(inputs)
+        register(self, "weight", source.take("weight", (inputs, outputs), draw))
+        self.scale = gain / math.sqrt(inputs)
         self.activation, self.factor = activation, factor
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,1 +1,5 @@
-"""The NequIP family of networks: what SevenNet and NequIP have in common."""
+"""The NequIP family of networks: what SevenNet and NequIP have in common, and everything that knows NequIP's files."""
+
+from forcetune.backbones.nequip.backbone import NequIPBackbone
+
+__all__ = ["NequIPBackbone"]

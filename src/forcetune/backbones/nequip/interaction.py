@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from forcetune.irreps import Block, irreps_text, parse_irreps
 from forcetune.kernels.features import Features
-from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, SpeciesLinear, sorted_blocks
+from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, TensorPath, sorted_blocks
 from forcetune.kernels.site import Site, WeightPath
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.tensors import TensorSource, register
@@ -88,11 +88,11 @@ def interact(
     features: Features,
     step: Step,
     *,
-    self_connection: nn.Module | None,
+    self_connection: Callable[[Features], Features] | None,
     before: Callable[[Features], Features],
     radial: nn.Module,
     convolution: Convolution,
-    denominator: Tensor,
+    denominator: Tensor | None,
     after: Callable[[Features], Features],
     gate: GatedActivation,
 ) -> Features:
@@ -101,24 +101,30 @@ def interact(
     Args:
         features: of the atoms.
         step: of this pass.
-        self_connection: of the features that come in, linear or with a matrix for each species.
+        self_connection: of the features that come in.
         before, after: linear layers around the convolution.
         radial: weights of the paths.
-        denominator: of the sums over neighbours, (1,).
+        denominator: of the sums over neighbours, (1,); None where ``before`` has divided already.
         gate: the activation.
     """
-    skip = None
-    if self_connection is not None:
-        of_atoms = step.of_atoms(features)
-        skip = (
-            self_connection(of_atoms, step) if isinstance(self_connection, SpeciesLinear) else self_connection(of_atoms)
-        )
+    skip = None if self_connection is None else self_connection(step.of_atoms(features))
     weights = radial(step.radial)
     if step.cutoff is not None:
         weights = weights * step.cutoff
-    message = convolution(step, weights, before(features), can_train(radial)).scaled(1 / denominator)
-    message = after(message)
+    message = convolution(step, weights, before(features), can_train(radial))
+    message = after(message if denominator is None else message.scaled(1 / denominator))
     return gate(message if skip is None else message.plus(skip))
+
+
+def in_order_of_inputs(paths: Sequence[TensorPath], irreps_mid: str) -> list[TensorPath]:
+    """Paths, and with them radial weights, by input, harmonic and order of the output, as nequip makes them.
+
+    Args:
+        paths: and
+        irreps_mid: as :func:`~forcetune.kernels.layers.channelwise_paths` gives them.
+    """
+    outputs = parse_irreps(irreps_mid)
+    return sorted(paths, key=lambda path: (path.source, path.harmonic, outputs[path.target].order))
 
 
 def product_irreps(

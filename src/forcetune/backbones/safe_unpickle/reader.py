@@ -9,43 +9,45 @@ from __future__ import annotations
 
 import io
 import os
-import pickletools
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
-from forcetune.backbones.safe_unpickle.values import (
-    STORAGES,
-    Global,
-    MalformedError,
-    Record,
-    Storage,
-    check_key,
-    fill_array,
-    make,
-    named,
-)
+from forcetune.backbones.safe_unpickle.machine import Machine
+from forcetune.backbones.safe_unpickle.values import STORAGES, Global, MalformedError, Record, Storage
 from forcetune.errors import InputError
 from forcetune.utils.parsing import short
 
-__all__ = ["Global", "InertFile", "Record", "read_inert", "read_inert_bytes", "read_inert_file"]
+__all__ = [
+    "Global",
+    "InertFile",
+    "InertPackage",
+    "Record",
+    "read_inert",
+    "read_inert_bytes",
+    "read_inert_file",
+    "read_inert_package",
+    "read_package_text",
+]
 
 _PICKLE_LIMIT = 1 << 27  # bytes; the pickles of the largest published models have a few million
 _RATIO_LIMIT = 20  # torch stores without compression, so anything far above 1 is a decompression bomb
-_COPIES = 2  # times the size of its pickle
-_SIZED = (list, tuple, dict, set, frozenset, str, bytes, bytearray)
+_TEXT_LIMIT = 1 << 24
+_MOST_PICKLES = 32
+_PACKAGE_MARK = "/.data/extern_modules"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class _Archive:
-    """The members of a zip archive of ``torch.save``."""
+    """The members of a zip archive of torch, of which storages are some."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._zip = zipfile.ZipFile(stream)
@@ -55,13 +57,17 @@ class _Archive:
             raise MalformedError("two members of the archive have the same name")
         if sum(member.file_size for member in members) > _RATIO_LIMIT * size:
             raise MalformedError(f"the archive would unpack to more than {_RATIO_LIMIT} times its size")
-        pickles = [name for name in self._names if name == "data.pkl" or name.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise MalformedError("the archive holds no data.pkl, or several")
-        self.prefix = pickles[0].removesuffix("data.pkl")
-        self.scripted = any(name.startswith(f"{self.prefix}code/") for name in self._names)
-        self._storages: dict[str, Storage] = {}
+        self.prefix = self._find_prefix()
+        self._storages: dict[str, tuple[str, Storage]] = {}
         self._check_byte_order()
+
+    def _find_prefix(self) -> str:
+        """Folder of all members, with a slash behind it; empty where there is none."""
+        raise NotImplementedError
+
+    def _places(self, key: str) -> list[str]:
+        """Where a storage may lie below the prefix."""
+        raise NotImplementedError
 
     def _check_byte_order(self) -> None:
         name = f"{self.prefix}byteorder"
@@ -71,17 +77,29 @@ class _Archive:
 
     def storages(self) -> dict[str, torch.Tensor]:
         """Storages that were read, flat, by the name of their member."""
-        found = {}
-        for key, storage in self._storages.items():
-            folders = (folder for folder in ("data", "constants") if f"{self.prefix}{folder}/{key}" in self._names)
-            found[f"{self.prefix}{next(folders)}/{key}"] = storage.flat
-        return found
+        return {member: storage.flat for member, storage in self._storages.values()}
 
-    def pickle(self) -> bytes:
-        member = self._names[f"{self.prefix}data.pkl"]
-        if member.file_size > _PICKLE_LIMIT:
-            raise MalformedError(f"its pickle has {member.file_size} bytes, more than any model needs")
+    def read(self, name: str, limit: int = _PICKLE_LIMIT) -> bytes:
+        """The content of a member below the prefix.
+
+        Raises:
+            MalformedError: there is none, or it has more bytes than the limit.
+        """
+        member = self._names.get(f"{self.prefix}{name}")
+        if member is None:
+            raise MalformedError(f"the archive holds no {name}")
+        if member.file_size > limit:
+            raise MalformedError(f"its {name} has {member.file_size} bytes, more than any model needs")
         return self._zip.read(member)
+
+    @property
+    def names(self) -> list[str]:
+        """Of members, below the prefix."""
+        return [name.removeprefix(self.prefix) for name in self._names if name.startswith(self.prefix)]
+
+    def persistent(self, reference: Any) -> Any:
+        """What a persistent id stands for."""
+        return self.storage(reference)
 
     def storage(self, reference: Any) -> Storage:
         """The storage that a persistent id ``('storage', type, key, location, numel)`` stands for, on the CPU."""
@@ -89,264 +107,70 @@ class _Archive:
             raise MalformedError("a persistent id is not that of a storage")
         _, kind, key, _, count = reference[:5]
         dtype = STORAGES.get(kind.name) if isinstance(kind, Global) else None
-        if dtype is None or not isinstance(key, str) or type(count) is not int:
+        if dtype is None or type(key) not in (str, int) or type(count) is not int:
             raise MalformedError(f"a storage has the unknown type {short(kind)}")
-        if key not in self._storages:
-            self._storages[key] = self._read_storage(key, dtype)
-        found = self._storages[key]
+        name = str(key)
+        if name not in self._storages:
+            self._storages[name] = self._read_storage(name, dtype)
+        found = self._storages[name][1]
         if found.flat.dtype != dtype or found.flat.numel() < count:
-            raise MalformedError(f"storage {key} holds fewer elements than the {count} it should, or others")
+            raise MalformedError(f"storage {name} holds fewer elements than the {count} it should, or others")
         return found
 
-    def _read_storage(self, key: str, dtype: torch.dtype) -> Storage:
-        for folder in ("data", "constants"):
-            member = self._names.get(f"{self.prefix}{folder}/{key}")
+    def _read_storage(self, key: str, dtype: torch.dtype) -> tuple[str, Storage]:
+        for place in self._places(key):
+            member = self._names.get(f"{self.prefix}{place}")
             if member is not None:
-                content = bytearray(self._zip.read(member))
-                width = torch.empty(0, dtype=dtype).element_size()
-                if len(content) % width:
-                    raise MalformedError(f"storage {key} ends within an element")
-                if not content:
-                    return Storage(torch.empty(0, dtype=dtype))
-                if dtype is torch.bool:  # bytes other than 0 and 1 would be undefined as bool
-                    return Storage(torch.frombuffer(content, dtype=torch.uint8) != 0)
-                return Storage(torch.frombuffer(content, dtype=dtype))
+                return member.filename, _storage_from(bytearray(self._zip.read(member)), key, dtype)
         raise MalformedError(f"storage {key} is missing from the archive")
 
 
-class _Machine:
-    """Carries out the opcodes of a pickle."""
-
-    def __init__(self, load_storage: Callable[[Any], Storage]) -> None:
-        self._load_storage = load_storage
-        self._stack: list[Any] = []
-        self._below: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
-        self._copied = 0
-        self._most_copied = 0
-
-    def run(self, program: bytes) -> Any:
-        self._most_copied = _COPIES * len(program) + (1 << 20)
-        for opcode, argument, _ in pickletools.genops(program):
-            if opcode.name == "STOP":
-                return self._stack.pop()
-            if opcode.name in _CONSTANTS:
-                self._stack.append(_CONSTANTS[opcode.name]())
-            elif opcode.name in _LITERALS:
-                self._stack.append(argument)
-            elif opcode.name not in _IGNORED:
-                operation = _OPERATIONS.get(opcode.name)
-                if operation is None:
-                    raise MalformedError(f"its pickle uses {opcode.name}, which torch.save does not")
-                operation(self, argument)
-        raise MalformedError("its pickle has no end")
-
-    def _pop_mark(self) -> list[Any]:
-        values = self._stack
-        self._stack = self._below.pop()
-        return values
-
-    def mark(self, _: Any) -> None:
-        self._below.append(self._stack)
-        self._stack = []
-
-    def pop(self, _: Any) -> None:
-        if self._stack:
-            self._stack.pop()
-        else:
-            self._pop_mark()
-
-    def pop_mark(self, _: Any) -> None:
-        self._pop_mark()
-
-    def duplicate(self, _: Any) -> None:
-        self._stack.append(self._stack[-1])
-
-    def remember(self, index: Any) -> None:
-        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
-
-    def recall(self, index: Any) -> None:
-        self._stack.append(self._memo[index])
-
-    def tuple_of(self, length: int) -> None:
-        if len(self._stack) < length:
-            raise MalformedError("its pickle takes more values than there are")
-        self._stack[-length:] = [tuple(self._stack[-length:])]
-
-    def tuple_marked(self, _: Any) -> None:
-        values = tuple(self._pop_mark())
-        self._stack.append(values)
-
-    def list_marked(self, _: Any) -> None:
-        values = self._pop_mark()
-        self._stack.append(values)
-
-    def frozenset_marked(self, _: Any) -> None:
-        values = frozenset(check_key(value) for value in self._pop_mark())
-        self._stack.append(values)
-
-    def dict_marked(self, _: Any) -> None:
-        values = self._pop_mark()
-        self._stack.append({})
-        self._set(values)
-
-    def append(self, _: Any) -> None:
-        value = self._stack.pop()
-        self._extend([value])
-
-    def appends(self, _: Any) -> None:
-        self._extend(self._pop_mark())
-
-    def _extend(self, values: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, Record):
-            target.items.extend(values)
-        elif isinstance(target, list):
-            target.extend(values)
-        else:
-            raise MalformedError(f"values are appended to a {type(target).__name__}")
-
-    def add_items(self, _: Any) -> None:
-        values = self._pop_mark()
-        target = self._stack[-1]
-        if not isinstance(target, set):
-            raise MalformedError(f"values are added to a {type(target).__name__}")
-        target.update(check_key(value) for value in values)
-
-    def set_item(self, _: Any) -> None:
-        value = self._stack.pop()
-        key = self._stack.pop()
-        self._set([key, value])
-
-    def set_items(self, _: Any) -> None:
-        self._set(self._pop_mark())
-
-    def _set(self, values: list[Any]) -> None:
-        target = self._stack[-1]
-        entries = target.entries if isinstance(target, Record) else target
-        if not isinstance(entries, dict) or len(values) % 2:
-            raise MalformedError(f"entries are set in a {type(target).__name__}")
-        for key, value in zip(values[::2], values[1::2], strict=True):
-            entries[check_key(key)] = value
-
-    def global_name(self, argument: Any) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(named(module, name))
-
-    def stack_global(self, _: Any) -> None:
-        name = self._stack.pop()
-        module = self._stack.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise MalformedError("a name is not a text")
-        self._stack.append(named(module, name))
-
-    def _make(self, function: Any, args: Any) -> Any:
-        """Make a value; those that it is made from may be named again and again, and each time is a copy."""
-        if isinstance(args, tuple):
-            self._spend(*args)
-        return make(function, args)
-
-    def _spend(self, *values: Any) -> None:
-        self._copied += sum(len(value) for value in values if isinstance(value, _SIZED))
-        if self._copied > self._most_copied:
-            raise MalformedError("its pickle copies more than any model needs")
-
-    def reduce(self, _: Any) -> None:
-        args = self._stack.pop()
-        self._stack.append(self._make(self._stack.pop(), args))
-
-    def new_object(self, _: Any) -> None:
-        args = self._stack.pop()
-        kind = self._stack.pop()
-        if not isinstance(kind, Global) or not isinstance(args, tuple):
-            raise MalformedError("an object has no class")
-        self._stack.append(self._make(kind, args))
-
-    def new_object_with_names(self, _: Any) -> None:
-        names = self._stack.pop()
-        args = self._stack.pop()
-        kind = self._stack.pop()
-        if not isinstance(kind, Global) or not isinstance(args, tuple):
-            raise MalformedError("an object has no class")
-        self._stack.append(Record(kind.module, kind.name, (*args, names)))
-
-    def build(self, _: Any) -> None:
-        state = self._stack.pop()
-        target = self._stack[-1]
-        if isinstance(target, np.ndarray):
-            if isinstance(state, tuple):
-                self._spend(*state)
-            fill_array(target, state)
-        elif isinstance(target, Record):
-            target.state = state
-        elif not isinstance(target, (dict, list, set, torch.Tensor)):
-            raise MalformedError(f"a {type(target).__name__} is filled with a state")
-
-    def persistent(self, _: Any) -> None:
-        self._stack.append(self._load_storage(self._stack.pop()))
+def _storage_from(content: bytearray, key: str, dtype: torch.dtype) -> Storage:
+    if len(content) % torch.empty(0, dtype=dtype).element_size():
+        raise MalformedError(f"storage {key} ends within an element")
+    if not content:
+        return Storage(torch.empty(0, dtype=dtype))
+    if dtype is torch.bool:  # bytes other than 0 and 1 would be undefined as bool
+        return Storage(torch.frombuffer(content, dtype=torch.uint8) != 0)
+    return Storage(torch.frombuffer(content, dtype=dtype))
 
 
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
-_LITERALS = frozenset(
-    [
-        "INT",
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG",
-        "LONG1",
-        "LONG4",
-        "FLOAT",
-        "BINFLOAT",
-        "UNICODE",
-        "BINUNICODE",
-        "SHORT_BINUNICODE",
-        "BINUNICODE8",
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    ]
-)
-_IGNORED = frozenset(("PROTO", "FRAME"))
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
-    "POP_MARK": _Machine.pop_mark,
-    "DUP": _Machine.duplicate,
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.remember),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "TUPLE": _Machine.tuple_marked,
-    "LIST": _Machine.list_marked,
-    "DICT": _Machine.dict_marked,
-    "FROZENSET": _Machine.frozenset_marked,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "ADDITEMS": _Machine.add_items,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "GLOBAL": _Machine.global_name,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.new_object,
-    "NEWOBJ_EX": _Machine.new_object_with_names,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
-}
+class _Saved(_Archive):
+    """What ``torch.save`` writes: one pickle and its storages."""
+
+    def _find_prefix(self) -> str:
+        pickles = [name for name in self._names if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise MalformedError("the archive holds no data.pkl, or several")
+        return pickles[0].removesuffix("data.pkl")
+
+    @property
+    def scripted(self) -> bool:
+        return any(name.startswith(f"{self.prefix}code/") for name in self._names)
+
+    def _places(self, key: str) -> list[str]:
+        return [f"data/{key}", f"constants/{key}"]
+
+
+class _Package(_Archive):
+    """What ``torch.package`` writes: code, several pickles, and storages that they share."""
+
+    def _find_prefix(self) -> str:
+        markers = [name for name in self._names if name.endswith(_PACKAGE_MARK)]
+        if len(markers) != 1:
+            raise MalformedError("the archive is no package of torch")
+        return markers[0].removesuffix(_PACKAGE_MARK.removeprefix("/"))
+
+    def _places(self, key: str) -> list[str]:
+        return [f".data/{key}.storage"]
+
+    def persistent(self, reference: Any) -> Any:
+        if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "reduce_package":
+            # an object that code of the package would make
+            _, _, function, args = reference
+            named = function if isinstance(function, Global) else Global("?", "?")
+            return Record(named.module, named.name, args if isinstance(args, tuple) else ())
+        return self.storage(reference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,16 +186,27 @@ class InertFile:
     storages: dict[str, torch.Tensor]
 
 
-def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> InertFile:
+@dataclass(frozen=True, slots=True)
+class InertPackage:
+    """What some pickles of a package hold.
+
+    Attributes:
+        contents: as :func:`read_inert` gives them, by their names.
+        storages: as of :class:`InertFile`; pickles share them.
+    """
+
+    contents: dict[str, Any]
+    storages: dict[str, torch.Tensor]
+
+
+@contextmanager
+def _named_errors(what: str) -> Iterator[None]:
+    """
+    Raises:
+        InputError: for whatever a damaged archive or pickle leads to.
+    """
     try:
-        archive = _Archive(stream, size)
-        if archive.scripted and not scripted:
-            raise InputError(
-                f"{what} is a TorchScript archive (such as mace writes for LAMMPS), which holds compiled code only; "
-                "pass the .model file that it was made from."
-            )
-        content = _Machine(archive.storage).run(archive.pickle())
-        return InertFile(content, archive.storages())
+        yield
     except MalformedError as error:
         raise InputError(f"{what} cannot be read: {error}. Get a fresh copy of the file.") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
@@ -386,6 +221,18 @@ def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> InertFil
         RecursionError,
     ) as error:
         raise InputError(f"{what} holds a damaged pickle ({error}); get a fresh copy of the file.") from error
+
+
+def _read(stream: BinaryIO, size: int, what: str, *, scripted: bool) -> InertFile:
+    with _named_errors(what):
+        archive = _Saved(stream, size)
+        if archive.scripted and not scripted:
+            raise InputError(
+                f"{what} is a TorchScript archive (such as mace writes for LAMMPS), which holds compiled code only; "
+                "pass the .model file that it was made from."
+            )
+        content = Machine(archive.persistent).run(archive.read("data.pkl"))
+        return InertFile(content, archive.storages())
 
 
 def read_inert(path: str | os.PathLike[str]) -> Any:
@@ -432,3 +279,32 @@ def read_inert_file(path: str | os.PathLike[str]) -> InertFile:
 def read_inert_bytes(content: bytes, what: str) -> Any:
     """As :func:`read_inert`, for an archive in memory, which may be a TorchScript one; its code is not looked at."""
     return _read(io.BytesIO(content), len(content), what, scripted=True).content
+
+
+def read_inert_package(path: str | os.PathLike[str], pattern: str) -> InertPackage:
+    """Pickles of an archive of ``torch.package``, as :func:`read_inert` reads those of others; its code is not read.
+
+    Args:
+        path: of the archive.
+        pattern: which pickles, below the archive's folder, such as ``model/*.pkl``.
+
+    Raises:
+        InputError: no such file, no package, damaged, or built to exhaust memory.
+    """
+    file = Path(path)
+    with _named_errors(str(file)), file.open("rb") as stream:
+        archive = _Package(stream, file.stat().st_size)
+        names = sorted(name for name in archive.names if fnmatchcase(name, pattern))
+        contents = {name: Machine(archive.persistent).run(archive.read(name)) for name in names[:_MOST_PICKLES]}
+        return InertPackage(contents, archive.storages())
+
+
+def read_package_text(path: str | os.PathLike[str], name: str) -> str:
+    """A text of an archive of ``torch.package``.
+
+    Raises:
+        InputError: as :func:`read_inert_package`, or there is none of this name.
+    """
+    file = Path(path)
+    with _named_errors(str(file)), file.open("rb") as stream:
+        return _Package(stream, file.stat().st_size).read(name, _TEXT_LIMIT).decode("utf-8")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from forcetune.backbones.nequip.interaction import ACTIVATIONS, ModalLinear, interact
+from forcetune.backbones.nequip.interaction import ACTIVATIONS, ModalLinear, in_order_of_inputs, interact
 from forcetune.backbones.sevennet.architecture import SevenNetArchitecture
 from forcetune.irreps import irreps_text, parse_irreps
 from forcetune.kernels.constants import Constant
@@ -129,11 +129,13 @@ class SelfConnection(nn.Module):
             inner = source.within("fc_tensor_product")
             self.fc_tensor_product = SpeciesLinear(irreps_in, irreps_out, species[0], inner, species[1])
 
-    @property
-    def layer(self) -> nn.Module:
-        found = self.linear if self.fc_tensor_product is None else self.fc_tensor_product
-        assert found is not None
-        return found
+    def of_step(self, step: Step) -> Callable[[Features], Features]:
+        """The layer as a function of features alone."""
+        coupled = self.fc_tensor_product
+        if coupled is not None:
+            return lambda features: coupled(features, step)
+        assert self.linear is not None
+        return self.linear
 
 
 class IrrepsConvolution(nn.Module):
@@ -145,9 +147,7 @@ class IrrepsConvolution(nn.Module):
         super().__init__()
         paths, irreps_mid = channelwise_paths(irreps_in, architecture.harmonics, targets)
         if not architecture.sorted_paths:
-            # radial weights as the paths were found: by input, harmonic and order
-            outputs = parse_irreps(irreps_mid)
-            paths = sorted(paths, key=lambda path: (path.source, path.harmonic, outputs[path.target].order))
+            paths = in_order_of_inputs(paths, irreps_mid)
         denominator = source.take("denominator", (1,), torch.ones(1), parameter=False).detach()
         if not bool(denominator):
             raise UnfitError(f"it divides its sums over neighbours by {float(denominator)}")
@@ -341,7 +341,7 @@ class SevenNetNetwork(nn.Module):
             features = interact(
                 features,
                 step,
-                self_connection=None if connection is None else connection.layer,
+                self_connection=None if connection is None else connection.of_step(step),
                 before=first,
                 radial=convolution.weight_nn,
                 convolution=convolution.convolution,
