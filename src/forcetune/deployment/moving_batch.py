@@ -88,7 +88,7 @@ class MovingBatch:
         return tuple(predictions)
 
     def _predict(self, batch: Batch, stress: bool) -> Prediction:
-        if self.neighbors.skin == 0 and batch.n_graphs == 1 and self.compiled.untraced is None:
+        if self.neighbors.skin == 0 and batch.n_graphs == 1 and self.compiled.eager_reason is None:
             return self.compiled.predict(batch, stress=stress)
         plan = self._plan_of(batch)
         with nullcontext() if plan is None else with_plan(self.backbone, plan):
