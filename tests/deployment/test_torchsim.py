@@ -23,6 +23,7 @@ from simulations import (
     alloy,
     ethanol,
     metal_model,
+    published_metal_model,
     skewed_water,
     total_energy_drift,
     tuned_mini,
@@ -82,6 +83,13 @@ def test_crystals_of_different_sizes(metals: Path) -> None:
     structures = [alloy((1, 1, 1)), bulk("Cu", "fcc", a=3.55), alloy((3, 2, 2), seed=7), bulk("Ni", "bcc", a=2.9)]
     model = ForcetuneModel(metals)
     compare(model(state_of(structures, model)), structures, forcetune.calculator(metals, compile="off"))
+
+
+def test_a_published_model_of_metals() -> None:
+    structures = [alloy((1, 1, 1)), bulk("Cu", "fcc", a=3.55)]
+    model = ForcetuneModel(published_metal_model(), dtype="float64")
+    calculator = forcetune.calculator("sevennet-0", dtype="float64", compile="off")
+    compare(model(state_of(structures, model)), structures, calculator)
 
 
 def test_periodic_boxes_of_a_molecular_model(gates: Path) -> None:
