@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,14 @@ def in_torchsim(models: Models, way: str, atoms: Atoms, count: int) -> Run:
     shaken = [atoms.copy() for _ in range(count)]
     for seed, one in enumerate(shaken):
         one.rattle(0.02, seed=seed)
-    real = {"dtype": model.dtype}
-    init, update = torch_sim.nve(model, dt=torch.tensor(0.5 * units.fs, **real), kT=torch.tensor(0.0, **real))
-    state = init(torch_sim.io.atoms_to_state(shaken, model.device, model.dtype))
+    step, cold = (torch.tensor(value, dtype=model.dtype) for value in (0.5 * units.fs, 0.0))
+    state = torch_sim.io.atoms_to_state(shaken, model.device, model.dtype)
+    update: Callable[[Any], Any]
+    if hasattr(torch_sim, "nve"):
+        init, update = torch_sim.nve(model, dt=step, kT=cold)
+        state = init(state)
+    else:
+        state, update = torch_sim.nve_init(state, model, kT=cold), partial(torch_sim.nve_step, model=model, dt=step)
 
     def run(steps: int) -> None:
         nonlocal state
