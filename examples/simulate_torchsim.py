@@ -20,8 +20,10 @@ for index, atoms in enumerate(molecules):
     atoms.rattle(0.02, seed=index)
 
 model = ForcetuneModel(name)
+# the name of version 0.3, and that of later ones
+langevin = torch_sim.nvt_langevin if hasattr(torch_sim, "nvt_langevin") else torch_sim.Integrator.nvt_langevin
 state = torch_sim.integrate(
-    system=molecules, model=model, integrator=torch_sim.nvt_langevin, n_steps=steps, temperature=300, timestep=0.0005
+    system=molecules, model=model, integrator=langevin, n_steps=steps, temperature=300, timestep=0.0005
 )
 energy = np.asarray(state.energy)
 print(f"{count} molecules, {steps} steps: energies from {energy.min():.3f} to {energy.max():.3f} eV")

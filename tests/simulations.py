@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
@@ -72,3 +74,10 @@ def total_energy_drift(energies: np.ndarray, timestep: float, n_atoms: int) -> f
     """Slope of the total energy, meV/atom/ps, for a time step in fs."""
     time = np.arange(len(energies)) * timestep / 1000
     return float(np.polyfit(time, energies, 1)[0]) * 1000 / n_atoms
+
+
+def published_metal_model() -> str:
+    """The name of a published model of metals, whose file comes with the wheel of sevenn; skips without."""
+    if importlib.util.find_spec("sevenn") is None:
+        pytest.skip("sevennet-0 is compared where sevenn's wheel is (pip install --no-deps sevenn)")
+    return "sevennet-0"

@@ -22,6 +22,7 @@ from simulations import (
     alloy,
     ethanol,
     metal_model,
+    published_metal_model,
     skewed_water,
     total_energy_drift,
     tuned_mini,
@@ -126,6 +127,17 @@ def test_a_molecule_in_the_open_and_a_metal(gates: Path, metals: Path, tmp_path:
         if not atoms.pbc.any():
             virial = atoms.positions.T @ atoms.get_forces() * NKTV2P / atoms.get_volume()
             assert lmp.get_thermo("pxy") == pytest.approx(virial[0, 1], rel=1e-8)
+
+
+def test_a_published_model_of_metals(tmp_path: Path) -> None:
+    atoms, name = alloy((1, 1, 1)), published_metal_model()
+    lmp = lammps_of(atoms, ["Ni", "Cu"], tmp_path)
+    couple(lmp, name, elements=["Ni", "Cu"], dtype="float64").run(0)
+    atoms.calc = forcetune.calculator(name, dtype="float64", compile="off")
+    assert lmp.get_thermo("pe") == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
+    np.testing.assert_allclose(per_atom(lmp, "f"), atoms.get_forces(), rtol=0, atol=1e-10)
+    pressure = [lmp.get_thermo(name) for name in ("pxx", "pyy", "pzz", "pyz", "pxz", "pxy")]
+    np.testing.assert_allclose(pressure, -NKTV2P * atoms.get_stress(), rtol=1e-9, atol=1e-5)
 
 
 def test_constant_energy_as_in_ase(gates: Path, tmp_path: Path) -> None:

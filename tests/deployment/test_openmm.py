@@ -17,6 +17,7 @@ from simulations import (
     alloy,
     ethanol,
     metal_model,
+    published_metal_model,
     skewed_water,
     total_energy_drift,
     tuned_mini,
@@ -65,10 +66,12 @@ def energy_and_forces(context: Any) -> tuple[float, np.ndarray]:
     return energy / KILOJOULES, forces / (10 * KILOJOULES)
 
 
-@pytest.mark.parametrize("name", ["molecule", "box", "triclinic box", "metal"])
+@pytest.mark.parametrize("name", ["molecule", "box", "triclinic box", "metal", "published"])
 def test_energy_and_forces(name: str, gates: Path, metals: Path) -> None:
     model = (metals,) if name == "metal" else ("mini", gates)
-    atoms = {"molecule": ethanol, "box": water_box, "triclinic box": skewed_water, "metal": alloy}[name]()
+    if name == "published":
+        model = (published_metal_model(),)
+    atoms = {"molecule": ethanol, "box": water_box, "triclinic box": skewed_water, "metal": alloy}.get(name, alloy)()
     context = context_of(create_system(atoms, *model), atoms.positions)
     energy, forces = energy_and_forces(context)
     atoms.calc = forcetune.calculator(*model, compile="off")

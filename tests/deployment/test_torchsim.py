@@ -23,6 +23,7 @@ from simulations import (
     alloy,
     ethanol,
     metal_model,
+    published_metal_model,
     skewed_water,
     total_energy_drift,
     tuned_mini,
@@ -48,6 +49,15 @@ def metals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def state_of(structures: list[Atoms], model: ForcetuneModel) -> Any:
     return torch_sim.io.atoms_to_state(structures, model.device, model.dtype)
+
+
+def started(state: Any, model: ForcetuneModel, timestep: float) -> tuple[Any, Any]:
+    """A state of NVE at rest, and the function that makes a step of it; torch-sim 0.4 and later have other names."""
+    step, cold = torch.tensor(timestep, dtype=model.dtype), torch.tensor(0.0, dtype=model.dtype)
+    if hasattr(torch_sim, "nve"):
+        init, update = torch_sim.nve(model, dt=step, kT=cold)
+        return init(state), update
+    return torch_sim.nve_init(state, model, kT=cold), lambda now: torch_sim.nve_step(now, model, dt=step)
 
 
 def compare(output: dict[str, torch.Tensor], structures: list[Atoms], calculator: Any, exact: float = 1e-10) -> None:
@@ -82,6 +92,13 @@ def test_crystals_of_different_sizes(metals: Path) -> None:
     structures = [alloy((1, 1, 1)), bulk("Cu", "fcc", a=3.55), alloy((3, 2, 2), seed=7), bulk("Ni", "bcc", a=2.9)]
     model = ForcetuneModel(metals)
     compare(model(state_of(structures, model)), structures, forcetune.calculator(metals, compile="off"))
+
+
+def test_a_published_model_of_metals() -> None:
+    structures = [alloy((1, 1, 1)), bulk("Cu", "fcc", a=3.55)]
+    model = ForcetuneModel(published_metal_model(), dtype="float64")
+    calculator = forcetune.calculator("sevennet-0", dtype="float64", compile="off")
+    compare(model(state_of(structures, model)), structures, calculator)
 
 
 def test_periodic_boxes_of_a_molecular_model(gates: Path) -> None:
@@ -138,10 +155,7 @@ def test_constant_energy_as_in_ase(gates: Path) -> None:
     model = ForcetuneModel("mini", gates)
     state = state_of(structures, model)
     timestep = 0.5 * units.fs
-    init, update = torch_sim.nve(
-        model, dt=torch.tensor(timestep, dtype=model.dtype), kT=torch.tensor(0.0, dtype=model.dtype)
-    )
-    state = init(state)
+    state, update = started(state, model, timestep)
     state.momenta = torch.tensor(np.concatenate([atoms.get_momenta() for atoms in structures]))
     calculators = [forcetune.calculator("mini", gates, compile="off") for _ in structures]
     dynamics = []
@@ -223,10 +237,10 @@ def test_watched_batches(tmp_path: Path, gates: Path) -> None:
 
 
 def test_torch_sims_own_validation(tmp_path: Path) -> None:
-    """Its structures are of silicon, iron and magnesium, which a model of all elements knows."""
+    """Its structures are of silicon and iron, and in later versions of magnesium and benzene."""
     from torch_sim.models.interface import validate_model_outputs
 
-    checkpoint = write_checkpoint(tmp_path / "three.pth", replace(METALS, species=("Mg", "Si", "Fe")))
+    checkpoint = write_checkpoint(tmp_path / "five.pth", replace(METALS, species=("H", "C", "Mg", "Si", "Fe")))
     model = ForcetuneModel(checkpoint, compute_stress=False)
     validate_model_outputs(model, model.device, model.dtype)
     assert model.compute_stress
