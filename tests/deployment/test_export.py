@@ -143,7 +143,7 @@ def test_gates_are_refused_where_a_plain_model_is_needed(tmp_path: Path, mace_ba
 def test_what_does_not_fit_is_refused(
     tmp_path: Path, sevennet_base: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    options = {"to": "lammps-mliap", "output": "tuned.pt"} | arguments
+    options: dict[str, Any] = {"to": "lammps-mliap", "output": "tuned.pt"} | arguments
     options["output"] = tmp_path / options["output"]
     with pytest.raises(InputError, match=message):
         export(sevennet_base, **options)

@@ -39,11 +39,11 @@ from forcetune.graphs.stored_graphs import any_label
 from forcetune.training.refine import refine
 from forcetune.utils.files import write_text
 
-ITERATIONS = 60
+ITERATIONS = 40
 """Of L-BFGS, at most."""
 
-COPIES = 2
-"""Shaken copies of each training frame."""
+COPIES = 1
+"""Shaken copies of each frame."""
 
 SHAKEN = 0.05
 """Å; standard deviation of each coordinate of a shaken copy."""
