@@ -447,12 +447,20 @@ def merge(
     if approximate:
         if dtype is not None or modality is not None:
             raise InputError("--approximate: writes in the base's own precision and modality; leave out the other.")
-        from forcetune.deployment.approximate import merge_approximately
+        from forcetune.deployment.approximate import ITERATIONS, merge_approximately
 
-        found = merge_approximately(
-            run, output, model=base, train=data or None, test=test or None, bound=bound, rank=rank, trust=trust
+        approximation = merge_approximately(
+            run,
+            output,
+            model=base,
+            train=data or None,
+            test=test or None,
+            bound=bound,
+            rank=rank,
+            trust=trust,
+            progress=lambda done: errors_to.print(f"iteration {done} of at most {ITERATIONS}", highlight=False),
         )
-        _say_approximation(found)
+        _say_approximation(approximation)
         return
     if bound is not None or rank is not None or data or test:
         raise InputError("--bound, --rank, --data and --test belong to --approximate; add it, or leave them out.")
@@ -478,9 +486,9 @@ def _say_approximation(approximation: Approximation) -> None:
     from forcetune.deployment.approximate import note_path
     from forcetune.reports.tables import error_table
 
-    Console().print(
-        error_table({"test": {"before": approximation.before.to_json(), "after": approximation.after.to_json()}})
-    )
+    errors = {"before": approximation.before.to_json(), "after": approximation.after.to_json()}
+    print("the run (before) and the plain model (after):")
+    Console().print(error_table({"test": errors}))
     for name, difference in (
         ("without gates", approximation.dropped),
         ("layer by layer", approximation.regressed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,8 @@ def test_what_it_adds_is_measured_and_stored(tmp_path: Path, command: Command) -
     assert f"{forces['distilled']:.3g} meV/Å" in out
     # the figure is what calculators of the run and of the plain model give
     differences = []
-    for atoms in read(test, ":"):
+    frames: Any = read(test, ":")
+    for atoms in frames:
         both = []
         for calculator in (forcetune.calculator(base, adapter=run), forcetune.calculator(output)):
             atoms.calc = calculator

@@ -19,10 +19,10 @@ import forcetune
 from forcetune.adapters.attach import attach
 from forcetune.adapters.file import save_adapter
 from forcetune.adapters.methods import method
-from forcetune.backbones.network import NetworkBackbone
 from forcetune.deployment.export import lammps_mliap
 from forcetune.deployment.export.exporting import export
 from forcetune.deployment.export.registry import TARGETS
+from forcetune.deployment.mliap.unified import UnifiedPotential
 from forcetune.errors import ForcetuneError, InputError
 from sevennet_models import RECIPES, write_checkpoint
 from systems import cluster, crystal, perturb, write_model
@@ -104,13 +104,13 @@ def test_a_foundation_model_by_its_name(tmp_path: Path) -> None:
 def test_nothing_is_written_unless_lammps_agrees(
     tmp_path: Path, mace_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Careless(lammps_mliap.UnifiedPotential):
-        def __init__(self, backbone: NetworkBackbone) -> None:
-            super().__init__(backbone)
-            self.rcutfac *= 0.8
+    def shortened(path: Path, suffix: str) -> UnifiedPotential:
+        potential = read_back(path, suffix)
+        potential.rcutfac *= 0.8
+        return potential
 
-    monkeypatch.setattr(lammps_mliap, "UnifiedPotential", Careless)
-    monkeypatch.setattr(lammps_mliap, "read_back", lambda path, suffix: Careless(forcetune.load(mace_base)))  # pyright: ignore[reportArgumentType]
+    read_back = lammps_mliap.read_back
+    monkeypatch.setattr(lammps_mliap, "read_back", shortened)
     with pytest.raises(ForcetuneError, match="in LAMMPS the potential would differ"):
         export(mace_base, "lammps-mliap", tmp_path / "tuned.pkl")
     assert [path.name for path in tmp_path.iterdir()] == ["base.model"]
@@ -143,7 +143,7 @@ def test_gates_are_refused_where_a_plain_model_is_needed(tmp_path: Path, mace_ba
 def test_what_does_not_fit_is_refused(
     tmp_path: Path, sevennet_base: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    options = {"to": "lammps-mliap", "output": "tuned.pt"} | arguments
+    options: dict[str, Any] = {"to": "lammps-mliap", "output": "tuned.pt"} | arguments
     options["output"] = tmp_path / options["output"]
     with pytest.raises(InputError, match=message):
         export(sevennet_base, **options)

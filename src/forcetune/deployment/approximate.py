@@ -39,11 +39,11 @@ from forcetune.graphs.stored_graphs import any_label
 from forcetune.training.refine import refine
 from forcetune.utils.files import write_text
 
-ITERATIONS = 60
+ITERATIONS = 40
 """Of L-BFGS, at most."""
 
-COPIES = 2
-"""Shaken copies of each training frame."""
+COPIES = 1
+"""Shaken copies of each frame."""
 
 SHAKEN = 0.05
 """Å; standard deviation of each coordinate of a shaken copy."""
@@ -178,14 +178,14 @@ def merge_approximately(
     plain = deploy_copy(model, run, trust=trust).backbone
     _drop_gates(plain)
     labelled = _labelled_by(gated, _shaken(frames.train, seed))
-    wanted, true = predict(gated, build_graphs(gated, frames.test), stress=True), _Measured(plain, frames.test)
-    dropped = Difference.between(wanted, true.predictions())
-    training, held = _parted(build_graphs(plain, labelled))
+    wanted, measured = predict(gated, graphs_of(gated, frames.test), stress=True), _Measured(plain, frames.test)
+    dropped = Difference.between(wanted, measured.predictions())
+    training, held = _parted(graphs_of(plain, labelled))
     _regress(gated, plain, training, held)
-    regressed = Difference.between(wanted, true.predictions())
+    regressed = Difference.between(wanted, measured.predictions())
     method = full() if rank is None else elora(rank=rank)
     best = _distill(plain, training, held, method, iterations, seed, progress)
-    after = true.predictions()
+    after = measured.predictions()
     distilled = Difference.between(wanted, after)
     error = wanted.errors().forces_mae_mev_per_ang
     allowed = bound if bound is not None else UNLABELLED_BOUND if error is None else SHARE * error
@@ -270,14 +270,14 @@ def _frames_of(run: str | Path, train: Any, test: Any) -> _Frames:
     if named[0] is not None:
         changes["valid"] = 0.1
     dataset = read_dataset(data.model_copy(update=changes))
-    found = [*dataset.train.frames, *dataset.valid.frames]
+    training = [*dataset.train.frames, *dataset.valid.frames]
     tests = [frame for part in dataset.tests.values() for frame in part.frames]
     files = tuple(file for part in dataset.tests.values() for file in part.files)
     if not tests:
-        tests, found = found[::5], [frame for index, frame in enumerate(found) if index % 5]
-    if not found or not tests:
+        tests, training = training[::5], [frame for index, frame in enumerate(training) if index % 5]
+    if not training or not tests:
         raise InputError(f"{run}: too few frames to find a plain model on and to measure it; name some with --data.")
-    return _Frames(found, tests, files)
+    return _Frames(training, tests, files)
 
 
 def _named(value: Any) -> list[str] | None:
@@ -364,8 +364,9 @@ def _regress(gated: Backbone, plain: Backbone, training: Sequence[Batch], held: 
     for ridge in RIDGES:
         plain.model.load_state_dict(start)
         regression.apply(plain, ridge)
-        if (found := distance()) < best_distance:
-            best, best_distance = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}, found
+        if (new_distance := distance()) < best_distance:
+            best_distance = new_distance
+            best = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
     plain.model.load_state_dict(best)
 
 

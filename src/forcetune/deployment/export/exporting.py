@@ -125,8 +125,7 @@ def _check_fits(target: Target, backbone: Backbone, run: str | Path) -> None:
     except InputError as error:
         raise InputError(
             f"{run}: --to {target.name} needs a plain model. {str(error)[0].upper()}{str(error)[1:]} "
-            f"--to {' or '.join(target.alternatives)} carries gates, and forcetune merge --approximate finds a plain "
-            "model near this one."
+            f"--to {' or '.join(target.alternatives)} carries gates."
         ) from error
 
 

@@ -190,12 +190,13 @@ class _Exchange(torch.autograd.Function):
         return received
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def _reverse(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         rows = grads[0].contiguous()
         collected = torch.empty_like(rows)
         _synchronized(rows, ctx.data.reverse_exchange, rows, collected)
         return collected[: ctx.n_atoms], None, None
+
+    backward: Any = staticmethod(once_differentiable(_reverse))
 
 
 def _synchronized(like: Tensor, exchange: Any, source: Tensor, target: Tensor) -> None:

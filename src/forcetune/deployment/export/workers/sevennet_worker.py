@@ -9,7 +9,7 @@ import torch
 
 
 def convert(task):
-    from sevenn.scripts.deploy import deploy, deploy_parallel
+    from sevenn.scripts.deploy import deploy, deploy_parallel  # pyright: ignore[reportMissingImports]
 
     write = deploy_parallel if task["parallel"] else deploy
     write(task["model"], task["output"], task["modality"])
@@ -88,7 +88,7 @@ def parallel(task, frame):
             for state, outside in zip(states, ghosts, strict=True):
                 state["x_ghost"] = features[outside]
         states = [segment(state) for state in states]
-    energy = sum(state["inferred_total_energy"].squeeze() for state in states)
+    energy = torch.stack([state["inferred_total_energy"].squeeze() for state in states]).sum()
     gradients = torch.zeros_like(vectors)
     parts = torch.autograd.grad([energy], [own for _, own in edges])
     for (mine, _), part in zip(edges, parts, strict=True):

@@ -13,7 +13,7 @@ import torch
 
 
 def convert(task):
-    from symmetrix.cli.extract_mace import main as extract
+    from symmetrix.cli.extract_mace import main as extract  # pyright: ignore[reportMissingImports]
 
     arguments = ["--model", task["model"], "--output", task["output"], "--chemical-symbols", *task["elements"]]
     heads = getattr(torch.load(task["model"], map_location="cpu"), "heads", None)
@@ -25,7 +25,7 @@ def convert(task):
 
 def main(task):
     from ase import Atoms
-    from symmetrix import Symmetrix
+    from symmetrix import Symmetrix  # pyright: ignore[reportMissingImports]
 
     convert(task)
     energies, forces, virials = [], [], []
