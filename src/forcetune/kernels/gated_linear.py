@@ -99,18 +99,38 @@ class _Prepared:
     transposed: list[Tensor]
 
 
+class _Entry(NamedTuple):
+    """A block, and the places of its shifts or gains among all; -1 for none."""
+
+    source: int
+    target: int
+    drives: bool
+    shift: int
+    gain: int
+
+
 class FixedWeights:
     """Keeps the weights of a layer and its gate as predictions use them, until one of them changes."""
 
     def __init__(self, structure: GatedStructure) -> None:
         self.structure = structure
-        shifted = [(gated.shift, gated) for gated in structure.blocks if gated.shift is not None]
-        gained = [(gated.gain, gated) for gated in structure.blocks if gated.gain is not None]
-        shifted, gained = (sorted(pairs, key=lambda pair: pair[0]) for pairs in (shifted, gained))
-        self.shifted, self.gained = [gated for _, gated in shifted], [gated for _, gated in gained]
-        self.shift_widths, self.gain_widths = (
-            [last - first for (first, last), _ in pairs] for pairs in (shifted, gained)
-        )
+        shifts = sorted(gated.shift for gated in structure.blocks if gated.shift is not None)
+        gains = sorted(gated.gain for gated in structure.blocks if gated.gain is not None)
+        self.n_shifts = len(shifts)
+        self.gain_widths = [last - first for first, last in gains]
+        self.widths = [last - first for first, last in shifts]
+        if gains:
+            self.widths.append(sum(self.gain_widths))
+        self.entries = [
+            _Entry(
+                gated.block.source,
+                gated.block.target,
+                gated.block.source == structure.scalars,
+                -1 if gated.shift is None else shifts.index(gated.shift),
+                -1 if gated.gain is None else gains.index(gated.gain),
+            )
+            for gated in structure.blocks
+        ]
         self._kept: _Prepared | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,10 +138,11 @@ class FixedWeights:
 
     def of(self, weight: Tensor, gate: GateWeights) -> _Prepared:
         """These weights, prepared."""
-        tensors = [weight, *(tensor for tensor in gate if tensor is not None)]
-        state = None
-        if not any(tensor.is_inference() for tensor in tensors):
+        tensors = [weight, *filter(_is_tensor, gate)]
+        try:
             state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        except RuntimeError:
+            state = None  # nothing counts the changes of tensors made in inference mode
         kept = self._kept  # other threads may put theirs in its place
         if kept is None or state is None or kept.state != state:
             with torch.no_grad():
@@ -148,6 +169,10 @@ class FixedWeights:
             matrices=scaled,
             transposed=[matrix.t() for matrix in scaled],
         )
+
+
+def _is_tensor(value: Tensor | None) -> bool:
+    return value is not None
 
 
 def gated_linear(
@@ -213,41 +238,37 @@ class _Pass(NamedTuple):
     """
 
     outputs: tuple[Tensor, ...]
-    plain: dict[int, Tensor]
+    plain: list[Any]
     before: Tensor
-    gains: dict[int, Tensor]
+    gains: Sequence[Tensor]
     slopes: Tensor | None
 
 
 def _fixed_forward(fixed: _Prepared, inputs: Sequence[Tensor]) -> _Pass:
-    structure = fixed.owner.structure
-    driving = inputs[structure.scalars]
-    scalars = driving.reshape(len(driving), driving.shape[2])
+    owner = fixed.owner
+    structure = owner.structure
+    scalars = inputs[structure.scalars].squeeze(1)
     before = torch.addmm(fixed.down_bias, scalars, fixed.down_transposed)
     hidden = functional.silu(before) if structure.activation else before
     changes = torch.addmm(fixed.up_bias, hidden, fixed.up_transposed)
-    n_gains = sum(fixed.owner.gain_widths)
-    widths = [*fixed.owner.shift_widths, n_gains] if n_gains else fixed.owner.shift_widths
-    parts = [changes] if len(widths) == 1 else changes.split(widths, dim=1)
-    shifts = {gated.block.target: part for gated, part in zip(fixed.owner.shifted, parts, strict=False)}
-    gains: dict[int, Tensor] = {}
+    parts = changes.split(owner.widths, dim=1) if len(owner.widths) > 1 else (changes,)
+    gains: Sequence[Tensor] = ()
     slopes = None
-    if n_gains:
+    if owner.gain_widths:
         every, slopes = structure.gain(parts[-1])
         every = every.unsqueeze(1)
-        each = [every] if len(fixed.owner.gained) == 1 else every.split(fixed.owner.gain_widths, dim=2)
-        gains = {gated.block.target: part for gated, part in zip(fixed.owner.gained, each, strict=True)}
+        gains = every.split(owner.gain_widths, dim=2) if len(owner.gain_widths) > 1 else (every,)
     outputs: list[Any] = [None] * structure.n_outputs
-    plain: dict[int, Tensor] = {}
-    for gated, matrix in zip(structure.blocks, fixed.matrices, strict=True):
-        block, x = gated.block, inputs[gated.block.source]
-        flat = scalars if block.source == structure.scalars else x.reshape(-1, block.fan_in)
-        target = block.target
-        product = torch.addmm(shifts[target], flat, matrix) if target in shifts else torch.mm(flat, matrix)
-        product = product.view(*x.shape[:2], block.fan_out)
-        if target in gains:
-            plain[target] = product
-            product = product * gains[target]
+    plain: list[Any] = [None] * len(gains)
+    for (source, target, drives, shift, gain), matrix in zip(owner.entries, fixed.matrices, strict=True):
+        if shift >= 0:
+            x = scalars if drives else inputs[source].squeeze(1)
+            outputs[target] = torch.addmm(parts[shift], x, matrix).unsqueeze(1)
+            continue
+        product = inputs[source].matmul(matrix)
+        if gain >= 0:
+            plain[gain] = product
+            product = product * gains[gain]
         outputs[target] = product
     return _Pass(tuple(outputs), plain, before, gains, slopes)
 
@@ -282,33 +303,35 @@ class _Fixed(torch.autograd.Function):
 
 def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients by the inputs."""
-    structure = fixed.owner.structure
-    flat = {gated.block.target: grads[gated.block.target].flatten(0, 1) for gated in fixed.owner.shifted}
-    by_changes = [flat[gated.block.target] for gated in fixed.owner.shifted]
-    by_product = dict(enumerate(grads))
-    if fixed.owner.gained and kept.slopes is not None:
-        pulls: list[Tensor] = []
-        for gated, width in zip(fixed.owner.gained, fixed.owner.gain_widths, strict=True):
-            target = gated.block.target
-            whole = width == grads[target].shape[2]
-            pulls.append(_dot(grads[target], kept.plain[target], whole=whole))
-            by_product[target] = grads[target] * kept.gains[target]
-        by_changes.append((pulls[0] if len(pulls) == 1 else torch.cat(pulls, dim=1)) * kept.slopes)
-    hidden = (by_changes[0] if len(by_changes) == 1 else torch.cat(by_changes, dim=1)) @ fixed.up
-    if structure.activation:
+    owner = fixed.owner
+    by_shift: list[Any] = [None] * owner.n_shifts
+    by_gain: list[Any] = [None] * len(kept.gains)
+    for _, target, _, shift, gain in owner.entries:
+        if shift >= 0:
+            by_shift[shift] = grads[target].squeeze(1)
+        elif gain >= 0:
+            pull = (grads[target] * kept.plain[gain]).sum(1)
+            # one gain may belong to all channels
+            by_gain[gain] = pull if kept.gains[gain].shape[2] == pull.shape[1] else pull.sum(1, keepdim=True)
+    by_changes = by_shift
+    if kept.slopes is not None:
+        together = by_gain[0] if len(by_gain) == 1 else torch.cat(by_gain, dim=1)
+        by_changes = [*by_shift, together * kept.slopes]
+    hidden = (by_changes[0] if len(by_changes) == 1 else torch.cat(by_changes, dim=1)).mm(fixed.up)
+    if owner.structure.activation:
         hidden = torch.ops.aten.silu_backward(hidden, kept.before)
+    driving = hidden.mm(fixed.down)
     found: list[Tensor | None] = [None] * n_inputs
-    found[structure.scalars] = hidden @ fixed.down
-    shapes: dict[int, tuple[int, int]] = {structure.scalars: (1, fixed.down.shape[1])}
-    for gated, transposed in zip(structure.blocks, fixed.transposed, strict=True):
-        block, grad = gated.block, by_product[gated.block.target]
-        rows = flat[block.target] if block.target in flat else grad.reshape(-1, block.fan_out)
-        before = found[block.source]
-        found[block.source] = rows @ transposed if before is None else torch.addmm(before, rows, transposed)
-        shapes[block.source] = (grad.shape[1], block.fan_in)
-    return [None if one is None else one.view(-1, *shapes[index]) for index, one in enumerate(found)]
-
-
-def _dot(one: Tensor, other: Tensor, *, whole: bool) -> Tensor:
-    """Products summed over the components, and over the channels too where all have one gain."""
-    return (one * other).sum(1) if whole else (one * other).sum((1, 2)).unsqueeze(1)
+    for (source, target, drives, shift, gain), transposed in zip(owner.entries, fixed.transposed, strict=True):
+        if shift >= 0 and drives:
+            driving = torch.addmm(driving, by_shift[shift], transposed)
+            continue
+        grad = grads[target] * kept.gains[gain] if gain >= 0 else grads[target]
+        one = grad.matmul(transposed)
+        if drives:
+            driving = driving + one.squeeze(1)
+            continue
+        before = found[source]
+        found[source] = one if before is None else before + one
+    found[owner.structure.scalars] = driving.unsqueeze(1)
+    return found

@@ -22,6 +22,7 @@ from forcetune.kernels.layers import EquivariantLinear
 # Beyond this argument the exponential goes on as its tangent: gains of e^10 are met in no sane run, and
 # neither the gain nor its derivative can overflow, in float32 either.
 LARGEST_EXPONENT = 10.0
+_NO_WEIGHTS: dict[str, Tensor | None] = {"weight": None, "bias": None}
 
 
 def gain_and_slope(kind: Literal["exp", "linear"], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,15 +99,13 @@ class GateActivation(ActivationUpdate):
 
     def weights(self) -> GateWeights:
         """All weights, for a gate with one bottleneck."""
-        shift, gain = self.shift, self.gain
-        return GateWeights(
-            self.down.weight,
-            self.down.bias,
-            None if shift is None else shift.weight,
-            None if shift is None else shift.bias,
-            None if gain is None else gain.weight,
-            None if gain is None else gain.bias,
-        )
+        found: list[Tensor | None] = []
+        # read where modules keep them, which is several times as fast as by their attributes
+        for name in ("down", "shift", "gain"):
+            layer = self._modules.get(name)
+            table = _NO_WEIGHTS if layer is None else layer._parameters
+            found += (table["weight"], table["bias"])
+        return GateWeights(*found)  # pyright: ignore[reportArgumentType]
 
     def structure_on(self, layer: EquivariantLinear) -> GatedStructure | None:
         """Of a layer and this gate computed together; None where that takes the layer's output."""
