@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,9 @@ from forcetune.adapters.updates.gate import Gate, GateActivation, gain_and_slope
 from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.irreps import merge_neighbours, parse_irreps
 from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.gated_linear import FixedWeights, gated_linear
+from forcetune.kernels.layers import EquivariantLinear
+from forcetune.kernels.tensors import TensorSource
 
 
 def site(irreps_in: str, irreps_out: str) -> Site:
@@ -157,3 +162,88 @@ def test_constant_weights_on_blocks_give_the_same_with_all_derivatives(option: s
                 for grads in (mine, theirs)
             ]
             torch.testing.assert_close(*seconds, rtol=1e-10, atol=1e-12)
+
+
+def linear_layer(irreps_in: str, irreps_out: str) -> EquivariantLinear:
+    torch.manual_seed(1)
+    return EquivariantLinear(irreps_in, irreps_out, TensorSource(None)).double()
+
+
+LAYERS = {
+    "all": ("3x0e+2x1o", "2x0e+2x1o"),
+    "outputs in another order": ("2x1o+3x0e+2x2e", "2x2e+2x0e+3x1o"),
+    "scalars only": ("3x0e+2x1o", "4x0e"),
+    "no scalars come out": ("3x0e+2x1o", "2x1o"),
+    "odd scalars": ("2x0o+3x0e+1x1o", "3x0o+2x0e+2x1o"),
+    "scalars in two places": ("3x0e+2x1o", "2x0e+2x1o+1x0e"),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_layer_together_with_its_gate_is_one_after_the_other(option: str, kind: str, trains: bool) -> None:
+    """Outputs, gradients by inputs and weights, and gradients of gradients."""
+    layer = linear_layer(*LAYERS[kind])
+    if not trains:
+        layer.requires_grad_(False)
+    own = next(layer.sites("layer"))
+    if Gate(**OPTIONS[option]).reason_against(own) is not None:  # pyright: ignore[reportArgumentType]
+        pytest.skip("such a gate leaves this layer alone")
+    made = gate(*LAYERS[kind], rank=4, **OPTIONS[option])
+    made.requires_grad_(trains)
+    structure = made.structure_on(layer)
+    assert structure is not None
+    layout = [(block.dim, block.multiplicity) for block in parse_irreps(layer.irreps_in)]
+    torch.manual_seed(2)
+    inputs = [torch.randn(4, *shape, dtype=torch.float64, requires_grad=True) for shape in layout]
+    leaves = [*inputs, *(p for p in (*layer.parameters(), *made.parameters()) if p.requires_grad)]
+    after = made(given := Features(inputs, geometric=True, trains=False), layer(given))  # pyright: ignore[reportArgumentType]
+    assert isinstance(after, Features)
+    together = gated_linear(structure, layer.weight, made.weights(), inputs, FixedWeights(structure))
+    torch.testing.assert_close(together, after.blocks, rtol=1e-12, atol=1e-13)
+
+    def derivatives(blocks: Sequence[torch.Tensor], twice: bool) -> tuple[torch.Tensor, ...]:
+        value = torch.stack([(block * (1 + k) + block**2).sum() for k, block in enumerate(blocks)]).sum()
+        first = torch.autograd.grad(value, leaves, create_graph=twice, retain_graph=True, materialize_grads=True)
+        if not twice:
+            return first
+        squares = torch.stack([one.square().sum() for one in first]).sum()
+        return torch.autograd.grad(squares, leaves, retain_graph=True, materialize_grads=True)
+
+    for twice in (False, True):
+        found, expected = derivatives(together, twice), derivatives(after.blocks, twice)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_layers_that_cannot_be_computed_together_with_a_gate() -> None:
+    layer = linear_layer("3x0e+2x1o", "2x0e+2x1o")
+    assert gate("3x0e+2x1o", "2x0e+2x1o", shared_bottleneck=False).structure_on(layer) is None
+    torch.manual_seed(0)
+    biased = EquivariantLinear("3x0e", "2x0e", TensorSource(None), biases=True)
+    assert gate("3x0e", "2x0e").structure_on(biased) is None
+
+
+def test_fixed_weights_follow_every_change() -> None:
+    layer, made = linear_layer("3x0e+2x1o", "2x0e+2x1o").requires_grad_(False), gate("3x0e+2x1o", "2x0e+2x1o")
+    made.requires_grad_(False)
+    structure = made.structure_on(layer)
+    assert structure is not None
+    fixed = FixedWeights(structure)
+    inputs = [torch.randn(4, dim, n, dtype=torch.float64, requires_grad=True) for dim, n in ((1, 3), (3, 2))]
+
+    def difference() -> float:
+        given = Features(inputs, geometric=True, trains=False)
+        after = made(given, layer(given))  # pyright: ignore[reportArgumentType]
+        assert isinstance(after, Features)
+        together = gated_linear(structure, layer.weight, made.weights(), inputs, fixed)
+        return max(float((one - two).detach().abs().max()) for one, two in zip(together, after.blocks, strict=True))
+
+    assert difference() < 1e-13
+    assert fixed.of(layer.weight, made.weights()) is fixed.of(layer.weight, made.weights())
+    for parameter in (layer.weight, *made.parameters()):
+        parameter.data.mul_(1.5)  # does not count as a change of the parameter's version
+        parameter.detach().add_(0.25)
+        assert difference() < 1e-13
+        parameter.data = parameter.data + 0.25
+        assert difference() < 1e-13

@@ -2,7 +2,8 @@
 
 The backbone's modules keep their class, their names and their (frozen) parameters. A weight update is seen through
 a shadow: while the module that reads a weight runs, an instance attribute of the same name hides the parameter.
-An activation update is a forward hook.
+An activation update is a forward hook; on a linear layer
+of ours a gate is computed together with the layer.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from forcetune.adapters.adapter import Adapter, parameter_at, part_key
 from forcetune.adapters.methods import Method
 from forcetune.adapters.updates import ActivationUpdate, WeightUpdate
 from forcetune.adapters.updates.dense import DenseWeight
+from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
 from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.gated_linear import FixedWeights, gated_linear
+from forcetune.kernels.layers import EquivariantLinear
 from forcetune.utils.parsing import short
 
 
@@ -70,6 +74,42 @@ class _ChangeOutput:
         if isinstance(output, Features) and isinstance(changed, Tensor):
             return features_of(changed, output.layout, geometric=True, trains=True)
         return changed
+
+
+class _LinearGate:
+    """On a linear layer of ours: the layer and its gate in few operations, where that can be done.
+
+    Attributes:
+        structure: of both together; None where they are computed one after the other.
+    """
+
+    def __init__(self, adapter: Adapter, gate: GateActivation, layer: EquivariantLinear) -> None:
+        self.adapter = adapter
+        self.gate = gate
+        self.structure = gate.structure_on(layer)
+        self.fixed = None if self.structure is None else FixedWeights(self.structure)
+
+    def __call__(self, layer: EquivariantLinear, features: Features) -> Features:
+        if not self.adapter.enabled:
+            return layer.ungated(features)
+        if self.structure is None or self.fixed is None or self.gate.watcher is not None:
+            output = layer.ungated(features)
+            changed: Any = self.gate(features, output)  # pyright: ignore[reportArgumentType]
+            if isinstance(changed, Tensor):
+                return features_of(changed, output.layout, geometric=True, trains=True)
+            return changed
+        blocks = gated_linear(self.structure, layer.weight, self.gate.weights(), features.blocks, self.fixed)
+        return Features(blocks, geometric=features.geometric, trains=True)
+
+
+class _GateHandle:
+    """Takes a gate off a layer, as the handle of a hook does."""
+
+    def __init__(self, layer: EquivariantLinear) -> None:
+        self.layer = layer
+
+    def remove(self) -> None:
+        self.layer.gated_by = None
 
 
 def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapter:
@@ -142,14 +182,21 @@ def _install(adapter: Adapter, backbone: Backbone) -> None:
             readers.setdefault(site.reader, []).append((model.get_submodule(site.module), site.parameter, part))
         gate = adapter.part(site, ActivationUpdate)
         if gate is not None:
-            handle = model.get_submodule(site.reader).register_forward_hook(_ChangeOutput(adapter, gate))
-            adapter.handles.append(handle)
+            adapter.handles.append(_put_gate(adapter, gate, model.get_submodule(site.reader)))
     for reader, shadows in readers.items():
         module = model.get_submodule(reader)
         adapter.handles.append(module.register_forward_pre_hook(_ShowWeights(adapter, shadows)))
         adapter.handles.append(module.register_forward_hook(_HideWeights(shadows), always_call=True))
     backbone.extension = adapter.magnetic
     model.add_module(ADAPTER, adapter)
+
+
+def _put_gate(adapter: Adapter, gate: ActivationUpdate, layer: nn.Module) -> Any:
+    """Put a gate on a layer; returns what takes it off."""
+    if isinstance(gate, GateActivation) and isinstance(layer, EquivariantLinear) and not gate.reads_species:
+        layer.gated_by = _LinearGate(adapter, gate, layer)
+        return _GateHandle(layer)
+    return layer.register_forward_hook(_ChangeOutput(adapter, gate))
 
 
 def _matches_nothing(method: Method, sites: tuple[Site, ...]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,12 @@ def merged_places(irreps: str) -> tuple[tuple[IrrepsBlock, ...], list[tuple[int,
     return merge_neighbours(blocks), places
 
 
+class LayerGate(Protocol):
+    """What an adapter puts on a linear layer, to compute in its place."""
+
+    def __call__(self, layer: EquivariantLinear, features: Features) -> Features: ...
+
+
 class EquivariantLinear(nn.Module):
     """out = Σ x W for each irrep, divided by the root of the number of inputs that reach it; scalars may have a bias.
 
@@ -57,10 +63,14 @@ class EquivariantLinear(nn.Module):
         further_inputs: even scalars among the inputs that were cut away, which the normalisation still counts.
         merge: whether equal neighbours among the inputs count as one irrep.
         one_hot: whether the input is the one-hot element.
+
+    Attributes:
+        gated_by: computes the layer together with a gate on it; None for the layer alone.
     """
 
     weight: Tensor
     bias: Tensor
+    gated_by: LayerGate | None
 
     def __init__(
         self,
@@ -81,6 +91,7 @@ class EquivariantLinear(nn.Module):
             raise UnfitError(f"a linear layer has the outputs {irreps_out}, one irrep twice in a row")
         self.irreps_in, self.irreps_out = irreps_text(inputs), irreps_text(outputs)
         self.kind, self.one_hot = kind, one_hot
+        self.gated_by = None
         self.layout = layout_for(outputs)
         self.blocks: list[Block] = []
         labels: list[str] = []
@@ -110,6 +121,10 @@ class EquivariantLinear(nn.Module):
         source.optional("output_mask")
 
     def forward(self, features: Features) -> Features:
+        return self.ungated(features) if self.gated_by is None else self.gated_by(self, features)
+
+    def ungated(self, features: Features) -> Features:
+        """The layer alone."""
         found = equivariant_linear(self.blocks, self.weight, features.blocks, self.layout)
         for target, start, stop in self.biased:
             found[target] = found[target] + self.bias[start:stop]

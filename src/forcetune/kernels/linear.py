@@ -38,6 +38,12 @@ def _pieces(weight: Tensor, starts: Sequence[int]) -> tuple[Tensor, ...]:
     return weight.split([end - start for start, end in zip(starts, ends, strict=True)])
 
 
+def matrices(blocks: Sequence[Block], weight: Tensor) -> list[Tensor]:
+    """(fan in, fan out) of each block, without its factor."""
+    pieces = _pieces(weight, [block.start for block in blocks])
+    return [piece.view(block.fan_in, block.fan_out) for block, piece in zip(blocks, pieces, strict=True)]
+
+
 def equivariant_linear(
     blocks: Sequence[Block], weight: Tensor, inputs: Sequence[Tensor], outputs: Sequence[tuple[int, int]]
 ) -> list[Tensor]:

@@ -89,7 +89,8 @@ def one_hot_species(plan: Plan, ghosts: Ghosts | None, known: Tensor, dtype: tor
 
 
 def can_train(module: nn.Module) -> bool:
-    """Whether a weight of the module requires a gradient, or a hook may bring one in."""
+    """Whether a weight of the module requires a gradient, or a gate or hook may bring one in."""
     return any(parameter.requires_grad for parameter in module.parameters()) or any(
-        part._forward_hooks or part._forward_pre_hooks for part in module.modules()
+        part._forward_hooks or part._forward_pre_hooks or part.__dict__.get("gated_by") is not None
+        for part in module.modules()
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -15,10 +16,13 @@ from forcetune.adapters.updates.base import ActivationUpdate, Rank, Update
 from forcetune.backbones.protocol import Site
 from forcetune.irreps import Block, merge_neighbours, parse_irreps
 from forcetune.kernels.features import Features
+from forcetune.kernels.gated_linear import GatedBlock, GatedStructure, GateWeights
+from forcetune.kernels.layers import EquivariantLinear
 
 # Beyond this argument the exponential goes on as its tangent: gains of e^10 are met in no sane run, and
 # neither the gain nor its derivative can overflow, in float32 either.
 LARGEST_EXPONENT = 10.0
+_NO_WEIGHTS: dict[str, Tensor | None] = {"weight": None, "bias": None}
 
 
 def gain_and_slope(kind: Literal["exp", "linear"], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,67 +36,6 @@ def gain_and_slope(kind: Literal["exp", "linear"], x: Tensor) -> tuple[Tensor, T
     capped = x.clamp(max=LARGEST_EXPONENT)
     slope = capped.exp()
     return torch.addcmul(slope, slope, x - capped), slope
-
-
-class _FixedGate(torch.autograd.Function):
-    """A gate whose own weights are constants, on features by blocks: a few fused steps forwards and backwards.
-
-    Where its backward pass is to be differentiated again, for Hessians, it starts from what was given; otherwise from
-    what the forward pass has found.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate: GateActivation, scalars: Tensor, *blocks: Tensor) -> tuple[Tensor, ...]:
-        ctx.gate = gate
-        ctx.save_for_backward(scalars, *blocks)
-        ctx.fixed = gate.fixed(scalars[:, 0])
-        per_block = gate.per_block(*ctx.fixed[:2])
-        return tuple(
-            block * gain.unsqueeze(1)
-            if gain is not None
-            else block + shift.unsqueeze(1)
-            if shift is not None
-            else block.view_as(block)
-            for block, (shift, gain) in zip(blocks, per_block, strict=True)
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gate: GateActivation = ctx.gate
-        scalars, *blocks = ctx.saved_tensors
-        again = torch.is_grad_enabled()
-        shifts, gains, slope, before = gate.fixed(scalars[:, 0]) if again else ctx.fixed
-        block_grads: list[Tensor] = []
-        by_shift: list[Tensor] = []
-        by_gain: list[Tensor] = []
-        for grad, block, (shift, gain) in zip(grads, blocks, gate.per_block(shifts, gains), strict=True):
-            if gain is not None:
-                pull = (grad * block).sum(1)
-                by_gain.append(pull if gain.shape[1] == pull.shape[1] else pull.sum(1, keepdim=True))
-                grad = grad * gain.unsqueeze(1)
-            elif shift is not None:
-                by_shift.append(grad[:, 0])
-            block_grads.append(grad)
-        if not ctx.needs_input_grad[1]:
-            return None, None, *block_grads
-        if slope is not None:
-            by_gain = [_joined(by_gain) * slope]
-        hidden = _joined([*by_shift, *by_gain]) @ gate.heads()[0]
-        if gate.spec.activation:
-            hidden = _through_silu(hidden, before, again=again)
-        return None, (hidden @ gate.down.weight).unsqueeze(1), *block_grads
-
-
-def _through_silu(grad: Tensor, x: Tensor, *, again: bool) -> Tensor:
-    """The gradient by what goes into a SiLU; PyTorch's own way for that is one operation, but has no derivative."""
-    if not again:
-        return torch.ops.aten.silu_backward(grad, x)
-    sigmoid = x.sigmoid()
-    return grad * torch.addcmul(sigmoid, x * sigmoid, 1 - sigmoid)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=1)
 
 
 class GateActivation(ActivationUpdate):
@@ -154,44 +97,45 @@ class GateActivation(ActivationUpdate):
             hidden = hidden + species @ self.element
         return functional.silu(hidden) if self.spec.activation else hidden
 
-    def fixed(self, scalars: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-        """Shifts, gains, the derivative of the gains, and the bottleneck before its activation, for (atoms, n₀)."""
-        before = self.down(scalars)
-        hidden = functional.silu(before) if self.spec.activation else before
-        outputs = functional.linear(hidden, *self.heads())
-        if self.gain is None:
-            return outputs, None, None, before
-        n_shift = 0 if self.shift is None else self.shift.out_features
-        shifts = outputs[:, :n_shift] if n_shift else None
-        return shifts, *gain_and_slope(self.spec.gain, outputs[:, n_shift:] if n_shift else outputs), before
+    def weights(self) -> GateWeights:
+        """All weights, for a gate with one bottleneck."""
+        found: list[Tensor | None] = []
+        # read where modules keep them, which is several times as fast as by their attributes
+        for name in ("down", "shift", "gain"):
+            layer = self._modules.get(name)
+            table = _NO_WEIGHTS if layer is None else layer._parameters
+            found += (table["weight"], table["bias"])
+        return GateWeights(*found)  # pyright: ignore[reportArgumentType]
 
-    def heads(self) -> tuple[Tensor, Tensor]:
-        """W↑ and b↑ of shifts and gains, shifts first."""
-        heads = [head for head in (self.shift, self.gain) if head is not None]
-        if len(heads) == 1:
-            return heads[0].weight, heads[0].bias
-        return torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
-
-    def _can_be_fixed(self, inputs: Any, outputs: Any) -> bool:
-        return (
-            isinstance(inputs, Features)
-            and isinstance(outputs, Features)
-            and self.down_gain is None
-            and self.element is None
-            and len(self.scalars_in) == 1
-            and (inputs.geometric or outputs.geometric)
-            and self._layouts == (inputs.layout, outputs.layout)
-            and self.watcher is None
-            and not any(parameter.requires_grad for parameter in self.parameters())
+    def structure_on(self, layer: EquivariantLinear) -> GatedStructure | None:
+        """Of a layer and this gate computed together; None where that takes the layer's output."""
+        one_each = [block.target for block in layer.blocks]
+        if len(parse_irreps(layer.irreps_in)) != len(self._layouts[0]):
+            return None
+        whole = all(block.row == 0 and block.fan_in == self._layouts[0][block.source][1] for block in layer.blocks)
+        simple = self.down_gain is None and self.element is None and len(self.scalars_in) == 1
+        if not (simple and whole and not layer.biased and sorted(one_each) == list(range(len(self.blocks_out)))):
+            return None
+        spans: list[tuple[tuple[int, int] | None, tuple[int, int] | None]] = []
+        n_shift = n_gain = 0
+        for block, count in zip(self.blocks_out, self.gains_of, strict=True):
+            shift = gain = None
+            if block.is_even_scalar and self.shift is not None:
+                shift = (n_shift, n_shift + block.multiplicity)
+                n_shift = shift[1]
+            elif count:
+                gain = (n_gain, n_gain + count)
+                n_gain = gain[1]
+            spans.append((shift, gain))
+        return GatedStructure(
+            blocks=tuple(GatedBlock(block, *spans[block.target]) for block in layer.blocks),
+            n_outputs=len(self.blocks_out),
+            scalars=self._place,
+            activation=self.spec.activation,
+            gain=partial(gain_and_slope, self.spec.gain),
         )
 
     def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
-        if self._can_be_fixed(inputs, outputs):
-            known: Any = outputs
-            features: Any = inputs
-            scalars = features.blocks[self._place]
-            blocks: Any = _FixedGate.apply(self, scalars, *known.blocks)
-            return Features(blocks, geometric=True, trains=True)  # pyright: ignore[reportReturnType]
         parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
         scalars = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         hidden = self._bottleneck(self.down, scalars, species)

@@ -33,6 +33,7 @@ from forcetune.backbones.mace.network import (
     Product,
     harmonics_text,
 )
+from forcetune.backbones.mace.traced_contraction import CODE, check_traced
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, SpeciesLinear
 from forcetune.kernels.radial import RadialLayer
@@ -336,6 +337,9 @@ def _symmetric_contraction(node: Node, network: MaceNetwork, where: str) -> None
     module = _module(network, where, SymmetricContraction)
     compare_irreps(node, "irreps_in", module.irreps_in, where)
     compare_irreps(node, "irreps_out", module.irreps_out, where)
+    if CODE in node.attributes:
+        plain = network.architecture
+        check_traced(node, module, len(plain.atomic_numbers), plain.use_agnostic_product, where)
 
 
 def _contraction(node: Node, network: MaceNetwork, where: str) -> None:
@@ -444,7 +448,7 @@ _KNOWN: dict[str, tuple[frozenset[str], Check | None]] = {
         ("use_sc", "use_agnostic_product", "cueq_config", "use_reduced_cg"), _product
     ),
     "SymmetricContraction": _known(
-        ("irreps_in", "irreps_out", "internal_weights", "shared_weights"), _symmetric_contraction
+        ("irreps_in", "irreps_out", "internal_weights", "shared_weights", CODE), _symmetric_contraction
     ),
     "Contraction": _known(("num_features", "coupling_irreps", "correlation"), _contraction),
     "LinearReadoutBlock": _known(),

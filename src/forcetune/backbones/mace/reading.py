@@ -25,7 +25,7 @@ from forcetune.backbones.mace.content import (
 from forcetune.backbones.mace.converted import check_not_converted
 from forcetune.backbones.mace.module_spec import Node, node_from_module, node_from_record
 from forcetune.backbones.mace.network import MaceNetwork
-from forcetune.backbones.mace.traced_readout import traced_readout
+from forcetune.backbones.mace.traced_parts import traced_part
 from forcetune.backbones.safe_unpickle.reader import Record, read_inert
 from forcetune.errors import InputError, warn
 from forcetune.kernels.tensors import UnfitError
@@ -61,7 +61,7 @@ def content_from_record(record: Any, file: Path) -> MaceContent:
     record = _uncompiled(record)
     _check_whole_model(record, file)
     check_not_converted(record, file)
-    node = node_from_record(record, traced_readout)
+    node = node_from_record(record, traced_part)
     content = _checked_content(node)
     plain = content.architecture
     # an attribute that mace before 0.3.15 did not have

@@ -1,4 +1,4 @@
-"""Readouts that mace has traced into a list of operations, as ``prepare`` makes them, read back as layers.
+"""Parts that mace has traced into a list of operations, as ``prepare`` makes them, read back as layers.
 
 The operations are only looked at: two linear layers as products of tensors, one activation between them, and numbers.
 Versions from 0.3.14 on trace the activation alone.
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from forcetune.backbones.mace.module_spec import Node
+from forcetune.backbones.mace.traced_contraction import traced_contraction
 from forcetune.backbones.safe_unpickle.reader import Global, Record
 from forcetune.kernels.tensors import UnfitError
 
@@ -22,14 +23,16 @@ _LONGEST = 20_000  # characters of code
 _ACTIVATIONS = frozenset(("silu", "tanh", "abs", "elu", "relu", "sigmoid", "gelu", "softplus"))
 
 
-def traced_readout(record: Record) -> Node:
-    """The node of a nonlinear readout, or of its activation, from the record of its graph.
+def traced_part(record: Record) -> Node:
+    """The node of a nonlinear readout, of its activation, or of a contraction, from the record of its graph.
 
     Raises:
         UnfitError: the graph does something else.
     """
     state = record.args[0] if record.args and isinstance(record.args[0], dict) else {}
     modules, code = state.get("_modules"), state.get("_code")
+    if isinstance(modules, dict) and set(modules) == {"contractions"} and isinstance(code, str):
+        return traced_contraction(modules, code, traced_part)
     if not isinstance(modules, dict) or set(modules) not in (set(), {"linear_1", "linear_2"}):
         raise UnfitError("a part of it was traced into a graph, as by mace's prepare; save the model without that")
     if not isinstance(code, str) or len(code) > _LONGEST:

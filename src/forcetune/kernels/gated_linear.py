@@ -1,0 +1,337 @@
+"""An equivariant linear layer and a gate on its output computed together, in few operations.
+
+The gate shifts even scalars and multiplies all other channels, by numbers computed from the even scalars of the layer's
+input: z = SiLU(W↓ h + b↓), out₀ = x₀ W + W↑ z + b↑, out = (x W) φ(W↑ z + b↑). A shift is what the layer's own matrix
+product is added to, and both give their gradient by the input in one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from forcetune.kernels.constants import Constant
+from forcetune.kernels.linear import Block, matrices
+
+Gain = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_NOTHING = Constant(torch.zeros(1))
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class GatedBlock:
+    """A matrix of the layer and what its output is changed by.
+
+    Attributes:
+        block: of the layer's weight; no other writes to its output.
+        shift, gain: which of the gate's shifts or gains belong to its output, first and behind the last; one of them,
+            or neither.
+    """
+
+    block: Block
+    shift: Span | None
+    gain: Span | None
+
+
+@dataclass(frozen=True, slots=True)
+class GatedStructure:
+    """What does not depend on weights.
+
+    Attributes:
+        blocks: in the order of the layer's weight, one for each output.
+        n_outputs: outputs of the layer.
+        scalars: which input has the even scalars that drive the gate.
+        activation: whether a SiLU follows W↓.
+        gain: φ and φ′.
+    """
+
+    blocks: tuple[GatedBlock, ...]
+    n_outputs: int
+    scalars: int
+    activation: bool
+    gain: Gain
+
+
+class GateWeights(NamedTuple):
+    """W and b of the bottleneck, of shifts and of gains, outputs first; None where a gate has no shifts or gains."""
+
+    down: Tensor
+    down_bias: Tensor
+    shift: Tensor | None
+    shift_bias: Tensor | None
+    gain: Tensor | None
+    gain_bias: Tensor | None
+
+    @property
+    def trains(self) -> bool:
+        return any(tensor is not None and tensor.requires_grad for tensor in self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """Weights that do not train, in the form in which predictions use them.
+
+    Attributes:
+        owner: has what does not depend on weights.
+        state: addresses and versions of the weights; None where nothing counts their changes.
+        held: the weights, so that nothing else gets their addresses.
+        down, down_bias, up, up_bias: of the bottleneck, and of shifts and gains together, outputs first.
+        down_transposed, up_transposed: inputs first.
+        matrices, transposed: of the layer, times their factors.
+    """
+
+    owner: FixedWeights
+    state: list[tuple[int, int]] | None
+    held: list[Tensor]
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down_transposed: Tensor
+    up_transposed: Tensor
+    matrices: list[Tensor]
+    transposed: list[Tensor]
+
+
+class _Entry(NamedTuple):
+    """A block, and the places of its shifts or gains among all; -1 for none."""
+
+    source: int
+    target: int
+    drives: bool
+    shift: int
+    gain: int
+
+
+class FixedWeights:
+    """Keeps the weights of a layer and its gate as predictions use them, until one of them changes."""
+
+    def __init__(self, structure: GatedStructure) -> None:
+        self.structure = structure
+        shifts = sorted(gated.shift for gated in structure.blocks if gated.shift is not None)
+        gains = sorted(gated.gain for gated in structure.blocks if gated.gain is not None)
+        self.n_shifts = len(shifts)
+        self.gain_widths = [last - first for first, last in gains]
+        self.widths = [last - first for first, last in shifts]
+        if gains:
+            self.widths.append(sum(self.gain_widths))
+        self.entries = [
+            _Entry(
+                gated.block.source,
+                gated.block.target,
+                gated.block.source == structure.scalars,
+                -1 if gated.shift is None else shifts.index(gated.shift),
+                -1 if gated.gain is None else gains.index(gated.gain),
+            )
+            for gated in structure.blocks
+        ]
+        self._kept: _Prepared | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FixedWeights, (self.structure,)
+
+    def of(self, weight: Tensor, gate: GateWeights) -> _Prepared:
+        """These weights, prepared."""
+        tensors = [weight, *filter(_is_tensor, gate)]
+        try:
+            state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        except RuntimeError:
+            state = None  # nothing counts the changes of tensors made in inference mode
+        kept = self._kept  # other threads may put theirs in its place
+        if kept is None or state is None or kept.state != state:
+            with torch.no_grad():
+                self._kept = kept = self._prepared(weight, gate, state, [tensor.detach() for tensor in tensors])
+        return kept
+
+    def _prepared(
+        self, weight: Tensor, gate: GateWeights, state: list[tuple[int, int]] | None, held: list[Tensor]
+    ) -> _Prepared:
+        ups = [(w, b) for w, b in ((gate.shift, gate.shift_bias), (gate.gain, gate.gain_bias)) if w is not None]
+        up, down = torch.cat([w for w, _ in ups]), gate.down.detach()
+        blocks = [gated.block for gated in self.structure.blocks]
+        scaled = [matrix * block.factor for block, matrix in zip(blocks, matrices(blocks, weight), strict=True)]
+        return _Prepared(
+            owner=self,
+            state=state,
+            held=held,
+            down=down,
+            down_bias=gate.down_bias.detach(),
+            up=up,
+            up_bias=torch.cat([b for _, b in ups if b is not None]),
+            down_transposed=down.t(),
+            up_transposed=up.t(),
+            matrices=scaled,
+            transposed=[matrix.t() for matrix in scaled],
+        )
+
+
+def _is_tensor(value: Tensor | None) -> bool:
+    return value is not None
+
+
+def gated_linear(
+    structure: GatedStructure, weight: Tensor, gate: GateWeights, inputs: Sequence[Tensor], fixed: FixedWeights
+) -> Sequence[Tensor]:
+    """(atoms, dim, channels) of each output from those of each input.
+
+    Where neither the layer nor the gate trains, a pass for energies and forces keeps what its backward pass needs, and
+    nothing is differentiated step by step.
+
+    Args:
+        structure: of layer and gate.
+        weight: of the layer, flat.
+        gate: its weights.
+        inputs: (atoms, dim, channels) each.
+        fixed: for this structure, from the call before.
+    """
+    if weight.requires_grad or gate.trains:
+        return _forward(structure, weight, gate, inputs)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        return _fixed_forward(fixed.of(weight, gate), inputs).outputs
+    return _Fixed.apply(fixed.of(weight, gate), weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def _forward(structure: GatedStructure, weight: Tensor, gate: GateWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """By operations that PyTorch differentiates, as often as wanted."""
+    hidden = functional.linear(inputs[structure.scalars][:, 0], gate.down, gate.down_bias)
+    hidden = functional.silu(hidden) if structure.activation else hidden
+    shifts = gains = None
+    if gate.shift is not None:
+        shifts = functional.linear(hidden, gate.shift, gate.shift_bias)
+    if gate.gain is not None:
+        gains, _ = structure.gain(functional.linear(hidden, gate.gain, gate.gain_bias))
+    outputs: list[Any] = [None] * structure.n_outputs
+    blocks = [gated.block for gated in structure.blocks]
+    for gated, matrix in zip(structure.blocks, matrices(blocks, weight), strict=True):
+        block, x = gated.block, inputs[gated.block.source]
+        start = _NOTHING.like(x) if shifts is None or gated.shift is None else _columns(shifts, gated.shift)
+        # β 0 leaves out what the product would be added to
+        beta = 0 if gated.shift is None else 1
+        found = torch.addmm(start, x.reshape(-1, block.fan_in), matrix, beta=beta, alpha=block.factor)
+        found = found.view(*x.shape[:2], block.fan_out)
+        if gains is not None and gated.gain is not None:
+            found = found * _columns(gains, gated.gain).unsqueeze(1)
+        outputs[block.target] = found
+    return outputs
+
+
+def _columns(values: Tensor, span: Span) -> Tensor:
+    first, last = span
+    return values if last - first == values.shape[1] else values[:, first:last]
+
+
+class _Pass(NamedTuple):
+    """A forward pass and what a backward pass needs of it.
+
+    Attributes:
+        outputs: of the layer.
+        plain: for each block with a gain what it multiplies.
+        before: the bottleneck before its activation.
+        gains: (atoms, 1, channels) for each block with a gain.
+        slopes: derivatives of all gains.
+    """
+
+    outputs: tuple[Tensor, ...]
+    plain: list[Any]
+    before: Tensor
+    gains: Sequence[Tensor]
+    slopes: Tensor | None
+
+
+def _fixed_forward(fixed: _Prepared, inputs: Sequence[Tensor]) -> _Pass:
+    owner = fixed.owner
+    structure = owner.structure
+    scalars = inputs[structure.scalars].squeeze(1)
+    before = torch.addmm(fixed.down_bias, scalars, fixed.down_transposed)
+    hidden = functional.silu(before) if structure.activation else before
+    changes = torch.addmm(fixed.up_bias, hidden, fixed.up_transposed)
+    parts = changes.split(owner.widths, dim=1) if len(owner.widths) > 1 else (changes,)
+    gains: Sequence[Tensor] = ()
+    slopes = None
+    if owner.gain_widths:
+        every, slopes = structure.gain(parts[-1])
+        every = every.unsqueeze(1)
+        gains = every.split(owner.gain_widths, dim=2) if len(owner.gain_widths) > 1 else (every,)
+    outputs: list[Any] = [None] * structure.n_outputs
+    plain: list[Any] = [None] * len(gains)
+    for (source, target, drives, shift, gain), matrix in zip(owner.entries, fixed.matrices, strict=True):
+        if shift >= 0:
+            x = scalars if drives else inputs[source].squeeze(1)
+            outputs[target] = torch.addmm(parts[shift], x, matrix).unsqueeze(1)
+            continue
+        product = inputs[source].matmul(matrix)
+        if gain >= 0:
+            plain[gain] = product
+            product = product * gains[gain]
+        outputs[target] = product
+    return _Pass(tuple(outputs), plain, before, gains, slopes)
+
+
+class _Fixed(torch.autograd.Function):
+    """The layer with constant weights.
+
+    Where its backward pass is to be differentiated again, for Hessians, it goes through the steps of the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fixed: _Prepared, weight: Tensor, gate: GateWeights, *inputs: Tensor) -> Any:
+        ctx.fixed, ctx.weight, ctx.gate = fixed, weight, gate
+        ctx.save_for_backward(*inputs)
+        found = _fixed_forward(fixed, inputs)
+        ctx.kept = found._replace(outputs=())
+        return found.outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        inputs: tuple[Tensor, ...] = ctx.saved_tensors
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[3:]
+        fixed: _Prepared = ctx.fixed
+        if torch.is_grad_enabled():
+            outputs = _forward(fixed.owner.structure, ctx.weight, ctx.gate, inputs)
+            reached = [x for x, wants in zip(inputs, wanted, strict=True) if wants]
+            found = iter(torch.autograd.grad(outputs, reached, grads, create_graph=True, allow_unused=True))
+            return None, None, None, *(next(found) if wants else None for wants in wanted)
+        found = _fixed_backward(fixed, ctx.kept, len(inputs), grads)
+        return None, None, None, *(one if wants else None for one, wants in zip(found, wanted, strict=True))
+
+
+def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients by the inputs."""
+    owner = fixed.owner
+    by_shift: list[Any] = [None] * owner.n_shifts
+    by_gain: list[Any] = [None] * len(kept.gains)
+    for _, target, _, shift, gain in owner.entries:
+        if shift >= 0:
+            by_shift[shift] = grads[target].squeeze(1)
+        elif gain >= 0:
+            pull = (grads[target] * kept.plain[gain]).sum(1)
+            # one gain may belong to all channels
+            by_gain[gain] = pull if kept.gains[gain].shape[2] == pull.shape[1] else pull.sum(1, keepdim=True)
+    by_changes = by_shift
+    if kept.slopes is not None:
+        together = by_gain[0] if len(by_gain) == 1 else torch.cat(by_gain, dim=1)
+        by_changes = [*by_shift, together * kept.slopes]
+    hidden = (by_changes[0] if len(by_changes) == 1 else torch.cat(by_changes, dim=1)).mm(fixed.up)
+    if owner.structure.activation:
+        hidden = torch.ops.aten.silu_backward(hidden, kept.before)
+    driving = hidden.mm(fixed.down)
+    found: list[Tensor | None] = [None] * n_inputs
+    for (source, target, drives, shift, gain), transposed in zip(owner.entries, fixed.transposed, strict=True):
+        if shift >= 0 and drives:
+            driving = torch.addmm(driving, by_shift[shift], transposed)
+            continue
+        grad = grads[target] * kept.gains[gain] if gain >= 0 else grads[target]
+        one = grad.matmul(transposed)
+        if drives:
+            driving = driving + one.squeeze(1)
+            continue
+        before = found[source]
+        found[source] = one if before is None else before + one
+    found[owner.structure.scalars] = driving.unsqueeze(1)
+    return found
