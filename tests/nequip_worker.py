@@ -170,11 +170,11 @@ def _calculated(calculator: Any, work: dict[str, Any]) -> None:
 
 
 def compile_(work: dict[str, Any]) -> None:
-    """``nequip-compile`` into TorchScript, and what the ASE calculator gives for that."""
+    """``nequip-compile`` for ASE, and what the ASE calculator gives for that."""
     from nequip.scripts.compile import main as compile_model
 
-    target = str(Path(work["folder"]) / "compiled.nequip.pth")
-    compile_model([work["model"], target, "--mode", "torchscript", "--device", "cpu"])
+    target = str(Path(work["folder"]) / "compiled.nequip.pt2")
+    compile_model([work["model"], target, "--mode", "aotinductor", "--device", "cpu", "--target", "ase"])
     options = _named_types(NequIPCalculator.from_compiled_model)
     _calculated(NequIPCalculator.from_compiled_model(target, device="cpu", **options), work)
 

@@ -178,9 +178,9 @@ def merge_approximately(
     plain = deploy_copy(model, run, trust=trust).backbone
     _drop_gates(plain)
     labelled = _labelled_by(gated, _shaken(frames.train, seed))
-    wanted, measured = predict(gated, graphs_of(gated, frames.test), stress=True), _Measured(plain, frames.test)
+    wanted, measured = predict(gated, build_graphs(gated, frames.test), stress=True), _Measured(plain, frames.test)
     dropped = Difference.between(wanted, measured.predictions())
-    training, held = _parted(graphs_of(plain, labelled))
+    training, held = _parted(build_graphs(plain, labelled))
     _regress(gated, plain, training, held)
     regressed = Difference.between(wanted, measured.predictions())
     method = full() if rank is None else elora(rank=rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -189,6 +190,8 @@ def test_merged_models_in_nequip(nequips: NequIPs, tmp_path: Path) -> None:
         assert_close(results, predicted(request.model, None, systems), 1e-10)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nequip-compile needs a C++ compiler")
 def test_merged_models_are_compiled_by_nequip(nequips: NequIPs, tmp_path: Path) -> None:
     systems = structures(("H", "O"))[:2]
     requests, expected = [], []
