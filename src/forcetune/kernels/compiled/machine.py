@@ -13,8 +13,8 @@ from typing import Any
 from forcetune.kernels.compiled.assembly import REALS, Target
 from forcetune.utils.files import cache_folder
 
-OLDEST_LLVM = 15
-"""Pointers have had no types of their own since."""
+OLDEST_LLVM = 20
+"""That of llvmlite 0.45, which needs no call to be initialised."""
 
 _LOCK = threading.RLock()
 
