@@ -68,6 +68,16 @@ class Machine:
 _MACHINES: dict[str, Machine] = {}
 
 
+def _new_lock() -> None:
+    # a forked process may have got the lock from a thread that it has not
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
 def compiled(key: str, write: Callable[[], str]) -> Machine:
     """The module that ``write`` returns the text of, from memory, from disk, or compiled now.
 
