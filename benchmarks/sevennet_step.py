@@ -160,9 +160,10 @@ def serve(kind: str, checkpoint: str, threads: int) -> None:
             runs = {"step": steps, "prediction": predictions}
             answer: Any = {"edges": edges} | {part: list(found) for part, found in runs.items()}
         else:
-            before, start = page_faults(), time.perf_counter()
+            before, start, taken = page_faults(), time.perf_counter(), time.process_time()
             runs[work["part"]][work["run"]]()
-            answer = {"seconds": time.perf_counter() - start, "faults": page_faults() - before}
+            seconds, processor = time.perf_counter() - start, time.process_time() - taken
+            answer = {"seconds": seconds, "processor": processor, "faults": page_faults() - before}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -222,12 +223,20 @@ def measure(servers: Sequence[Server], case: tuple[int, int, str], rounds: int) 
         rows = {
             name: {
                 "seconds": statistics.median(answer["seconds"] for answer in answers),
+                "processor_seconds": statistics.median(answer["processor"] for answer in answers),
                 "page_faults": statistics.median(answer["faults"] for answer in answers),
             }
             for name, answers in found.items()
         }
-        first = next(iter(rows.values()))["seconds"]
-        result[part] = {name: row | {"speedup_over_sevenn": first / row["seconds"]} for name, row in rows.items()}
+        first = next(iter(rows.values()))
+        result[part] = {
+            name: row
+            | {
+                "speedup_over_sevenn": first["seconds"] / row["seconds"],
+                "processor_speedup": first["processor_seconds"] / row["processor_seconds"],
+            }
+            for name, row in rows.items()
+        }
     return result
 
 
@@ -236,11 +245,13 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = "{frames} × {atoms} atoms, {edges:,} edges, {dtype}".format(**result)
-    table = Table("", "code", "seconds", "times faster", "page faults", title=title, title_justify="left")
+    columns = ("", "code", "seconds", "times faster", "processor, s", "times less", "page faults")
+    table = Table(*columns, title=title, title_justify="left")
     for part in ("step", "prediction"):
         for name, row in result[part].items():
-            numbers = f"{row['seconds']:.4f}", f"{row['speedup_over_sevenn']:.2f}", f"{row['page_faults']:,.0f}"
-            table.add_row(part, name, *numbers)
+            numbers = f"{row['seconds']:.4f}", f"{row['speedup_over_sevenn']:.2f}"
+            processor = f"{row['processor_seconds']:.4f}", f"{row['processor_speedup']:.2f}"
+            table.add_row(part, name, *numbers, *processor, f"{row['page_faults']:,.0f}")
     Console().print(table)
 
 
@@ -253,6 +264,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each code")
     parser.add_argument("--quick", action="store_true", help="only one frame of 32 atoms in float32")
+    parser.add_argument("--atoms", type=int, choices=(32, 64), help="only frames of so many atoms")
+    parser.add_argument("--frames", type=int, choices=(1, 4), help="only batches of so many frames")
     parser.add_argument("--keep-memory", action="store_true", help="let the allocators keep all memory (Linux)")
     parser.add_argument("--serve", choices=("sevenn", "forcetune"), help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
@@ -267,7 +280,12 @@ def main() -> None:
     checkpoint = str(resolve(arguments.model).path)
     servers = [Server(kind, arguments, checkpoint) for kind in ("sevenn", "forcetune")]
     results = []
-    for case in CASES[:1] if arguments.quick else CASES:
+    cases = [
+        (atoms, frames, dtype)
+        for atoms, frames, dtype in (CASES[:1] if arguments.quick else CASES)
+        if arguments.atoms in (None, atoms) and arguments.frames in (None, frames)
+    ]
+    for case in cases:
         results.append(measure(servers, case, arguments.rounds))
         show(results[-1])
     for server in servers:

@@ -3,6 +3,7 @@
     python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick] [--keep-memory]
     python benchmarks/step.py --data DATA/rmd17 --profile
     python benchmarks/step.py --data DATA/rmd17 --gates 21,50,100,200
+    python benchmarks/step.py --kernels compiled,torch --quick --methods mmea
 
 A step is energies and forces with their graph, the loss mean (E − E*)² + 1000 mean (F − F*)², and its gradient by
 the trainable parameters; no optimizer. Models have the size of MACE-OFF23-medium (128x0e+128x1o, correlation 3,
@@ -13,7 +14,9 @@ Codes take turns and medians are given, so that a busy machine slows all of them
 ``training.compile=on`` makes them; beside them stands what the first one took, with all that compiling costs. Memory is
 the largest growth of what torch has allocated during one step, in a run of its own: by the profiler on a CPU, by CUDA's
 allocator there. Page faults are those of a step: memory that is given back after a step has to be asked for again,
-and filled with zeros, in the next. What that costs is a matter of the machine, and is high on virtual ones; with
+and filled with zeros, in the next. Processor time is that of all threads of the process, the fairer figure where other
+jobs share the cores. ``--kernels`` says what computes convolutions and contractions; of several each has its rows.
+What page faults cost is a matter of the machine, and is high on virtual ones; with
 ``--keep-memory`` glibc's allocator keeps all memory, and it costs nothing.
 ``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready; ``--gates``
 how much slower predictions are with MMEA's gates than without, for systems of so many atoms. Predictions called
@@ -58,6 +61,7 @@ from forcetune.diagnostics.memory import measure_peak_memory
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate, split_batch
 from forcetune.graphs.loader import BatchLoader
+from forcetune.kernels.compiled.choice import choose_kernels
 from forcetune.kernels.edge_plan import make_plan
 from forcetune.runs.environment import describe_environment
 from forcetune.training.compiled import CompiledStep, Workers, choose_layout, frames_of_part
@@ -223,18 +227,31 @@ def faults_of(run: Callable[[], object]) -> int:
     return page_faults() - before
 
 
-def medians(runs: Runs, rounds: int, repeats: Mapping[str, int]) -> dict[str, float]:
-    """Median seconds of each run; all take turns, faster ones several times."""
+def medians(
+    runs: Runs, rounds: int, repeats: Mapping[str, int], processor: dict[str, float] | None = None
+) -> dict[str, float]:
+    """Median seconds of each run; all take turns, faster ones several times.
+
+    Args:
+        runs: by their names.
+        rounds: that count.
+        repeats: of each in a round; 1 where there is none.
+        processor: is filled with the medians of processor time.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             for _ in range(repeats.get(name, 1)):
                 synchronise()
-                start = time.perf_counter()
+                start, before = time.perf_counter(), time.process_time()
                 run()
                 synchronise()
                 if turn:  # the first turn warms up
                     times[name].append(time.perf_counter() - start)
+                    taken[name].append(time.process_time() - before)
+    if processor is not None:
+        processor.update({name: statistics.median(values) for name, values in taken.items()})
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -245,12 +262,18 @@ def training(
     runs = {name: (lambda model=model: step(model, batch)) for name, model in models.items()}
     compiled: Runs = {}
     starts: dict[str, float] = {}
-    for name in (name for name in models if name in METHODS):
+    for name in (name for name in models if name.split(",")[0] in METHODS):
         row = f"{name}, compiled"
         compiled[row], starts[row] = compiled_step(models[name], batch)
-    found = medians(runs | compiled, rounds, dict.fromkeys((*METHODS, *compiled), 2))
+    repeats = dict.fromkeys((*(name for name in models if name.split(",")[0] in METHODS), *compiled), 2)
+    processor: dict[str, float] = {}
+    found = medians(runs | compiled, rounds, repeats, processor)
     result = {
-        name: {"seconds": seconds, "speedup_over_mace_full": found[LIBRARY] / seconds}
+        name: {
+            "seconds": seconds,
+            "speedup_over_mace_full": found[LIBRARY] / seconds,
+            "processor_seconds": processor[name],
+        }
         | ({"start_seconds": starts[name]} if name in starts else {})
         for name, seconds in found.items()
     }
@@ -282,20 +305,26 @@ def inference(models: Mapping[str, NetworkBackbone], batch: Batch, rounds: int) 
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-    columns = ("code", "seconds", "times faster", "page faults", "peak MB", "start, s")
+    columns = ("code", "seconds", "times faster", "processor, s", "page faults", "peak MB", "start, s")
     table = Table(*columns, title=title, title_justify="left")
     for name, row in rows.items():
         ratio = next(value for key, value in row.items() if key.startswith("speedup"))
         memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""
         start = f"{row['start_seconds']:.1f}" if "start_seconds" in row else ""
         faults = f"{row['page_faults']:,.0f}" if "page_faults" in row else ""
-        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", faults, memory, start)
+        processor = f"{row['processor_seconds']:.4f}" if "processor_seconds" in row else ""
+        table.add_row(name, f"{row['seconds']:.4f}", f"{ratio:.2f}", processor, faults, memory, start)
     Console().print(table)
 
 
 def step_table(arguments: argparse.Namespace, dtype: str, frames: int, *, memory: bool) -> dict[str, Any]:
     base = random_model(DTYPES[dtype], arguments.device)
-    models = {LIBRARY: base, LORA: lora_model(base)} | {name: tuned_model(base, name) for name in arguments.methods}
+    models: dict[str, NetworkBackbone] = {LIBRARY: base, LORA: lora_model(base)}
+    for name in arguments.methods:
+        for kernels in arguments.kernels:
+            row = name if len(arguments.kernels) == 1 else f"{name}, {kernels} kernels"
+            models[row] = tuned_model(base, name)
+            choose_kernels(models[row].model, kernels)
     batch = batch_of(base, aspirin(arguments.data, frames), DTYPES[dtype])
     rows = training(models, batch, arguments.rounds, memory=memory)
     show(f"step, {frames} frames, {batch.n_atoms} atoms, {batch.n_edges} edges, {dtype}", rows)
@@ -492,6 +521,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each code")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument(
+        "--kernels", type=lambda text: text.split(","), default=["auto"], help="of auto, compiled and torch"
+    )
     parser.add_argument("--quick", action="store_true", help="only the float64 batch of five and the molecule")
     parser.add_argument("--profile", action="store_true", help="only the profile of the mmea step")
     parser.add_argument(

@@ -338,8 +338,8 @@ def check_mergeable(backbone: Backbone) -> None:
         raise InputError(
             f"method {adapter.method.name} has parts that depend on the input of their layer ({', '.join(names)}), so "
             "no weights can absorb them. Use base and adapter together (forcetune.calculator(model, adapter=...)), "
-            "take the nearest plain model (forcetune merge --approximate), or train with a method that merges, as elora "
-            "does."
+            "take the nearest plain model (forcetune merge --approximate), or train with a method that merges, as "
+            "elora does."
         )
 
 

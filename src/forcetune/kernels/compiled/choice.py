@@ -22,7 +22,7 @@ _DTYPES = (torch.float64, torch.float32)
 def missing_reason() -> str | None:
     """Why there are no compiled kernels on this computer, or None."""
     if llvm() is None:
-        return "llvmlite is not installed, or older than 0.44 (pip install llvmlite)"
+        return "llvmlite is not installed, or older than 0.45 (pip install llvmlite)"
     try:
         compiled("probe", convolution_code.driver)
     except Exception as error:  # whatever LLVM has against this processor or platform

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,7 @@ def _run(
     structure: list[Tensor],
     counts: list[int],
     coefficients: Tensor,
-    blocks: dict[Slot, Sequence[Tensor]],
+    blocks: Mapping[Slot, Sequence[Tensor]],
     to_coefficients: Tensor | None,
 ) -> None:
     species, tiles, terms, lanes = coefficients.shape

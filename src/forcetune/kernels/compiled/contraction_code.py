@@ -87,6 +87,8 @@ class _Function:
         self.w, self.form = writer, form
         self.moved = form.kind == "moved"
         self.lanes = writer.target.lanes
+        # atoms treated at once, first channel and coefficients of the tile that is being written
+        self.count, self.channel, self.a, self.to_a = ATOMS, "", "", ""
 
     def write(self) -> None:
         w = self.w

@@ -13,8 +13,8 @@ from typing import Any
 from forcetune.kernels.compiled.assembly import REALS, Target
 from forcetune.utils.files import cache_folder
 
-OLDEST_LLVM = 15
-"""Pointers have had no types of their own since."""
+OLDEST_LLVM = 20
+"""That of llvmlite 0.45, which needs no call to be initialised."""
 
 _LOCK = threading.RLock()
 
@@ -66,6 +66,16 @@ class Machine:
 
 
 _MACHINES: dict[str, Machine] = {}
+
+
+def _new_lock() -> None:
+    # a forked process may have got the lock from a thread that it has not
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def compiled(key: str, write: Callable[[], str]) -> Machine:

@@ -24,7 +24,7 @@ def function(address: int) -> ctypes._FuncPointer:
 
 def integers(tensor: torch.Tensor) -> np.ndarray:
     """A contiguous tensor of integers as an array; while a step is recorded PyTorch would not hand one out."""
-    return np.frombuffer((ctypes.c_int64 * tensor.numel()).from_address(tensor.data_ptr()), dtype=np.int64)
+    return np.ctypeslib.as_array((ctypes.c_int64 * tensor.numel()).from_address(tensor.data_ptr()))
 
 
 def thread_count(work: float) -> int:
