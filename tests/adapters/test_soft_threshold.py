@@ -135,9 +135,9 @@ def test_thresholds_have_their_own_decoupled_decay(model: MaceBackbone) -> None:
 def test_wraps_and_bad_options() -> None:
     assert set(method("sparse", wrap="linears").table) == {"linear", "readout"}
     assert set(method("sparse-h", wrap="tensor_products").table) == {"tensor_product"}
-    with pytest.raises(InputError, match="wrap is one of"):
+    with pytest.raises(InputError, match="wrap: Input should be 'all'"):
         method("sparse", wrap="everything")
-    with pytest.raises(InputError, match="a threshold between 0 and 1"):
+    with pytest.raises(InputError, match="threshold_decay: Input should be greater than or equal to 0"):
         method("sparse", threshold_decay=-1.0)
 
 

@@ -159,5 +159,5 @@ def test_low_rank_without_norms_is_written_as_before() -> None:
 
 
 def test_an_unknown_axis_is_refused() -> None:
-    with pytest.raises(InputError, match="unknown axis 'first'"):
+    with pytest.raises(InputError, match="axis: Input should be 'out' or 'last'"):
         custom_method("mine", {"linear": [{"update": "Gain", "axis": "first"}]})

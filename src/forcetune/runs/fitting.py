@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from ase.data import atomic_numbers
 from rich.console import Console
 from rich.progress import Progress
 
 from forcetune._version import __version__
-from forcetune.adapters.attach import detach, disable_adapter, get_adapter, require_adapter
+from forcetune.adapters.attach import detach, disable_adapter, require_adapter
 from forcetune.adapters.changes import weight_changes
 from forcetune.adapters.file import TENSORS_NAME, load_adapter, save_adapter
-from forcetune.adapters.magnetic import with_magnetism
 from forcetune.adapters.methods import build_method
-from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
+from forcetune.backbones.loading import store_base
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
-from forcetune.diagnostics.doctor import check_frames, check_predictions
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, Predictions, build_graphs, check_elements, check_finite, predict
+from forcetune.evaluation.metrics import Errors, Predictions
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
     choose_shown,
     predict_shown,
-    predict_streamed,
     shown,
-    shown_frames,
 )
 from forcetune.evaluation.summaries import Forgetting
 from forcetune.evaluation.symmetry import rotation_error
-from forcetune.frames.dataset import Dataset, read_dataset
-from forcetune.frames.frame import FloatArray, Frame
-from forcetune.frames.isolated import compare_isolated
-from forcetune.frames.labels import NONE
-from forcetune.frames.references import ReferenceEnergies, reference_energies
-from forcetune.graphs.graph import Batch
-from forcetune.graphs.stored_graphs import StoredGraphs, any_label
+from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.reports.run_page import write_report
-from forcetune.runs.console import say_adapter, say_data, say_isolated, say_kernels, say_weights
 from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
 from forcetune.runs.folder import (
     ADAPTER_NAME,
@@ -60,23 +47,19 @@ from forcetune.runs.folder import (
     write_checkpoint,
 )
 from forcetune.runs.predictions import PREDICTIONS_NAME, save_predictions
-from forcetune.runs.results import ErrorPair, ParameterSummary, Results, TrainingSummary, write_results
+from forcetune.runs.preparation import Preparation, PreparedRun, counting, predict_split
+from forcetune.runs.results import ErrorPair, Results, TrainingSummary, write_results
 from forcetune.runs.summaries import (
     summarize_data,
     summarize_method,
     summarize_model,
-    summarize_parameters,
     summarize_references,
     summarize_replay,
 )
-from forcetune.training.initialization import attach_for_training
-from forcetune.training.label_weights import settle
 from forcetune.training.outcome import Refinement, TrainingOutcome
 from forcetune.training.refine import refine
-from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
-from forcetune.training.train import check_trainable_labels, train
+from forcetune.training.train import train
 from forcetune.utils.files import write_json
-from forcetune.utils.processes import worker_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,32 +83,6 @@ class Run:
     def adapter(self) -> Path:
         """The adapter folder."""
         return self.folder / ADAPTER_NAME
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a run has before its training begins.
-
-    Attributes:
-        dataset, graphs: frames, and the graph of each, by split.
-        backbone: with the adapter attached and the run's reference energies.
-        references, own_references: of the run, and of the foundation model.
-        before: predictions of the foundation model with the run's reference energies.
-        parameters: description of what is trained.
-        replay_frames, replay: as they were read, and ready for the training; None without replay.
-        data: hash of the frames trained on.
-    """
-
-    dataset: Dataset
-    backbone: Backbone
-    graphs: dict[str, Sequence[Batch]]
-    references: ReferenceEnergies
-    own_references: dict[int, float]
-    before: dict[str, Predictions | StreamedPredictions]
-    parameters: ParameterSummary
-    replay_frames: ReplayFrames | None
-    replay: Replay | None
-    data: str
 
 
 class Fitting:
@@ -206,47 +163,15 @@ class Fitting:
             )
         return done, max(done, planned - skipped)
 
-    def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> Start:
+    def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> PreparedRun:
         """Everything before the training; nothing is written."""
-        dataset = self._read()
-        self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys, dataset.train.frames)
-        replay = read_replay(self.config.replay, self.config.data)
-        say_data(self.console, dataset, replay, self.config.replay)
-        backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
-        examined = self.config.data.doctor == "on"
-        if examined:
-            self._examine(dataset, backbone)
-        graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
-        self._settle_weights(graphs["train"])
-        check_trainable_labels(self.training, graphs["train"])
-        raw = {name: self._predict(backbone, graphs[name], f"{name}, before", finite=True) for name in graphs}
-        for name, part in dataset.splits.items():
-            if isinstance(predictions := raw[name], Predictions):
-                check_finite(predictions, part.frames)
-        if examined:
-            check_predictions(shown_frames(dataset.train.frames, raw["train"]), shown(raw["train"]))
-        own_references = backbone.reference_energies
-        references = self._references(dataset, raw["train"].energy, own_references)
-        if checkpoint is not None:
-            references = replace(references, energies=checkpoint["reference_energies"])
-        shift = {z: references.energies[z] - own_references[z] for z in own_references}
-        # errors of streamed training frames are those of a sample, before and after
-        raw["train"] = shown(raw["train"])
-        before = {name: predictions.shifted(shift) for name, predictions in raw.items()}
-        prepared = None
-        if replay is not None:
-            prepared = prepare_replay(replay, self.config.replay, self.training, backbone, references.energies)
-        elements = {*dataset.train.elements, *(replay.trained_elements if replay else ())}
-        adapter = attach_for_training(
-            backbone, self.method, self.training, graphs["train"], references.energies, elements
-        )
-        backbone.set_reference_energies(references.energies)
-        say_adapter(self.console, self.method, backbone, adapter)
-        parameters = summarize_parameters(adapter)
-        data = data_hash(dataset.train.sha256, replay)
-        return Start(dataset, backbone, graphs, references, own_references, before, parameters, replay, prepared, data)
+        preparation = Preparation(self.config, self.method, self.console)
+        start = preparation.prepare(backbone, checkpoint)
+        self.config, self.method, self.training = preparation.config, preparation.method, preparation.training
+        self._stores_base = preparation.stores_base
+        return start
 
-    def _finish(self, start: Start, state: dict[str, Any] | None) -> Run:
+    def _finish(self, start: PreparedRun, state: dict[str, Any] | None) -> Run:
         """Training and everything after it."""
         outcome = self._train(start, state)
         asked = self.config.training.refine is not None and outcome.status != "interrupted"
@@ -264,126 +189,7 @@ class Fitting:
         write_report(self.folder)
         return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
 
-    def _references(
-        self, dataset: Dataset, model_energies: FloatArray, own_references: dict[int, float]
-    ) -> ReferenceEnergies:
-        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
-        mode, table = self.config.references.mode, self.config.references.table
-        if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
-            mode = "model"
-        references = reference_energies(
-            mode,
-            dataset.train.frames,
-            dataset.isolated,
-            model_energies,
-            own_references,
-            None if table is None else {**table},
-        )
-        if references.offset_before_mev_per_atom is not None:
-            self.console.print(
-                f"reference energies ({references.mode}): mean offset {references.offset_before_mev_per_atom:,.1f} → "
-                f"{references.offset_after_mev_per_atom:.1f} meV/atom",
-                highlight=False,
-            )
-        isolated = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, own_references)
-        say_isolated(self.console, isolated, references)
-        return references
-
-    def _settle_weights(self, graphs: Sequence[Batch]) -> None:
-        """Weights of the loss for the labels there are, and a line about what is not trained on."""
-        data = self.config.data
-        # energies and forces that are missing although no key is `none` are a mistake, which is told later
-        labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
-        if any_label(graphs, "stress"):
-            labelled.add("stress")
-        self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
-        say_weights(self.console, self.config.training, self.training, labelled)
-
-    def _load(self, elements: Sequence[int], backbone: Backbone | None) -> Backbone:
-        model = self.config.model
-        if "model" not in model.model_fields_set and backbone is None:
-            self.console.print(
-                "no model named: starting from mini, the small one in this package (H, C, N, O, F, S, Cl at GFN2-xTB); "
-                "`forcetune models` lists larger ones for --model",
-                highlight=False,
-            )
-        wanted = self._element_table(elements)
-        if backbone is None:
-            loaded = load(
-                model.model,
-                head=model.head,
-                elements=wanted,
-                dtype=model.dtype,
-                device=model.device,
-                trust=model.trust,
-                kernels=model.kernels,
-            )
-        else:
-            loaded = self._take(backbone, wanted)
-        say_kernels(self.console, loaded)
-        return loaded
-
-    def _element_table(self, elements: Sequence[int]) -> list[int] | None:
-        """What the element table is cut to, for frames with these elements; None keeps it whole.
-
-        Raises:
-            InputError: an element that was asked for is none.
-        """
-        asked = self.config.model.elements
-        if isinstance(asked, str):
-            return sorted(set(elements)) if asked == "data" else None
-        unknown = [symbol for symbol in asked if symbol not in atomic_numbers]
-        if unknown:
-            raise InputError(f"model.elements: {unknown[0]!r} is no element; write symbols such as [H, C, O].")
-        return sorted({atomic_numbers[symbol] for symbol in asked})
-
-    def _take(self, backbone: Backbone, elements: Sequence[int] | None) -> Backbone:
-        """A loaded model for this run; its element table is cut only where that was asked for.
-
-        Raises:
-            InputError: it carries an adapter, or is not what the configuration asks for.
-        """
-        model = self.config.model
-        wanted = elements if "elements" in model.model_fields_set else None
-        loaded = load(backbone, elements=wanted, **asked_of_loaded(model))
-        if get_adapter(loaded) is not None:
-            raise InputError("this model already carries an adapter; detach it first.")
-        self.config, self._stores_base = with_loaded(self.config, loaded, self.folder / BASE_NAME)
-        return loaded
-
-    def _examine(self, dataset: Dataset, backbone: Backbone) -> None:
-        """What can be seen in the frames alone."""
-        for part in dataset.splits.values():
-            check_elements(backbone, part.frames)
-        sets = {name: part.frames for name, part in dataset.splits.items()}
-        with self._counting("frames", sum(map(len, sets.values()))) as advance:
-            check_frames(sets, backbone.cutoff, progress=lambda: advance(1))
-
-    def _read(self) -> Dataset:
-        with self._counting("frames read") as advance:
-            return read_dataset(self.config.data, self.config.magnetism, advance)
-
-    def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
-        with self._counting(f"{name}, neighbours", len(frames)) as advance:
-            return build_graphs(backbone, frames, advance, worker_count(self.config.data.workers))
-
-    def _predict(
-        self, backbone: Backbone, graphs: Sequence[Batch], label: str, *, finite: bool
-    ) -> Predictions | StreamedPredictions:
-        """Predictions; those of streamed frames, which are not looked at again, are checked here if they must be."""
-        with self._counting(label, len(graphs)) as advance:
-            if isinstance(graphs, StoredGraphs):
-                return predict_streamed(backbone, graphs, advance, finite=finite)
-            return predict(backbone, graphs, progress=advance)
-
-    @contextmanager
-    def _counting(self, label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A bar while something is done to frames, and what moves it on."""
-        with Progress(console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda done: bar.advance(task, done)
-
-    def _train(self, start: Start, state: dict[str, Any] | None) -> TrainingOutcome:
+    def _train(self, start: PreparedRun, state: dict[str, Any] | None) -> TrainingOutcome:
         def save_best(errors: Errors) -> None:
             self._save(start, {"valid": errors})
 
@@ -415,7 +221,7 @@ class Fitting:
             frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
 
-    def _refine(self, start: Start) -> Refinement:
+    def _refine(self, start: PreparedRun) -> Refinement:
         """Refine the best adapter; a run that died meanwhile begins this again from the same weights."""
         detach(start.backbone)
         unrefined = self.folder / UNREFINED
@@ -443,7 +249,7 @@ class Fitting:
         self._save(start, {})
         return refinement
 
-    def _save(self, start: Start, errors: Mapping[str, Errors]) -> None:
+    def _save(self, start: PreparedRun, errors: Mapping[str, Errors]) -> None:
         save_adapter(
             start.backbone,
             self.folder / ADAPTER_NAME,
@@ -452,7 +258,7 @@ class Fitting:
             metrics={"errors": {name: split_errors.to_json() for name, split_errors in errors.items()}},
         )
 
-    def _best(self, start: Start) -> dict[str, Predictions | StreamedPredictions]:
+    def _best(self, start: PreparedRun) -> dict[str, Predictions | StreamedPredictions]:
         """Predictions of the best adapter as its file gives it; its errors go into the file."""
         detach(start.backbone)
         load_adapter(start.backbone, self.folder / ADAPTER_NAME)
@@ -460,14 +266,14 @@ class Fitting:
         self._save(start, {name: predictions.errors() for name, predictions in after.items()})
         return after
 
-    def _again(self, start: Start, name: str) -> Predictions | StreamedPredictions:
+    def _again(self, start: PreparedRun, name: str) -> Predictions | StreamedPredictions:
         """Predictions after the training; of streamed training frames those shown."""
         graphs, label = start.graphs[name], f"{name}, after"
         if name == "train" and isinstance(graphs, StoredGraphs):
-            with self._counting(label, len(choose_shown(len(graphs)))) as advance:
+            with counting(self.console, label, len(choose_shown(len(graphs)))) as advance:
                 return predict_shown(start.backbone, graphs, advance)
         # a training that diverged shows in its errors: days of it should not end without results
-        return self._predict(start.backbone, graphs, label, finite=False)
+        return predict_split(self.console, start.backbone, graphs, label, finite=False)
 
     def _training_summary(self, outcome: TrainingOutcome, refinement: Refinement | None) -> TrainingSummary:
         training = self.training
@@ -484,7 +290,7 @@ class Fitting:
         )
 
     def _results(
-        self, start: Start, training: TrainingSummary, before: Mapping[str, Errors], after: Mapping[str, Errors]
+        self, start: PreparedRun, training: TrainingSummary, before: Mapping[str, Errors], after: Mapping[str, Errors]
     ) -> Results:
         """Everything that goes into ``results.json``; what does not concern the run is left out."""
         backbone = start.backbone
@@ -503,7 +309,7 @@ class Fitting:
             model=summarize_model(backbone),
             method=summarize_method(self.method),
             parameters=start.parameters,
-            reference_energies=summarize_references(start.references, start.own_references),
+            reference_energies=summarize_references(start.references, start.model_references),
             data=summarize_data(start.dataset),
             training=training,
             environment=describe_environment(backbone.device),
@@ -515,7 +321,7 @@ class Fitting:
             errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
         )
 
-    def _forgetting(self, start: Start) -> Forgetting:
+    def _forgetting(self, start: PreparedRun) -> Forgetting:
         """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""
         with self.console.status("what was forgotten"):
             forgetting = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
