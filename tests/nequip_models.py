@@ -22,10 +22,10 @@ from forcetune.backbones.safe_unpickle.reader import InertFile
 from forcetune.kernels.tensors import TensorSource
 
 NEWEST = "0.19.1"
-ALL_VERSIONS = ("0.14.0", "0.15.0", "0.16.2", "0.17.1", "0.18.0", NEWEST)
-_SINCE_16 = ALL_VERSIONS[2:]
-_SINCE_17 = ALL_VERSIONS[3:]
-_SINCE_18 = ALL_VERSIONS[4:]
+ALL_VERSIONS = ("0.15.0", "0.16.2", "0.17.1", "0.18.0", NEWEST)
+_SINCE_16 = ALL_VERSIONS[1:]
+_SINCE_17 = ALL_VERSIONS[2:]
+_SINCE_18 = ALL_VERSIONS[3:]
 FOUR = ("H", "C", "N", "O")
 
 

@@ -59,7 +59,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, server: Loopback, sha256: str | Non
 def test_the_table_is_well_formed() -> None:
     for model in (model for model in list_models() if not model.packaged):
         assert model.url.startswith("https://")
-        assert Path(model.file).suffix == {"mace": ".model", "sevennet": ".pth"}[model.library]
+        assert model.file.endswith({"mace": ".model", "sevennet": ".pth", "nequip": ".nequip.zip"}[model.library])
         assert model.licence in registry.LICENCE_NOTES
         assert model.size in ("small", "medium", "large")
         assert model.description

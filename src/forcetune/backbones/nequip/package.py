@@ -124,13 +124,25 @@ def content_from_tree(model: Node, version: tuple[int, int]) -> NequIPContent:
     """
     try:
         architecture = _architecture(model, version)
+        norms = _numbers_as_norms(model, architecture) if version <= (0, 15) else None
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError) as error:
         raise UnfitError(f"its modules cannot be read ({type(error).__name__}: {short(str(error))})") from error
-    norms = None
-    if version <= (0, 15):
-        factor = model.child("layer0_convnet.conv").attribute("scatter_norm_factor")
-        norms = torch.tensor([[1.0 if factor is None else positive(factor, "scatter_norm_factor", 1e6)]])
     return sorted_content(architecture, model.all_tensors(), norms=norms)
+
+
+def _numbers_as_norms(model: Node, architecture: NequIPArchitecture) -> Tensor:
+    """1/√(neighbors), (1, 1), which was a number and no tensor up to 0.15.
+
+    Raises:
+        UnfitError: layers have different ones.
+    """
+    layers = [model.child(f"layer{index}_convnet.conv") for index in range(architecture.n_layers)]
+    found = {layer.attribute("scatter_norm_factor") for layer in layers}
+    if len(found) != 1:
+        raise UnfitError("its layers divide by different numbers of neighbors")
+    factor = found.pop()
+    number = 1.0 if factor is None else positive(factor, "scatter_norm_factor", 1e6)
+    return torch.tensor([[number]], dtype=getattr(torch, architecture.dtype))
 
 
 def _architecture(model: Node, version: tuple[int, int]) -> NequIPArchitecture:
