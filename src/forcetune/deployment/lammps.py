@@ -25,7 +25,7 @@ from ase.calculators.calculator import Calculator
 from ase.data import atomic_masses, atomic_numbers
 
 from forcetune.backbones.protocol import Backbone
-from forcetune.deployment.calculator import calculator as make_calculator
+from forcetune.deployment.coupled import coupled_calculator
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import FloatArray
 from forcetune.utils.optional import missing_package
@@ -86,7 +86,7 @@ class Coupling:
         self._numbers = np.array([0, *numbers])
         self._fix = fix
         self._energy_unit = energy_unit
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._command: Callable[[str], Any] = lmp.command
         for name in _COMMANDS:
             setattr(lmp, name, self._raising(getattr(lmp, name)))
@@ -103,7 +103,7 @@ class Coupling:
         """Called by LAMMPS; what it raises would only be printed there, so that it is stored, and LAMMPS stopped."""
         try:
             self._compute(np.asarray(tags).reshape(-1), positions, forces)
-        except Exception as error:
+        except BaseException as error:  # an interrupt by the user, too
             forces[:] = 0.0
             self._error = self._error or error
             self.lmp.force_timeout()
@@ -178,17 +178,13 @@ def couple(
 
     Raises:
         InputError: several processes, units other than metal and real, no box, elements that are not one for each
-            type or unknown to the model, or as :func:`forcetune.calculator`.
+            type, a model with a spin layer, or as :func:`forcetune.calculator`.
     """
     energy_unit = _check_setting(lmp)
     numbers = _numbers_of(lmp, elements)
-    if isinstance(model, Calculator):
-        if adapter is not None or options:
-            raise InputError("give a calculator alone, or a model with its adapter and options.")
-        calculator: Calculator = model
-    else:
-        calculator = make_calculator(model, adapter, **options)
+    calculator = coupled_calculator("LAMMPS", model, adapter, options)
     _check_masses(lmp, elements)
+    _check_charge(lmp)
     coupling = Coupling(lmp, calculator, numbers, fix, energy_unit)
     lmp.command(f"fix {fix} all external pf/callback 1 1")
     lmp.command(f"fix_modify {fix} energy yes virial yes")
@@ -246,3 +242,11 @@ def _check_masses(lmp: Any, elements: Sequence[str]) -> None:
                 f"Type {index} of LAMMPS is to be {symbol}, whose mass is {usual:.3f}, but has a mass of {mass:.3f}; "
                 "see whether elements are in the order of the types."
             )
+
+
+def _check_charge(lmp: Any) -> None:
+    """Warn that a charge makes no difference to the potential."""
+    charges = lmp.numpy.extract_atom("q") if lmp.extract_setting("q_flag") else None
+    total = 0.0 if charges is None else float(np.sum(charges))
+    if abs(total) > 1e-6:
+        warn(f"LAMMPS' atoms have a charge of {total:+g}, which the potential does not know and leaves aside.")

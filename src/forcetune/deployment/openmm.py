@@ -19,7 +19,7 @@ from ase.calculators.calculator import Calculator
 from ase.data import atomic_numbers
 
 from forcetune.backbones.protocol import Backbone
-from forcetune.deployment.calculator import calculator as make_calculator
+from forcetune.deployment.coupled import coupled_calculator
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray
 from forcetune.utils.optional import missing_package
@@ -86,8 +86,8 @@ def create_force(
         options: further ones of :func:`forcetune.calculator`.
 
     Raises:
-        InputError: an unknown symbol, not one index for each element, a version of OpenMM before 8.5, or as
-            :func:`forcetune.calculator`.
+        InputError: an unknown symbol, not one index for each element, a version of OpenMM before 8.5, a model with a
+            spin layer, or as :func:`forcetune.calculator`.
     """
     if not hasattr(openmm, "PythonForce"):
         raise InputError(
@@ -97,12 +97,7 @@ def create_force(
     chosen = None if particles is None else [int(index) for index in particles]
     if chosen is not None and (len(chosen) != len(numbers) or len(set(chosen)) != len(chosen)):
         raise InputError(f"{len(numbers)} elements and {len(set(chosen))} different particles; give one for each.")
-    if isinstance(model, Calculator):
-        if adapter is not None or options:
-            raise InputError("give a calculator alone, or a model with its adapter and options.")
-        calculator: Calculator = model
-    else:
-        calculator = make_calculator(model, adapter, **options)
+    calculator = coupled_calculator("OpenMM", model, adapter, options)
     force = openmm.PythonForce(Computation(calculator, numbers, periodic))
     force.setName("forcetune")
     force.setUsesPeriodicBoundaryConditions(periodic)
