@@ -265,12 +265,18 @@ def _fixed_forward(fixed: _Prepared, inputs: Sequence[Tensor]) -> _Pass:
             x = scalars if drives else inputs[source].squeeze(1)
             outputs[target] = torch.addmm(parts[shift], x, matrix).unsqueeze(1)
             continue
-        product = inputs[source].matmul(matrix)
+        product = _times(inputs[source], matrix)
         if gain >= 0:
             plain[gain] = product
             product = product * gains[gain]
         outputs[target] = product
     return _Pass(tuple(outputs), plain, before, gains, slopes)
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x W by one matrix product; ``matmul`` makes a batch of them where x is not contiguous."""
+    atoms, dim, channels = x.shape
+    return x.reshape(atoms * dim, channels).mm(matrix).view(atoms, dim, matrix.shape[1])
 
 
 class _Fixed(torch.autograd.Function):
@@ -327,7 +333,7 @@ def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequenc
             driving = torch.addmm(driving, by_shift[shift], transposed)
             continue
         grad = grads[target] * kept.gains[gain] if gain >= 0 else grads[target]
-        one = grad.matmul(transposed)
+        one = _times(grad, transposed)
         if drives:
             driving = driving + one.squeeze(1)
             continue

@@ -161,7 +161,7 @@ class _Interpreter:
             first, second = map(list, ast.literal_eval(options["dims"]))
             summed = max(1, math.prod(one.shape[axis] for axis in first))
             self._spend((one.numel() // summed) * (other.numel() // summed), summed)
-            return torch.tensordot(one, other, dims=(first, second))
+            return torch.tensordot(one, other, dims=(first, second))  # pyright: ignore[reportArgumentType]
         if home == "torch.functional" and name == "einsum":
             return self._einsum(str(self._value(call.args[0])), list(map(self._tensor, call.args[1:])))
         if home == "torch" and name == "cat" and isinstance(call.args[0], ast.List):
