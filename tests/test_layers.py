@@ -10,7 +10,7 @@ from pathlib import Path
 import forcetune
 
 PACKAGE = Path(forcetune.__file__).parent
-ROOT = ("__init__", "__main__", "_version", "cli", "errors", "irreps")
+ROOT = ("__init__", "__main__", "_version", "errors", "irreps")
 FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
     *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "training"),
