@@ -205,3 +205,16 @@ def test_every_option_says_what_it_is() -> None:
                 assert field.description, f"{section.__name__}.{name}"
 
     check(RunConfig)
+
+
+def test_options_of_a_method_are_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    # earlier versions wrote every option that any method had
+    path.write_text("data: {train: [a.xyz]}\nmethod: {name: elora, rank: 8, alpha: null, wrap: null}", encoding="utf-8")
+    config = load_config(path)
+    assert config.method.options() == {"rank": 8}
+    config.save(path)
+    assert load_config(path).method == config.method
+    assert load_config(path, overrides={"method.rank": None}).method.options() == {}
+    defaults = config.with_defaults_of(1e-3, "adam")
+    assert defaults.method.options() == {"rank": 8} and "rank" in defaults.method.model_fields_set

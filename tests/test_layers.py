@@ -12,7 +12,7 @@ import forcetune
 PACKAGE = Path(forcetune.__file__).parent
 PROGRAMS = ("lammps", "openmm", "torchsim")
 """Simulation programs: users import `forcetune.torchsim`, which is written in `forcetune.deployment`."""
-ROOT = ("__init__", "__main__", "_version", "cli", "errors", "irreps", *PROGRAMS)
+ROOT = ("__init__", "__main__", "_version", "errors", "irreps", *PROGRAMS)
 FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
     *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "training"),

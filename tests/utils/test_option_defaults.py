@@ -31,6 +31,7 @@ def stored(path: Path, *, record: bool = True, **given: Any) -> Path:
     if not record:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         del content["defaults"]
+        content["method"] = {"rank": None, "alpha": None, "wrap": None} | content["method"]
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 

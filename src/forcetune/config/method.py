@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from forcetune.config.section import Section, as_word
 
@@ -40,9 +40,17 @@ class MethodConfig(Section):
         "{linear: [{update: Gate, rank: 8}, {update: SoftThreshold}]}.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unset_options(cls, section: Any) -> Any:
+        """Options at null are not set; the configurations of earlier runs have all that there were."""
+        if not isinstance(section, dict):
+            return section
+        return {name: value for name, value in section.items() if value is not None or name in cls.model_fields}
+
     def options(self) -> dict[str, Any]:
-        """The method's own options that were given; in files of earlier versions the others stand there as null."""
-        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        """The method's own options."""
+        return dict(self.model_extra or {})
 
 
 class MagnetismConfig(Section):

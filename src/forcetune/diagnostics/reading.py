@@ -27,7 +27,7 @@ from forcetune.frames.labels import (
 from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import expand, file_format
 from forcetune.frames.store.chunks import iterate_structures
-from forcetune.frames.unread import tell_unread
+from forcetune.frames.unread import describe_unread
 from forcetune.frames.weights import WeightTally, is_left_out
 from forcetune.frames.xyz import XYZ_FORMATS
 
@@ -65,7 +65,7 @@ def read_leniently(
         if not refusal and not is_left_out(raw):
             raws.append(raw)
     keys = _keys(raws, asked, expect, name, findings)
-    for code, text in (("weights", tally.sentence()), ("labels-unread", tell_unread(raws, keys, asked))):
+    for code, text in (("weights", tally.sentence()), ("labels-unread", describe_unread(raws, keys, asked))):
         if text is not None:
             severity: Severity = "note" if code == "weights" else "warning"
             findings.append(Finding(code, severity, f"{name}: {text}", _file_of(raws)))

@@ -28,7 +28,7 @@ from forcetune.frames.labels import (
 )
 from forcetune.frames.sources import content_hash, expand, file_format
 from forcetune.frames.store.chunks import iterate_structures
-from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS, scalar_under, tell_unread
+from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS, describe_unread, scalar_under
 from forcetune.frames.weights import WeightTally, is_left_out, read_weights
 from forcetune.frames.xyz import XYZ_FORMATS
 
@@ -122,13 +122,13 @@ def frames_from_atoms(
 def describe_keys(frameset: FrameSet) -> str:
     """One line that says where the labels came from: ``energy from 'REF_energy', …, no stress``."""
 
-    def told(label: Label, key: str | None) -> str:
+    def describe(label: Label, key: str | None) -> str:
         if key is None:
             return f"no {label}"
         return f"{label} from the calculator" if key == CALCULATOR else f"{label} from '{key}'"
 
     pairs = zip(LABELS, frameset.keys, strict=True)
-    return ", ".join(told(label, key) for label, key in pairs if key is not None or label in _USUAL)
+    return ", ".join(describe(label, key) for label, key in pairs if key is not None or label in _USUAL)
 
 
 def _label(
@@ -146,7 +146,7 @@ def _label(
     tally.check(name, raws[0].origin.file)
     used = [raw for raw in raws if not is_left_out(raw)]
     keys = choose_keys(used, asked, require, name, expect=expect)
-    for text in (tally.sentence(), tell_unread(used, keys, asked, ignored)):
+    for text in (tally.sentence(), describe_unread(used, keys, asked, ignored)):
         if text is not None:
             warn(f"{name}: {text}")
     return tuple(labelled_frame(raw, keys) for raw in used), keys

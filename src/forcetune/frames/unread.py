@@ -20,7 +20,7 @@ _PASSED_OVER = frozenset({"corrected_total_energy", "uncorrected_total_energy"})
 """Names that a reader of ours adds to those of the file."""
 
 
-def tell_unread(
+def describe_unread(
     raws: Sequence[RawFrame], keys: LabelKeys, asked: LabelKeys, ignored: Sequence[Label] = ()
 ) -> str | None:
     """A sentence about what looks like a label and is not read; None where there is nothing.

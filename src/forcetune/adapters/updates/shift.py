@@ -46,7 +46,7 @@ class ShiftActivation(ActivationUpdate):
         by_block = self.per_block(self.shift)
         return [part if shift is None else part + shift for part, (shift, _) in zip(parts, by_block, strict=True)]
 
-    def per_block(self, shifts: Tensor | None, gains: None = None) -> list[tuple[Tensor | None, None]]:
+    def per_block(self, shifts: Tensor | None, gains: Tensor | None = None) -> list[tuple[Tensor | None, None]]:
         """The shift of each block of the output, as :meth:`GateActivation.per_block` gives shift and gain.
 
         Args:

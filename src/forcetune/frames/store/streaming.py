@@ -36,7 +36,7 @@ from forcetune.frames.splits import is_isolated
 from forcetune.frames.store.chunks import DANGEROUS, FileChunk, crashed, iterate_chunks
 from forcetune.frames.store.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
 from forcetune.frames.store.stored_frames import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
-from forcetune.frames.unread import tell_unread
+from forcetune.frames.unread import describe_unread
 from forcetune.frames.weights import WeightTally, is_left_out
 from forcetune.frames.xyz import XYZ_FORMATS
 from forcetune.utils import distributed
@@ -283,7 +283,7 @@ class _Building:
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
                 keys = self._chosen(survey)
-                for text in (weights.sentence(), tell_unread(survey.witnesses, keys, self.asked)):
+                for text in (weights.sentence(), describe_unread(survey.witnesses, keys, self.asked)):
                     if text is not None:
                         warn(f"{self.name}: {text}")
             except InputError as error:

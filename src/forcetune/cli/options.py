@@ -1,0 +1,59 @@
+"""Options that several commands share; their descriptions and defaults stand in the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from forcetune import config as configuration
+
+
+def about(section: type[BaseModel], field: str, *, default: bool = True) -> str:
+    """Description and default of an option, which stand in the configuration; not if the command has its own."""
+    option = section.model_fields[field]
+    description = option.description or ""
+    if not default or option.is_required() or option.default in (None, [], False):
+        return description
+    return f"{description} Default: {option.default}."
+
+
+Model = Annotated[str, typer.Option("--model", help=about(configuration.ModelConfig, "model"))]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Trust = Annotated[bool, typer.Option("--trust", help=about(configuration.ModelConfig, "trust"))]
+Head = Annotated[str | None, typer.Option("--head", help=about(configuration.ModelConfig, "head"))]
+Device = Annotated[str | None, typer.Option("--device", help=about(configuration.ModelConfig, "device"))]
+Dtype = Annotated[str | None, typer.Option("--dtype", help=about(configuration.ModelConfig, "dtype"))]
+EnergyKey = Annotated[str | None, typer.Option("--energy-key", help=about(configuration.DataConfig, "energy_key"))]
+ForcesKey = Annotated[str | None, typer.Option("--forces-key", help=about(configuration.DataConfig, "forces_key"))]
+StressKey = Annotated[str | None, typer.Option("--stress-key", help=about(configuration.DataConfig, "stress_key"))]
+MomentsKey = Annotated[str | None, typer.Option("--moments-key", help=about(configuration.DataConfig, "moments_key"))]
+TypeMap = Annotated[str | None, typer.Option("--type-map", help=about(configuration.DataConfig, "type_map"))]
+SpinsKey = Annotated[str | None, typer.Option("--spins-key", help=about(configuration.DataConfig, "spins_key"))]
+Rank = Annotated[int | None, typer.Option(help="Rank of the updates of methods that have one (method.rank).")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any option: section.key=value.")]
+
+
+def read_valid(texts: Sequence[str] | None) -> list[str] | float | int | None:
+    """Files, or a single number."""
+    if not texts:
+        return None
+    if len(texts) == 1:
+        for number in (int, float):
+            try:
+                return number(texts[0])
+            except ValueError:
+                continue
+    return list(texts)
+
+
+def split_names(text: str | None) -> list[str]:
+    """Names that are separated by commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def without_none(**options: Any) -> dict[str, Any]:
+    """Options that were set; the others keep the defaults of what they are passed to."""
+    return {name: value for name, value in options.items() if value is not None}
