@@ -162,8 +162,8 @@ def make_plan(
         edge_sender=tensor(all_senders),
         edge_receiver=tensor(all_receivers),
         chunks=tuple(
-            Chunk(start, stop, width, *(tensor(v) for v in _table(find_edges, pair, oriented, sender, 2 * n_pairs)))
-            for start, stop, width, find_edges in chunks
+            Chunk(start, stop, width, *(tensor(v) for v in _table(edges_of, pair, oriented, sender, 2 * n_pairs)))
+            for start, stop, width, edges_of in chunks
         ),
     )
 
