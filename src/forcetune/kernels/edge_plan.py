@@ -184,8 +184,8 @@ def make_plan(
         edges=tensor(table),
         directions=tensor(np.bincount(pair, minlength=n_pairs)),
         chunks=tuple(
-            Chunk(start, stop, width, *(tensor(v) for v in _table(find_edges, pair, oriented, sender, 2 * n_pairs)))
-            for start, stop, width, find_edges in chunks
+            Chunk(start, stop, width, *(tensor(v) for v in _table(edges_of, pair, oriented, sender, 2 * n_pairs)))
+            for start, stop, width, edges_of in chunks
         ),
     )
 
