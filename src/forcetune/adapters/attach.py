@@ -337,9 +337,9 @@ def check_mergeable(backbone: Backbone) -> None:
         names = sorted({type(p).__name__ for p in adapter.parts.values() if isinstance(p, ActivationUpdate)})
         raise InputError(
             f"method {adapter.method.name} has parts that depend on the input of their layer ({', '.join(names)}), so "
-            "no weights can absorb them. Use base and adapter together (forcetune.calculator(model, adapter=...)), "
-            "take the nearest plain model (forcetune merge --approximate), or train with a method that merges, as "
-            "elora does."
+            "no weights can absorb them. Use base and adapter together (forcetune.calculator(model, "
+            "adapter=...)), take the nearest plain model (forcetune merge --approximate), or train with a method that "
+            "merges, as elora does."
         )
 
 

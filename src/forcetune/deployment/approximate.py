@@ -9,6 +9,8 @@ the frames that the model is for, though, there are weights that come nearest. T
 2. All weights together are trained by L-BFGS on energies, forces and stresses that the model with gates predicts for
    the training frames and shaken copies of them.
 
+Before and after the second step, reference energies take up what they can of the energies that are missing.
+
 How far the result is from the model with gates is measured on test frames, which neither step has seen.
 """
 
@@ -182,9 +184,11 @@ def merge_approximately(
     dropped = Difference.between(wanted, measured.predictions())
     training, held = _parted(build_graphs(plain, labelled))
     _regress(gated, plain, training, held)
+    _align_references(plain, [*training, *held])
     regressed = Difference.between(wanted, measured.predictions())
     method = full() if rank is None else elora(rank=rank)
     best = _distill(plain, training, held, method, iterations, seed, progress)
+    _align_references(plain, [*training, *held])
     after = measured.predictions()
     distilled = Difference.between(wanted, after)
     error = wanted.errors().forces_mae_mev_per_ang
@@ -368,6 +372,20 @@ def _regress(gated: Backbone, plain: Backbone, training: Sequence[Batch], held: 
             best_distance = new_distance
             best = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
     plain.model.load_state_dict(best)
+
+
+def _align_references(plain: Backbone, graphs: Sequence[Batch]) -> None:
+    """Reference energies that bring energies nearest to the labels: the smallest changes that do (least squares)."""
+    prediction = predict(plain, graphs, stress=False)
+    frame = np.repeat(np.arange(len(prediction.atoms)), prediction.atoms)
+    counts = np.stack(
+        [np.bincount(frame[prediction.numbers == z], minlength=len(prediction.atoms)) for z in plain.elements], axis=1
+    )
+    missing = prediction.energy_label - prediction.energy
+    # frames of one composition say nothing about single elements: their part is shared out evenly
+    change = np.linalg.lstsq(counts / prediction.atoms[:, None], missing / prediction.atoms, rcond=1e-6)[0]
+    references = plain.reference_energies
+    plain.set_reference_energies({z: references[z] + float(d) for z, d in zip(plain.elements, change, strict=True)})
 
 
 def _distill(
