@@ -217,7 +217,9 @@ def main() -> None:
     if given.json:
         write_text(
             given.json,
-            json.dumps({"environment": describe_environment(torch.device("cpu")), "dtype": given.dtype, "rows": rows}, indent=1),
+            json.dumps(
+                {"environment": describe_environment(torch.device("cpu")), "dtype": given.dtype, "rows": rows}, indent=1
+            ),
         )
 
 

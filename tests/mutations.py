@@ -206,8 +206,8 @@ FAULTS = (
     Fault(
         "detaching leaves tuned reference energies",
         "adapters/attach.py",
-        "    backbone.set_reference_energies(adapter._references)\n    adapter._base = backbone.base\n",
-        "    adapter._base = backbone.base\n",
+        "    backbone.set_reference_energies(adapter.base_references)\n    adapter.base = backbone.base\n",
+        "    adapter.base = backbone.base\n",
         ("tests/adapters/test_battery.py", "-k", "fresh_adapter_changes_nothing and elora"),
     ),
     Fault(
