@@ -128,7 +128,7 @@ def test_gates_with_the_species_leave_self_connections_alone() -> None:
     model = backbone_of(BATTERY["NequIP, parity"])
     sites = [site for site in model.sites() if site.kind == "tensor_product"]
     assert len(sites) == model.content.architecture.n_layers - 1
-    assert {Gate(4, species=True).unsupported_reason(site) for site in sites} == {"it is not told the species"}
+    assert {Gate(4, species=True).unsupported_reason(site) for site in sites} == {"it does not know the species"}
     with_skip = attach(model, method("mmea", skip=True)).trainable
     detach(model)
     assert with_skip == attach(model, method("mmea")).trainable
