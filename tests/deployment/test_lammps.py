@@ -317,7 +317,7 @@ def test_refusals(gates: Path, tmp_path: Path) -> None:
 
 def test_spin_layers_are_refused_and_charges_named(tmp_path: Path) -> None:
     spins = backbone()
-    forcetune.attach(spins, replace(forcetune.method("elora"), magnetism=Magnetism("spin")))
+    forcetune.attach(spins, replace(forcetune.method("elora"), magnetism=Magnetism(layer="spin")))
     lmp = lammps_of(water_box(1), ["O", "H"], tmp_path)
     for model in (spins, forcetune.watch(forcetune.calculator(spins), largest_force=9.0)):
         with pytest.raises(InputError, match="spin layer, and LAMMPS tells it no magnetic moments"):

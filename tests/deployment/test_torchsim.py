@@ -281,11 +281,11 @@ def test_refusals(gates: Path, metals: Path) -> None:
 
 def test_spin_layers_are_refused_and_magnitudes_predicted() -> None:
     spins = backbone()
-    forcetune.attach(spins, replace(forcetune.method("elora"), magnetism=Magnetism("spin")))
+    forcetune.attach(spins, replace(forcetune.method("elora"), magnetism=Magnetism(layer="spin")))
     with pytest.raises(InputError, match="spin layer"):
         ForcetuneModel(spins)
     magnitudes = backbone()
-    adapter = forcetune.attach(magnitudes, replace(forcetune.method("elora"), magnetism=Magnetism("magnitude")))
+    adapter = forcetune.attach(magnitudes, replace(forcetune.method("elora"), magnetism=Magnetism(layer="magnitude")))
     perturb(adapter)
     structures = [cluster(), crystal()]
     model = ForcetuneModel(magnitudes, periodic="cell")

@@ -266,7 +266,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     shutil.rmtree(place)
     with streaming._scratch(place) as busy:
         code = (
-            "import os, sys; from pathlib import Path; from forcetune.frames import streaming\n"
+            "import os, sys; from pathlib import Path; from forcetune.frames.store import streaming\n"
             "with streaming.new_store(Path(sys.argv[1])) as store:\n"
             "    (store / 'rows.bin').write_bytes(bytes(1000)); os.kill(os.getpid(), 9)"
         )
