@@ -25,7 +25,7 @@ from rich.console import Console
 import forcetune
 from forcetune.backbones.mace.architecture import MaceArchitecture
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.backbones.mace.content import content_from_module, draw_network
+from forcetune.backbones.mace.content import content_from_network, draw_network
 from forcetune.backbones.mace.writing import write_plain
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import build_graphs
@@ -94,7 +94,7 @@ def random_model(data: Path, path: Path, *, channels: int = CHANNELS) -> None:
     model = draw_network(architecture(round(neighbours, 3), channels, found.elements))
     assert model.scale_shift is not None
     model.scale_shift.scale.fill_(round(float(np.median(spread)), 3))
-    write_plain(content_from_module(model), path)
+    write_plain(content_from_network(model), path)
 
 
 def train(data: Path, out: Path, *, epochs: int = EPOCHS, channels: int = CHANNELS, threads: int | None = None) -> Path:
@@ -125,7 +125,7 @@ def finish(data: Path, out: Path) -> Path:
     scans = pair_scans(tuned)
     path = out / "mini.safetensors"
     irreps = tuned.model.architecture.hidden_irreps
-    write_plain(content_from_module(tuned.model.float()), path)
+    write_plain(content_from_network(tuned.model.float()), path)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     statistics = json.loads((data / "statistics.json").read_text(encoding="utf-8"))
     # of the file as it is shipped

@@ -144,8 +144,8 @@ def test_a_table_of_ones_own() -> None:
     assert made.optimizer == "schedulefree" and made.name == "mine" and not made.mergeable
     assert Method.from_json(made.to_json()) == made
     for table, message in (
-        ({"linear": [{"update": "Gate"}, {"update": "Shift"}]}, "two updates of the same sort"),
-        ({"linear": [{"update": "LowRank"}, {"update": "Dense"}]}, "two updates of the same sort"),
+        ({"linear": [{"update": "Gate"}, {"update": "Shift"}]}, "two updates of the same type"),
+        ({"linear": [{"update": "LowRank"}, {"update": "Dense"}]}, "two updates of the same type"),
         ({"linear": [{"update": "DoRA"}]}, "updates are Gate, LowRank"),
         ({"linear": [{"update": "LowRank", "width": 3}]}, "LowRank: width: there is no such option"),
         ({"linear": [{"update": "LowRank", "rank": 0}]}, r"LowRank: rank: Input should be greater .* \(given: 0\)"),

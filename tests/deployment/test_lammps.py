@@ -292,7 +292,7 @@ def test_errors_stop_lammps_and_are_raised(gates: Path, tmp_path: Path) -> None:
 
 def test_refusals(gates: Path, tmp_path: Path) -> None:
     empty = start()
-    with pytest.raises(InputError, match="'units lj'; the coupling knows metal and real"):
+    with pytest.raises(InputError, match="'units lj'; the coupling supports metal and real"):
         couple(empty, "mini", elements=["O"])
     empty.command("units metal")
     with pytest.raises(InputError, match="no box yet"):
@@ -301,7 +301,7 @@ def test_refusals(gates: Path, tmp_path: Path) -> None:
     for elements in ("OH", ["O"], ["O", "H", "H"]):
         with pytest.raises(InputError, match="LAMMPS has 2 atom types"):
             couple(lmp, "mini", elements=elements)
-    with pytest.raises(InputError, match="'Hydrogen' is no symbol"):
+    with pytest.raises(InputError, match="'Hydrogen' is not an element symbol"):
         couple(lmp, "mini", elements=["O", "Hydrogen"])
     with pytest.raises(InputError, match="alone"):
         couple(lmp, forcetune.calculator("mini"), gates, elements=["O", "H"])
@@ -320,7 +320,7 @@ def test_spin_layers_are_refused_and_charges_named(tmp_path: Path) -> None:
     forcetune.attach(spins, replace(forcetune.method("elora"), magnetism=Magnetism(layer="spin")))
     lmp = lammps_of(water_box(1), ["O", "H"], tmp_path)
     for model in (spins, forcetune.watch(forcetune.calculator(spins), largest_force=9.0)):
-        with pytest.raises(InputError, match="spin layer, and LAMMPS tells it no magnetic moments"):
+        with pytest.raises(InputError, match="spin layer, and LAMMPS passes no magnetic moments to it"):
             couple(lmp, model, elements=["O", "H"])
     charged = start()
     for command in (

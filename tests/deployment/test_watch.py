@@ -60,7 +60,7 @@ def test_dynamics_stop_at_surroundings_unlike_the_frames(tmp_path: Path) -> None
     momenta[3] = 2.0 * (atoms.positions[3] - atoms.positions[2])
     atoms.set_momenta(momenta)
     dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
-    with pytest.raises(forcetune.ExtrapolationError, match=r"surroundings of atom \d \(\w\) are .* above 4") as stopped:
+    with pytest.raises(forcetune.ExtrapolationError, match=r"environment of atom \d \(\w\) are .* above 4") as stopped:
         dynamics.run(200)
     stored = read(file)
     assert stopped.value.step == stored.info["step"] > 1
@@ -95,7 +95,7 @@ def test_a_simulation_that_goes_on(tmp_path: Path) -> None:
     atoms = with_velocities(alloy((1, 1, 1)), 300)
     watched = forcetune.watch(EMT(), largest_force=1e-3, file=file, stop=False, every=2)
     atoms.calc = watched
-    with pytest.warns(ForcetuneWarning, match=r"force on atom \d .* above 0\.001; .* goes on"):
+    with pytest.warns(ForcetuneWarning, match=r"force on atom \d .* above 0\.001; .* continues"):
         VelocityVerlet(atoms, units.fs).run(6)
     assert [step for step, _ in watched.watch.flagged] == [0, 2, 4, 6]
     assert [one.info["step"] for one in read(file, ":")] == [0, 2, 4, 6]

@@ -99,7 +99,7 @@ def test_stress_and_virial_that_agree_are_one_label() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factor", "told"), [(1.0, "virial has the opposite sign"), (-2.0, "left aside. Set stress_key")]
+    ("factor", "told"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")]
 )
 def test_stress_and_virial_that_disagree_are_told(factor: float, told: str) -> None:
     with pytest.warns(ForcetuneWarning, match="stress taken from 'stress'; 'virial' with other values") as heard:

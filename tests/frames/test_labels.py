@@ -42,7 +42,7 @@ def test_every_usual_forces_key_is_found_in_files(forces_key: str, tmp_path: Pat
 def test_a_reference_key_goes_before_a_plain_one_and_the_other_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.xyz"
     path.write_text(text_frame("energy=-1 REF_energy=-2"))
-    with pytest.warns(ForcetuneWarning, match="energy taken from 'REF_energy'; 'energy' with other values left aside"):
+    with pytest.warns(ForcetuneWarning, match="energy taken from 'REF_energy'; 'energy' with other values ignored"):
         found = read_frames(path)
     assert found.frames[0].energy == -2
     assert read_frames(path, energy_key="energy").frames[0].energy == -1

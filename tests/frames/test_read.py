@@ -257,7 +257,7 @@ def test_nothing_is_calculated() -> None:
 def test_labels_in_info_go_before_the_calculator() -> None:
     atoms = calculated()
     atoms.info["REF_energy"] = -99.0
-    with pytest.warns(ForcetuneWarning, match="'calculator' with other values left aside"):
+    with pytest.warns(ForcetuneWarning, match="'calculator' with other values ignored"):
         found = frames_from_atoms([atoms])
     assert found.keys.energy == "REF_energy"
     assert found.frames[0].energy == -99.0

@@ -105,7 +105,7 @@ def test_neighbours_are_found_once_for_a_cutoff(path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(stored, "search", fail)
+    monkeypatch.setattr(stored, "search_store", fail)
     half = stored_graphs(frames[::2], CUTOFF, torch.float32)
     assert isinstance(half, StoredGraphs) and len(half) == 20
     with pytest.raises(AssertionError, match="searched again"):

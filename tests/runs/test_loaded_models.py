@@ -141,7 +141,7 @@ def test_a_run_with_a_stored_model_is_overwritten_as_others_are(data: Path, mode
     [
         ({"model__dtype": "float32"}, "precision torch.float64, not torch.float32"),
         ({"model__head": "pbe"}, "head Default, not pbe"),
-        ({"model__elements": ["H", "Xx"]}, "'Xx' is no element"),
+        ({"model__elements": ["H", "Xx"]}, "'Xx' is not an element symbol"),
         ({"model__elements": ["H", "C", "O", "U"]}, "does not know the element U"),
     ],
 )

@@ -306,7 +306,7 @@ def custom_method(
         activations = sum(isinstance(update, Gate | Shift | Bottleneck) for update in updates)
         if max(activations, len(updates) - activations) > 1:
             raise InputError(
-                f"method.table: {kind} has two updates of the same sort; one may change the weight "
+                f"method.table: {kind} has two updates of the same type; one may change the weight "
                 "(LowRank, SoftThreshold, Gain, Dense) and one the output (Gate, Shift)."
             )
     sparse = any(isinstance(update, SoftThreshold) for updates in updates_by_kind.values() for update in updates)

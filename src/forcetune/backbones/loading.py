@@ -176,6 +176,8 @@ def store_base(backbone: Backbone, path: str | Path) -> None:
         ForcetuneError: what was written is not the same model.
     """
     options: dict[str, Any] = {"dtype": backbone.dtype, "device": "cpu", "trust": backbone.base.trusted}
+    # some writers keep the whole table of elements
+    options["elements"] = backbone.elements
     again = None
     if Path(path).is_file():
         with suppress(ForcetuneError):

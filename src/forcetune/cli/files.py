@@ -43,23 +43,25 @@ def merge(
         typer.Option(
             min=0,
             help="With --approximate: largest mean absolute difference of forces on test frames, meV/Å; by default a "
-            "fifth of the run's own error.",
+            "fifth of the run's own error, or 5 where the frames have no labels.",
         ),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="With --approximate: of low-rank updates; by default all weights change.")
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="With --approximate: frames to find it on, if not the run's own.")
+        list[str] | None, typer.Option(help="With --approximate: frames to fit it to, if not the run's own.")
     ] = None,
     test: Annotated[
-        list[str] | None, typer.Option(help="With --approximate: frames to measure it on, if not the run's own.")
+        list[str] | None, typer.Option(help="With --approximate: frames to test it on, if not the run's own.")
     ] = None,
 ) -> None:
     """Write base + adapter as a plain model of the base's own library, after proving that they are equal."""
     if approximate:
         if dtype is not None or modality is not None:
-            raise InputError("--approximate: writes in the base's own precision and modality; leave out the other.")
+            raise InputError(
+                "--approximate: writes in the base's own precision and modality; leave out --dtype and --modality."
+            )
         from forcetune.deployment.approximate import ITERATIONS, merge_approximately
 
         approximation = merge_approximately(

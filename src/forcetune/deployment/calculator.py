@@ -17,7 +17,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
 from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
-from forcetune.deployment.loading import adapter_folder, deploy
+from forcetune.deployment.loading import adapter_folder, check_head, deploy
 from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin
@@ -109,7 +109,7 @@ class ForcetuneCalculator(Calculator):
         charged = isinstance(charge, int | float | np.number) and abs(float(charge)) > 1e-6
         if charged and not self._charge_ignored:
             self._charge_ignored = True
-            warn(f"The atoms have a charge of {float(charge):+g}, which the model does not know and leaves aside.")
+            warn(f"The atoms have a charge of {float(charge):+g}, which the model ignores.")
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
         if self.magnetism is not None and self.magnetism.layer == "spin":
@@ -228,7 +228,7 @@ def calculator(
             ``compile`` is something else.
     """
     if adapter is not None and not isinstance(adapter, (str, Path)):
-        return _ensemble(model, adapter, device=device, dtype=dtype, trust=trust)
+        return _ensemble(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     if deployed.adapter is not None:
         _check_equivariant(deployed.adapter, adapter or model)
@@ -242,6 +242,7 @@ def _ensemble(
     model: str | Path | Backbone | None,
     adapters: Sequence[str | Path],
     *,
+    head: str | None,
     device: str,
     dtype: str | None,
     trust: bool,
@@ -251,6 +252,7 @@ def _ensemble(
         paths, base = [model, *adapters], None
     ensemble = load_ensemble(paths, base, device=device, dtype=dtype, trust=trust)
     for folder, config, _, _ in ensemble.members:
+        check_head(head, folder, config)
         _check_equivariant(config, folder)
     return EnsembleCalculator(ensemble)
 

@@ -39,7 +39,7 @@ def coupled_calculator(
     inner = coupled.inner if isinstance(coupled, WatchedCalculator) else coupled
     if isinstance(inner, ForcetuneCalculator) and inner.magnetism is not None and inner.magnetism.layer == "spin":
         raise InputError(
-            f"this model has a spin layer, and {program} tells it no magnetic moments; run it in ASE "
+            f"this model has a spin layer, and {program} passes no magnetic moments to it; run it in ASE "
             "(forcetune.calculator)."
         )
     return coupled

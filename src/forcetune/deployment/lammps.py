@@ -206,7 +206,7 @@ def _check_setting(lmp: Any) -> float:
         )
     unit = lmp.extract_global("units")
     if unit not in ENERGY_UNITS:
-        raise InputError(f"LAMMPS has 'units {unit}'; the coupling knows {' and '.join(ENERGY_UNITS)}.")
+        raise InputError(f"LAMMPS has 'units {unit}'; the coupling supports {' and '.join(ENERGY_UNITS)}.")
     if not lmp.extract_setting("box_exist"):
         raise InputError("LAMMPS has no box yet; read the structure (read_data, create_box) before coupling.")
     return ENERGY_UNITS[unit]
@@ -225,7 +225,7 @@ def _numbers_of(lmp: Any, elements: Sequence[str]) -> list[int]:
         )
     unknown = [symbol for symbol in elements if atomic_numbers.get(symbol, 0) < 1]
     if unknown:
-        raise InputError(f"elements: {unknown[0]!r} is no symbol of an element.")
+        raise InputError(f"elements: {unknown[0]!r} is not an element symbol.")
     return [atomic_numbers[symbol] for symbol in elements]
 
 
@@ -249,4 +249,4 @@ def _check_charge(lmp: Any) -> None:
     charges = lmp.numpy.extract_atom("q") if lmp.extract_setting("q_flag") else None
     total = 0.0 if charges is None else float(np.sum(charges))
     if abs(total) > 1e-6:
-        warn(f"LAMMPS' atoms have a charge of {total:+g}, which the potential does not know and leaves aside.")
+        warn(f"LAMMPS' atoms have a charge of {total:+g}, which the potential ignores.")

@@ -91,11 +91,22 @@ def deploy(
     if folder is None:
         raise InputError(f"{adapter}: holds no {CONFIG_NAME}; give a run folder or an adapter folder.")
     config = read_adapter_config(folder)
+    check_head(head, folder, config)
     backbone, own = load_base(model, folder, config, device=device, dtype=dtype, trust=trust)
     load_adapter(backbone, folder)
     if fold and own:
         fold_weights(backbone)
     return Deployed(backbone, config)
+
+
+def check_head(head: str | None, folder: str | Path, config: AdapterConfig) -> None:
+    """
+    Raises:
+        InputError: this is not the head that the adapter was trained on.
+    """
+    if head is not None and head != config.base.head:
+        trained = "a base with one head" if config.base.head is None else f"head {config.base.head}"
+        raise InputError(f"{folder}: this adapter was trained on {trained}, not on head {head}; leave out --head.")
 
 
 def load_base(

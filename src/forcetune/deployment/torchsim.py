@@ -204,7 +204,7 @@ class ForcetuneModel(ModelInterface):
             charge = getattr(state, name, None)
             if isinstance(charge, Tensor) and bool((charge.abs() > 1e-6).any()):
                 self._charge_ignored = True
-                warn(f"Systems have a charge ({name}), which the model does not know and leaves aside.")
+                warn(f"Systems have a charge ({name}), which the model ignores.")
 
 
 def _name_of(dtype: str | torch.dtype | None) -> str | None:

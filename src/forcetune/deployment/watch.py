@@ -74,7 +74,9 @@ class Watch:
         for name in ("forces_std", "novelty", "largest_force", "every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise InputError(f"{name}={value!r}: a limit is larger than 0.")
+                raise InputError(f"{name}={value!r}: must be larger than 0.")
+        if not isinstance(self.every, int):
+            raise InputError(f"every={self.every!r}: must be a whole number of structures.")
         self.step = 0
         self._structures: list[Atoms] = []
         self._environments = None if self.frames is None else Environments(_frames_of(self.frames))
@@ -132,7 +134,7 @@ class Watch:
         if "novelty" in values and not values["novelty"].max() <= self.novelty:
             atom = int(values["novelty"].argmax())
             return (
-                f"the surroundings of {named(atom)} are {values['novelty'][atom]:.3g} times as far from the training "
+                f"the environment of {named(atom)} is {values['novelty'][atom]:.3g} times as far from the training "
                 f"frames as is usual among them, above {self.novelty:g}"
             )
         return None
@@ -153,10 +155,10 @@ class Watch:
             with atomic_path(self.file) as temporary:
                 ase.io.write(temporary, self._structures, format="extxyz")
         message = f"structure {step} of the simulation: {reason}; it is in {self.file}."
-        if self.stop:
+        if self.stop or not np.isfinite(results["forces"]).all():
             raise ExtrapolationError(message, structure, step)
         if len(self.flagged) == 1:
-            warn(f"{message} The simulation goes on; later ones are not told, but counted and stored.")
+            warn(f"{message} The simulation continues; later ones are counted and stored without a warning.")
 
 
 def _frames_of(frames: str | Path | Sequence[Atoms]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ase import Atoms
 from ase.db.row import AtomsRow
+from ase.io.formats import UnknownFileTypeError
 
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.frame import Origin
@@ -31,7 +32,7 @@ def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator
             atoms = next(structures)
         except StopIteration:
             break
-        except ForcetuneError:
+        except (ForcetuneError, UnknownFileTypeError):
             raise
         except Exception as error:
             # ASE's readers raise KeyError, ValueError, OSError, sqlite3 and json errors, … for a damaged file

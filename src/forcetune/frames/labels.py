@@ -199,7 +199,7 @@ def choose_key(
         opposed = [other for other, raw in different.items() if raw is not None and _opposed(label, first, other, raw)]
         signs = f" ({opposed[0]} has the opposite sign)" if opposed else ""
         warn(
-            f"{name}: {label} taken from '{first}'; {', '.join(aside)} with other values left aside{signs}. "
+            f"{name}: {label} taken from '{first}'; {', '.join(aside)} with other values ignored{signs}. "
             f"Set {label}_key to choose."
         )
     return first

@@ -291,7 +291,7 @@ def explicit(
         needed: atomic numbers that the table must have: those of the data.
 
     Raises:
-        InputError: there is no table, a key is no element, a value no finite number, an element is named
+        InputError: there is no table, a key is not an element symbol, a value no finite number, an element is named
             twice with different values, or an element of ``needed`` is missing.
     """
     if not table:
@@ -313,7 +313,7 @@ def _atomic_number(key: str | int) -> int:
     text = str(key).strip()
     z = int(text) if text.isdigit() else atomic_numbers.get(text.capitalize(), 0)
     if isinstance(key, bool) or not 0 < z < len(chemical_symbols):
-        raise InputError(f"Reference energies: '{key}' is no element; write a symbol such as C, or 6.")
+        raise InputError(f"Reference energies: '{key}' is not an element symbol; write a symbol such as C, or 6.")
     return z
 
 

@@ -162,7 +162,10 @@ def _structures(path: Path, format_name: str, type_map: Sequence[str]) -> Iterat
     else:
         # '@' splits names in ASE, and parallel=True would let one MPI rank read for all
         structures = ase.io.iread(str(path), ":", format=format_name, parallel=False, do_not_split_by_at_sign=True)
-    yield from guarded(path, iter(structures))
+    try:
+        yield from guarded(path, iter(structures))
+    except UnknownFileTypeError as error:
+        raise _unknown_format(path) from error
 
 
 def _database_rows(path: Path, format_name: str) -> Iterator[Atoms]:

@@ -264,7 +264,7 @@ def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> 
         if failure:
             failures.append(failure)
     if failures:
-        raise ForcetuneError("; ".join(failures) + ". The other runs are kept; the same command goes on from there.")
+        raise ForcetuneError("; ".join(failures) + ". The other runs are kept; run the same command again to resume.")
 
 
 def _with_model(

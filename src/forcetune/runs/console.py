@@ -39,7 +39,7 @@ def say_data(console: Console, dataset: Dataset, replay: ReplayFrames | None, co
         head = ", a head of their own" if has_own_head(config) else ""
         console.print(f"replay: {counts}, {labels}{head} ({', '.join(replay.files)})", highlight=False)
     if dataset.isolated:
-        console.print(f"isolated atoms: {len(dataset.isolated)}, kept out of the training", highlight=False)
+        console.print(f"isolated atoms: {len(dataset.isolated)}, not trained on", highlight=False)
 
 
 def say_isolated(console: Console, isolated: IsolatedAtoms | None, references: ReferenceEnergies) -> None:
@@ -77,7 +77,7 @@ def say_weights(console: Console, asked: TrainingConfig, settled: TrainingConfig
 def say_kernels(console: Console, backbone: Backbone) -> None:
     """What computes the model, and that the first use of compiled kernels may take a moment."""
     if kernels_in_use(backbone.model) == "compiled":
-        console.print("computed by compiled kernels (made at their first use and kept)", highlight=False)
+        console.print("computed by compiled kernels (compiled on first use, then cached)", highlight=False)
     elif backbone.device.type == "cpu" and (reason := missing_reason()) is not None:
         console.print(f"computed by PyTorch's operations: {reason}", highlight=False)
 

@@ -129,7 +129,7 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
     if (folder / BASE_NAME).is_file():
         config = config.model_copy(update={"model": config.model.model_copy(update={"model": str(folder / BASE_NAME)})})
     if read_status(folder) in FINISHED:
-        raise InputError(f"{folder}: this run is finished; nothing is left to go on with.")
+        raise InputError(f"{folder}: this run is finished; nothing to resume.")
     console = console or Console(stderr=True, soft_wrap=True)
     with (
         _among_others(config, console, going_on=True) as (config, console),

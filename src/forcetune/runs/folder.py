@@ -226,7 +226,7 @@ def prepare_folder(
         what else is in it, by name.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     check_folder(folder, overwrite, inputs)
     try:
@@ -240,5 +240,5 @@ def prepare_folder(
                         place.rmdir()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}); choose another run folder.") from error
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another run folder.") from error
     return sorted(path.name for path in folder.iterdir() if path.name not in keep)

@@ -39,7 +39,7 @@ def compare_methods(
     """
     unknown = [symbol for symbol in elements or () if symbol not in atomic_numbers]
     if unknown:
-        raise InputError(f"--elements: {unknown[0]!r} is no element; write symbols such as H,C,O.")
+        raise InputError(f"--elements: {unknown[0]!r} is not an element symbol; write symbols such as H,C,O.")
     numbers = [atomic_numbers[symbol] for symbol in elements] if elements else None
     backbone = load(model, head=head, elements=numbers, device="cpu", trust=trust)
     rows = []

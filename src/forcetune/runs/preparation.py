@@ -207,7 +207,9 @@ class Preparation:
             return sorted(set(elements)) if asked == "data" else None
         unknown = [symbol for symbol in asked if symbol not in atomic_numbers]
         if unknown:
-            raise InputError(f"model.elements: {unknown[0]!r} is no element; write symbols such as [H, C, O].")
+            raise InputError(
+                f"model.elements: {unknown[0]!r} is not an element symbol; write symbols such as [H, C, O]."
+            )
         return sorted({atomic_numbers[symbol] for symbol in asked})
 
     def _take(self, backbone: Backbone, elements: Sequence[int] | None) -> Backbone:

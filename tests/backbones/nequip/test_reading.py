@@ -84,7 +84,7 @@ def test_what_is_not_computed_is_refused_by_name(
     ("change", "words"),
     [
         (lambda c: c["hyper_parameters"]["info_dict"]["versions"].update(nequip="0.20.0"), "0.13 to 0.19"),
-        (lambda c: c["hyper_parameters"]["info_dict"]["versions"].update(nequip="new"), "of which nothing is known"),
+        (lambda c: c["hyper_parameters"]["info_dict"]["versions"].update(nequip="new"), "which is not supported"),
         (
             lambda c: c["hyper_parameters"]["info_dict"]["training_module"].update(_target_="x.ScheduleFreeModule"),
             "whose weights are not those of the model",

@@ -98,7 +98,7 @@ def construct(
     """
     check_sane(architecture)
     if architecture.mixed_heads > 1:
-        raise UnfitError("it was made by mace 0.3.14, whose readouts of several heads today's mace does not have")
+        raise UnfitError("it was written by mace 0.3.14, whose readouts of several heads today's mace does not have")
     modules = import_mace()
     with _LOCK, _default_dtype(dtype), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch on annotations in e3nn's scripted classes

@@ -122,7 +122,7 @@ def check_version(version: Any) -> tuple[int, int]:
     """
     parts = str(version).split(".")
     if len(parts) < 2 or not parts[0].isdigit() or not parts[1].isdigit():
-        raise UnfitError(f"it was written by nequip {short(version)}, of which nothing is known")
+        raise UnfitError(f"it was written by nequip {short(version)}, which is not supported")
     found = int(parts[0]), int(parts[1])
     if found not in VERSIONS:
         raise UnfitError(f"it was written by nequip {short(str(version))}; forcetune knows the files of 0.13 to 0.19")

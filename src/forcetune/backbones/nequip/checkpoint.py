@@ -105,6 +105,6 @@ def with_averages(content: NequIPContent, state: Mapping[str, Any]) -> NequIPCon
         if count != len(names) or not isinstance(value, Tensor) or value.shape != tensors[name].shape:
             raise UnfitError("its averaged weights are not those of its parameters")
         if value.dtype != tensors[name].dtype or not bool(value.isfinite().all()):
-            raise UnfitError(f"its averaged weight {key} is of another sort, or not finite")
+            raise UnfitError(f"its averaged weight {key} has another dtype, or is not finite")
         tensors[name] = nn.Parameter(value.detach())
     return NequIPContent(content.architecture, tensors, content.names)

@@ -114,6 +114,11 @@ def _check_fits(target: Target, backbone: Backbone, run: str | Path) -> None:
     """
     if backbone.library not in target.libraries:
         others = [name for name, one in TARGETS.items() if backbone.library in one.libraries]
+        if not others:
+            raise InputError(
+                f"{run}: models of {backbone.library} are not exported. `forcetune merge` writes a file for the "
+                "library's own converters, and docs/simulate.md shows how to run it in LAMMPS, torch-sim and OpenMM."
+            )
         raise InputError(
             f"{run}: --to {target.name} takes models of {' and '.join(target.libraries)}, and this one is of "
             f"{backbone.library}; choose {' or '.join(others)}."
