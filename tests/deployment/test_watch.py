@@ -60,12 +60,12 @@ def test_dynamics_stop_at_surroundings_unlike_the_frames(tmp_path: Path) -> None
     momenta[3] = 2.0 * (atoms.positions[3] - atoms.positions[2])
     atoms.set_momenta(momenta)
     dynamics = VelocityVerlet(atoms, 0.5 * units.fs)
-    with pytest.raises(forcetune.ExtrapolationError, match=r"environment of atom \d \(\w\) are .* above 4") as stopped:
+    with pytest.raises(forcetune.ExtrapolationError, match=r"environment of atom \d \(\w\) is .* above 4") as stopped:
         dynamics.run(200)
     stored = read(file)
     assert stopped.value.step == stored.info["step"] > 1
     np.testing.assert_allclose(stored.positions, atoms.positions, rtol=0, atol=1e-7)
-    assert stored.arrays["novelty"].max() > 4 and "surroundings" in stored.info["reason"]
+    assert stored.arrays["novelty"].max() > 4 and "environment" in stored.info["reason"]
     calm = stored.copy()
     calm.calc = forcetune.calculator("mini", compile="off")
     assert stored.get_potential_energy() == pytest.approx(calm.get_potential_energy(), abs=1e-6)
