@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from forcetune.adapters.attach import attach, detach, get_adapter, merge_weights, reattach, require_adapter
 from forcetune.adapters.methods import METHODS, method
 from forcetune.backbones.loading import choose_device
-from forcetune.backbones.network import NetworkBackbone
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
@@ -31,8 +32,9 @@ from forcetune.training.replay_head import ReplayHead
 from sevennet_models import BATTERY, backbone_of
 from systems import METHODS_FOR_MACE, backbone, cluster, crystal, frames_of, perturb
 
+Model = MaceBackbone | SevenNetBackbone
 META = torch.device("meta")
-MAKERS: dict[str, Callable[[], NetworkBackbone]] = {
+MAKERS: dict[str, Callable[[], Model]] = {
     "MACE": lambda: backbone(max_ell=1, correlation=2, hidden_irreps="4x0e+4x1o", elements=(1, 6, 7, 8)),
     "SevenNet": lambda: backbone_of(BATTERY["SevenNet, modalities"]),
 }
@@ -83,7 +85,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
-def without_values(model: NetworkBackbone) -> NetworkBackbone:
+def without_values(model: Model) -> Model:
     """The model on the device without values; what is arranged from values was arranged before."""
     batch = collate(labelled_graphs(model))
     model.predict(batch, stress=True)
@@ -91,7 +93,7 @@ def without_values(model: NetworkBackbone) -> NetworkBackbone:
     return model
 
 
-def labelled_graphs(model: NetworkBackbone) -> list[Batch]:
+def labelled_graphs(model: Model) -> list[Batch]:
     frames = [
         replace(
             frame,
@@ -103,11 +105,11 @@ def labelled_graphs(model: NetworkBackbone) -> list[Batch]:
         )
         for index, frame in enumerate(frames_of(cluster(), crystal(), cluster(seed=5, atoms=7)))
     ]
-    return build_graphs(model, frames)
+    return list(build_graphs(model, frames))
 
 
 def training_of(
-    model: NetworkBackbone, loss: LossConfig = LOSS, replay: Sequence[Batch] = (), head: ReplayHead | None = None
+    model: Model, loss: LossConfig = LOSS, replay: Sequence[Batch] = (), head: ReplayHead | None = None
 ) -> tuple[FineTuning, list[Batch]]:
     """A training of three steps an epoch, and the batches of its first epoch."""
     config = TrainingConfig(batch_size=2, compile="off", clip=10.0, ema=0.9, loss=loss)
