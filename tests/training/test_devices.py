@@ -19,6 +19,7 @@ from forcetune.adapters.attach import attach, detach, get_adapter, merge_weights
 from forcetune.adapters.methods import METHODS, method
 from forcetune.backbones.loading import choose_device
 from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.backbones.protocol import Prediction
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import InputError
@@ -171,6 +172,29 @@ def test_predictions_wait_for_nothing_and_their_plan_is_made_once(kind: str) -> 
     again = model.place(batch)
     plans = [model._plans.placed(one.edge_index, one.numbers) for one in (placed, again)]
     assert plans[0] is not None and plans[0] is plans[1]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_validation_brings_back_predictions_and_nothing_else(keeps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MAKERS["MACE"]()
+    attach(model, method("gain"))
+    training, batches = training_of(without_values(model))
+    training.keeps_validation = keeps
+    brought: list[Prediction] = []
+
+    def bring(prediction: Prediction, device: torch.device) -> Prediction:
+        assert device.type == "cpu"
+        brought.append(prediction)
+        return Prediction(*(None if one is None else torch.zeros(one.shape, dtype=one.dtype) for one in prediction))
+
+    monkeypatch.setattr(Prediction, "to", bring)
+    loss, errors = training._validation(batches)
+    assert len(brought) == len(batches) and all(one.energy.device == META for one in brought)
+    # predictions of nothing are off by the labels themselves: energies of 0, 1.5 and 3 eV, forces of 0.1 eV/Å
+    assert errors.energy_mae_mev == pytest.approx(1500.0) and errors.forces_mae_mev_per_ang == pytest.approx(100.0)
+    # the stress label of the one crystal is the unit matrix
+    expected = (0.0 + 1.5**2 + 3.0**2) / 3 + LOSS.forces * 0.1**2 + 3 / 9
+    assert loss == pytest.approx(expected)
 
 
 def test_a_batch_changed_in_place_is_planned_and_checked_again() -> None:
