@@ -186,7 +186,8 @@ def test_a_validation_brings_back_predictions_and_nothing_else(keeps: bool, monk
     def bring(prediction: Prediction, device: torch.device) -> Prediction:
         assert device.type == "cpu"
         brought.append(prediction)
-        return Prediction(*(None if one is None else torch.zeros(one.shape, dtype=one.dtype) for one in prediction))
+        zeros: list[Any] = [None if one is None else torch.zeros(one.shape, dtype=one.dtype) for one in prediction]
+        return Prediction(*zeros)
 
     monkeypatch.setattr(Prediction, "to", bring)
     loss, errors = training._validation(batches)
