@@ -300,7 +300,7 @@ def epochs(bench: Bench) -> Rows:
                 def measure(
                     base: Any = base, name: str = name, dtype: str = dtype, compiled: str = compiled
                 ) -> dict[str, Any]:
-                    model = tuned_model(base, name)
+                    model: Any = tuned_model(base, name)
                     graphs = [graph.to(dtype=DTYPES[dtype]) for graph in build_graphs(model, frames)]
                     config = TrainingConfig.model_validate({"epochs": n_epochs, "batch_size": 5, "compile": compiled})
                     ends: list[float] = []
