@@ -74,7 +74,9 @@ def _one_hot(self: Any, data: Any) -> Any:
     return data
 
 
-def sevenn_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) -> tuple[Runs, Runs, int]:
+def sevenn_runs(
+    checkpoint: str, atoms: int, frames: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Runs, Runs, int]:
     """Step and prediction of sevenn, and the number of edges."""
     import sevenn._keys as KEY
     from sevenn.atom_graph_data import AtomGraphData
@@ -85,13 +87,13 @@ def sevenn_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) ->
 
     OnehotEmbedding.forward = _one_hot  # pyright: ignore[reportAttributeAccessIssue]
     loaded = SevenNetCheckpoint(checkpoint)
-    model = loaded.build_model().to(dtype)
+    model = loaded.build_model().to(dtype=dtype, device=device)
     model.set_is_batch_data(True)
     graphs = [
         AtomGraphData.from_numpy_dict(unlabeled_atoms_to_graph(one, loaded.config["cutoff"]))
         for one in crystals(atoms, frames)
     ]
-    batch = Collater(graphs)(graphs)
+    batch = Collater(graphs)(graphs).to(device)
     for key, value in list(batch.to_dict().items()):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             batch[key] = value.to(dtype)
@@ -115,7 +117,9 @@ def sevenn_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) ->
 # ---- forcetune -------------------------------------------------------------------------------------------------------
 
 
-def forcetune_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype) -> tuple[Runs, Runs, int]:
+def forcetune_runs(
+    checkpoint: str, atoms: int, frames: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Runs, Runs, int]:
     """Steps of each method, eager and compiled, and predictions of the base."""
     from step import batch_of, compiled_step, recorded
     from step import step as eager_step
@@ -128,11 +132,11 @@ def forcetune_runs(checkpoint: str, atoms: int, frames: int, dtype: torch.dtype)
     numbers = sorted(set(structures[0].numbers.tolist()))
     steps: Runs = {}
     predictions: Runs = {}
-    plain = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers)
+    plain = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers, device=device)
     plain.model.requires_grad_(False)
     batch = batch_of(plain, structures, dtype)
     for name in METHODS:
-        tuned = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers)
+        tuned = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers, device=device)
         attach(tuned, method(name))
         steps[name] = lambda tuned=tuned: eager_step(tuned, batch)
         steps[f"{name}, compiled"] = compiled_step(tuned, batch)[0]

@@ -57,8 +57,9 @@ def structures() -> dict[str, Atoms]:
 class Models:
     """`mini` as each way wants it."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, device: str = "cpu") -> None:
         self.dtype = dtype
+        self.device = device
         self.gates, self.mace = folder / "gates", folder / "mini.model"
         backbone = forcetune.load("mini", elements=[1, 6, 8])
         backbone.save(self.mace)
@@ -80,13 +81,13 @@ class Models:
         if way == MACE:
             from torch_sim.models.mace import MaceModel
 
-            model = torch.load(self.mace, weights_only=False, map_location="cpu")
+            model = torch.load(self.mace, weights_only=False, map_location=self.device)
             dtype = getattr(torch, self.dtype)
-            return MaceModel(model=model, device=torch.device("cpu"), dtype=dtype, compute_stress=False)
+            return MaceModel(model=model, device=torch.device(self.device), dtype=dtype, compute_stress=False)
         from forcetune.torchsim import ForcetuneModel
 
         adapter = self.gates if way == GATES else None
-        return ForcetuneModel("mini", adapter, dtype=self.dtype, device="cpu", compute_stress=False)
+        return ForcetuneModel("mini", adapter, dtype=self.dtype, device=self.device, compute_stress=False)
 
 
 def in_ase(models: Models, way: str, atoms: Atoms) -> Run:
@@ -102,7 +103,7 @@ def in_torchsim(models: Models, way: str, atoms: Atoms, count: int) -> Run:
     shaken = [atoms.copy() for _ in range(count)]
     for seed, one in enumerate(shaken):
         one.rattle(0.02, seed=seed)
-    step, cold = (torch.tensor(value, dtype=model.dtype) for value in (0.5 * units.fs, 0.0))
+    step, cold = (torch.tensor(value, dtype=model.dtype, device=model.device) for value in (0.5 * units.fs, 0.0))
     state = torch_sim.io.atoms_to_state(shaken, model.device, model.dtype)
     update: Callable[[Any], Any]
     if hasattr(torch_sim, "nve"):

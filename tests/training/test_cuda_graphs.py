@@ -186,6 +186,7 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     assert len(mode.calls) > 100 and not foreign
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["mmea", "elora", "full"])
 def test_a_cuda_graph_computes_what_the_eager_step_does(name: str) -> None:

@@ -51,6 +51,11 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"there is no device {device!r}; use cpu, cuda, cuda:1 or auto.") from error
+    if chosen.type == "mps":
+        raise InputError(
+            "models do not run on Apple's GPU (mps), which has no float64, and energies are summed in float64; use "
+            "device cpu or auto."
+        )
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"models do not run on a device of type {chosen.type}; use cpu, cuda, cuda:1 or auto.")
     if chosen.type == "cuda" and not torch.cuda.is_available():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
-from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan
+from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan, make_plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.site import Site, WeightPath
@@ -44,6 +44,7 @@ class NetworkBackbone:
         species = torch.full((len(chemical_symbols) + 1,), -1, dtype=torch.int64)
         species[torch.tensor(self.elements)] = torch.arange(len(self.elements))
         self._species = species.to(self.device)
+        self._species_on_cpu = species
         self._energies_of_species = self._reference_tensor()
         self._plans = PlanCache(bool(self.paired))
 
@@ -105,6 +106,8 @@ class NetworkBackbone:
         """
         plan = given_plan(self)
         if plan is None:
+            plan = self._plans.placed(batch.edge_index, batch.numbers)
+        if plan is None:
             self._check_elements(batch)
         species = self._species[batch.numbers]
         if plan is None:
@@ -119,6 +122,34 @@ class NetworkBackbone:
         total = total.index_add(0, batch.graph_index, per_atom)
         energies = None if found.energies is None else per_atom + found.energies
         return found._replace(energy=total + found.energy.double(), energies=energies)
+
+    def place(self, batch: Batch) -> Batch:
+        """The same batch where the model is; what the model needs to know of its integers is read before it moves.
+
+        :meth:`predict` then has nothing to wait for: on a GPU each number read from the device costs a wait for all
+        that was asked of it before.
+
+        Args:
+            batch: on the CPU; a batch from elsewhere only moves.
+
+        Raises:
+            InputError: the model does not know one of the elements.
+        """
+        if batch.positions.device == self.device:
+            return batch
+        moved = batch.to(device=self.device)
+        if self.paired is None or batch.positions.device.type != "cpu":
+            return moved
+        plan = self._plans.placed(batch.edge_index, batch.numbers)
+        if plan is None or plan.order.device != self.device:
+            self._check_elements(batch)
+            species = self._species_on_cpu[batch.numbers]
+            plan = make_plan(
+                batch.edge_index, batch.unit_shifts, species, paired=self._plans.paired, device=self.device
+            )
+            self._plans.place(batch.edge_index, batch.numbers, plan)
+        self._plans.place(moved.edge_index, moved.numbers, plan)
+        return moved
 
     def pair_gradients(self, plan: Plan, vectors: Tensor, ghosts: Ghosts | None = None) -> tuple[Tensor, Tensor]:
         """Energies of atoms, and the derivatives of their sum by the vectors of pairs, without extensions.
@@ -150,8 +181,9 @@ class NetworkBackbone:
         Raises:
             InputError: an element that the model does not know, or no longer knows since its table was cut.
         """
-        known = (batch.numbers >= 0) & (batch.numbers < len(self._species))
-        known &= self._species[torch.where(known, batch.numbers, 0)] >= 0
+        of_number = self._species_on_cpu if batch.numbers.device.type == "cpu" else self._species
+        known = (batch.numbers >= 0) & (batch.numbers < len(of_number))
+        known &= of_number[torch.where(known, batch.numbers, 0)] >= 0
         if bool(known.all()):
             return
         first = int((~known).nonzero()[0])

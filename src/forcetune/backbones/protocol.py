@@ -142,6 +142,10 @@ class Backbone(Protocol):
 
     def set_reference_energies(self, energies: Mapping[int, float]) -> None: ...
 
+    def place(self, batch: Batch) -> Batch:
+        """A batch on the CPU, moved to where the model is, and what :meth:`predict` has to look up in it known."""
+        ...
+
     def predict(self, batch: Batch, *, stress: bool = False, create_graph: bool = False) -> Prediction:
         """Energy and forces; ``create_graph`` keeps what is needed to differentiate them again."""
         ...

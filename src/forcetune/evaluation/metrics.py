@@ -240,7 +240,7 @@ def predict(
         stress = any_label(graphs, "stress")
     pairs: list[tuple[Batch, Prediction]] = []
     for batch in evaluation_batches(graphs):
-        prediction = backbone.predict(batch.to(device=backbone.device), stress=stress)
+        prediction = backbone.predict(backbone.place(batch), stress=stress)
         pairs.append((batch, prediction.detached()))
         if progress is not None:
             progress(batch.n_graphs)

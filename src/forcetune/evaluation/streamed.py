@@ -96,7 +96,7 @@ def predict_streamed(
     energy, label = np.zeros(len(graphs)), np.zeros(len(graphs))
     tally, done = Tally(), 0
     for batch in evaluation_batches(graphs):
-        prediction = backbone.predict(batch.to(device=backbone.device), stress=stress).detached()
+        prediction = backbone.predict(backbone.place(batch), stress=stress).detached()
         part = Predictions.of(batch, prediction.to(batch.energy.device))
         if finite:
             _check_finite(graphs.frames, done, batch, part)

@@ -180,9 +180,7 @@ def collate(graphs: Sequence[Batch]) -> Batch:
         edge_index=torch.cat([g.edge_index + int(o) for g, o in zip(graphs, offsets, strict=False)], dim=1),
         unit_shifts=joined("unit_shifts"),
         graph_index=torch.cat([g.graph_index + int(c) for g, c in zip(graphs, counts, strict=False)]),
-        ptr=torch.cat(
-            [torch.zeros(1, dtype=torch.int64)] + [g.ptr[1:] + int(o) for g, o in zip(graphs, offsets, strict=False)]
-        ),
+        ptr=torch.cat([graphs[0].ptr[:1]] + [g.ptr[1:] + int(o) for g, o in zip(graphs, offsets, strict=False)]),
         energy=joined("energy"),
         forces=joined("forces"),
         stress=joined("stress"),

@@ -43,7 +43,11 @@ def select_half(batch: Batch) -> Tensor:
     sender, receiver = batch.edge_index
     shift = batch.unit_shifts.round()
     first = torch.where(shift[:, 0] != 0, shift[:, 0], torch.where(shift[:, 1] != 0, shift[:, 1], shift[:, 2]))
-    return torch.nonzero((sender < receiver) | ((sender == receiver) & (first > 0))).squeeze(1)
+    chosen = (sender < receiver) | ((sender == receiver) & (first > 0))
+    if chosen.device.type == "cpu":
+        return torch.nonzero(chosen).squeeze(1)
+    # elsewhere the number would have to be waited for, but every edge has its reverse: it is half of them
+    return torch.argsort((~chosen).to(torch.uint8), stable=True)[: len(chosen) // 2]
 
 
 def _perceptron(n_in: int, channels: int, n_out: int) -> nn.Sequential:

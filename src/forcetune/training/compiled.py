@@ -136,7 +136,8 @@ class CompiledStep:
         return record(step, inputs, self.parameters)
 
     def _check(self, batch: Batch, loss: Tensor, known: Sequence[Tensor]) -> None:
-        eager = self._eager(batch, label_weights(self.config, batch))
+        placed = self.backbone.place(batch)
+        eager = self._eager(placed, label_weights(self.config, placed))
         if not torch.isfinite(eager):
             return  # for the training to tell
         grads = [grad for grad in self._gradients(eager) if grad is not None]

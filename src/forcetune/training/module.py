@@ -228,7 +228,7 @@ class FineTuning:
         self._in_epoch = True
         self._start_epoch()
         for index, batch in enumerate(self.loader):
-            self._step(batch.to(device=self.backbone.device), index)
+            self._step(batch, index)
             for observer in observers:
                 observer.on_step(self)
         self.train_loss = float(distributed.total(torch.stack(self._losses).mean()))
@@ -256,12 +256,13 @@ class FineTuning:
             self.best_loss, self.waited = math.inf, 0
 
     def _step(self, batch: Batch, index: int) -> None:
-        """One step of the optimizer."""
+        """One step of the optimizer, for a batch on the CPU: on a GPU nothing of it waits for the device."""
         if self.config.optimizer != "schedulefree":
             self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (index + 1) / self._n_batches))
         loss = self._compiled_loss(batch)
         if loss is None:
-            loss = objective(self.backbone, self.head, self.loss_config, batch, total=distributed.total)
+            placed = self.backbone.place(batch)
+            loss = objective(self.backbone, self.head, self.loss_config, placed, total=distributed.total)
         self._losses.append(loss.detach())
         self._optimizer.zero_grad()
         loss.backward()
@@ -329,9 +330,8 @@ class FineTuning:
         pairs: list[tuple[Batch, Prediction]] = []
         counted = (LossSums(self.loss_config), Tally())
         for batch in validation:
-            moved = batch.to(device=self.backbone.device)
-            prediction = self.backbone.predict(moved, stress=self.loss_config.stress_weight > 0)
-            batch, prediction = batch.to(device="cpu"), prediction.detached().to(torch.device("cpu"))
+            prediction = self.backbone.predict(self.backbone.place(batch), stress=self.loss_config.stress_weight > 0)
+            prediction = prediction.detached().to(torch.device("cpu"))
             if self.keeps_validation:
                 pairs.append((batch, prediction))
             else:

@@ -134,13 +134,12 @@ def _loaders(
         batch_edges=config.batch_edges,
         shuffle=True,
         seed=config.seed,
-        device=backbone.device,
         replay=() if replay is None else replay.graphs,
         replay_ratio=0.0 if replay is None else replay.ratio,
     )
     budget = max(EVALUATION_ATOMS, int(measure_graphs(validation)[:, 0].max()))
     mine = distributed.select_part(validation) if _shares_validation(validation) else validation
-    return loader, BatchLoader(mine, len(mine), batch_atoms=budget, device=backbone.device)
+    return loader, BatchLoader(mine, len(mine), batch_atoms=budget)
 
 
 def _shares_validation(validation: Sequence[Batch]) -> bool:
