@@ -98,9 +98,7 @@ def test_stress_and_virial_that_agree_are_one_label() -> None:
     assert found.keys.stress == "stress"
 
 
-@pytest.mark.parametrize(
-    ("factor", "told"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")]
-)
+@pytest.mark.parametrize(("factor", "told"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")])
 def test_stress_and_virial_that_disagree_are_told(factor: float, told: str) -> None:
     with pytest.warns(ForcetuneWarning, match="stress taken from 'stress'; 'virial' with other values") as heard:
         frames_from_atoms([with_both(factor * MATRIX * 5 * 6 * 7)])
