@@ -228,7 +228,7 @@ def test_charges_are_said_to_be_unknown(run: forcetune.Run) -> None:
     neutral = atoms.get_potential_energy()
     atoms.info["charge"] = 1
     atoms.rattle(1e-9)
-    with pytest.warns(ForcetuneWarning, match=r"charge of \+1, which the model does not know"):
+    with pytest.warns(ForcetuneWarning, match=r"charge of \+1, which the model ignores"):
         assert atoms.get_potential_energy() == pytest.approx(neutral, abs=1e-6)
     atoms.rattle(1e-9)
     assert np.isfinite(atoms.get_potential_energy())

@@ -229,7 +229,7 @@ def test_watched_batches(tmp_path: Path, gates: Path) -> None:
     structures = [ethanol(20), ethanol(21)]
     model(state_of(structures, model))
     structures[1].positions[3] += 1.2
-    with pytest.raises(forcetune.ExtrapolationError, match="structure 1 of the simulation: system 1: the surroundings"):
+    with pytest.raises(forcetune.ExtrapolationError, match="structure 1 of the simulation: system 1: the environment"):
         model(state_of(structures, model))
     np.testing.assert_allclose(read(file).positions, structures[1].positions, rtol=0, atol=1e-7)
     with pytest.raises(InputError, match="forces_std needs an ensemble"):
