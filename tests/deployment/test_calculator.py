@@ -234,3 +234,9 @@ def test_charges_are_said_to_be_unknown(run: forcetune.Run) -> None:
     assert np.isfinite(atoms.get_potential_energy())
     with pytest.raises(PropertyNotImplementedError):
         atoms.get_charges()
+
+
+def test_a_head_that_an_adapter_was_not_trained_on_is_refused(run: forcetune.Run) -> None:
+    for adapter in (run.folder, [run.folder, run.folder]):
+        with pytest.raises(InputError, match=r"not on head other; leave out --head"):
+            forcetune.calculator(adapter=adapter, head="other")

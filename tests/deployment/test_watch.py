@@ -111,9 +111,10 @@ class _Broken(EMT):
         self.results["forces"][1] = np.nan
 
 
-def test_forces_that_are_not_finite_stop_always(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [True, False])
+def test_forces_that_are_not_finite_stop_always(tmp_path: Path, stop: bool) -> None:
     atoms = alloy((1, 1, 1))
-    atoms.calc = forcetune.watch(_Broken(), largest_force=1e9, file=tmp_path / "f.xyz", every=1000)
+    atoms.calc = forcetune.watch(_Broken(), largest_force=1e9, file=tmp_path / "f.xyz", every=1000, stop=stop)
     atoms.calc.watch.step = 1
     with pytest.raises(forcetune.ExtrapolationError, match=r"force on atom 1 \(Cu\) is not finite"):
         atoms.get_forces()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from forcetune.backbones.network import NetworkBackbone
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
-from forcetune.kernels.compiled import choice
+from forcetune.kernels.compiled import choice, machine
 from forcetune.kernels.compiled.choice import choose_kernels, kernels_in_use
 from sevennet_models import RECIPES, backbone_of, structures
 from systems import backbone, cluster, crystal, frames_of, perturb
@@ -96,3 +97,11 @@ def test_without_a_compiler_torch_computes_and_compiled_is_refused(monkeypatch: 
 def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(InputError, match=r"model\.kernels='fast'"):
         forcetune.load("mini", kernels="fast")  # pyright: ignore[reportArgumentType]
+
+
+def test_compiled_code_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:
+    """A cache where nothing can be written is no reason against compiled kernels."""
+    place = tmp_path / "file"
+    place.write_bytes(b"in the way")
+    machine._write(place / "kernels" / "code", b"code")
+    assert place.read_bytes() == b"in the way" and list(tmp_path.iterdir()) == [place]

@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from ase import Atoms
 
 import forcetune
 from forcetune.adapters.attach import attach, detach, get_adapter
 from forcetune.adapters.methods import method
-from forcetune.backbones.loading import load
+from forcetune.backbones.loading import load, store_base
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError
+from forcetune.evaluation.metrics import build_graphs
 from forcetune.runs.folder import BASE_NAME, CHECKPOINT
 from forcetune.runs.inspect import inspect
 from models import make_mace
-from systems import labelled, write_labelled, write_model
+from sevennet_models import BATTERY as SEVENNETS
+from sevennet_models import write_checkpoint
+from systems import frames_of, labelled, write_labelled, write_model
 from terminal import Command
 
 ELEMENTS = [1, 6, 8]
@@ -236,3 +240,20 @@ def test_comparisons_of_a_loaded_model(data: Path, model: Path, tmp_path: Path) 
         assert forcetune.evaluate(tmp_path / "memory" / "gain-1", data).forces_mae_mev_per_ang is not None
     found = compare(memory, "memory")
     assert (found.folder / "gain-1" / "results.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("name", SEVENNETS)
+def test_a_cut_sevennet_that_was_changed_in_memory_is_stored(name: str, tmp_path: Path) -> None:
+    """Its writer keeps the whole table of elements; what is loaded again is cut as the model in memory."""
+    recipe = SEVENNETS[name]
+    head = next(iter(recipe.modalities), None)
+    path = write_checkpoint(tmp_path / "base.pth", recipe)
+    cut = forcetune.load(path, head=head, elements=[1, 8])
+    with torch.no_grad():
+        next(cut.model.parameters()).mul_(1.01)
+    store_base(cut, tmp_path / "stored.pth")
+    again = forcetune.load(tmp_path / "stored.pth", head=head, elements=[1, 8])
+    graph = build_graphs(cut, frames_of(Atoms("OH2", [[0, 0, 0], [0.9, 0.1, 0], [-0.3, 0.8, 0]])))[0]
+    first, second = cut.predict(graph), again.predict(graph)
+    torch.testing.assert_close(second.energy, first.energy, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(second.forces, first.forces, rtol=1e-5, atol=1e-6)

@@ -74,12 +74,12 @@ class NequIPBackbone(NetworkBackbone):
         Raises:
             InputError: the file cannot be read or understood, a head is asked for, an element is unknown.
         """
-        del trust
         file = Path(path)
         try:
             content = read_content(file)
         except UnfitError as error:
-            raise InputError(f"{file} cannot be rebuilt: {error}.") from error
+            never = "; code in NequIP files is never run, so --trust does not help" if trust else ""
+            raise InputError(f"{file} cannot be rebuilt: {error}{never}.") from error
         place = str(path) if source is None else source
         base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
         original = Original(file.resolve(), base.fingerprint)

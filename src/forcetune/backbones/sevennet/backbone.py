@@ -77,12 +77,12 @@ class SevenNetBackbone(NetworkBackbone):
         Raises:
             InputError: the file cannot be read or understood, the head is unknown or missing, an element is unknown.
         """
-        del trust
         file = Path(path)
         try:
             content = read_content(file)
         except UnfitError as error:
-            raise InputError(f"{file} cannot be rebuilt: {error}.") from error
+            never = "; code in SevenNet files is never run, so --trust does not help" if trust else ""
+            raise InputError(f"{file} cannot be rebuilt: {error}{never}.") from error
         place = str(path) if source is None else source
         base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
         return cls.from_content(content, base, head=head, elements=elements, dtype=dtype, device=device)
