@@ -164,7 +164,7 @@ def test_setting_values(text: str, expected: object) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": {}}, "data: is needed"),
+        ({"data": {}}, "data.train: name at least one file of training frames"),
         ({"training": {"epoch": 3}}, "training.epoch: there is no such option"),
         ({"training": {"epochs": 0}}, r"training.epochs: .*\(given: 0\)"),
         ({"training": {"ema": 1.5}}, "training.ema"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ase.io import read
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
+from safetensors.torch import load_file, save_file
 
 import forcetune
 from forcetune.adapters.attach import get_adapter
@@ -237,6 +239,12 @@ def test_charges_are_said_to_be_unknown(run: forcetune.Run) -> None:
 
 
 def test_a_head_that_an_adapter_was_not_trained_on_is_refused(run: forcetune.Run) -> None:
-    for adapter in (run.folder, [run.folder, run.folder]):
-        with pytest.raises(InputError, match=r"not on head other; leave out --head"):
-            forcetune.calculator(adapter=adapter, head="other")
+    with pytest.raises(InputError, match=r"not on head other; leave out --head"):
+        forcetune.calculator(run.folder, head="other")
+    copied = run.folder.parent / "another"
+    shutil.copytree(run.adapter, copied)
+    tensors = load_file(copied / "adapter_model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in tensors.items()}, copied / "adapter_model.safetensors")
+    both = [run.adapter, copied]
+    with pytest.raises(InputError, match=r"not on head other; leave out --head"):
+        forcetune.calculator(run.folder.parent / "base.model", adapter=both, head="other")

@@ -45,6 +45,8 @@ def explain(error: ValidationError) -> str:
             message = "there is no such option"
         elif item["type"] == "missing":
             message = "is needed"
+            if key == "data":
+                key, message = "data.train", "name at least one file of training frames"
         value_text = (
             "" if item["type"] in ("missing", "extra_forbidden", "value_error") else f" (given: {short(item['input'])})"
         )
