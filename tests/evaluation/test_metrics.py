@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,15 @@ import pytest
 from ase import Atoms
 
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import EVALUATION_ATOMS, Predictions, build_graphs, evaluate_frames, predict
+from forcetune.evaluation.metrics import (
+    EVALUATION_ATOMS,
+    Errors,
+    Predictions,
+    build_graphs,
+    evaluate_frames,
+    list_worse_errors,
+    predict,
+)
 from forcetune.evaluation.streamed import predict_streamed
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import frames_from_atoms
@@ -92,3 +101,11 @@ def silicon() -> Atoms:
     atoms = Atoms("Si")
     atoms.info["REF_energy"] = 0.0
     return atoms
+
+
+def test_errors_that_grew_are_listed() -> None:
+    before = Errors(3, energy_mae_mev_per_atom=10.0, forces_mae_mev_per_ang=39.4, stress_mae_mev_per_ang3=2.0)
+    after = Errors(3, energy_mae_mev_per_atom=10.1, forces_mae_mev_per_ang=51.2, stress_mae_mev_per_ang3=math.nan)
+    assert list_worse_errors(before, after) == ["forces 39.4 → 51.2 meV/Å", "stress 2 → nan meV/Å³"]
+    assert not list_worse_errors(before, before)
+    assert not list_worse_errors(Errors(3), after)  # nothing to compare with

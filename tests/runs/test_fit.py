@@ -82,3 +82,19 @@ def test_float32_run(tmp_path: Path) -> None:
     assert before is not None
     assert after is not None
     assert after < before
+
+
+def test_a_fit_that_made_the_model_worse_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = forcetune.fit(
+        write_labelled(tmp_path / "a.xyz"),
+        model=write_model(tmp_path / "m.model"),
+        method="full",
+        valid=2,
+        epochs=1,
+        out=tmp_path / "run",
+        settings={"training.learning_rate": 1.0, "output.forgetting": False, "data.doctor": "off"},
+    )
+    (warning,) = [text for text in run.results["warnings"] if "worse than the untouched" in text]
+    assert "on the valid frames: " in warning
+    assert "training.learning_rate (now 1)" in warning
+    assert warning in capsys.readouterr().err

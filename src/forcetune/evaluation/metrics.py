@@ -45,6 +45,29 @@ class Errors:
         return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith(("stress", "moment"))}
 
 
+COMPARED = (
+    ("energies", "energy_mae_mev_per_atom", "meV/atom"),
+    ("forces", "forces_mae_mev_per_ang", "meV/Å"),
+    ("stress", "stress_mae_mev_per_ang3", "meV/Å³"),
+    ("moments", "moment_mae_mub", "μB"),
+)
+GREW = 1.02
+"""Errors that grew by less are noise of a few frames."""
+
+
+def list_worse_errors(before: Errors, after: Errors) -> list[str]:
+    """Mean absolute errors that are larger after than before, one text each ("forces 39.4 → 51.2 meV/Å").
+
+    Errors that are not finite count as larger.
+    """
+    worse = []
+    for label, key, unit in COMPARED:
+        one, other = getattr(before, key), getattr(after, key)
+        if one is not None and other is not None and not other <= GREW * one:
+            worse.append(f"{label} {one:.4g} → {other:.4g} {unit}")
+    return worse
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
     """Predictions and labels of a set of frames, laid one after another; labels are NaN where there are none.

@@ -23,7 +23,7 @@ from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, Predictions
+from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
     choose_shown,
@@ -184,6 +184,7 @@ class Fitting:
         save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
         errors_before = {name: start.before[name].errors() for name in after}
         errors_after = {name: predictions.errors() for name, predictions in after.items()}
+        self._warn_of_worse_errors(errors_before, errors_after)
         results = self._results(start, self._training_summary(outcome, refinement), errors_before, errors_after)
         write_results(self.folder, results)
         write_report(self.folder)
@@ -326,6 +327,19 @@ class Fitting:
         with self.console.status("what was forgotten"):
             forgetting = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
         for text in forgetting.warnings:
-            self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
-            self.messages.append(text)
+            self._warn(text)
         return forgetting
+
+    def _warn_of_worse_errors(self, before: Mapping[str, Errors], after: Mapping[str, Errors]) -> None:
+        """A fit that made something worse says so where it ends, not only in a table."""
+        for name in after:
+            worse = list_worse_errors(before[name], after[name])
+            if worse and name != "train":
+                self._warn(
+                    f"the tuned model is worse than the untouched one on the {name} frames: {'; '.join(worse)}. "
+                    f"Try a lower training.learning_rate (now {self.rate:g}), more epochs or other weights of the loss."
+                )
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        self.messages.append(text)
