@@ -3,12 +3,14 @@
     python3 -m venv .sevenn && .sevenn/bin/pip install -c constraints/sevennet.txt sevenn
     python benchmarks/sevennet_step.py --python .sevenn/bin/python [--json FILE] [--threads 2] [--model sevennet-0]
                                        [--quick] [--keep-memory]
+    python benchmarks/sevennet_step.py --python .sevenn/bin/python --scaling [--largest 1000]
 
 A step is energies and forces with their graph, the loss mean E² + 1000 mean F², and its gradient by the trainable
 parameters; no optimizer. A prediction is energies, forces and stress; sevenn computes the stress in training, too.
-Frames are shaken crystals of 32 (copper) and 64 (silicon) atoms, alone and in a batch of 4; neighbours are given. The
-checkpoint is the published one, in sevenn with all parameters trained. sevenn has no float64 of its own: there its
-one-hot elements are made in float64.
+Frames are shaken crystals of 32 (copper) and 64 (silicon) atoms, alone and in batches of 4 and 16, or (``--scaling``)
+one frame of silicon of 64 to 1,000 atoms; neighbours are given. The checkpoint is the published one, in sevenn with all
+parameters trained. sevenn has no float64 of its own: there its one-hot elements are made in float64. Memory is how far
+torch's allocations rise during one more run.
 
 Both processes stay; in each round they take turns, and medians are given, so that a busy machine slows both. Rows
 called "compiled" are steps as ``training.compile=on`` makes them, and predictions of the ASE calculator in dynamics.
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +39,36 @@ from ase.build import bulk
 
 LIBRARY = "sevenn, all parameters"
 METHODS = ("full", "elora", "mmea")
-CASES = [(atoms, frames, dtype) for dtype in ("float32", "float64") for atoms in (32, 64) for frames in (1, 4)]
+CASES = [(atoms, frames, dtype) for dtype in ("float32", "float64") for atoms in (32, 64) for frames in (1, 4, 16)]
+CELLS = {32: ("Cu", 2), 64: ("Si", 2), 216: ("Si", 3), 512: ("Si", 4), 1000: ("Si", 5)}
+"""Element and repetitions of its cubic cell for so many atoms."""
+SIZES = (64, 216, 512, 1000)
 
 Runs = dict[str, Callable[[], object]]
 
 
 def crystals(atoms: int, frames: int) -> list[Atoms]:
     """Shaken copper or silicon."""
-    cell = {32: bulk("Cu", cubic=True), 64: bulk("Si", cubic=True)}[atoms] * (2, 2, 2)
-    found = [cell.copy() for _ in range(frames)]
-    for seed, one in enumerate(found):
-        one.rattle(0.05, seed=seed)
-    return found
+    element, repetitions = CELLS[atoms]
+    structures = [bulk(element, cubic=True).repeat(repetitions) for _ in range(frames)]
+    for seed, structure in enumerate(structures):
+        structure.rattle(0.05, seed=seed)
+    return structures
+
+
+def growth_mb(run: Callable[[], object]) -> float:
+    """How far torch's allocations rise during one run; as forcetune's own, which sevenn's process does without."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        most = max(most, level)
+    return most / 2**20
 
 
 def page_faults() -> int:
@@ -118,7 +139,12 @@ def sevenn_runs(
 
 
 def forcetune_runs(
-    checkpoint: str, atoms: int, frames: int, dtype: torch.dtype, device: str = "cpu"
+    checkpoint: str,
+    atoms: int,
+    frames: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    methods: Sequence[str] = METHODS,
 ) -> tuple[Runs, Runs, int]:
     """Steps of each method, eager and compiled, and predictions of the base."""
     from step import batch_of, compiled_step, recorded
@@ -135,7 +161,7 @@ def forcetune_runs(
     plain = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers, device=device)
     plain.model.requires_grad_(False)
     batch = batch_of(plain, structures, dtype)
-    for name in METHODS:
+    for name in methods:
         tuned = SevenNetBackbone.load(checkpoint, dtype=dtype, elements=numbers, device=device)
         attach(tuned, method(name))
         steps[name] = lambda tuned=tuned: eager_step(tuned, batch)
@@ -149,12 +175,12 @@ def forcetune_runs(
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def serve(kind: str, checkpoint: str, threads: int) -> None:
+def serve(kind: str, checkpoint: str, threads: int, methods: Sequence[str]) -> None:
     """Carry out what comes in, a JSON object a line; ``make`` a case, then ``run`` one of its codes once."""
     torch.set_num_threads(threads)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr  # libraries print
-    make = {"sevenn": sevenn_runs, "forcetune": forcetune_runs}[kind]
+    make = {"sevenn": sevenn_runs, "forcetune": partial(forcetune_runs, methods=methods)}[kind]
     runs: dict[str, Runs] = {}
     for line in sys.stdin:
         work = json.loads(line)
@@ -163,6 +189,8 @@ def serve(kind: str, checkpoint: str, threads: int) -> None:
             steps, predictions, edges = make(checkpoint, atoms, frames, getattr(torch, dtype))
             runs = {"step": steps, "prediction": predictions}
             answer: Any = {"edges": edges} | {part: list(found) for part, found in runs.items()}
+        elif "memory" in work:
+            answer = {"mb": growth_mb(runs[work["part"]][work["memory"]])}
         else:
             before, start, taken = page_faults(), time.perf_counter(), time.process_time()
             runs[work["part"]][work["run"]]()
@@ -187,7 +215,7 @@ class Server:
 
             environment |= KEPT
         self.process = subprocess.Popen(
-            [*command, "--threads", str(arguments.threads)],
+            [*command, "--threads", str(arguments.threads), "--methods", ",".join(arguments.methods)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -232,6 +260,9 @@ def measure(servers: Sequence[Server], case: tuple[int, int, str], rounds: int) 
             }
             for name, answers in found.items()
         }
+        for server, codes in zip(servers, made, strict=True):
+            for name in codes[part]:
+                rows[name]["growth_mb"] = server.ask(part=part, memory=name)["mb"]
         first = next(iter(rows.values()))
         result[part] = {
             name: row
@@ -249,13 +280,14 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     title = "{frames} × {atoms} atoms, {edges:,} edges, {dtype}".format(**result)
-    columns = ("", "code", "seconds", "times faster", "processor, s", "times less", "page faults")
+    columns = ("", "code", "seconds", "times faster", "processor, s", "times less", "page faults", "MB")
     table = Table(*columns, title=title, title_justify="left")
     for part in ("step", "prediction"):
         for name, row in result[part].items():
             numbers = f"{row['seconds']:.4f}", f"{row['speedup_over_sevenn']:.2f}"
             processor = f"{row['processor_seconds']:.4f}", f"{row['processor_speedup']:.2f}"
-            table.add_row(part, name, *numbers, *processor, f"{row['page_faults']:,.0f}")
+            counts = f"{row['page_faults']:,.0f}", f"{row['growth_mb']:,.0f}"
+            table.add_row(part, name, *numbers, *processor, *counts)
     Console().print(table)
 
 
@@ -269,13 +301,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each code")
     parser.add_argument("--quick", action="store_true", help="only one frame of 32 atoms in float32")
     parser.add_argument("--atoms", type=int, choices=(32, 64), help="only frames of so many atoms")
-    parser.add_argument("--frames", type=int, choices=(1, 4), help="only batches of so many frames")
+    parser.add_argument("--frames", type=int, choices=(1, 4, 16), help="only batches of so many frames")
+    parser.add_argument("--scaling", action="store_true", help="one frame of up to --largest atoms instead")
+    parser.add_argument("--largest", type=int, default=max(SIZES), help="most atoms of --scaling")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="only in this precision")
+    parser.add_argument("--methods", type=lambda text: tuple(text.split(",")), default=METHODS, help="what is trained")
     parser.add_argument("--keep-memory", action="store_true", help="let the allocators keep all memory (Linux)")
     parser.add_argument("--serve", choices=("sevenn", "forcetune"), help=argparse.SUPPRESS)
     parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.checkpoint, arguments.threads)
+        serve(arguments.serve, arguments.checkpoint, arguments.threads, arguments.methods)
         return
     from forcetune.backbones.registry import resolve
     from forcetune.runs.environment import describe_environment
@@ -284,10 +320,14 @@ def main() -> None:
     checkpoint = str(resolve(arguments.model).path)
     servers = [Server(kind, arguments, checkpoint) for kind in ("sevenn", "forcetune")]
     results = []
+    every = CASES[:1] if arguments.quick else CASES
+    if arguments.scaling:
+        sizes = [atoms for atoms in SIZES if atoms <= arguments.largest]
+        every = [(atoms, 1, dtype) for dtype in ("float32", "float64") for atoms in sizes]
     cases = [
         (atoms, frames, dtype)
-        for atoms, frames, dtype in (CASES[:1] if arguments.quick else CASES)
-        if arguments.atoms in (None, atoms) and arguments.frames in (None, frames)
+        for atoms, frames, dtype in every
+        if arguments.atoms in (None, atoms) and arguments.frames in (None, frames) and arguments.dtype in (None, dtype)
     ]
     for case in cases:
         results.append(measure(servers, case, arguments.rounds))
