@@ -127,8 +127,8 @@ def test_stress_is_trained_on_where_there_is_some(command: Command, crystals: li
     data = write(tmp_path / "a.xyz", crystals)
     code, _, err = fit(command, data, tmp_path / "run")
     assert code == 0, err
-    assert "stress: trained on with weight 1e+06, beside 1000 of forces" in err and "training.loss.stress" in err
-    assert results(tmp_path / "run")["training"]["loss"]["stress"] == 1e6
+    assert "stress: trained on with weight 100000, beside 1000 of forces" in err and "training.loss.stress" in err
+    assert results(tmp_path / "run")["training"]["loss"]["stress"] == 1e5
     # the run's own configuration leaves the choice to the data again
     assert "stress: null" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
 

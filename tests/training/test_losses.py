@@ -100,7 +100,7 @@ def test_weights_of_a_file_reach_batches_and_their_parts() -> None:
 @pytest.mark.parametrize(
     ("loss", "labelled", "magnetic", "stress"),
     [
-        ({}, {"energy", "forces", "stress"}, False, 1e6),
+        ({}, {"energy", "forces", "stress"}, False, 1e5),
         ({}, {"energy", "forces"}, False, 0.0),
         ({"stress": 0.0}, {"energy", "forces", "stress"}, False, 0.0),
         ({"stress": 7.0}, {"energy", "forces", "stress"}, False, 7.0),
@@ -117,7 +117,7 @@ def test_weight_of_stress(loss: dict[str, Any], labelled: set[str], magnetic: bo
 
 
 def test_a_second_stage_has_a_weight_of_stress_of_its_own() -> None:
-    assert settle(TrainingConfig(), {"energy", "forces", "stress"}).second_stage.loss.stress == 1e5
+    assert settle(TrainingConfig(), {"energy", "forces", "stress"}).second_stage.loss.stress == 1e4
 
 
 @pytest.mark.parametrize("label", ["energy", "forces"])
