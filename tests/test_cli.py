@@ -213,6 +213,8 @@ def test_method_that_matches_nothing(command: Command, data: Path, model: Path, 
         (["--method", "full", "--rank", "4"], ["method full has no use for 'rank'"]),
         (["--set", "training.epoch=3"], ["training.epoch: there is no such option"]),
         (["--set", "training.epochs=none"], ["training.epochs", "none"]),
+        (["--learning-rate", "inf"], ["training.learning_rate", "finite"]),
+        (["--set", "training.epochs=1_000"], ["training.epochs", "'1_000' is not a number"]),
         (["--set", "epochs"], ["write it as section.key=value"]),
         (["--set", "data.valid=0"], ["data", "valid must be files"]),
         (["--dtype", "float16"], ["model.dtype", "float16"]),
@@ -274,6 +276,38 @@ def test_help_and_version_are_plain(command: Command) -> None:
     assert "--method" in out
     code, out, _ = command("--version")
     assert out.startswith("forcetune ")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "head"),
+    [
+        ("fit", "Precision of the model during training", "needed then"),
+        ("evaluate", "Precision to predict in", "an adapter knows that of its base"),
+        ("merge", "Precision of the written model", None),
+        ("export", "Precision of what is written", "an adapter knows that of its base"),
+    ],
+)
+def test_help_says_what_an_option_does_in_this_command(
+    command: Command, name: str, precision: str, head: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    code, out, _ = command(name, "--help")
+    words = " ".join(out.split())
+    assert code == 0
+    assert precision in words and (head is None or head in words)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_of_commands_are_finite(command: Command, value: str, tmp_path: Path) -> None:
+    for words in (
+        ("demo", "--picoseconds", value, "--out", tmp_path / "demo"),
+        ("merge", tmp_path, "-o", tmp_path / "plain.model", "--approximate", "--bound", value),
+    ):
+        code, _, err = command(*words)
+        assert code == 2
+        # a minimum refuses what is no number
+        assert ("finite" if value == "inf" else "greater than") in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_are_listed(command: Command) -> None:

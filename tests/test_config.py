@@ -152,7 +152,21 @@ def test_saved_configuration_is_complete_and_reads_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a.b=1e-3", 1e-3), ("a.b=3", 3), ("a.b=null", None), ("a.b=[H, C]", ["H", "C"]), ("a.b=cosine", "cosine")],
+    [
+        ("a.b=1e-3", 1e-3),
+        ("a.b=3", 3),
+        ("a.b=-.5", -0.5),
+        ("a.b=010", 10),
+        ("a.b=0x10", 16),
+        ("a.b=null", None),
+        ("a.b=[H, C]", ["H", "C"]),
+        ("a.b=cosine", "cosine"),
+        ("a.b=1_000", "1_000"),
+        ("a.b=infinity", "infinity"),
+        ("a.b=nan", "nan"),
+        ("a.b=1:30", "1:30"),
+        ("a.b='12'", "12"),
+    ],
 )
 def test_setting_values(text: str, expected: object) -> None:
     keys, value = parse_setting(text)
@@ -183,6 +197,48 @@ def test_setting_values(text: str, expected: object) -> None:
 def test_mistakes_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(given=LEAST | given)
+
+
+NUMBERS = [
+    *("training.learning_rate", "training.weight_decay", "training.clip", "training.schedule.minimum"),
+    *("training.second_stage.learning_rate", "training.loss.energy", "training.loss.forces", "training.loss.stress"),
+    *("training.loss.huber_delta", "training.second_stage.loss.forces", "replay.weight", "magnetism.learning_rate"),
+    *("data.valid", "training.epochs", "references.table.H"),
+]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "inf", "infinity", "nan", "1_000", "1:30"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_finite_and_written_as_numbers(name: str, value: str, tmp_path: Path) -> None:
+    settings = ["references.mode=table"] if name.startswith("references") else []
+    key = name.removesuffix(".H")
+    with pytest.raises(InputError, match=rf"{key}.*: "):
+        load_config(settings=[*settings, f"{name}={value}"], given=LEAST)
+    content = value
+    for part in reversed(name.split(".")[1:]):
+        content = f"{{{part}: {content}}}"
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{name.split('.')[0]}: {content}", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"run\.yaml: {key}.*: "):
+        load_config(path, settings, {**LEAST, "data": {"train": ["a.xyz"]}})
+
+
+def test_numbers_of_yaml_count_wherever_they_stand(tmp_path: Path) -> None:
+    path, saved = tmp_path / "run.yaml", tmp_path / "saved.yaml"
+    path.write_text(
+        "data: {train: [a.xyz], valid: 1e-1}\nreferences: {mode: table, table: {H: -1.3e1}}\n"
+        "method: {name: sparse, threshold: 1e-4, table: {linear: [{update: SoftThreshold, threshold: 2e-4}]}}\n"
+        "training: {learning_rate: 1e-3, epochs: 012, clip: 5}\noutput: {run: 1e-3}\n",
+        encoding="utf-8",
+    )
+    config = load_config(path)
+    assert (config.data.valid, config.references.table) == (0.1, {"H": -13.0})
+    assert (config.training.learning_rate, config.training.epochs, config.training.clip) == (1e-3, 12, 5.0)
+    assert config.method.options() == {"threshold": 1e-4}
+    assert config.method.table == {"linear": [{"update": "SoftThreshold", "threshold": 2e-4}]}
+    assert config.output.run == "1e-3", "a name may look like a number"
+    config.save(saved)
+    assert load_config(saved) == config
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
