@@ -57,9 +57,9 @@ def test_fit_evaluate_and_report(command: Command, data: Path, model: Path, tmp_
 
     code, out, err = command("evaluate", run, test, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert found["n_frames"] == 5
-    assert found == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
+    content = json.loads(out)
+    assert content["n_frames"] == 5
+    assert content == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
     code, out, _ = command("evaluate", run / "adapter", test, "--model", model)
     assert code == 0
     assert "meV/Å" in out

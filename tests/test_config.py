@@ -25,18 +25,18 @@ def test_settings_win_over_options_and_options_over_the_file(tmp_path: Path) -> 
     path = tmp_path / "run.yaml"
     path.write_text("training: {epochs: 1, batch_size: 2, seed: 3}\nmodel: {model: x}\n", encoding="utf-8")
     given = LEAST | {"training": {"batch_size": 20, "seed": 30, "epochs": None}}
-    found = load_config(path, ["training.seed=300", "training.ema=null", "training.schedule.name=cosine"], given)
-    assert (found.training.epochs, found.training.batch_size, found.training.seed) == (1, 20, 300)
-    assert found.training.ema is None
-    assert found.training.schedule.name == "cosine"
-    assert found.model.model == "m"
+    config = load_config(path, ["training.seed=300", "training.ema=null", "training.schedule.name=cosine"], given)
+    assert (config.training.epochs, config.training.batch_size, config.training.seed) == (1, 20, 300)
+    assert config.training.ema is None
+    assert config.training.schedule.name == "cosine"
+    assert config.model.model == "m"
     other = load_config(given=LEAST, overrides={"training.learning_rate": 1e-3, "method.rank": 8})
     assert (other.training.learning_rate, other.method.rank) == (1e-3, 8)
 
 
 def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_path: Path) -> None:
-    found = load_config(settings=["data.doctor=off", "training.compile=off"], given=LEAST)
-    assert (found.data.doctor, found.training.compile) == ("off", "off")
+    config = load_config(settings=["data.doctor=off", "training.compile=off"], given=LEAST)
+    assert (config.data.doctor, config.training.compile) == ("off", "off")
     path = tmp_path / "run.yaml"
     path.write_text("data: {train: [a.xyz], doctor: off}\n", encoding="utf-8")
     assert load_config(path).data.doctor == "off"
@@ -100,14 +100,14 @@ def test_every_switch_takes_its_words_wherever_they_stand(name: str, tmp_path: P
 
 def test_no_switch_is_left_out() -> None:
     """Every option with the word ``off`` is one of :data:`SWITCHES`."""
-    found = {
+    switches = {
         f"{section}.{key}"
         for section, field in RunConfig.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
         for key, option in field.annotation.model_fields.items()
         if "off" in get_args(option.annotation)
     }
-    assert found == set(SWITCHES)
+    assert switches == set(SWITCHES)
 
 
 @pytest.mark.parametrize("way", ["file", "set", "dotted", "nested", "models"])

@@ -73,9 +73,9 @@ def test_every_hostile_file_is_read_or_refused(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert len(found) == len(hostile.cases()) > 200
-    assert {name: came for name, (came, _) in found.items() if came not in ("read", "refused")} == {}
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes) == len(hostile.cases()) > 200
+    assert {name: came for name, (came, _) in outcomes.items() if came not in ("read", "refused")} == {}
 
 
 FRAME_WORDS = st.sampled_from(

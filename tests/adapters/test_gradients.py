@@ -20,8 +20,8 @@ from forcetune.graphs.graph import Batch
 from systems import backbone, cluster, crystal, frames_of
 
 
-def loss(found: Prediction, batch: Batch) -> Tensor:
-    return found.energy.square().sum() + found.forces.square().sum()
+def loss(prediction: Prediction, batch: Batch) -> Tensor:
+    return prediction.energy.square().sum() + prediction.forces.square().sum()
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def test_gradients_are_slopes_of_the_mean_loss(model: MaceBackbone, gradients: d
         values = []
         for step in (1e-5, -1e-5):
             flat[place] += step
-            found = [float(loss(model.predict(batch), batch).detach()) for batch in batches]
+            losses = [float(loss(model.predict(batch), batch).detach()) for batch in batches]
             flat[place] -= step
-            values.append(sum(found) / len(found))
+            values.append(sum(losses) / len(losses))
         slope = (values[0] - values[1]) / 2e-5
         assert float(gradients[name].view(-1)[place]) == pytest.approx(slope, rel=1e-5, abs=1e-6)
 

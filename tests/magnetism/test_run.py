@@ -93,10 +93,10 @@ def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     (first,) = read_frames(tmp_path / "0.xyz", **asked).frames
     np.testing.assert_allclose(first.moments, vectors)
     np.testing.assert_allclose(first.spins, vectors[::-1])
-    found = read_frames(tmp_path / "1.xyz", **asked)
-    np.testing.assert_allclose(found.frames[0].moments, vectors * [0, 0, 1])
-    np.testing.assert_allclose(found.frames[0].spins, [[0, 0, 2.0], [0, 0, -2.0]])
-    assert (found.keys.moments, found.keys.spins) == ("magmoms", "initial_magmoms")
+    result = read_frames(tmp_path / "1.xyz", **asked)
+    np.testing.assert_allclose(result.frames[0].moments, vectors * [0, 0, 1])
+    np.testing.assert_allclose(result.frames[0].spins, [[0, 0, 2.0], [0, 0, -2.0]])
+    assert (result.keys.moments, result.keys.spins) == ("magmoms", "initial_magmoms")
     in_memory = frames_from_atoms([three], **asked)
     assert in_memory.keys.moments == "calculator"
     np.testing.assert_allclose(in_memory.frames[0].moments, vectors * [0, 0, 1])
@@ -104,11 +104,11 @@ def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     with pytest.warns(ForcetuneWarning, match="read only with a magnetic layer"):
         assert read_frames(tmp_path / "0.xyz").frames[0].moments is None
 
-    (turned,) = with_spins(found.frames, "directions")
+    (turned,) = with_spins(result.frames, "directions")
     np.testing.assert_allclose(turned.spins, [[0, 0, 1.0], [0, 0, 0]])  # a moment of 0.01 has no direction
-    (kept,) = with_spins(found.frames, "moments")
+    (kept,) = with_spins(result.frames, "moments")
     assert kept.spins is not None
-    np.testing.assert_allclose(kept.spins, found.frames[0].moments)
+    np.testing.assert_allclose(kept.spins, result.frames[0].moments)
 
 
 def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> None:
@@ -175,7 +175,7 @@ def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, m
     monkeypatch.undo()
     again = forcetune.resume(tmp_path / "cut")
     assert again.after == whole.after
-    one, two = ((found.adapter / "adapter_model.safetensors").read_bytes() for found in (whole, again))
+    one, two = ((run.adapter / "adapter_model.safetensors").read_bytes() for run in (whole, again))
     assert one == two
 
 
@@ -225,8 +225,8 @@ def test_stress_counts_as_the_others_where_frames_have_it(iron: Path, tmp_path: 
 
 @pytest.mark.parametrize("rate", [None, 0.02])
 def test_the_layer_has_a_learning_rate_of_its_own(iron: Path, rate: float | None) -> None:
-    found = forcetune.load(iron / "iron.model")
-    adapter = attach(found, replace(forcetune.method("full"), magnetism=Magnetism(inputs="unit")))
+    model = forcetune.load(iron / "iron.model")
+    adapter = attach(model, replace(forcetune.method("full"), magnetism=Magnetism(inputs="unit")))
     optimizer = make_optimizer(adapter, TrainingConfig(), 0.04, 10, first_rate=rate)
     layer = {id(parameter) for parameter in adapter.magnetic.parameters()} if adapter.magnetic else set()
     for group in optimizer.param_groups:
@@ -292,11 +292,11 @@ def test_keys_of_magnetic_labels_can_be_named_wherever_frames_are_read(
     twice[1].info, twice[1].calc = dict(frames[0].info), frames[0].calc
     twice[1].arrays["s"] = directions(twice[1], "random", np.random.default_rng(5))
     ase.io.write(tmp_path / "twice.xyz", twice, format="extxyz")
-    for key, found in (("s", False), ("none", True)):
+    for key, has_spins in (("s", False), ("none", True)):
         arguments = ("--model", iron / "iron.model", "--spins-key", key, "--json")
         told = command("doctor", tmp_path / "twice.xyz", *arguments)[1]
         codes = {one["code"] for one in json.loads(told)["findings"]}
-        assert any(code.startswith("duplicate") for code in codes) == found, codes
+        assert any(code.startswith("duplicate") for code in codes) == has_spins, codes
 
 
 @pytest.mark.forgetting
@@ -342,13 +342,13 @@ def test_collinear_data_without_directions_of_their_own(iron: Path, tmp_path: Pa
     )
     config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["method"]["magnetism"]["inputs"] == "directions"
-    found = []
+    collinear = []
     for length in (1.0, 2.5):
         atoms = frames[0].copy()
         atoms.calc = forcetune.calculator(run.folder)
         atoms.set_initial_magnetic_moments(length * frames[0].arrays["magmoms"])
-        found.append(atoms.get_potential_energy())
-    assert found[0] == pytest.approx(found[1], abs=1e-12)
+        collinear.append(atoms.get_potential_energy())
+    assert collinear[0] == pytest.approx(collinear[1], abs=1e-12)
 
 
 Damage = Callable[[list[Any]], None]
@@ -404,9 +404,9 @@ def test_spins_relax_to_lower_energy_with_positions_kept(iron: Path, tmp_path: P
     atoms.set_initial_magnetic_moments(2.2 * spins)
     atoms.calc = forcetune.calculator(run.folder)
     before = atoms.positions.copy()
-    found = forcetune.relax_spins(atoms, torque=1e-5)
-    assert found.converged
-    assert found.energy_after < found.energy_before - 1e-4
+    relaxation = forcetune.relax_spins(atoms, torque=1e-5)
+    assert relaxation.converged
+    assert relaxation.energy_after < relaxation.energy_before - 1e-4
     np.testing.assert_array_equal(atoms.positions, before)
     np.testing.assert_allclose(np.linalg.norm(atoms.get_initial_magnetic_moments(), axis=1), 2.2)
     field, final = atoms.calc.results["effective_field"], atoms.get_initial_magnetic_moments() / 2.2
@@ -443,8 +443,8 @@ def test_states_of_one_structure_are_no_copies() -> None:
         atoms = labelled(cell((2, 2, 2)), directions(cell((2, 2, 2)), kind, np.random.default_rng(len(frames))))
         frames += frames_from_atoms([atoms], moments_key="auto", spins_key="auto").frames
     frames.append(frames[1])
-    (found,) = check_duplicates(frames, [measure_shape(frame) for frame in frames], trained_on=True)
-    assert (found.code, len(found.frames)) == ("duplicate-frames", 1)
+    (finding,) = check_duplicates(frames, [measure_shape(frame) for frame in frames], trained_on=True)
+    assert (finding.code, len(finding.frames)) == ("duplicate-frames", 1)
 
 
 def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path: Path) -> None:
@@ -456,8 +456,8 @@ def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path:
     signs = np.where(np.arange(16) % 3 == 0, -1.0, 1.0)
     state = 2.2 * signs[:, None] * axis
     atoms.set_initial_magnetic_moments(state)
-    found = forcetune.exchange_parameters(atoms, sites=[0, 5])
-    assert len(found.first) == 30
+    exchange = forcetune.exchange_parameters(atoms, sites=[0, 5])
+    assert len(exchange.first) == 30
     sides = (np.array([0.0, 1.0, 0.0]), np.array([0.8, 0.0, -0.6]))
     step = 1e-3
 
@@ -469,13 +469,13 @@ def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path:
         return atoms.get_potential_energy()
 
     for place in (0, 7, 20):
-        i, j = int(found.first[place]), int(found.second[place])
+        i, j = int(exchange.first[place]), int(exchange.second[place])
         mixed = 0.0
         for side in sides:
             corners = [a * b * energy({i: a * step * side, j: b * step * side}) for a in (1, -1) for b in (1, -1)]
             mixed += sum(corners) / (4 * step**2)
-        assert found.coupling[place] == pytest.approx(-0.5 * mixed, rel=1e-3, abs=1e-7)
-        assert found.distance[place] == pytest.approx(atoms.get_distance(i, j, mic=True))
+        assert exchange.coupling[place] == pytest.approx(-0.5 * mixed, rel=1e-3, abs=1e-7)
+        assert exchange.distance[place] == pytest.approx(atoms.get_distance(i, j, mic=True))
     atoms.set_initial_magnetic_moments(np.random.default_rng(0).standard_normal((16, 3)))
     with pytest.raises(InputError, match="collinear"):
         forcetune.exchange_parameters(atoms)

@@ -54,8 +54,8 @@ def test_a_script_without_a_guard_compares_in_processes(tmp_path: Path, way: str
             "output": {"run": str(tmp_path / "one"), "forgetting": False},
         }
     )
-    found = forcetune.compare(config, ["readout", "gain"])
-    losses = [row.valid_loss.mean for row in found.comparison.methods]
+    run = forcetune.compare(config, ["readout", "gain"])
+    losses = [row.valid_loss.mean for row in run.comparison.methods]
     assert ast.literal_eval((tmp_path / "losses").read_text(encoding="utf-8")) == pytest.approx(losses, rel=1e-6)
 
 
@@ -98,9 +98,9 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> Non
             json.loads((out / f"{method['name']}-{seed}" / "results.json").read_text(encoding="utf-8"))
             for seed in method["seeds"]
         ]
-        found = [one["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] for one in results]
+        actual = [one["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] for one in results]
         errors = method["errors"]["forces_mae_mev_per_ang"]
-        assert errors["values"] == found and errors["mean"] == pytest.approx(sum(found) / 2)
+        assert errors["values"] == actual and errors["mean"] == pytest.approx(sum(actual) / 2)
         assert method["steps"] == 4 and method["trainable"] == results[0]["parameters"]["trainable"]
         assert method["epochs_to_target"]["mean"] <= 2
     rates = {method["name"]: method["learning_rate"] for method in stored["methods"]}
@@ -164,16 +164,16 @@ def test_options_are_searched_and_then_used(tmp_path: Path, command: Command) ->
     given += ["--valid", 10, "--set", "training.batch_size=20", "--json"]
     code, text, _ = command(*given, "--search", 4)
     assert code == 0
-    found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["search"]["readout"]
-    assert len(found["trials"]) == 4
-    first = found["trials"][0]
+    content = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["search"]["readout"]
+    assert len(content["trials"]) == 4
+    first = content["trials"][0]
     assert first["training.learning_rate"] == 5e-3 and first["training.loss.forces"] == 1000 and not first["pruned"]
-    best = min((trial for trial in found["trials"] if not trial["pruned"]), key=lambda trial: trial["score"])
-    assert found["score"] == best["score"]
-    assert found["settings"] == {key: best[key] for key in ("training.learning_rate", "training.loss.forces")}
+    best = min((trial for trial in content["trials"] if not trial["pruned"]), key=lambda trial: trial["score"])
+    assert content["score"] == best["score"]
+    assert content["settings"] == {key: best[key] for key in ("training.learning_rate", "training.loss.forces")}
     results = json.loads((out / "readout-1" / "results.json").read_text(encoding="utf-8"))
-    assert results["training"]["learning_rate"] == found["settings"]["training.learning_rate"]
-    assert json.loads(text)["methods"][0]["learning_rate"] == found["settings"]["training.learning_rate"]
+    assert results["training"]["learning_rate"] == content["settings"]["training.learning_rate"]
+    assert json.loads(text)["methods"][0]["learning_rate"] == content["settings"]["training.learning_rate"]
     # the journal holds what was tried: nothing is tried again, and the run stands
     before = (out / "readout-1" / "results.json").stat().st_mtime_ns
     assert command(*given, "--search", 4)[0] == 0

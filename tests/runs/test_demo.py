@@ -46,8 +46,13 @@ def test_demo_brings_the_forces_to_a_third_and_conserves_energy(tmp_path: Path, 
 
 def test_data_of_the_demo_are_complete_and_never_overlap() -> None:
     frames = {part: ase.io.read(forcetune.demo_file(part), ":") for part in ("train", "valid", "test", "hot")}
-    assert {part: len(found) for part, found in frames.items()} == {"train": 50, "valid": 50, "test": 200, "hot": 50}
-    places = [atoms.positions.tobytes() for found in frames.values() for atoms in found]
+    assert {part: len(structures) for part, structures in frames.items()} == {
+        "train": 50,
+        "valid": 50,
+        "test": 200,
+        "hot": 50,
+    }
+    places = [atoms.positions.tobytes() for structures in frames.values() for atoms in structures]
     assert len(set(places)) == len(places)
     assert sum(forcetune.demo_file(part).stat().st_size for part in frames) < 250_000
 

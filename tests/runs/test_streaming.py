@@ -46,12 +46,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def fit(out: Path, mode: str, **more: Any) -> Run:
     frames, model = out.parent / "frames.xyz", out.parent / "small.model"
     if not model.exists():
-        found = labelled(24)
+        structures = labelled(24)
         for index in range(0, 24, 3):
-            found[index] = cluster((1, 6, 8), atoms=3 + index // 3, seed=index)
-            found[index].info["REF_energy"] = -100.0 * len(found[index])
-            found[index].arrays["REF_forces"] = np.random.default_rng(index).standard_normal((len(found[index]), 3))
-        write_xyz(frames, found)
+            structures[index] = cluster((1, 6, 8), atoms=3 + index // 3, seed=index)
+            structures[index].info["REF_energy"] = -100.0 * len(structures[index])
+            structures[index].arrays["REF_forces"] = np.random.default_rng(index).standard_normal(
+                (len(structures[index]), 3)
+            )
+        write_xyz(frames, structures)
         write_model(model)
     if "replay.ratio" in more:
         more["replay.data"] = [str(write_labelled(out.parent / "replay.xyz", 9, seed=8))]
@@ -85,12 +87,12 @@ def assert_equal(one: Path, other: Path) -> None:
         assert np.allclose(ours[name], theirs[name], rtol=1e-10, atol=1e-12, equal_nan=True), name
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (one, other)]
     assert results[0]["reference_energies"] == results[1]["reference_energies"]
-    for split, found in results[0]["errors"].items():
+    for split, figures in results[0]["errors"].items():
         for when in ("before", "after"):
-            assert results[1]["errors"][split][when] == pytest.approx(found[when], rel=1e-10), (split, when)
-    for split, found in results[0]["data"].items():
-        assert not found.pop("streamed") and results[1]["data"][split].pop("streamed")
-        assert found == results[1]["data"][split]
+            assert results[1]["errors"][split][when] == pytest.approx(figures[when], rel=1e-10), (split, when)
+    for split, figures in results[0]["data"].items():
+        assert not figures.pop("streamed") and results[1]["data"][split].pop("streamed")
+        assert figures == results[1]["data"][split]
 
 
 NAMES = [name if index < 3 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(OPTIONS)]
@@ -152,7 +154,7 @@ def test_large_sets_are_shown_and_examined_in_part(tmp_path: Path, monkeypatch: 
     texts = [str(warning.message) for warning in told]
     assert any("errors of the training frames are those of 5 of 18" in text for text in texts)
     assert any("only on 10 of 18 (train)" in text for text in texts)
-    assert [found.n_frames for found in (run.before["train"], run.after["train"])] == [5, 5]
+    assert [errors.n_frames for errors in (run.before["train"], run.after["train"])] == [5, 5]
     # of the other sets every frame counts
     for split in ("before", "after"):
         ours, theirs = getattr(run, split)["valid"], getattr(whole, split)["valid"]

@@ -30,12 +30,12 @@ from systems import backbone, labelled
 @pytest.fixture(scope="module")
 def model() -> MaceBackbone:
     """A small model with reference energies that fit the labels."""
-    found = backbone(elements=(1, 6, 8))
+    tuned = backbone(elements=(1, 6, 8))
     frames = frames_from_atoms(labelled(12)).frames
-    energies = predict(found, build_graphs(found, frames)).energy
-    fitted = reference_energies("estimate", frames, [], energies, found.reference_energies)
-    found.set_reference_energies(fitted.energies)
-    return found
+    energies = predict(tuned, build_graphs(tuned, frames)).energy
+    fitted = reference_energies("estimate", frames, [], energies, tuned.reference_energies)
+    tuned.set_reference_energies(fitted.energies)
+    return tuned
 
 
 def run(

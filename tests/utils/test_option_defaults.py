@@ -106,8 +106,14 @@ def test_a_default_that_changed_since_repeats_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record", [True, False])
 def test_the_loss_follows_the_magnetic_layer(tmp_path: Path, record: bool) -> None:
     def loss(config: RunConfig) -> tuple[Any, ...]:
-        found = resolved(config).training.loss
-        return found.energy, found.forces, found.moments, found.form, found.energy_per_atom
+        loss_config = resolved(config).training.loss
+        return (
+            loss_config.energy,
+            loss_config.forces,
+            loss_config.moments,
+            loss_config.form,
+            loss_config.energy_per_atom,
+        )
 
     plain = stored(tmp_path / "plain.yaml", record=record)
     assert loss(load_config(plain)) == (1.0, 1000.0, 0.0, "mse", False)

@@ -108,7 +108,7 @@ STRANGE: tuple[Any, ...] = (
 
 def readings(folder: Path, name: str) -> list[tuple[str, Any, float]]:
     """Each option with each strange value: a model that computes, or a sentence; and how long that took."""
-    found = []
+    result = []
     for key in ORIGINAL[name]["config"]:
         for value in STRANGE:
             start = time.monotonic()
@@ -119,8 +119,8 @@ def readings(folder: Path, name: str) -> list[tuple[str, Any, float]]:
                 predict(model, build_graphs(model, frames), stress=True)
             except InputError as error:
                 assert len(str(error)) < 500 + len(str(file))
-            found.append((key, value, time.monotonic() - start))
-    return found
+            result.append((key, value, time.monotonic() - start))
+    return result
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -51,9 +51,9 @@ def test_frames_of_all_materials(tmp_path: Path) -> None:
     }
     path = write(tmp_path / "some.json", materials)
     assert is_mptrj(path)
-    found = read_frames(path, moments_key="auto", require=("energy", "forces"))
-    assert [len(one) for one in found.frames] == [2, 2, 1]
-    first = found.frames[0]
+    result = read_frames(path, moments_key="auto", require=("energy", "forces"))
+    assert [len(one) for one in result.frames] == [2, 2, 1]
+    first = result.frames[0]
     assert first.energy == -16.5
     assert first.stress is not None
     np.testing.assert_allclose(first.stress, -np.array(frame()["stress"]) / 1602.1766208)
@@ -66,8 +66,8 @@ def test_frames_of_all_materials(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::forcetune.errors.ForcetuneWarning")
 def test_moments_may_be_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "some.json", {"mp-1": {"a": frame(), "b": frame(magnetic=False)}})
-    found = read_frames(path, moments_key="auto")
-    assert [one.moments is None for one in found.frames] == [False, True]
+    result = read_frames(path, moments_key="auto")
+    assert [one.moments is None for one in result.frames] == [False, True]
 
 
 @pytest.mark.parametrize(
