@@ -155,10 +155,10 @@ class NequIPs:
             version: of nequip.
             options: of the work.
         """
-        kept = self.folder / "results"
-        kept.mkdir(parents=True, exist_ok=True)
+        results_folder = self.folder / "results"
+        results_folder.mkdir(parents=True, exist_ok=True)
         tag = f"{kind} {version} {sorted(options.items())} {_WORKER.read_text(encoding='utf-8')}"
-        places = [kept / f"{_fingerprint(tag, request)}.npz" for request in requests]
+        places = [results_folder / f"{_fingerprint(tag, request)}.npz" for request in requests]
         todo = [k for k, place in enumerate(places) if not place.is_file()]
         if todo:
             with tempfile.TemporaryDirectory(dir=self.folder) as name:

@@ -119,8 +119,8 @@ def test_configuration_file_and_settings_share_every_option(
 # ---- bad input: exit code 2, a message that names what, where and the fix, nothing written -----------------------
 
 
-def refused(told: tuple[int, str, str], folder: Path, *parts: str) -> None:
-    code, _, err = told
+def refused(ended: tuple[int, str, str], folder: Path, *parts: str) -> None:
+    code, _, err = ended
     assert code == 2, err
     assert err.startswith("error: ") or "\nerror: " in err
     for part in parts:
@@ -137,8 +137,8 @@ def rewritten(path: Path, change: Callable[[list[Atoms]], None]) -> Path:
 
 
 def test_missing_label_key(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
-    told = fit(command, data, model, tmp_path / "run", "--energy-key", "dft")
-    refused(told, tmp_path / "run", "no frame has energy under 'dft'", "'REF_energy'", str(data))
+    ended = fit(command, data, model, tmp_path / "run", "--energy-key", "dft")
+    refused(ended, tmp_path / "run", "no frame has energy under 'dft'", "'REF_energy'", str(data))
 
 
 def test_no_forces_at_all(command: Command, model: Path, tmp_path: Path) -> None:
@@ -190,20 +190,20 @@ def test_truncated_file(command: Command, data: Path, model: Path, tmp_path: Pat
 
 def test_missing_file_and_unknown_model(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
     refused(fit(command, tmp_path / "none.xyz", model, tmp_path / "run"), tmp_path / "run", "none.xyz", "no such file")
-    told = fit(command, data, Path("mace-off23-medum"), tmp_path / "run")
-    refused(told, tmp_path / "run", "mace-off23-medium")
+    ended = fit(command, data, Path("mace-off23-medum"), tmp_path / "run")
+    refused(ended, tmp_path / "run", "mace-off23-medium")
 
 
 def test_wrong_adapter_for_the_base(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
     assert fit(command, data, model, tmp_path / "first", "--method", "readout")[0] == 0
     other = write_model(tmp_path / "other.model", seed=3)
-    told = command("evaluate", tmp_path / "first", data, "--model", other)
-    refused(told, tmp_path / "run", "was trained on small", "other", "fingerprint")
+    ended = command("evaluate", tmp_path / "first", data, "--model", other)
+    refused(ended, tmp_path / "run", "was trained on small", "other", "fingerprint")
 
 
 def test_method_that_matches_nothing(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
-    told = fit(command, data, model, tmp_path / "run", "--set", "method.target=readout_0.weight")
-    refused(told, tmp_path / "run", "matches none of the model's", "readout_0.weight")
+    ended = fit(command, data, model, tmp_path / "run", "--set", "method.target=readout_0.weight")
+    refused(ended, tmp_path / "run", "matches none of the model's", "readout_0.weight")
 
 
 @pytest.mark.parametrize(

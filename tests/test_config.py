@@ -24,8 +24,8 @@ def test_defaults_are_those_of_the_published_runs() -> None:
 def test_settings_win_over_options_and_options_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("training: {epochs: 1, batch_size: 2, seed: 3}\nmodel: {model: x}\n", encoding="utf-8")
-    given = LEAST | {"training": {"batch_size": 20, "seed": 30, "epochs": None}}
-    config = load_config(path, ["training.seed=300", "training.ema=null", "training.schedule.name=cosine"], given)
+    options = LEAST | {"training": {"batch_size": 20, "seed": 30, "epochs": None}}
+    config = load_config(path, ["training.seed=300", "training.ema=null", "training.schedule.name=cosine"], options)
     assert (config.training.epochs, config.training.batch_size, config.training.seed) == (1, 20, 300)
     assert config.training.ema is None
     assert config.training.schedule.name == "cosine"
@@ -48,9 +48,9 @@ def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_pat
 def test_kernels_that_are_off_are_those_of_torch(word: str, tmp_path: Path) -> None:
     path, written = tmp_path / "run.yaml", tmp_path / "again.yaml"
     path.write_text(f"data: {{train: [a.xyz]}}\nmodel: {{model: m, kernels: {word}}}\n", encoding="utf-8")
-    with pytest.warns(ForcetuneWarning, match="model.kernels=off is an option of earlier versions") as told:
+    with pytest.warns(ForcetuneWarning, match="model.kernels=off is an option of earlier versions") as warned:
         config = load_config(path)
-    assert len(told) == 1 and len(str(told[0].message).splitlines()) == 1
+    assert len(warned) == 1 and len(str(warned[0].message).splitlines()) == 1
     assert config.model.kernels == "torch" and config.model.model == "m"
     config.save(written)
     assert "kernels: torch" in written.read_text(encoding="utf-8")

@@ -371,6 +371,6 @@ def test_the_command_line_says_it_in_a_sentence_and_ends_with_2(tmp_path: Path, 
         ("fit", "x" * 5000),
         ("methods", "--model", "\ud800"),
     ):
-        code, _, told = command(*arguments)
-        assert code == 2 and told.startswith("error: ") and "Traceback" not in told, arguments
-        assert "\x1b]" not in told and len(told) < 2000
+        code, _, err = command(*arguments)
+        assert code == 2 and err.startswith("error: ") and "Traceback" not in err, arguments
+        assert "\x1b]" not in err and len(err) < 2000

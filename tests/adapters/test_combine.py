@@ -259,8 +259,8 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
     """It was 5.7 eV off, without a word."""
     base = write_model(tmp_path / "base.model")
     model = MaceBackbone.load(base, sha256=compute_sha256(base))
-    kept = attach(model, method("readout"))
-    perturb(kept)
+    adapter = attach(model, method("readout"))
+    perturb(adapter)
     save_adapter(model, tmp_path / "one")
     detach(model)
     mixed = method("mmea")  # gates stay where weights are folded
@@ -280,7 +280,7 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
             partial(combine, folded, {"one": one}),
             partial(forcetune.calculator, folded, adapter=one),
             partial(load_ensemble, [one, two], folded),
-            partial(reattach, folded, kept),
+            partial(reattach, folded, adapter),
         ):
             with pytest.raises(InputError, match=r"into whose weights an adapter \(.*\) is folded already"):
                 use()

@@ -57,9 +57,9 @@ def test_mean_and_spread_are_those_of_the_members_one_by_one(runs: list[Path]) -
 def test_evaluation_tells_errors_of_the_mean_and_calibration(runs: list[Path], command: Command) -> None:
     data = runs[0].parent / "train.xyz"
     arguments = ("evaluate", runs[0], data, "--ensemble", runs[1], "--ensemble", runs[2])
-    code, told, _ = command(*arguments, "--json")
+    code, out, _ = command(*arguments, "--json")
     assert code == 0
-    content = json.loads(told)
+    content = json.loads(out)
     ensemble = load_ensemble(runs)
     frames = forcetune.frames.read.read_frames(data).frames
     members = ensemble.predict(build_graphs(ensemble.backbone, frames))
@@ -70,8 +70,8 @@ def test_evaluation_tells_errors_of_the_mean_and_calibration(runs: list[Path], c
     assert content["ensemble"]["forces"]["mean_std"] == pytest.approx(1e3 * std.mean(), rel=1e-9)
     within = (np.abs(mean.forces - mean.forces_label) <= std).mean()
     assert content["ensemble"]["forces"]["within_1"] == pytest.approx(within)
-    code, told, _ = command(*arguments)
-    assert code == 0 and "spread of 3 adapters" in told
+    code, out, _ = command(*arguments)
+    assert code == 0 and "spread of 3 adapters" in out
 
 
 def test_a_comparison_stands_for_its_runs_and_baselines_are_refused_for_use(runs: list[Path], tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_members_have_one_base(runs: list[Path], tmp_path: Path, command: Comman
     stranger = forcetune.fit(data, model=other, method="readout", valid=4, epochs=1, out=tmp_path / "other").folder
     with pytest.raises(InputError, match=r"an ensemble needs one base.*base and other.*fingerprint"):
         forcetune.calculator(adapter=[runs[0], stranger])
-    code, _, told = command("evaluate", runs[0], data, "--ensemble", stranger)
-    assert code == 2 and "needs one base" in told
+    code, _, err = command("evaluate", runs[0], data, "--ensemble", stranger)
+    assert code == 2 and "needs one base" in err
     with pytest.raises(InputError, match="at least two"):
         load_ensemble([runs[0], runs[0] / "adapter"])
     with pytest.raises(InputError, match="holds no adapter"):

@@ -61,8 +61,8 @@ def test_a_hole_is_where_atoms_attract_at_short_distance() -> None:
 def test_holes_of_the_base_are_told_and_not_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone(elements=(1, 6, 8))
     attach(model, method("elora"))
-    given = iter([1.0, None, None, 1.2] + 8 * [None])
-    monkeypatch.setattr(forgetting, "_hole", lambda *_: next(given))
+    holes = iter([1.0, None, None, 1.2] + 8 * [None])
+    monkeypatch.setattr(forgetting, "_hole", lambda *_: next(holes))
     measured = measure_forgetting(model, dataset(tmp_path))
     assert [(d.base_hole_ang, d.tuned_hole_ang) for d in measured.dimers[:2]] == [(1.0, None), (None, 1.2)]
     assert measured.dimers[0].tuned_barrier_ev is None and measured.dimers[1].tuned_barrier_ev is not None

@@ -56,8 +56,8 @@ def test_merged_model_in_the_librarys_own_calculator(tmp_path: Path, name: str) 
     structures = [cluster((1, 6, 8)), crystal((1, 6, 8))]
     write(tmp_path / "probe.xyz", structures, format="extxyz")
     command = [sys.executable, "-W", "ignore", "-c", FOREIGN, "tuned.model", "probe.xyz"]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    content = json.loads(told.split("RESULT", 1)[1])
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    content = json.loads(out.split("RESULT", 1)[1])
     calculator = forcetune.calculator(base, adapter=folder)
     for atoms, (energy, forces) in zip(read(tmp_path / "probe.xyz", ":"), content, strict=True):
         atoms.calc = calculator
@@ -81,8 +81,8 @@ def test_reference_energies_of_all_electrons(tmp_path: Path, dtype: str) -> None
     merged = merge(tmp_path / "adapter", tmp_path / "tuned.model", model=base)
     written = MaceBackbone.load(tmp_path / "tuned.model", dtype=getattr(torch, dtype))
     for z, energy in references.items():
-        kept = np.float32(energy) if dtype == "float32" else energy
-        assert written.reference_energies[z] == float(kept)
+        stored = np.float32(energy) if dtype == "float32" else energy
+        assert written.reference_energies[z] == float(stored)
     assert merged.references_difference == 0
     assert merged.energy_difference < (1e-4 if dtype == "float32" else 1e-10)
     atoms = cluster((1, 6, 35))

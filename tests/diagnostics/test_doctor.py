@@ -141,12 +141,12 @@ def test_errors_end_with_exit_code_2_and_name_the_mend(command: Command, tmp_pat
 
 def test_fit_stops_at_errors_unless_told_otherwise(command: Command, tmp_path: Path) -> None:
     data = gradients(tmp_path / "gradients.xyz")
-    given = ("fit", data, "--valid", 10, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
-    code, _, err = command(*given)
+    arguments = ("fit", data, "--valid", 10, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
+    code, _, err = command(*arguments)
     assert code == 2
     assert "[forces-sign]" in err and "data.doctor=off" in err and str(data) in err
     assert not (tmp_path / "run").exists()
-    code, _, err = command(*given, "--set", "data.doctor=off", "--set", "training.batch_size=20")
+    code, _, err = command(*arguments, "--set", "data.doctor=off", "--set", "training.batch_size=20")
     assert code == 0, err
     assert "forces-sign" not in err
 
@@ -156,8 +156,8 @@ def test_fit_reports_warnings(command: Command, tmp_path: Path) -> None:
     frames[5] = frames[2].copy()
     ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
     ase.io.write(tmp_path / "v.xyz", labelled(3, seed=4), format="extxyz")
-    given = ("fit", tmp_path / "a.xyz", "--valid", tmp_path / "v.xyz", "--model", write_model(tmp_path / "m.model"))
-    code, _, err = command(*given, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
+    arguments = ("fit", tmp_path / "a.xyz", "--valid", tmp_path / "v.xyz", "--model", write_model(tmp_path / "m.model"))
+    code, _, err = command(*arguments, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
     assert code == 0, err
     assert "frame 5: The same structure as an earlier frame" in err
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
@@ -316,7 +316,7 @@ def predicted(model: Backbone, frames: Sequence[Atoms]) -> LabelledPredictions:
 
 def test_energies_follow_forces_from_frame_to_frame(mini: Backbone) -> None:
     predictions = predicted(mini, [*structures("train"), *structures("valid")])
-    kept = pair_correlation(predictions)
+    correlation = pair_correlation(predictions)
     rng = np.random.default_rng(2)
     shuffled = LabelledPredictions(
         predictions.frames,
@@ -328,8 +328,8 @@ def test_energies_follow_forces_from_frame_to_frame(mini: Backbone) -> None:
         None,
     )
     lost = pair_correlation(shuffled)
-    assert kept is not None and lost is not None
-    assert kept > 0.9
+    assert correlation is not None and lost is not None
+    assert correlation > 0.9
     assert abs(lost) < 0.3
 
 
@@ -391,11 +391,11 @@ def test_memory_of_a_step_is_what_is_measured(mini: Backbone, monkeypatch: pytes
 
 def test_switch_in_python(tmp_path: Path) -> None:
     data = gradients(tmp_path / "gradients.xyz")
-    given = {"model": "mini", "method": "readout", "valid": 10, "epochs": 1, "out": tmp_path / "run"}
+    options = {"model": "mini", "method": "readout", "valid": 10, "epochs": 1, "out": tmp_path / "run"}
     with pytest.raises(InputError, match=r"multiply them by −1.*\[forces-sign\]"):
-        forcetune.fit(data, **given)
+        forcetune.fit(data, **options)
     frames = structures("train")
     frames[5] = frames[2].copy()
     ase.io.write(tmp_path / "twice.xyz", frames, format="extxyz")
     with pytest.warns(ForcetuneWarning, match="duplicate-frames"):
-        forcetune.fit(tmp_path / "twice.xyz", **given | {"valid": forcetune.demo_file("hot")})
+        forcetune.fit(tmp_path / "twice.xyz", **options | {"valid": forcetune.demo_file("hot")})

@@ -126,8 +126,8 @@ def test_aselmdb_is_read_as_any_database(tmp_path: Path) -> None:
     assert not (tmp_path / "a.aselmdb-lock").exists()
     with ase.db.connect(tmp_path / "a.aselmdb") as database:
         database.delete([1, 7])
-    kept = read_frames(tmp_path / "a.aselmdb")
-    assert [frame.energy for frame in kept.frames] == [
+    result = read_frames(tmp_path / "a.aselmdb")
+    assert [frame.energy for frame in result.frames] == [
         atoms.info["REF_energy"] for index, atoms in enumerate(frames) if index not in (0, 6)
     ]
 

@@ -98,11 +98,13 @@ def test_stress_and_virial_that_agree_are_one_label() -> None:
     assert result.keys.stress == "stress"
 
 
-@pytest.mark.parametrize(("factor", "told"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")])
-def test_stress_and_virial_that_disagree_are_told(factor: float, told: str) -> None:
+@pytest.mark.parametrize(
+    ("factor", "sentence"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")]
+)
+def test_stress_and_virial_that_disagree_are_told(factor: float, sentence: str) -> None:
     with pytest.warns(ForcetuneWarning, match="stress taken from 'stress'; 'virial' with other values") as heard:
         frames_from_atoms([with_both(factor * MATRIX * 5 * 6 * 7)])
-    assert told in str(heard[0].message)
+    assert sentence in str(heard[0].message)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
@@ -205,9 +207,9 @@ def test_frames_that_lack_a_label_are_told_and_kept(tmp_path: Path) -> None:
     needed = ("energy", "forces")
     with pytest.warns(ForcetuneWarning) as heard:
         result = read_frames(path, require=(), expect=needed)
-    told = " ".join(str(item.message) for item in heard)
-    assert "2 of 6 frames have no forces under 'REF_forces'" in told
-    assert "1 of 6 frames have no energy under 'REF_energy'" in told and "frame 4" in told
+    messages = " ".join(str(item.message) for item in heard)
+    assert "2 of 6 frames have no forces under 'REF_forces'" in messages
+    assert "1 of 6 frames have no energy under 'REF_energy'" in messages and "frame 4" in messages
     assert [frame.forces is None for frame in result.frames] == [True, True, False, False, False, False]
     with pytest.warns(ForcetuneWarning):
         assert_same(streamed(path, expect=needed).frames, result.frames)

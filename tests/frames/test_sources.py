@@ -162,8 +162,8 @@ def test_nothing_named() -> None:
 @pytest.mark.parametrize("lines", [3, 2, 1])
 def test_a_truncated_file_names_the_frame(lines: int, tmp_path: Path) -> None:
     path = write(tmp_path / "a.xyz", *(labelled(i) for i in range(3)))
-    kept = path.read_text().splitlines(keepends=True)[: 2 * 5 + lines]
-    path.write_text("".join(kept))
+    lines_left = path.read_text().splitlines(keepends=True)[: 2 * 5 + lines]
+    path.write_text("".join(lines_left))
     with pytest.raises(InputError) as caught:
         read_frames(path)
     assert f"{path}, frame 2: the file ends after {max(0, lines - 2)} of the frame's 3 atoms" in str(caught.value)

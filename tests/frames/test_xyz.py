@@ -115,9 +115,9 @@ def test_names_that_are_no_symbols(name: str, tmp_path: Path) -> None:
     symbol, said = NAMES[name]
     path = tmp_path / "a.xyz"
     path.write_text(2 * text_frame("energy=-1", f"O 0 0 0 1 2 3\n  {name}   0 0 1 4 5 6\n"))
-    with pytest.warns(ForcetuneWarning, match=rf"a\.xyz: .*{said}") as told:
+    with pytest.warns(ForcetuneWarning, match=rf"a\.xyz: .*{said}") as warned:
         result = read_frames(path, require=("energy", "forces"))
-    assert len(told) == 1
+    assert len(warned) == 1
     path.write_text(2 * text_frame("energy=-1", f"O 0 0 0 1 2 3\n{symbol} 0 0 1 4 5 6\n"))
     for one, other in zip(result.frames, read_frames(path).frames, strict=True):
         assert_same(one, other)
@@ -134,9 +134,9 @@ def test_names_of_no_element(name: str, hint: str | None, tmp_path: Path) -> Non
     path.write_text(text_frame("energy=-1") + text_frame("energy=-1", f"O 0 0 0 1 2 3\n{name} 0 0 1 4 5 6\n"))
     with pytest.raises(
         InputError, match=rf"a\.xyz, frame 1: atom 1 has the name '{name}', which is no element"
-    ) as told:
+    ) as warned:
         read_frames(path)
-    assert (f"such as '{hint}'" in str(told.value)) == (hint is not None)
+    assert (f"such as '{hint}'" in str(warned.value)) == (hint is not None)
 
 
 def test_names_in_another_column(tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_streamed_frames_are_the_same(tmp_path: Path) -> None:
     path.write_bytes(text.replace("\n", "\r\n").encode("utf-16"))
     asked = LabelKeys("auto", "auto", "auto", "none", "none")
     for _ in range(2):  # a store that is there tells the same
-        with pytest.warns(ForcetuneWarning, match="named 'D' are read as H") as told:
+        with pytest.warns(ForcetuneWarning, match="named 'D' are read as H") as warned:
             stored = stream_frames([str(path)], asked, ("energy",), "data", folder=tmp_path / "store", workers=0)
-        assert sum(issubclass(one.category, ForcetuneWarning) for one in told) == 1
+        assert sum(issubclass(one.category, ForcetuneWarning) for one in warned) == 1
     with pytest.warns(ForcetuneWarning):
         ours = read_frames(path)
     for one, other in zip(stored.frames, ours.frames, strict=True):

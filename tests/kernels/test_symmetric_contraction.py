@@ -130,9 +130,9 @@ def test_kept_coefficients_stay_with_their_layer() -> None:
     step = step_for(torch.tensor([0, 1, 3]))
     x = features_of(torch.randn(3, 8, dtype=torch.float64), ((1, 2), (3, 2)))
     expected = layer(x, step).flat
-    kept = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
+    folded = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
     again = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
-    assert all(one is other for one, other in zip(kept, again, strict=True))
+    assert all(one is other for one, other in zip(folded, again, strict=True))
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x, step).flat, expected)
         for parameter in other.parameters():

@@ -142,9 +142,9 @@ def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> Non
     actual = magnetic(model, layer)
     atoms = crystal()
     spins = spins_of(atoms)
-    told = predict(actual, frame_with(atoms, spins))
-    assert told.fields is not None
-    assert told.stress is not None
+    prediction = predict(actual, frame_with(atoms, spins))
+    assert prediction.fields is not None
+    assert prediction.stress is not None
     step = 2e-4
 
     def energy(
@@ -163,14 +163,14 @@ def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> Non
     for atom, axis in ((0, 0), (3, 1), (7, 2)):
         change = np.zeros((8, 3))
         change[atom, axis] = 1.0
-        assert float(told.forces[atom, axis]) == pytest.approx(-slope("moved", change), rel=1e-7, abs=1e-9)
-        assert float(told.fields[atom, axis]) == pytest.approx(-slope("turned", change), rel=1e-7, abs=1e-9)
+        assert float(prediction.forces[atom, axis]) == pytest.approx(-slope("moved", change), rel=1e-7, abs=1e-9)
+        assert float(prediction.fields[atom, axis]) == pytest.approx(-slope("turned", change), rel=1e-7, abs=1e-9)
     for row, column in ((0, 0), (1, 2)):
         strain = np.zeros((3, 3))
         strain[row, column] += 0.5
         strain[column, row] += 0.5
         stress = slope("strain", strain) / atoms.get_volume()
-        assert float(told.stress[0, row, column]) == pytest.approx(stress, rel=1e-7, abs=1e-10)
+        assert float(prediction.stress[0, row, column]) == pytest.approx(stress, rel=1e-7, abs=1e-10)
 
 
 def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> None:
@@ -209,14 +209,14 @@ def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: 
     without = None
     for layer in (None, LAYERS["spin–orbit"]):
         attach(model, replace(method(name), magnetism=layer), seed=3)
-        told = predict(model, frame)
+        prediction = predict(model, frame)
         if layer is None:
-            without = told
+            without = prediction
         detach(model)
     assert without is not None
-    same(told.energy, without.energy)
-    same(told.forces, without.forces)
-    same(told.moments, frame.spins)
+    same(prediction.energy, without.energy)
+    same(prediction.forces, without.forces)
+    same(prediction.moments, frame.spins)
     after = predict(model, frame)
     assert torch.equal(after.energy, plain.energy)
     assert after.moments is None
@@ -228,17 +228,17 @@ def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: 
 def test_adapters_with_a_layer_are_saved_and_loaded(tmp_path: Path, layer: str, name: str) -> None:
     model = magnetic(layer=layer, name=name)
     frame = frame_with(crystal(), spins_of(crystal()))
-    told = predict(model, frame)
+    prediction = predict(model, frame)
     save_adapter(model, tmp_path / "adapter")
     with disable_adapter(model):
         assert predict(model, frame).moments is None
     detach(model)
     load_adapter(model, tmp_path / "adapter")
     again = predict(model, frame)
-    assert torch.equal(again.energy, told.energy)
-    assert torch.equal(again.forces, told.forces)
+    assert torch.equal(again.energy, prediction.energy)
+    assert torch.equal(again.forces, prediction.forces)
     assert again.moments is not None
-    assert torch.equal(again.moments, torch.as_tensor(told.moments))
+    assert torch.equal(again.moments, torch.as_tensor(prediction.moments))
     with pytest.raises(InputError, match="magnetic layer"):
         merge_weights(model)
     detach(model)
@@ -254,12 +254,12 @@ def test_nothing_changes_by_our_network_and_every_gradient_is_the_librarys(model
         actual = make(**MODELS[model])
         perturb(attach(actual, replace(method("mmea"), magnetism=LAYERS["spin–orbit"])), 0.1)
         batch = collate(build_graphs(actual, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
-        told = actual.predict(batch, stress=True, create_graph=True)
-        assert told.stress is not None
-        assert told.moments is not None
-        loss = told.energy.square().sum() + told.forces.square().sum() + told.stress.square().sum()
-        (loss + told.moments.pow(3).sum()).backward()
-        results.append((told.detached(), [p.grad for p in require_adapter(actual).parameters()]))
+        prediction = actual.predict(batch, stress=True, create_graph=True)
+        assert prediction.stress is not None
+        assert prediction.moments is not None
+        loss = prediction.energy.square().sum() + prediction.forces.square().sum() + prediction.stress.square().sum()
+        (loss + prediction.moments.pow(3).sum()).backward()
+        results.append((prediction.detached(), [p.grad for p in require_adapter(actual).parameters()]))
     (slow, slow_grads), (fast_found, fast_grads) = results
     for one, other in zip(fast_found[:4], slow[:4], strict=True):
         same(one, other)
@@ -293,9 +293,9 @@ def test_every_pair_is_counted_once() -> None:
     (graph,) = build_graphs(model, frames_of(crystal()))
     half = select_half(graph)
     assert 2 * len(half) == graph.n_edges
-    kept = _keys(graph)[half.numpy()]
-    reverse = np.concatenate((kept[:, [1, 0]], -kept[:, 2:]), axis=1)
-    assert len({*map(tuple, kept), *map(tuple, reverse)}) == graph.n_edges
+    pair_keys = _keys(graph)[half.numpy()]
+    reverse = np.concatenate((pair_keys[:, [1, 0]], -pair_keys[:, 2:]), axis=1)
+    assert len({*map(tuple, pair_keys), *map(tuple, reverse)}) == graph.n_edges
 
 
 def _keys(graph: Batch) -> np.ndarray:
@@ -305,11 +305,11 @@ def _keys(graph: Batch) -> np.ndarray:
 def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
     model = magnetic(layer="spin–orbit", name="readout")
     (frame,) = frames_of(crystal())
-    told = predict(model, frame)
-    same(told.moments, np.zeros((8, 3)))
+    prediction = predict(model, frame)
+    same(prediction.moments, np.zeros((8, 3)))
     part = require_adapter(model)
     model.extension = None
-    same(predict(model, frame).energy, told.energy)
+    same(predict(model, frame).energy, prediction.energy)
     model.extension = part.magnetic
 
 

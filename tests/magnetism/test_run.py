@@ -67,13 +67,13 @@ def test_the_spin_lattice_model_has_known_answers() -> None:
     np.testing.assert_allclose(state.moments, MOMENT * up, atol=1e-10)
     atoms = shaken(np.random.default_rng(3))
     spins = directions(atoms, "random", np.random.default_rng(4))
-    told, step = solve(atoms, spins), 1e-4
+    solution, step = solve(atoms, spins), 1e-4
     moved = []
     for sign in (1, -1):
         there = atoms.copy()
         there.positions[5, 1] += sign * step
         moved.append(solve(there, spins).energy)
-    assert told.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
+    assert solution.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
 
 
 def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
@@ -106,29 +106,29 @@ def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
 
     (turned,) = with_spins(result.frames, "directions")
     np.testing.assert_allclose(turned.spins, [[0, 0, 1.0], [0, 0, 0]])  # a moment of 0.01 has no direction
-    (kept,) = with_spins(result.frames, "moments")
-    assert kept.spins is not None
-    np.testing.assert_allclose(kept.spins, result.frames[0].moments)
+    (frame,) = with_spins(result.frames, "moments")
+    assert frame.spins is not None
+    np.testing.assert_allclose(frame.spins, result.frames[0].moments)
 
 
 def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "run"
     settings = [f"--set={name}={value}" for name, value in SETTINGS.items()]
-    code, told, _ = command(
+    code, output, _ = command(
         *("fit", iron / "train.xyz", "--model", iron / "iron.model", "--method", "sparse", "--magnetic"),
         *("--valid", iron / "valid.xyz", "--test", iron / "test.xyz", "--epochs", 4, "--out", out, *settings),
     )
     assert code == 0
-    assert "Moments MAE" in told
+    assert "Moments MAE" in output
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["rotation_error"]["energy_mev_per_atom"] < 1e-6
     assert results["parameters"]["coverage"][-1]["kind"] == "magnetism"
     assert "moment_mae_mub" not in results["errors"]["test"]["before"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Parity plot of moments" in page
-    code, told, _ = command("evaluate", out, iron / "test.xyz", "--json")
+    code, output, _ = command("evaluate", out, iron / "test.xyz", "--json")
     assert code == 0
-    assert json.loads(told) == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
+    assert json.loads(output) == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
     plain = json.loads(command("evaluate", iron / "iron.model", iron / "test.xyz", "--json")[1])
     assert "moment_mae_mub" not in plain
 
@@ -180,8 +180,8 @@ def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, m
 
 
 def test_what_a_magnetic_run_is_trained_on_by_default() -> None:
-    given = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}}
-    config = RunConfig.model_validate(given | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
+    options = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}}
+    config = RunConfig.model_validate(options | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
     training = config.with_defaults_of(0.005, "adam").training
     usual = training.loss
     assert (usual.energy, usual.forces, usual.stress, usual.moments) == (1, 1, None, 1)
@@ -211,16 +211,16 @@ def test_stress_counts_as_the_others_where_frames_have_it(iron: Path, tmp_path: 
 
     first = fit(iron, tmp_path / "with", 2, **settings)
     assert weights(first) == (None, None)
-    given = {"model": iron / "iron.model", "method": "readout", "epochs": 2, "valid": 4}
+    options = {"model": iron / "iron.model", "method": "readout", "epochs": 2, "valid": 4}
     train = without_stress(tmp_path / "train.xyz", iron / "train.xyz")
-    bare = forcetune.fit(train, out=tmp_path / "bare", settings=SETTINGS | settings, **given)
+    bare = forcetune.fit(train, out=tmp_path / "bare", settings=SETTINGS | settings, **options)
     assert weights(bare) == (None, None)
     # what the labels of one run decided is decided again for other frames
-    given = {"config": bare.folder / "config.yaml", "valid": 4}
-    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **given)) == (None, None)
+    options = {"config": bare.folder / "config.yaml", "valid": 4}
+    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **options)) == (None, None)
     asked = {"training.loss.stress": 1.0}
     with pytest.raises(InputError, match="no training frame has stress labels"):
-        forcetune.fit(out=tmp_path / "no", settings=asked, **given)
+        forcetune.fit(out=tmp_path / "no", settings=asked, **options)
 
 
 @pytest.mark.parametrize("rate", [None, 0.02])
@@ -259,9 +259,9 @@ def test_an_ensemble_takes_the_state_and_means_the_moments(iron: Path, tmp_path:
     assert atoms.get_potential_energy() == pytest.approx((single[0][0] + single[1][0]) / 2, abs=1e-10)
     np.testing.assert_allclose(atoms.get_magnetic_moments(), (single[0][1] + single[1][1]) / 2, atol=1e-12)
     np.testing.assert_allclose(atoms.calc.results["effective_field"], (single[0][2] + single[1][2]) / 2, atol=1e-12)
-    code, told, _ = command("evaluate", runs[0].folder, iron / "test.xyz", "--ensemble", runs[1].folder, "--json")
+    code, out, _ = command("evaluate", runs[0].folder, iron / "test.xyz", "--ensemble", runs[1].folder, "--json")
     assert code == 0
-    errors = json.loads(told)
+    errors = json.loads(out)
     own = [run.after["test"].energy_mae_mev for run in runs]
     assert errors["energy_mae_mev"] <= max(own) * 1.0001
     assert errors["moment_mae_mub"] is not None
@@ -279,14 +279,14 @@ def test_keys_of_magnetic_labels_can_be_named_wherever_frames_are_read(
         atoms.arrays["m"] = atoms.arrays.pop("REF_magmoms")
         atoms.arrays["s"] = atoms.arrays.pop("REF_spins")
     ase.io.write(tmp_path / "other.xyz", frames, format="extxyz")
-    code, _, told = command("evaluate", run.folder, tmp_path / "other.xyz", "--json")
-    assert (code, "other.xyz" in told) == (2, True)
+    code, _, err = command("evaluate", run.folder, tmp_path / "other.xyz", "--json")
+    assert (code, "other.xyz" in err) == (2, True)
     keys = ("--moments-key", "m", "--spins-key", "s")
-    code, told, _ = command("evaluate", run.folder, tmp_path / "other.xyz", "--json", *keys)
+    code, out, _ = command("evaluate", run.folder, tmp_path / "other.xyz", "--json", *keys)
     assert code == 0
-    assert json.loads(told)["moment_mae_mub"] == pytest.approx(run.after["test"].to_json()["moment_mae_mub"], rel=1e-6)
-    code, _, told = command("evaluate", iron / "iron.model", tmp_path / "other.xyz", *keys)
-    assert (code, "no magnetic layer" in told) == (2, True)
+    assert json.loads(out)["moment_mae_mub"] == pytest.approx(run.after["test"].to_json()["moment_mae_mub"], rel=1e-6)
+    code, _, err = command("evaluate", iron / "iron.model", tmp_path / "other.xyz", *keys)
+    assert (code, "no magnetic layer" in err) == (2, True)
     # two states of one structure are no duplicates for the doctor, whatever the key
     twice = [frames[0], frames[0].copy()]
     twice[1].info, twice[1].calc = dict(frames[0].info), frames[0].calc
@@ -294,8 +294,8 @@ def test_keys_of_magnetic_labels_can_be_named_wherever_frames_are_read(
     ase.io.write(tmp_path / "twice.xyz", twice, format="extxyz")
     for key, has_spins in (("s", False), ("none", True)):
         arguments = ("--model", iron / "iron.model", "--spins-key", key, "--json")
-        told = command("doctor", tmp_path / "twice.xyz", *arguments)[1]
-        codes = {one["code"] for one in json.loads(told)["findings"]}
+        out = command("doctor", tmp_path / "twice.xyz", *arguments)[1]
+        codes = {one["code"] for one in json.loads(out)["findings"]}
         assert any(code.startswith("duplicate") for code in codes) == has_spins, codes
 
 
@@ -385,10 +385,10 @@ def test_bad_magnetic_data_stop_at_the_door(
     ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
     out = tmp_path / "run"
     arguments = ("--model", iron / "iron.model", "--magnetic", "--epochs", 2, "--out", out, "--set", "data.doctor=off")
-    code, _, told = command("fit", tmp_path / "bad.xyz", *arguments)
+    code, _, err = command("fit", tmp_path / "bad.xyz", *arguments)
     assert code == 2
     for word in ("bad.xyz", *words):
-        assert word in told
+        assert word in err
     assert not out.exists()
 
 

@@ -31,8 +31,8 @@ def test_short_demo_tells_what_it_did(tmp_path: Path, command: Command) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Energy conservation" in page and "Test hot" in page
 
-    code, _, told = command("demo", "--out", out)
-    assert code == 2 and "is not empty" in told
+    code, _, err = command("demo", "--out", out)
+    assert code == 2 and "is not empty" in err
 
 
 @pytest.mark.slow
@@ -58,10 +58,10 @@ def test_data_of_the_demo_are_complete_and_never_overlap() -> None:
 
 
 def test_fit_without_a_model_starts_from_mini_and_says_so(tmp_path: Path, command: Command) -> None:
-    given = ["fit", forcetune.demo_file("train"), "--method", "readout", "--epochs", 1, "--out"]
-    code, _, told = command(*given, tmp_path / "run")
-    assert code == 0 and "no model named: starting from mini" in told
-    assert "no model named" not in command(*given, tmp_path / "two", "--model", "mini")[2]
+    arguments = ["fit", forcetune.demo_file("train"), "--method", "readout", "--epochs", 1, "--out"]
+    code, _, err = command(*arguments, tmp_path / "run")
+    assert code == 0 and "no model named: starting from mini" in err
+    assert "no model named" not in command(*arguments, tmp_path / "two", "--model", "mini")[2]
 
 
 def run_example(name: str, *arguments: object) -> str:

@@ -60,6 +60,6 @@ def test_the_report_shows_it(runs: dict[str, Path]) -> None:
 
 def test_an_adapter_alone_needs_frames_for_its_gates(runs: dict[str, Path], tmp_path: Path, command: Command) -> None:
     shutil.copytree(runs["mmea"] / "adapter", tmp_path / "alone")
-    code, _, told = command("inspect", tmp_path / "alone")
-    assert code == 2 and "--data" in told
+    code, _, err = command("inspect", tmp_path / "alone")
+    assert code == 2 and "--data" in err
     assert command("inspect", tmp_path / "alone", "--data", forcetune.demo_file("test"))[0] == 0

@@ -55,8 +55,8 @@ def changed(structures: Sequence[Atoms], change: Callable[[Atoms], Any]) -> list
 
 
 def fit(command: Command, data: Path, run: Path, *more: object, model: object = "mini") -> tuple[int, str, str]:
-    given = ("--model", model, "--method", "readout", "--epochs", 1, "--valid", 1, "--out", run)
-    return command("fit", data, *given, *more)
+    arguments = ("--model", model, "--method", "readout", "--epochs", 1, "--valid", 1, "--out", run)
+    return command("fit", data, *arguments, *more)
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -150,8 +150,8 @@ def test_the_gradient_of_the_loss_follows_stress(crystals: list[Atoms], tmp_path
     paths = [write(tmp_path / "a.xyz", crystals), write(tmp_path / "b.xyz", other)]
 
     def forces(path: Path, name: str, **settings: Any) -> float:
-        given = {"training.batch_size": 9, "data.doctor": "off", "output.forgetting": False, **settings}
-        run = forcetune.fit(path, method="readout", valid=1, epochs=1, out=tmp_path / name, settings=given)
+        options = {"training.batch_size": 9, "data.doctor": "off", "output.forgetting": False, **settings}
+        run = forcetune.fit(path, method="readout", valid=1, epochs=1, out=tmp_path / name, settings=options)
         errors = run.after["train"].forces_mae_mev_per_ang
         assert errors is not None
         return errors
@@ -294,14 +294,14 @@ def test_training_counts_each_label_by_itself(tmp_path: Path) -> None:
         atoms.info |= {"REF_energy": 1e3, "config_weight": 0.0}
     adapters = []
     for name, frames in (("one", plain), ("two", [*plain[:4], *noise, *plain[4:]])):
-        given = {"data.doctor": "off", "output.forgetting": False}
+        settings = {"data.doctor": "off", "output.forgetting": False}
         data = write(tmp_path / f"{name}.xyz", frames)
         options = {"model": str(model), "method": "readout", "valid": 2, "epochs": 2, "out": tmp_path / name}
         if name == "two":
             with pytest.warns(ForcetuneWarning, match="4 of 14 frames have config_weight 0 and are left out"):
-                run = forcetune.fit(data, settings=given, **options)
+                run = forcetune.fit(data, settings=settings, **options)
         else:
-            run = forcetune.fit(data, settings=given, **options)
+            run = forcetune.fit(data, settings=settings, **options)
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
 

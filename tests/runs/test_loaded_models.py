@@ -39,9 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(data: Path, model: Any, out: Path, **settings: Any) -> forcetune.Run:
-    given = {"training.batch_size": 4, "training.threads": 1, "method.rank": 2}
+    options = {"training.batch_size": 4, "training.threads": 1, "method.rank": 2}
     named = {key.replace("__", "."): value for key, value in settings.items()}
-    return forcetune.fit(data, model=model, method="elora", valid=3, epochs=2, out=out, settings=given | named)
+    return forcetune.fit(data, model=model, method="elora", valid=3, epochs=2, out=out, settings=options | named)
 
 
 def opened(run: Path, data: Path, command: Command, *, by_all: bool = True) -> float:
@@ -174,23 +174,23 @@ def test_everything_else_takes_a_loaded_model_as_its_path(data: Path, model: Pat
     run = fit(data, model, tmp_path / "run").folder
     second = fit(data, model, tmp_path / "second", training__seed=7).folder
     whole = load(model)  # knows nitrogen, too
-    for given in (model, whole):
+    for one_model in (model, whole):
         atoms = labelled(1)[0]
-        atoms.calc = forcetune.calculator(given, adapter=run)
+        atoms.calc = forcetune.calculator(one_model, adapter=run)
         energies: list[Any] = [atoms.get_potential_energy()]
-        atoms.calc = forcetune.calculator(given)
+        atoms.calc = forcetune.calculator(one_model)
         energies.append(atoms.get_potential_energy())
-        energies.append(forcetune.evaluate(given, data).forces_mae_mev_per_ang)
-        energies.append(forcetune.evaluate(given, data, adapter=run).forces_mae_mev_per_ang)
-        energies.append(forcetune.evaluate(run, data, base=given).forces_mae_mev_per_ang)
-        energies.append(forcetune.evaluate_ensemble([run, second], data, base=given)["forces_mae_mev_per_ang"])
-        energies.append(inspect(run, against=second, model=given).changes.paths[0].relative)
-        merged = forcetune.merge(run, tmp_path / "tuned.model", model=given)
+        energies.append(forcetune.evaluate(one_model, data).forces_mae_mev_per_ang)
+        energies.append(forcetune.evaluate(one_model, data, adapter=run).forces_mae_mev_per_ang)
+        energies.append(forcetune.evaluate(run, data, base=one_model).forces_mae_mev_per_ang)
+        energies.append(forcetune.evaluate_ensemble([run, second], data, base=one_model)["forces_mae_mev_per_ang"])
+        energies.append(inspect(run, against=second, model=one_model).changes.paths[0].relative)
+        merged = forcetune.merge(run, tmp_path / "tuned.model", model=one_model)
         energies.append(forcetune.evaluate(merged.path, data).forces_mae_mev_per_ang)
-        checked = forcetune.doctor(data, model=given)
+        checked = forcetune.doctor(data, model=one_model)
         energies.append([checked.facts["agreement"]["train"]["forces"], checked.facts["model"]])
-        energies.append([row["trainable"] for row in forcetune.compare_methods(given, elements=["H", "C", "O"])])
-        if given is model:
+        energies.append([row["trainable"] for row in forcetune.compare_methods(one_model, elements=["H", "C", "O"])])
+        if one_model is model:
             expected = energies
     assert energies[:-2] == pytest.approx(expected[:-2], rel=1e-11)
     assert energies[-2][0]["correlation"] == pytest.approx(expected[-2][0]["correlation"], rel=1e-9)
@@ -219,13 +219,13 @@ def test_a_model_with_an_adapter_is_refused_where_another_would_be_put_on_it(
 
 
 def test_comparisons_of_a_loaded_model(data: Path, model: Path, tmp_path: Path) -> None:
-    def compare(given: Any, name: str) -> forcetune.runs.compare.ComparisonRun:  # pyright: ignore
+    def compare(a_model: Any, name: str) -> forcetune.runs.compare.ComparisonRun:  # pyright: ignore
         sections = {
             "data": {"train": [str(data)], "valid": 3},
             "training": {"epochs": 1},
             "output": {"run": str(tmp_path / name)},
         }
-        return forcetune.compare(forcetune.load_config(given=sections), ["readout", "gain"], model=given)
+        return forcetune.compare(forcetune.load_config(given=sections), ["readout", "gain"], model=a_model)
 
     backbone = load(model)
     one, other = compare(model, "one"), compare(backbone, "other")

@@ -243,19 +243,21 @@ def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:
 
 def test_a_run_says_how_its_steps_were(tmp_path: Path, command: Command) -> None:
     frames, model = write_labelled(tmp_path / "frames.xyz", 12), write_model(tmp_path / "small.model", **SMALL)
-    given = ("fit", frames, "--model", model, "--valid", "4", "--epochs", "2", "--method", "readout")
-    code, _, told = command(*given, "--out", tmp_path / "on", "--compile", "on")
-    assert code == 0 and "eager" not in told
+    arguments = ("fit", frames, "--model", model, "--valid", "4", "--epochs", "2", "--method", "readout")
+    code, _, err = command(*arguments, "--out", tmp_path / "on", "--compile", "on")
+    assert code == 0 and "eager" not in err
     training = json.loads((tmp_path / "on" / "results.json").read_text())["training"]
     assert training["traced_operations"] > 100 and training["untraced"] is None
-    code, _, told = command(*given, "--out", tmp_path / "auto")
-    assert code == 0 and "eager" not in told
+    code, _, err = command(*arguments, "--out", tmp_path / "auto")
+    assert code == 0 and "eager" not in err
     training = json.loads((tmp_path / "auto" / "results.json").read_text())["training"]
     assert training["traced_operations"] == 0 and "before compiling pays" in training["untraced"]
-    code, _, told = command(*given, "--out", tmp_path / "packed", "--compile", "on", "--set", "training.batch_atoms=40")
-    assert code == 0 and "training steps are eager, not compiled (training.compile): its batches are packed" in told
-    code, _, told = command(*given, "--out", tmp_path / "no", "--compile", "yes")
-    assert code == 2 and "compile" in told
+    code, _, err = command(
+        *arguments, "--out", tmp_path / "packed", "--compile", "on", "--set", "training.batch_atoms=40"
+    )
+    assert code == 0 and "training steps are eager, not compiled (training.compile): its batches are packed" in err
+    code, _, err = command(*arguments, "--out", tmp_path / "no", "--compile", "yes")
+    assert code == 2 and "compile" in err
 
 
 def test_steps_that_turn_out_uncompilable_go_on_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,8 +87,8 @@ def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(
         )
 
     peace = fit("peace")
-    told = peace.results["training"]["refinement"]
-    assert told["valid_loss_after"] <= told["valid_loss_before"]
+    refinement = peace.results["training"]["refinement"]
+    assert refinement["valid_loss_after"] <= refinement["valid_loss_before"]
     real = fitting.refine
 
     def dies(*arguments: Any, **options: Any) -> Any:
@@ -100,7 +100,7 @@ def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(
         fit("killed")
     monkeypatch.undo()
     again = forcetune.resume(tmp_path / "killed")
-    assert again.results["training"]["refinement"] == told
+    assert again.results["training"]["refinement"] == refinement
     one, other = (load_file(actual.adapter / "adapter_model.safetensors") for actual in (peace, again))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     page = (tmp_path / "peace" / "report.html").read_text(encoding="utf-8")

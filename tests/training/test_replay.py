@@ -234,6 +234,6 @@ def test_bad_replay_is_said_before_anything_is_written(tmp_path: Path, command: 
         ("replay.weight=0", "replay.weight"),
         (f"replay.data=[{frames}]", ""),
     ):
-        code, _, told = command(*run, "--set", setting)
-        assert (code, message in told) == ((2, True) if message else (0, True)), told
+        code, _, err = command(*run, "--set", setting)
+        assert (code, message in err) == ((2, True) if message else (0, True)), err
         assert (tmp_path / "run").exists() == (not message)

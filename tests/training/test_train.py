@@ -132,12 +132,12 @@ def test_early_stopping_of_the_first_stage_begins_the_second(
     stages: str,
     ended: str,
 ) -> None:
-    validate, told = FineTuning._validation, iter(losses)
-    monkeypatch.setattr(FineTuning, "_validation", lambda self, *given: (next(told), validate(self, *given)[1]))
+    validate, script = FineTuning._validation, iter(losses)
+    monkeypatch.setattr(FineTuning, "_validation", lambda self, *given: (next(script), validate(self, *given)[1]))
     outcome, saved, _ = run(model, tmp_path, "readout", schedule={"name": "cosine"}, early_stopping=2, **options)
     table = rows(tmp_path)
     assert "".join(row["stage"] for row in table) == stages
-    assert next(told, None) is None
+    assert next(script, None) is None
     assert outcome.status == ended
     assert outcome.epochs_done == len(stages)
     second = [index for index, stage in enumerate(stages) if stage == "2"]

@@ -37,8 +37,8 @@ def frames(path: Path) -> Path:
 def fit(folder: Path, data: Path, model: Path, processes: int, *more: str, resume: bool = False) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "forcetune"]
     options = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
-    given = [str(data), "--model", str(model), "--valid", "5", "--epochs", "3", "--out", str(folder), *options, *more]
-    command = ["resume", str(folder)] if resume else ["fit", "--set", "data.doctor=off", *given]
+    words = [str(data), "--model", str(model), "--valid", "5", "--epochs", "3", "--out", str(folder), *options, *more]
+    command = ["resume", str(folder)] if resume else ["fit", "--set", "data.doctor=off", *words]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else ["-m", "forcetune"]), *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -120,9 +120,11 @@ def test_an_unknown_element_is_an_error_and_no_number(
     numbers = known.numbers.clone()
     numbers[int(known.ptr[1]) + 2] = number
     for stress in (False, True):
-        with pytest.raises(InputError, match=f"does not know the {named}.*structure 1, atom 2.*it has H, C, O") as told:
+        with pytest.raises(
+            InputError, match=f"does not know the {named}.*structure 1, atom 2.*it has H, C, O"
+        ) as caught:
             model.predict(replace(known, numbers=numbers), stress=stress)
-        assert str(told.value).count(".") == 2
+        assert str(caught.value).count(".") == 2
     assert model.predict(known).energy.isfinite().all()
 
 

@@ -83,19 +83,19 @@ def everything(tuned: NetworkBackbone, batch: Batch, *, stress: bool = True) -> 
 
 def features_of_atoms(tuned: NetworkBackbone, batch: Batch) -> Tensor:
     """Of all layers side by side, as mace gives them."""
-    kept: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: Any, output: Any) -> None:
         if isinstance(output, dict):
-            kept.append(output["node_feats"].detach())
+            outputs.append(output["node_feats"].detach())
         else:
             plan, (_, layers) = arguments[0], output
-            kept.append(torch.cat([layer.flat for layer in layers], dim=1).detach()[plan.place])
+            outputs.append(torch.cat([layer.flat for layer in layers], dim=1).detach()[plan.place])
 
     handle = tuned.model.register_forward_hook(keep)
     tuned.predict(batch)
     handle.remove()
-    return kept[0]
+    return outputs[0]
 
 
 def same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:

@@ -75,9 +75,9 @@ def test_what_is_not_computed_is_refused_by_name(
         NequIPBackbone.load(file)
     assert words in str(caught.value)
     assert "cannot be rebuilt" in str(caught.value)
-    code, _, told = command("methods", "--model", file)
+    code, _, err = command("methods", "--model", file)
     assert code == 2
-    assert words[:20] in told
+    assert words[:20] in err
 
 
 @pytest.mark.parametrize(

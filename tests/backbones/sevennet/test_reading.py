@@ -58,10 +58,10 @@ def test_what_is_not_computed_is_refused_by_name(
     tmp_path: Path, command: Command, key: str, value: Any, words: str
 ) -> None:
     file = written(tmp_path, changed(key, value))
-    code, _, told = command("methods", "--model", file)
+    code, _, err = command("methods", "--model", file)
     assert code == 2
-    assert words in told
-    assert f"{file} cannot be rebuilt" in told or "cannot be rebuilt" in told
+    assert words in err
+    assert f"{file} cannot be rebuilt" in err or "cannot be rebuilt" in err
 
 
 def test_checkpoints_converted_for_an_accelerator_are_refused_by_what_they_hold(tmp_path: Path) -> None:

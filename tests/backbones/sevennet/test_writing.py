@@ -133,18 +133,18 @@ def test_other_precisions(tmp_path: Path) -> None:
 def test_a_tuned_modality_is_replaced_and_the_others_keep_their_rows(tmp_path: Path, command: Command) -> None:
     base = write_checkpoint(tmp_path / "base.pth", RECIPES["modalities, all by modality"])
     adapter = tuned(base, tmp_path / "adapter", "elora", head="b", elements=(1, 6, 8))
-    code, told, _ = command("merge", adapter, "-o", tmp_path / "tuned.pth", "--model", base)
+    code, out, _ = command("merge", adapter, "-o", tmp_path / "tuned.pth", "--model", base)
     assert code == 0
-    assert "modality b was replaced" in told
+    assert "modality b was replaced" in out
     one, other = (opened(path)["model_state_dict"] for path in (base, tmp_path / "tuned.pth"))
     widths = {"0_self_interaction_1.linear.weight": 4, "onehot_to_feature_x.linear.weight": 4}
     for key, width in widths.items():
         rows = [state[key][-3 * width :].view(3, width) for state in (one, other)]
         assert torch.equal(rows[0][[0, 2]], rows[1][[0, 2]])
         assert not torch.equal(rows[0][1], rows[1][1])
-    code, _, told = command("merge", adapter, "-o", tmp_path / "more.pth", "--model", base, "--modality", "mine")
+    code, _, err = command("merge", adapter, "-o", tmp_path / "more.pth", "--model", base, "--modality", "mine")
     assert code == 2
-    assert "method elora has changed layers that all modalities share" in told
+    assert "method elora has changed layers that all modalities share" in err
     assert not (tmp_path / "more.pth").exists()
 
 
@@ -187,21 +187,21 @@ def test_names_of_new_modalities(tmp_path: Path, command: Command) -> None:
     output = tmp_path / "tuned.pth"
 
     def run(*more: object) -> tuple[int, str]:
-        code, told, failed = command("merge", tmp_path / "a", "-o", output, "--model", base, *more)
-        return code, told + failed
+        code, out, failed = command("merge", tmp_path / "a", "-o", output, "--model", base, *more)
+        return code, out + failed
 
-    code, told = run()  # the folder has the name of a modality
+    code, out = run()  # the folder has the name of a modality
     assert code == 0
-    assert "modality forcetune was added; the others are what they were" in told
-    code, told = run("--modality", "PBE-D4")
+    assert "modality forcetune was added; the others are what they were" in out
+    code, out = run("--modality", "PBE-D4")
     assert code == 0
     assert SevenNetBackbone.load(output, head="PBE-D4").modalities == ("a", "b", "PBE-D4")
-    code, told = run("--modality", "a")
+    code, out = run("--modality", "a")
     assert code == 2
-    assert "has the modality a already; name the new one with --modality" in told
-    code, told = run("--modality", "b")
+    assert "has the modality a already; name the new one with --modality" in out
+    code, out = run("--modality", "b")
     assert code == 0
-    assert "modality b was replaced" in told
+    assert "modality b was replaced" in out
     assert SevenNetBackbone.load(output, head="b").modalities == ("a", "b")
     plain = write_checkpoint(tmp_path / "plain.pth", RECIPES["parity, fully connected"])
     tuned(plain, tmp_path / "plain" / "adapter", "elora")
@@ -295,15 +295,15 @@ def assert_other_elements_and_modalities_are_untouched(base: Path, merged: Path,
     table = list(whole.content.architecture.type_map)
     assert len(table) == 89
     trained = [table.index(z) for z in (13, 28, 29)]
-    kept = [row for row in range(89) if row not in trained]
+    untouched = [row for row in range(89) if row not in trained]
     rows = [checkpoint["onehot_to_feature_x.linear.weight"].view(89, -1) for checkpoint in (state, written)]
-    assert torch.equal(rows[0][kept], rows[1][kept])
+    assert torch.equal(rows[0][untouched], rows[1][untouched])
     shifts = [checkpoint["rescale_atomic_energy.shift"] for checkpoint in (state, written)]
     if head is None:
-        assert torch.equal(shifts[0][kept], shifts[1][kept])
+        assert torch.equal(shifts[0][untouched], shifts[1][untouched])
         return
     chosen = whole.modalities.index(head)
-    assert torch.equal(shifts[0][chosen][kept], shifts[1][chosen][kept])
+    assert torch.equal(shifts[0][chosen][untouched], shifts[1][chosen][untouched])
     assert torch.equal(shifts[0][1 - chosen], shifts[1][1 - chosen])
     modal = [checkpoint["reduce_input_to_hidden.linear.weight"][-128:].view(2, 64) for checkpoint in (state, written)]
     assert torch.equal(modal[0][1 - chosen], modal[1][1 - chosen])

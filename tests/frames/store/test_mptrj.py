@@ -105,15 +105,15 @@ def test_other_json_is_not_taken_for_it(tmp_path: Path) -> None:
 def test_data_sets_are_listed_and_fetched(
     tmp_path: Path, command: Command, server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, told, _ = command("datasets", "--json")
+    code, out, _ = command("datasets", "--json")
     assert code == 0
-    assert {one["name"] for one in json.loads(told)} == {"mptrj", "mptrj-json"}
+    assert {one["name"] for one in json.loads(out)} == {"mptrj", "mptrj-json"}
     content = b"not the real one" * 1000
     server.contents["/mp-trj.extxyz.zip"] = Content(content)
     monkeypatch.setenv(published.MIRROR_VARIABLE, server.url)
-    code, _, told = command("datasets", "download", "mptrj", "--folder", tmp_path)
+    code, _, err = command("datasets", "download", "mptrj", "--folder", tmp_path)
     assert code == 2
-    assert "MD5" in told
+    assert "MD5" in err
     assert not (tmp_path / "mp-trj.extxyz.zip").exists()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     monkeypatch.setattr(published, "_DATASETS", (replace(list_datasets()[0], md5=digest),))

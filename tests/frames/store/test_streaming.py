@@ -70,9 +70,9 @@ def test_every_format_gives_the_frames_that_are_read_into_memory(tmp_path: Path,
         assert_same(one, other)
         assert one.origin == other.origin
     assert result.frames.atoms.tolist() == [len(frame) for frame in expected.frames]
-    kept, alone = separate_isolated(result.frames)
+    molecules, alone = separate_isolated(result.frames)
     assert [frame.origin.index for frame in alone] == [5, 200]
-    assert len(kept) == 298
+    assert len(molecules) == 298
     assert result.frames[-1].origin.index == 299
     assert [frame.origin.index for frame in result.frames[10:20:5]] == [10, 15]
 
@@ -134,13 +134,13 @@ FAULTS = [plain, lacking, not_finite, wrong_shape, no_element, other_key, better
 
 
 def outcome(read: Callable[[], FrameSet]) -> tuple[object, list[str]]:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
             result: object = read().keys
         except InputError as error:
             result = str(error)
-    return result, [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
+    return result, [str(warning.message) for warning in warned if issubclass(warning.category, ForcetuneWarning)]
 
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=[fault.__name__ for fault in FAULTS])
@@ -430,9 +430,9 @@ def test_a_stress_without_a_cell_is_named_as_in_memory(tmp_path: Path) -> None:
     assert isinstance(streamed, StoredFrames)
     assert streamed.stress_without_cell.tolist() == [False, False, True, False, True, False]
     model = backbone(elements=(1, 6, 8))
-    told = []
+    messages = []
     for frames in (in_memory, streamed):
         with pytest.warns(ForcetuneWarning, match=r"frame 2: has a stress but no cell .* \(2 of 6 frames\)") as caught:
             build_graphs(model, frames)
-        told.append([str(one.message) for one in caught if one.category is ForcetuneWarning])
-    assert told[0] == told[1]
+        messages.append([str(one.message) for one in caught if one.category is ForcetuneWarning])
+    assert messages[0] == messages[1]
