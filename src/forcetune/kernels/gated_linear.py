@@ -7,7 +7,7 @@ product is added to, and both give their gradient by the input in one product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from forcetune.kernels.compiled import gate as compiled_gate
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.constants import Constant
-from forcetune.kernels.linear import Block, matrices
-
-Gain = Callable[[Tensor], tuple[Tensor, Tensor]]
+from forcetune.kernels.gain import GainKind, gain_and_slope
+from forcetune.kernels.linear import Block, equivariant_linear, matrices
 
 _NOTHING = Constant(torch.zeros(1))
 Span = tuple[int, int]
@@ -48,14 +49,14 @@ class GatedStructure:
         n_outputs: outputs of the layer.
         scalars: which input has the even scalars that drive the gate.
         activation: whether a SiLU follows W↓.
-        gain: φ and φ′.
+        gain: φ.
     """
 
     blocks: tuple[GatedBlock, ...]
     n_outputs: int
     scalars: int
     activation: bool
-    gain: Gain
+    gain: GainKind
 
 
 class GateWeights(NamedTuple):
@@ -99,6 +100,43 @@ class _Prepared:
     transposed: list[Tensor]
 
 
+class _Compiled:
+    """The gate of a structure as compiled kernels have it.
+
+    Attributes:
+        gate: that they apply.
+        targets: outputs that the gate changes, in its order.
+    """
+
+    def __init__(self, structure: GatedStructure, rank: int, n_in: int, dims: Sequence[int]) -> None:
+        changed = sorted((b for b in structure.blocks if b.shift or b.gain), key=lambda gated: gated.block.target)
+        self.targets = [gated.block.target for gated in changed]
+        blocks = tuple((gated.gain is not None, dims[gated.block.source], gated.block.fan_out) for gated in changed)
+        shape = compiled_gate.GateShape(structure.activation, structure.gain, rank, n_in, blocks)
+        self.structure = structure
+        self.spans = [(gated.shift, gated.gain) for gated in changed]
+        self.has_shifts = any(gated.shift for gated in changed)
+        self.gate = compiled_gate.Gate(shape, shape.flat, self._reference)
+
+    def _reference(self, driver: Tensor, weights: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+        """What the kernels compute, by operations that PyTorch differentiates as often as wanted."""
+        hidden = functional.linear(driver.squeeze(1), weights[0], weights[1])
+        hidden = functional.silu(hidden) if self.structure.activation else hidden
+        shifts = functional.linear(hidden, weights[2], weights[3]) if self.has_shifts else None
+        place = 4 if self.has_shifts else 2
+        gains = None
+        if len(weights) > place:
+            gains, _ = gain_and_slope(self.structure.gain, functional.linear(hidden, *weights[place : place + 2]))
+        results: list[Tensor] = []
+        for block, (shift, gain) in zip(blocks, self.spans, strict=True):
+            if shift is not None and shifts is not None:
+                results.append(block + _columns(shifts, shift).unsqueeze(1))
+            else:
+                assert gain is not None and gains is not None
+                results.append(block * _columns(gains, gain).unsqueeze(1))
+        return results
+
+
 class _Entry(NamedTuple):
     """A block, and the places of its shifts or gains among all; -1 for none."""
 
@@ -132,6 +170,21 @@ class FixedWeights:
             for gated in structure.blocks
         ]
         self._kept: _Prepared | None = None
+        # one gain for all channels of a block is left to PyTorch's operations
+        self._compilable = all(
+            gated.gain is None or gated.gain[1] - gated.gain[0] == gated.block.fan_out for gated in structure.blocks
+        )
+        self._compiled: _Compiled | None = None
+
+    def compiled(self, kernels: Kernels, gate: GateWeights, inputs: Sequence[Tensor]) -> _Compiled | None:
+        """What compiled kernels need; None where this gate, or this computer, has none."""
+        driver = inputs[self.structure.scalars]
+        if not (self._compilable and takes_compiled(kernels, driver)):
+            return None
+        if self._compiled is None:
+            rank, n_in = gate.down.shape
+            self._compiled = _Compiled(self.structure, rank, n_in, [x.shape[1] for x in inputs])
+        return self._compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FixedWeights, (self.structure,)
@@ -176,7 +229,12 @@ def _is_tensor(value: Tensor | None) -> bool:
 
 
 def gated_linear(
-    structure: GatedStructure, weight: Tensor, gate: GateWeights, inputs: Sequence[Tensor], fixed: FixedWeights
+    structure: GatedStructure,
+    weight: Tensor,
+    gate: GateWeights,
+    inputs: Sequence[Tensor],
+    fixed: FixedWeights,
+    kernels: Kernels = "auto",
 ) -> Sequence[Tensor]:
     """(atoms, dim, channels) of each output from those of each input.
 
@@ -189,12 +247,40 @@ def gated_linear(
         gate: its weights.
         inputs: (atoms, dim, channels) each.
         fixed: for this structure, from the call before.
+        kernels: that compute the gate.
     """
+    compiled = fixed.compiled(kernels, gate, inputs)
     if weight.requires_grad or gate.trains:
-        return _forward(structure, weight, gate, inputs)
+        return _differentiable(structure, weight, gate, inputs, compiled)
+    prepared = fixed.of(weight, gate)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        return _fixed_forward(fixed.of(weight, gate), inputs).outputs
-    return _Fixed.apply(fixed.of(weight, gate), weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+        if compiled is not None:
+            return _compiled_forward(prepared, compiled, inputs).outputs
+        return _fixed_forward(prepared, inputs).outputs
+    if compiled is not None:
+        return _CompiledFixed.apply(prepared, compiled, weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+    return _Fixed.apply(prepared, weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+
+
+def _differentiable(
+    structure: GatedStructure,
+    weight: Tensor,
+    gate: GateWeights,
+    inputs: Sequence[Tensor],
+    compiled: _Compiled | None,
+) -> list[Tensor]:
+    """Can be differentiated as often as wanted."""
+    if compiled is None:
+        return _forward(structure, weight, gate, inputs)
+    # every output has a block, so that none is filled with zeros
+    shapes = [(0, 0)] * structure.n_outputs
+    outputs = equivariant_linear([gated.block for gated in structure.blocks], weight, inputs, shapes)
+    weights = [tensor for tensor in gate if tensor is not None]
+    plain = [outputs[target] for target in compiled.targets]
+    changed = compiled_gate.apply_gate(compiled.gate, inputs[structure.scalars], weights, plain)
+    for target, block in zip(compiled.targets, changed, strict=True):
+        outputs[target] = block
+    return outputs
 
 
 def _forward(structure: GatedStructure, weight: Tensor, gate: GateWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -205,7 +291,7 @@ def _forward(structure: GatedStructure, weight: Tensor, gate: GateWeights, input
     if gate.shift is not None:
         shifts = functional.linear(hidden, gate.shift, gate.shift_bias)
     if gate.gain is not None:
-        gains, _ = structure.gain(functional.linear(hidden, gate.gain, gate.gain_bias))
+        gains, _ = gain_and_slope(structure.gain, functional.linear(hidden, gate.gain, gate.gain_bias))
     outputs: list[Any] = [None] * structure.n_outputs
     blocks = [gated.block for gated in structure.blocks]
     for gated, matrix in zip(structure.blocks, matrices(blocks, weight), strict=True):
@@ -255,7 +341,7 @@ def _fixed_forward(fixed: _Prepared, inputs: Sequence[Tensor]) -> _Pass:
     gains: Sequence[Tensor] = ()
     slopes = None
     if owner.gain_widths:
-        every, slopes = structure.gain(parts[-1])
+        every, slopes = gain_and_slope(structure.gain, parts[-1])
         every = every.unsqueeze(1)
         gains = every.split(owner.gain_widths, dim=2) if len(owner.gain_widths) > 1 else (every,)
     outputs: list[Any] = [None] * structure.n_outputs
@@ -300,9 +386,7 @@ class _Fixed(torch.autograd.Function):
         fixed: _Prepared = ctx.fixed
         if torch.is_grad_enabled():
             outputs = _forward(fixed.owner.structure, ctx.weight, ctx.gate, inputs)
-            reached = [x for x, wants in zip(inputs, wanted, strict=True) if wants]
-            found = iter(torch.autograd.grad(outputs, reached, grads, create_graph=True, allow_unused=True))
-            return None, None, None, *(next(found) if wants else None for wants in wanted)
+            return None, None, None, *_pulled_again(outputs, inputs, wanted, grads)
         found = _fixed_backward(fixed, ctx.kept, len(inputs), grads)
         return None, None, None, *(one if wants else None for one, wants in zip(found, wanted, strict=True))
 
@@ -341,3 +425,98 @@ def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequenc
         found[source] = one if before is None else before + one
     found[owner.structure.scalars] = driving.unsqueeze(1)
     return found
+
+
+# ---- compiled kernels, constant weights ------------------------------------------------------------------------------
+
+
+class _CompiledPass(NamedTuple):
+    """A forward pass and what a backward pass needs of it.
+
+    Attributes:
+        outputs: of the layer.
+        plain: blocks that the gate changes, before it does.
+        kept: by the gate.
+    """
+
+    outputs: tuple[Tensor, ...]
+    plain: list[Tensor]
+    kept: tuple[Tensor, Tensor]
+
+
+def _compiled_forward(fixed: _Prepared, compiled: _Compiled, inputs: Sequence[Tensor]) -> _CompiledPass:
+    owner = fixed.owner
+    outputs: list[Any] = [None] * owner.structure.n_outputs
+    for entry, matrix in zip(owner.entries, fixed.matrices, strict=True):
+        outputs[entry.target] = _times(inputs[entry.source], matrix)
+    plain = [outputs[target] for target in compiled.targets]
+    driver = inputs[owner.structure.scalars].contiguous()
+    p, q, *changed = compiled_gate.value(compiled.gate.flat, driver, fixed.held[1:], plain)
+    for target, block in zip(compiled.targets, changed, strict=True):
+        outputs[target] = block
+    return _CompiledPass(tuple(outputs), plain, (p, q))
+
+
+class _CompiledFixed(torch.autograd.Function):
+    """As :class:`_Fixed`, the gate by compiled kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fixed: _Prepared, compiled: _Compiled, weight: Tensor, gate: GateWeights, *inputs: Tensor
+    ) -> Any:
+        ctx.fixed, ctx.compiled, ctx.weight, ctx.gate = fixed, compiled, weight, gate
+        ctx.save_for_backward(*inputs)
+        result = _compiled_forward(fixed, compiled, inputs)
+        ctx.kept = result._replace(outputs=())
+        return result.outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        inputs: tuple[Tensor, ...] = ctx.saved_tensors
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[4:]
+        fixed: _Prepared = ctx.fixed
+        compiled: _Compiled = ctx.compiled
+        if torch.is_grad_enabled():
+            outputs = _differentiable(fixed.owner.structure, ctx.weight, ctx.gate, inputs, compiled)
+            by_inputs: Sequence[Tensor | None] = list(_pulled_again(outputs, inputs, wanted, grads))
+        else:
+            by_inputs = _compiled_backward(fixed, compiled, ctx.kept, inputs, grads)
+        return None, None, None, None, *(one if wants else None for one, wants in zip(by_inputs, wanted, strict=True))
+
+
+def _pulled_again(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool], grads: Sequence[Tensor]
+) -> Iterator[Tensor | None]:
+    """Gradients by the inputs, in a form that is differentiated once more."""
+    reached = [x for x, wants in zip(inputs, wanted, strict=True) if wants]
+    results = iter(torch.autograd.grad(outputs, reached, grads, create_graph=True, allow_unused=True))
+    return (next(results) if wants else None for wants in wanted)
+
+
+def _compiled_backward(
+    fixed: _Prepared,
+    compiled: _Compiled,
+    kept: _CompiledPass,
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients by the inputs."""
+    owner, gate = fixed.owner, compiled.gate
+    pulled = [grads[target] for target in compiled.targets]
+    driver = inputs[owner.structure.scalars].contiguous()
+    results = iter(compiled_gate.pull(gate.flat, driver, fixed.held[1:], kept.plain, kept.kept, pulled, (True, False)))
+    driving = next(results)
+    by_outputs = list(grads)
+    for target, (is_gain, _, _) in zip(compiled.targets, gate.shape.blocks, strict=True):
+        if is_gain:
+            by_outputs[target] = next(results)
+    by_inputs: list[Tensor | None] = [None] * len(inputs)
+    by_inputs[owner.structure.scalars] = driving
+    for entry, transposed in zip(owner.entries, fixed.transposed, strict=True):
+        grad, before = by_outputs[entry.target], by_inputs[entry.source]
+        if before is None:
+            by_inputs[entry.source] = _times(grad, transposed)
+        else:
+            flat = before.view(-1, before.shape[2])
+            by_inputs[entry.source] = torch.addmm(flat, grad.reshape(-1, grad.shape[2]), transposed).view(before.shape)
+    return by_inputs

@@ -1,0 +1,809 @@
+"""The loops of a gate: its value, its gradients, and the gradients of its derivative along a direction.
+
+With h the even scalars that drive it, y the blocks that it changes, p = h D + b, z = σ(p), q = z U + c:
+
+    value    y + q for shifts, y φ(q) for gains.
+    pull     of Σ g out: ē = g for shifts, φ′(q) Σ_m g y for gains; p̄ = σ′(p) (ē Uᵀ); then p̄ Dᵀ by h, g φ by y.
+    moved    the same for Σ g (∂ out along (h_h, h_y)), and that derivative itself, which is the gradient by g.
+
+Tiles of atoms go through all of it while they are in the cache. Matrices lie padded with zeros to whole vectors.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from forcetune.kernels.compiled.assembly import Target, Writer
+
+TILE = 16
+"""Atoms that go through all steps together."""
+
+PANEL = 2
+"""Vectors of columns that a matrix product has in registers."""
+
+
+class Slot(IntEnum):
+    """Places in the table of a call; strides and sizes count numbers."""
+
+    ENTRIES = 0  # blocks that are changed
+    ENTRY_TABLE = 1
+    N_IN = 2
+    RANK = 3
+    COLUMNS = 4  # of all entries, each padded to whole vectors
+    INPUT_PADDED = 5
+    RANK_PADDED = 6
+    COLUMNS_PADDED = 7
+    DRIVER = 8  # h, (atoms, n_in)
+    DOWN = 9  # (rank, n_in)
+    DOWN_BIAS = 10
+    BEFORE = 11  # p, (atoms, rank padded)
+    CHANGES = 12  # q, (atoms, columns padded)
+    SCRATCH = 13
+    TO_DRIVER = 14  # 0 where it is not wanted
+    TO_DOWN = 15  # 0 where no gradients by weights are wanted
+    TO_DOWN_BIAS = 16
+    MOVED_DRIVER = 17
+
+
+class Entry(IntEnum):
+    """Places in the table of an entry; blocks are (atoms, dim, channels)."""
+
+    IS_GAIN = 0
+    DIM = 1
+    CHANNELS = 2
+    PLACE = 3  # first column
+    WEIGHT = 4  # (channels, rank)
+    BIAS = 5
+    Y = 6
+    OUT = 7  # value's result; of moved the gradient by g
+    G = 8
+    TO_Y = 9
+    MOVED_Y = 10
+    TO_WEIGHT = 11
+    TO_BIAS = 12
+
+
+ENTRY_SLOTS = max(Entry) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What functions are written for.
+
+    Attributes:
+        activation: whether σ is a SiLU or the identity.
+        gain: φ(x), ``exp`` or ``linear`` (1 + x).
+        largest_exponent: beyond which ``exp`` goes on as its tangent.
+    """
+
+    activation: bool
+    gain: str
+    largest_exponent: float
+
+    @property
+    def name(self) -> str:
+        return f"gate_{int(self.activation)}_{self.gain}_{self.largest_exponent!r}"
+
+
+def padded(count: int, lanes: int) -> int:
+    return -(-count // lanes) * lanes
+
+
+def scratch_size(n_in: int, rank: int, columns: int, lanes: int) -> int:
+    """Numbers of scratch memory for one thread."""
+    wide = PANEL * lanes
+    n, r, c = padded(n_in, wide), padded(rank, wide), padded(columns, wide)
+    matrices = n_in * r + rank * c + rank * n + columns * r
+    tiles = TILE * (2 * n + 7 * r + 3 * c + 1)
+    # a product may read a panel beyond the last column
+    return matrices + tiles + n + 2 * r + 2 * c + 2 * wide
+
+
+class _Routine(Writer):
+    """A function with any parameters, and with what gates want of numbers."""
+
+    def __init__(self, name: str, target: Target, parameters: str) -> None:
+        super().__init__(name, target)
+        self.parameters = parameters
+        bits = 64 if target.real == "double" else 32
+        self.bits, self.whole = bits, f"<{target.lanes} x i{bits}>"
+
+    def text(self) -> str:
+        head = f"define void @{self.name}({self.parameters}) nounwind {{\nentry:\n"
+        return head + "\n".join(self._lines) + "\n  ret void\n}\n"
+
+    def call(self, name: str, *arguments: str | int) -> None:
+        """Call a function; names of integers and pointers tell them apart by ``ptr `` before pointers."""
+        given = ", ".join(a if isinstance(a, str) and a.startswith("ptr ") else f"i64 {a}" for a in arguments)
+        self._lines.append(f"  call void @{name}({given})")
+
+    def minus(self, one: str | int, other: str | int) -> str:
+        return self.value(f"sub i64 {one}, {other}")
+
+    def smaller(self, one: str | int, other: str | int) -> str:
+        less = self.value(f"icmp slt i64 {one}, {other}")
+        return self.value(f"select i1 {less}, i64 {one}, i64 {other}")
+
+    def if_not_zero(self, number: str, body: Callable[[], object]) -> None:
+        """Write what is done where an integer is not 0."""
+        differs = self.value(f"icmp ne i64 {number}, 0")
+
+        def once(_: str, __: list[str]) -> list[str]:
+            body()
+            return []
+
+        self.loop(0, self.value(f"zext i1 {differs} to i64"), 1, [], once)
+
+    def address_of(self, table: str, index: int) -> str:
+        return self.value(f"inttoptr i64 {self.integer(table, index)} to ptr")
+
+    def columns(self, count: str, step: int, body: Callable[[str, Sequence[str | None]], object]) -> None:
+        """A loop over columns, ``step`` vectors at once, with masks where not all lanes of the last ones are columns.
+
+        Args:
+            count: of columns.
+            step: vectors.
+            body: writes a turn, from the first column and a mask for each vector (None: all lanes).
+        """
+        lanes, size = self.target.lanes, self.target.lanes * step
+        full = self.minus(count, self.value(f"srem i64 {count}, {size}"))
+
+        def whole(c: str, _: list[str]) -> list[str]:
+            body(c, [None] * step)
+            return []
+
+        def part(c: str, _: list[str]) -> list[str]:
+            left = self.value(f"trunc i64 {self.minus(count, c)} to i32")
+            v32 = f"<{lanes} x i32>"
+            one = self.value(f"insertelement {v32} poison, i32 {left}, i64 0")
+            limit = self.value(f"shufflevector {v32} {one}, {v32} poison, <{lanes} x i32> zeroinitializer")
+            masks: list[str | None] = []
+            for number in range(step):
+                places = ", ".join(f"i32 {number * lanes + lane}" for lane in range(lanes))
+                masks.append(self.value(f"icmp slt {v32} <{places}>, {limit}"))
+            body(c, masks)
+            return []
+
+        self.loop(0, full, size, [], whole)
+        self.loop(full, count, size, [], part)
+
+    def read(self, pointer: str, index: str | int, mask: str | None) -> str:
+        """A vector, 0 in the lanes that a mask leaves out."""
+        if mask is None:
+            return self.load(pointer, index)
+        lanes, size = self.target.lanes, self.bits // 8
+        place = self.offset(pointer, index)
+        arguments = f"ptr {place}, i32 {size}, <{lanes} x i1> {mask}, {self.vector} zeroinitializer"
+        return self.value(f"call {self.vector} @llvm.masked.load.{self.kind}.p0({arguments})")
+
+    def write(self, value: str, pointer: str, index: str | int, mask: str | None) -> None:
+        if mask is None:
+            self.store(value, pointer, index)
+            return
+        lanes, size = self.target.lanes, self.bits // 8
+        place = self.offset(pointer, index)
+        arguments = f"{self.vector} {value}, ptr {place}, i32 {size}, <{lanes} x i1> {mask}"
+        self._lines.append(f"  call void @llvm.masked.store.{self.kind}.p0({arguments})")
+
+    @property
+    def kind(self) -> str:
+        return f"v{self.target.lanes}f{self.bits}"
+
+    def constant(self, number: float) -> str:
+        """A number in all lanes."""
+        exact = number if self.bits == 64 else struct.unpack("f", struct.pack("f", number))[0]
+        digits = f"0x{struct.unpack('>Q', struct.pack('>d', exact))[0]:016X}"
+        return "<" + ", ".join([f"{self.target.real} {digits}"] * self.target.lanes) + ">"
+
+    def subtract(self, one: str, other: str) -> str:
+        return self.value(f"fsub {self.vector} {one}, {other}")
+
+    def least(self, one: str, bound: float) -> str:
+        """The smaller of a vector and a number; what is not a number stays."""
+        above = self.value(f"fcmp ogt {self.vector} {one}, {self.constant(bound)}")
+        return self.choose(above, self.constant(bound), one)
+
+    def most(self, one: str, bound: float) -> str:
+        """The larger of a vector and a number; what is not a number stays."""
+        below = self.value(f"fcmp olt {self.vector} {one}, {self.constant(bound)}")
+        return self.choose(below, self.constant(bound), one)
+
+    def choose(self, condition: str, one: str, other: str) -> str:
+        lanes, v = self.target.lanes, self.vector
+        return self.value(f"select <{lanes} x i1> {condition}, {v} {one}, {v} {other}")
+
+    def exponential(self, x: str) -> str:
+        """eˣ: 2ⁿ times a polynomial of the rest, which is at most ln 2 / 2. The ends of the range are cut off."""
+        double = self.bits == 64
+        limit, shift, degree = (708.0, 52, 13) if double else (87.0, 23, 7)
+        high = 0.693147180369123816490 if double else 0.693359375
+        low = 1.90821492927058770002e-10 if double else -2.12194440e-4
+        x = self.most(self.least(x, limit), -limit)
+        # adding 1.5 · 2⁵² (2²³) leaves the nearest integer in the last bits
+        rounding = self.constant(1.5 * 2.0**shift)
+        shifted = self.multiply_add(x, self.constant(1 / math.log(2)), rounding)
+        n = self.subtract(shifted, rounding)
+        rest = self.multiply_add(n, self.constant(-low), self.multiply_add(n, self.constant(-high), x))
+        result = self.constant(1 / math.factorial(degree))
+        for power in range(degree - 1, -1, -1):
+            result = self.multiply_add(result, rest, self.constant(1 / math.factorial(power)))
+        place = self.value(f"bitcast {self.vector} {shifted} to {self.whole}")
+        width = ", ".join([f"i{self.bits} {shift}"] * self.target.lanes)
+        exponent = self.value(f"shl {self.whole} {place}, <{width}>")
+        one = ", ".join([f"i{self.bits} {(1023 << 52) if double else (127 << 23)}"] * self.target.lanes)
+        power_of_two = self.value(f"add {self.whole} {exponent}, <{one}>")
+        return self.multiply(result, self.value(f"bitcast {self.whole} {power_of_two} to {self.vector}"))
+
+    def sigmoid(self, x: str) -> str:
+        falling = self.exponential(self.value(f"fneg {self.vector} {x}"))
+        one = self.constant(1)
+        return self.value(f"fdiv {self.vector} {one}, {self.add(one, falling)}")
+
+
+def module_text(form: Form, target: Target) -> str:
+    """``value``, ``pull`` and ``moved`` of a form."""
+    routines = [_product(target), _Value(form, target).routine, _Pull(form, target).routine]
+    routines.append(_Moved(form, target).routine)
+    v, lanes = f"<{target.lanes} x {target.real}>", target.lanes
+    kind = routines[0].kind
+    return "".join(
+        [
+            f"declare {v} @llvm.fmuladd.{kind}({v}, {v}, {v})\n",
+            f"declare {v} @llvm.masked.load.{kind}.p0(ptr, i32, <{lanes} x i1>, {v})\n",
+            f"declare void @llvm.masked.store.{kind}.p0({v}, ptr, i32, <{lanes} x i1>)\n",
+            *(routine.text() for routine in routines),
+        ]
+    )
+
+
+def _product(target: Target) -> _Routine:
+    """``product``: out = start + x w, of any strides; w is padded to whole panels of columns."""
+    names = "ptr %start, i64 %start_row, ptr %x, i64 %x_row, i64 %x_k, i64 %rows, ptr %w, i64 %w_row, i64 %inner, "
+    w = _Routine("product", target, names + "i64 %width, ptr %out, i64 %out_row")
+    lanes = target.lanes
+    together = 8 if target.registers >= 32 else 4
+
+    def panel(c: str, masks: Sequence[str | None]) -> None:
+        columns = w.offset("%w", c)
+
+        def rows(count: int) -> Callable[[str, list[str]], list[str]]:
+            def body(i: str, _: list[str]) -> list[str]:
+                places = [w.plus(i, number) for number in range(count)]
+                x = [w.offset("%x", w.times(place, "%x_row")) for place in places]
+                sums: list[str] = []
+                for place in places:
+                    start = w.offset("%start", w.plus(w.times(place, "%start_row"), c))
+                    sums += [w.read(start, number * lanes, mask) for number, mask in enumerate(masks)]
+
+                def inner(k: str, sums: list[str]) -> list[str]:
+                    line = w.offset(columns, w.times(k, "%w_row"))
+                    step = w.times(k, "%x_k")
+                    vectors = [w.load(line, number * lanes) for number in range(PANEL)]
+                    factors = [w.load_spread(row, step) for row in x]
+                    return [
+                        w.multiply_add(factor, vector, sums[row * PANEL + number])
+                        for row, factor in enumerate(factors)
+                        for number, vector in enumerate(vectors)
+                    ]
+
+                results = w.loop(0, "%inner", 1, sums, inner)
+                for row, place in enumerate(places):
+                    out = w.offset("%out", w.plus(w.times(place, "%out_row"), c))
+                    for number, mask in enumerate(masks):
+                        w.write(results[row * PANEL + number], out, number * lanes, mask)
+                return []
+
+            return body
+
+        full = w.minus("%rows", w.value(f"srem i64 %rows, {together}"))
+        w.loop(0, full, together, [], rows(together))
+        w.loop(full, "%rows", 1, [], rows(1))
+
+    w.columns("%width", PANEL, panel)
+    return w
+
+
+class _Gate:
+    """What the three functions have in common."""
+
+    name = ""
+
+    def __init__(self, form: Form, target: Target) -> None:
+        self.form, self.lanes = form, target.lanes
+        w = self.routine = self.w = _Routine(self.name, target, "ptr noalias %table, i64 %first, i64 %last")
+        self.entries, self.entry_table = w.argument(Slot.ENTRIES), w.address(Slot.ENTRY_TABLE)
+        self.n_in, self.rank, self.n_columns = (w.argument(s) for s in (Slot.N_IN, Slot.RANK, Slot.COLUMNS))
+        sizes = (Slot.INPUT_PADDED, Slot.RANK_PADDED, Slot.COLUMNS_PADDED)
+        self.n, self.r, self.c = (w.argument(slot) for slot in sizes)
+        self.down, self.down_bias = w.address(Slot.DOWN), w.address(Slot.DOWN_BIAS)
+        self._free = w.address(Slot.SCRATCH)
+        self.zeros = self._zeroed(w.plus(self.n, w.plus(self.r, self.c)))
+        self._prepare()
+
+        def tile(a: str, _: list[str]) -> list[str]:
+            self._tile(a, w.smaller(TILE, w.minus("%last", a)))
+            return []
+
+        w.loop("%first", "%last", TILE, [], tile)
+
+    def _prepare(self) -> None:
+        """What all tiles need."""
+        raise NotImplementedError
+
+    def _tile(self, a: str, count: str) -> None:
+        """Atoms from ``a`` on."""
+        raise NotImplementedError
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    def _taken(self, size: str) -> str:
+        """Scratch memory for so many numbers."""
+        pointer = self._free
+        self._free = self.w.offset(pointer, size)
+        return pointer
+
+    def _zeroed(self, size: str) -> str:
+        pointer = self._taken(size)
+        self._each(size, lambda place: self.w.store(self.w.zero, pointer, place))
+        return pointer
+
+    def _rows(self, width: str) -> str:
+        return self._taken(self.w.times(width, TILE))
+
+    def _each(self, size: str, body: Callable[[str], object]) -> None:
+        """A loop over whole vectors."""
+
+        def turn(place: str, _: list[str]) -> list[str]:
+            body(place)
+            return []
+
+        self.w.loop(0, size, self.lanes, [], turn)
+
+    def _each_row(self, count: str, body: Callable[[str], object]) -> None:
+        def turn(row: str, _: list[str]) -> list[str]:
+            body(row)
+            return []
+
+        self.w.loop(0, count, 1, [], turn)
+
+    def _copied(self, source: str, width: str, rows: str, target: str, stride: str) -> None:
+        """Rows into wider ones; what is beyond them is 0 already or made so by masks."""
+        w = self.w
+
+        def row(i: str) -> None:
+            here, there = w.offset(source, w.times(i, width)), w.offset(target, w.times(i, stride))
+
+            def part(c: str, masks: Sequence[str | None]) -> None:
+                for number, mask in enumerate(masks):
+                    place = w.plus(c, number * self.lanes)
+                    w.store(w.read(here, place, mask), there, place)
+
+            w.columns(width, PANEL, part)
+
+        self._each_row(rows, row)
+
+    def _transposed(self, source: str, rows: str, columns: str, target: str, stride: str) -> None:
+        """(rows, columns) to (columns, rows)."""
+        w, real, size = self.w, self.w.target.real, self.w.bits // 8
+
+        def row(i: str) -> None:
+            here = w.offset(source, w.times(i, columns))
+
+            def one(k: str) -> None:
+                number = w.value(f"load {real}, ptr {w.offset(here, k)}, align {size}")
+                w.store_number(number, target, w.plus(w.times(k, stride), i))
+
+            self._each_row(columns, one)
+
+        self._each_row(rows, row)
+
+    def _each_entry(self, body: Callable[[str], object]) -> None:
+        w = self.w
+        self._each_row(
+            self.entries,
+            lambda e: body(w.value(f"getelementptr i64, ptr {self.entry_table}, i64 {w.times(e, ENTRY_SLOTS)}")),
+        )
+
+    def _forward_matrices(self) -> tuple[str, str]:
+        """D (n_in, rank) and U (rank, columns)."""
+        w = self.w
+        down = self._zeroed(w.times(self.n_in, self.r))
+        self._transposed(self.down, self.rank, self.n_in, down, self.r)
+        up = self._zeroed(w.times(self.rank, self.c))
+
+        def entry(e: str) -> None:
+            weight, channels = w.address_of(e, Entry.WEIGHT), w.integer(e, Entry.CHANNELS)
+            self._transposed(weight, channels, self.rank, w.offset(up, w.integer(e, Entry.PLACE)), self.c)
+
+        self._each_entry(entry)
+        return down, up
+
+    def _backward_matrices(self) -> tuple[str, str]:
+        """Dᵀ (rank, n_in) and Uᵀ (columns, rank)."""
+        w = self.w
+        down = self._zeroed(w.times(self.rank, self.n))
+        self._copied(self.down, self.n_in, self.rank, down, self.n)
+        up = self._zeroed(w.times(self.n_columns, self.r))
+
+        def entry(e: str) -> None:
+            weight, channels = w.address_of(e, Entry.WEIGHT), w.integer(e, Entry.CHANNELS)
+            target = w.offset(up, w.times(w.integer(e, Entry.PLACE), self.r))
+            self._copied(weight, self.rank, channels, target, self.r)
+
+        self._each_entry(entry)
+        return down, up
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    def _product(
+        self, x: str, x_row: str, count: str, w_matrix: str, w_row: str, inner: str, width: str, out: str, out_row: str
+    ) -> None:
+        """out = x w."""
+        self.w.call(
+            "product",
+            *(f"ptr {self.zeros}", 0, f"ptr {x}", x_row, 1, count),
+            *(f"ptr {w_matrix}", w_row, inner, width, f"ptr {out}", out_row),
+        )
+
+    def _added_outer(self, x: str, x_row: str, rows: str, y: str, y_row: str, count: str, width: str, out: str) -> None:
+        """out += xᵀ y, (rows, width), sums over atoms."""
+        self.w.call(
+            "product",
+            *(f"ptr {out}", width, f"ptr {x}", 1, x_row, rows),
+            *(f"ptr {y}", y_row, count, width, f"ptr {out}", width),
+        )
+
+    def _added_sums(self, ones: str, y: str, y_row: str, count: str, width: str, out: str) -> None:
+        """out += Σ y over atoms."""
+        self.w.call(
+            "product",
+            *(f"ptr {out}", 0, f"ptr {ones}", 0, 1, 1),
+            *(f"ptr {y}", y_row, count, width, f"ptr {out}", 0),
+        )
+
+    def _ones(self) -> str:
+        w = self.w
+        pointer = self._taken(str(TILE))
+        for place in range(TILE):
+            w.store_number("1.0", pointer, place)
+        return pointer
+
+    def _activated(self, p: str, derivatives: int) -> list[str]:
+        """σ(p) and so many of its derivatives."""
+        w = self.w
+        one = w.constant(1)
+        if not self.form.activation:
+            return [p, one, w.zero][: 1 + derivatives]
+        s = w.sigmoid(p)
+        rest = w.subtract(one, s)
+        results = [w.multiply(p, s)]
+        if derivatives:
+            results.append(w.multiply(s, w.multiply_add(p, rest, one)))
+        if derivatives > 1:
+            inner = w.multiply_add(p, w.subtract(rest, s), w.constant(2))
+            results.append(w.multiply(w.multiply(s, rest), inner))
+        return results
+
+    def _gains(self, q: str, derivatives: int) -> list[str]:
+        """φ(q) and so many of its derivatives."""
+        w = self.w
+        if self.form.gain == "linear":
+            return [w.add(q, w.constant(1)), w.constant(1), w.zero][: 1 + derivatives]
+        capped = w.least(q, self.form.largest_exponent)
+        slope = w.exponential(capped)
+        results = [w.multiply_add(slope, w.subtract(q, capped), slope)]
+        if derivatives:
+            results.append(slope)
+        if derivatives > 1:
+            beyond = w.value(f"fcmp ogt {w.vector} {q}, {w.constant(self.form.largest_exponent)}")
+            results.append(w.choose(beyond, w.zero, slope))
+        return results
+
+    def _per_channel(
+        self, e: str, a: str, count: str, is_gain: bool, body: Callable[[_Places, str | None], object]
+    ) -> None:
+        """For every atom of the tile and every vector of channels of an entry of this kind."""
+        w = self.w
+        kind = w.integer(e, Entry.IS_GAIN)
+        wanted = kind if is_gain else w.minus(1, kind)
+        channels, dim = w.integer(e, Entry.CHANNELS), w.integer(e, Entry.DIM)
+        column = w.integer(e, Entry.PLACE)
+
+        def row(i: str) -> None:
+            block = w.times(w.plus(a, i), w.times(dim, channels))
+
+            def vectors(c: str, masks: Sequence[str | None]) -> None:
+                body(_Places(i, w.plus(block, c), w.plus(column, c), dim, channels), masks[0])
+
+            w.columns(channels, 1, vectors)
+
+        self._each_row(w.times(count, wanted), row)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a vector of channels lies.
+
+    Attributes:
+        row: of the tile.
+        block: in a block's tensor, of the first component.
+        column: among the columns of all entries.
+        dim: components.
+        step: from one to the next.
+    """
+
+    row: str
+    block: str
+    column: str
+    dim: str
+    step: str
+
+
+class _Value(_Gate):
+    name = "value"
+
+    def _prepare(self) -> None:
+        w = self.w
+        self.matrices = self._forward_matrices()
+        self.bias = self._zeroed(self.r)
+        self._copied(self.down_bias, self.rank, "1", self.bias, self.r)
+        self.up_bias = self._zeroed(self.c)
+
+        def entry(e: str) -> None:
+            target = w.offset(self.up_bias, w.integer(e, Entry.PLACE))
+
+            def part(c: str, masks: Sequence[str | None]) -> None:
+                w.write(w.read(w.address_of(e, Entry.BIAS), c, masks[0]), target, c, masks[0])
+
+            w.columns(w.integer(e, Entry.CHANNELS), 1, part)
+
+        self._each_entry(entry)
+        self.hidden = self._rows(self.r)
+        self.driver = w.address(Slot.DRIVER)
+        self.before, self.changes = w.address(Slot.BEFORE), w.address(Slot.CHANGES)
+
+    def _tile(self, a: str, count: str) -> None:
+        w, (down, up) = self.w, self.matrices
+        before = w.offset(self.before, w.times(a, self.r))
+        changes = w.offset(self.changes, w.times(a, self.c))
+        driver = w.offset(self.driver, w.times(a, self.n_in))
+        w.call(
+            "product",
+            *(f"ptr {self.bias}", 0, f"ptr {driver}", self.n_in, 1, count),
+            *(f"ptr {down}", self.r, self.n_in, self.r, f"ptr {before}", self.r),
+        )
+
+        def activate(place: str) -> None:
+            w.store(self._activated(w.load(before, place), 0)[0], self.hidden, place)
+
+        self._each(w.times(count, self.r), activate)
+        w.call(
+            "product",
+            *(f"ptr {self.up_bias}", 0, f"ptr {self.hidden}", self.r, 1, count),
+            *(f"ptr {up}", self.c, self.rank, self.c, f"ptr {changes}", self.c),
+        )
+
+        def entry(e: str) -> None:
+            y, out = w.address_of(e, Entry.Y), w.address_of(e, Entry.OUT)
+
+            def shift(places: _Places, mask: str | None) -> None:
+                q = w.load(changes, w.plus(w.times(places.row, self.c), places.column))
+                w.write(w.add(w.read(y, places.block, mask), q), out, places.block, mask)
+
+            def gain(places: _Places, mask: str | None) -> None:
+                q = w.load(changes, w.plus(w.times(places.row, self.c), places.column))
+                (factor,) = self._gains(q, 0)
+
+                def component(m: str) -> None:
+                    place = w.plus(places.block, w.times(m, places.step))
+                    w.write(w.multiply(w.read(y, place, mask), factor), out, place, mask)
+
+                self._each_row(places.dim, component)
+
+            self._per_channel(e, a, count, False, shift)
+            self._per_channel(e, a, count, True, gain)
+
+        self._each_entry(entry)
+
+
+class _Backward(_Gate):
+    """What both gradients have in common."""
+
+    def _prepare(self) -> None:
+        w = self.w
+        self.down_back, self.up_back = self._backward_matrices()
+        self.by_changes = self._rows(self.c)
+        self.hidden, self.by_hidden, self.by_before = (self._rows(self.r) for _ in range(3))
+        self.wide = self._zeroed(w.times(self.n, TILE))
+        self.ones = self._ones()
+        self.driver, self.to_driver = w.address(Slot.DRIVER), w.address(Slot.TO_DRIVER)
+        self.to_down, self.to_down_bias = w.address(Slot.TO_DOWN), w.address(Slot.TO_DOWN_BIAS)
+        self.before, self.changes = w.address(Slot.BEFORE), w.address(Slot.CHANGES)
+
+    def _finish_driver(self, a: str, count: str) -> None:
+        """p̄ Dᵀ where it is wanted."""
+        w = self.w
+
+        def product() -> None:
+            target = w.offset(self.to_driver, w.times(a, self.n_in))
+            self._product(
+                *(self.by_before, self.r, count, self.down_back, self.n, self.rank, self.n_in, target, self.n_in)
+            )
+
+        w.if_not_zero(w.argument(Slot.TO_DRIVER), product)
+
+    def _finish_weights(self, count: str, driver: str, hidden: str, by_changes: str, by_before: str) -> None:
+        """Add ēᵀ z to the gradient of the weights of every entry, and p̄ᵀ h to that of W↓."""
+        w = self.w
+
+        def entry(e: str) -> None:
+            columns = w.offset(by_changes, w.integer(e, Entry.PLACE))
+            self._added_outer(
+                *(columns, self.c, w.integer(e, Entry.CHANNELS), hidden, self.r, count, self.rank),
+                w.address_of(e, Entry.TO_WEIGHT),
+            )
+
+        self._each_entry(entry)
+        self._copied(driver, self.n_in, count, self.wide, self.n)
+        self._added_outer(by_before, self.r, self.rank, self.wide, self.n, count, self.n_in, self.to_down)
+
+    def _finish_biases(self, count: str, by_changes: str, by_before: str) -> None:
+        w = self.w
+
+        def entry(e: str) -> None:
+            columns = w.offset(by_changes, w.integer(e, Entry.PLACE))
+            channels, target = w.integer(e, Entry.CHANNELS), w.address_of(e, Entry.TO_BIAS)
+            self._added_sums(self.ones, columns, self.c, count, channels, target)
+
+        self._each_entry(entry)
+        self._added_sums(self.ones, by_before, self.r, count, self.rank, self.to_down_bias)
+
+    def _over_components(self, places: _Places, carried: int, body: Callable[[str, list[str]], list[str]]) -> list[str]:
+        """A loop over the components of a block that sums vectors up; the body has the place in the block's tensor."""
+        w = self.w
+        return w.loop(
+            0,
+            places.dim,
+            1,
+            [w.zero] * carried,
+            lambda m, sums: body(w.plus(places.block, w.times(m, places.step)), sums),
+        )
+
+
+class _Pull(_Backward):
+    name = "pull"
+
+    def _tile(self, a: str, count: str) -> None:
+        w = self.w
+        before = w.offset(self.before, w.times(a, self.r))
+        changes = w.offset(self.changes, w.times(a, self.c))
+        self._each_entry(lambda e: self._entry(e, a, count, changes))
+        self._product(
+            *(self.by_changes, self.c, count, self.up_back, self.r, self.n_columns, self.r, self.by_hidden, self.r)
+        )
+
+        def slope(place: str) -> None:
+            hidden, rise = self._activated(w.load(before, place), 1)
+            w.store(hidden, self.hidden, place)
+            w.store(w.multiply(w.load(self.by_hidden, place), rise), self.by_before, place)
+
+        self._each(w.times(count, self.r), slope)
+        self._finish_driver(a, count)
+
+        def weights() -> None:
+            driver = w.offset(self.driver, w.times(a, self.n_in))
+            self._finish_weights(count, driver, self.hidden, self.by_changes, self.by_before)
+            self._finish_biases(count, self.by_changes, self.by_before)
+
+        w.if_not_zero(w.argument(Slot.TO_DOWN), weights)
+
+    def _entry(self, e: str, a: str, count: str, changes: str) -> None:
+        w = self.w
+        g, y, to_y = (w.address_of(e, slot) for slot in (Entry.G, Entry.Y, Entry.TO_Y))
+
+        def shift(places: _Places, mask: str | None) -> None:
+            place = w.plus(w.times(places.row, self.c), places.column)
+            w.store(w.read(g, places.block, mask), self.by_changes, place)
+
+        def gain(places: _Places, mask: str | None) -> None:
+            column = w.plus(w.times(places.row, self.c), places.column)
+            factor, slope = self._gains(w.load(changes, column), 1)
+
+            def component(place: str, sums: list[str]) -> list[str]:
+                pulled = w.read(g, place, mask)
+                w.write(w.multiply(pulled, factor), to_y, place, mask)
+                return [w.multiply_add(pulled, w.read(y, place, mask), sums[0])]
+
+            (total,) = self._over_components(places, 1, component)
+            w.store(w.multiply(total, slope), self.by_changes, column)
+
+        self._per_channel(e, a, count, False, shift)
+        self._per_channel(e, a, count, True, gain)
+
+
+class _Moved(_Backward):
+    name = "moved"
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        w = self.w
+        self.down_matrix, self.up_matrix = self._forward_matrices()
+        self.moved_changes, self.by_moved_changes = self._rows(self.c), self._rows(self.c)
+        # derivatives of p and z along the direction, and the gradients by them
+        self.moved_before, self.moved_hidden, self.by_moved = (self._rows(self.r) for _ in range(3))
+        self.moved_driver = w.address(Slot.MOVED_DRIVER)
+
+    def _tile(self, a: str, count: str) -> None:
+        w = self.w
+        before = w.offset(self.before, w.times(a, self.r))
+        changes = w.offset(self.changes, w.times(a, self.c))
+        driver, moved = (w.offset(p, w.times(a, self.n_in)) for p in (self.driver, self.moved_driver))
+        size = w.times(count, self.r)
+        self._product(
+            *(moved, self.n_in, count, self.down_matrix, self.r, self.n_in, self.r, self.moved_before, self.r)
+        )
+
+        def rise(place: str) -> None:
+            _, slope = self._activated(w.load(before, place), 1)
+            w.store(w.multiply(w.load(self.moved_before, place), slope), self.moved_hidden, place)
+
+        self._each(size, rise)
+        self._product(
+            *(self.moved_hidden, self.r, count, self.up_matrix, self.c, self.rank, self.c, self.moved_changes, self.c)
+        )
+        self._each_entry(lambda e: self._entry(e, a, count, changes))
+        for values, results in ((self.by_changes, self.by_hidden), (self.by_moved_changes, self.by_moved)):
+            self._product(values, self.c, count, self.up_back, self.r, self.n_columns, self.r, results, self.r)
+
+        def back(place: str) -> None:
+            hidden, slope, bend = self._activated(w.load(before, place), 2)
+            w.store(hidden, self.hidden, place)
+            by_moved = w.load(self.by_moved, place)
+            bent = w.multiply(w.multiply(bend, by_moved), w.load(self.moved_before, place))
+            w.store(w.multiply_add(slope, w.load(self.by_hidden, place), bent), self.by_before, place)
+            w.store(w.multiply(slope, by_moved), self.by_moved, place)
+
+        self._each(size, back)
+        self._finish_driver(a, count)
+
+        def weights() -> None:
+            self._finish_weights(count, driver, self.hidden, self.by_changes, self.by_before)
+            self._finish_weights(count, moved, self.moved_hidden, self.by_moved_changes, self.by_moved)
+            self._finish_biases(count, self.by_changes, self.by_before)
+
+        w.if_not_zero(w.argument(Slot.TO_DOWN), weights)
+
+    def _entry(self, e: str, a: str, count: str, changes: str) -> None:
+        w = self.w
+        slots = (Entry.G, Entry.Y, Entry.MOVED_Y, Entry.OUT, Entry.TO_Y)
+        g, y, moved_y, out, to_y = (w.address_of(e, slot) for slot in slots)
+
+        def shift(places: _Places, mask: str | None) -> None:
+            column = w.plus(w.times(places.row, self.c), places.column)
+            w.write(w.load(self.moved_changes, column), out, places.block, mask)
+            w.store(w.zero, self.by_changes, column)
+            w.store(w.read(g, places.block, mask), self.by_moved_changes, column)
+
+        def gain(places: _Places, mask: str | None) -> None:
+            column = w.plus(w.times(places.row, self.c), places.column)
+            factor, slope, bend = self._gains(w.load(changes, column), 2)
+            step = w.load(self.moved_changes, column)
+            change = w.multiply(slope, step)
+
+            def component(place: str, sums: list[str]) -> list[str]:
+                pulled, plain, moved = (w.read(p, place, mask) for p in (g, y, moved_y))
+                w.write(w.multiply_add(moved, factor, w.multiply(plain, change)), out, place, mask)
+                w.write(w.multiply(pulled, change), to_y, place, mask)
+                return [w.multiply_add(pulled, moved, sums[0]), w.multiply_add(pulled, plain, sums[1])]
+
+            along, total = self._over_components(places, 2, component)
+            curved = w.multiply(w.multiply(total, bend), step)
+            w.store(w.multiply_add(along, slope, curved), self.by_changes, column)
+            w.store(w.multiply(total, slope), self.by_moved_changes, column)
+
+        self._per_channel(e, a, count, False, shift)
+        self._per_channel(e, a, count, True, gain)
