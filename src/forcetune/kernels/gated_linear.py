@@ -441,7 +441,7 @@ class _CompiledPass(NamedTuple):
 
     outputs: tuple[Tensor, ...]
     plain: list[Tensor]
-    kept: tuple[Tensor, Tensor]
+    kept: Tensor
 
 
 def _compiled_forward(fixed: _Prepared, compiled: _Compiled, inputs: Sequence[Tensor]) -> _CompiledPass:
@@ -451,10 +451,10 @@ def _compiled_forward(fixed: _Prepared, compiled: _Compiled, inputs: Sequence[Te
         outputs[entry.target] = _times(inputs[entry.source], matrix)
     plain = [outputs[target] for target in compiled.targets]
     driver = inputs[owner.structure.scalars].contiguous()
-    p, q, *changed = compiled_gate.value(compiled.gate.flat, driver, fixed.held[1:], plain)
+    kept, *changed = compiled_gate.value(compiled.gate.flat, driver, fixed.held[1:], plain)
     for target, block in zip(compiled.targets, changed, strict=True):
         outputs[target] = block
-    return _CompiledPass(tuple(outputs), plain, (p, q))
+    return _CompiledPass(tuple(outputs), plain, kept)
 
 
 class _CompiledFixed(torch.autograd.Function):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import struct
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,8 @@ import torch
 from torch import Tensor
 
 from forcetune.kernels.compiled import assembly, gate_code, threads
-from forcetune.kernels.compiled.convolution import dtype_name, spread_out
-from forcetune.kernels.compiled.gate_code import Form, padded
+from forcetune.kernels.compiled.convolution import spread_out
+from forcetune.kernels.compiled.gate_code import Form, Slot, padded
 from forcetune.kernels.compiled.machine import compiled, source_hash, target
 from forcetune.kernels.gain import LARGEST_EXPONENT
 
@@ -45,10 +47,10 @@ class GateShape:
     blocks: tuple[tuple[bool, int, int], ...]
 
     @property
-    def flat(self) -> list[int]:
+    def flat(self) -> tuple[int, ...]:
         """As the operations take it."""
-        head = [int(self.activation), _GAINS.index(self.gain), self.rank, self.n_in]
-        return head + [int(number) for block in self.blocks for number in block]
+        head = (int(self.activation), _GAINS.index(self.gain), self.rank, self.n_in)
+        return head + tuple(int(number) for block in self.blocks for number in block)
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------
@@ -57,237 +59,237 @@ class GateShape:
 class _Layout:
     """Where the numbers of a gate lie, for one precision, and the functions for it."""
 
-    def __init__(self, flat: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, flat: tuple[int, ...], dtype: torch.dtype) -> None:
         activation, gain, self.rank, self.n_in, *rest = flat
-        own = target(dtype)
-        self.form = Form(bool(activation), _GAINS[gain], LARGEST_EXPONENT)
+        own = target(str(dtype).removeprefix("torch."))
         wide = gate_code.PANEL * own.lanes
-        rows = [tuple(rest[start : start + 3]) for start in range(0, len(rest), 3)]
-        self.size = 8 if dtype == "float64" else 4
-        self.gains = [bool(is_gain) for is_gain, _, _ in rows]
-        self.has_shifts, self.has_gains = not all(self.gains), any(self.gains)
         column, first = 0, [0, 0]
-        # of each block: is a gain, dim, channels, first column, first of its own kind
-        self.rows: list[tuple[int, int, int, int, int]] = []
-        for is_gain, dim, channels in rows:
-            self.rows.append((is_gain, dim, channels, column, first[is_gain]))
+        entries: list[int] = []
+        self.gains: list[bool] = []
+        for is_gain, dim, channels in zip(*(rest[start::3] for start in range(3)), strict=True):
+            entries += (is_gain, dim, channels, column, first[is_gain])
+            self.gains.append(bool(is_gain))
             column += padded(channels, own.lanes)
             first[is_gain] += channels
-        self.n_shifts, self.n_gains = first
-        self.n_weights = 2 + 2 * self.has_shifts + 2 * self.has_gains
+        self._entries = (ctypes.c_int64 * len(entries))(*entries)
+        self.n_blocks, self.has_shifts = len(self.gains), not all(self.gains)
         self.rank_padded, self.columns_padded = padded(self.rank, wide), padded(column, wide)
-        self.head = [
-            *(len(rows), 0, self.n_in, self.rank, column),
-            *(padded(self.n_in, wide), self.rank_padded, self.columns_padded),
-        ]
-        self.scratch = gate_code.scratch_size(self.n_in, self.rank, column, own.lanes)
+        self.kept_width = self.rank_padded + self.columns_padded
+        self.head = (
+            *(self.n_blocks, self.n_in, self.rank, column, padded(self.n_in, wide)),
+            *(self.rank_padded, self.columns_padded, ctypes.addressof(self._entries)),
+        )
+        self.size = dtype.itemsize
+        self.scratch = gate_code.scratch_size(self.n_in, self.rank, column, own.lanes) * self.size
         self.work = self.n_in * self.rank + self.rank * column
+        form = Form(bool(activation), _GAINS[gain], LARGEST_EXPONENT)
         sources = source_hash(str(assembly.__file__), str(gate_code.__file__))
-        machine = compiled(repr((sources, own, self.form.name)), lambda: gate_code.module_text(self.form, own))
+        machine = compiled(repr((sources, own, form.name)), lambda: gate_code.module_text(form, own))
         names = ("value", "pull", "moved")
         self.value, self.pull, self.moved = (threads.function(machine.address(name)) for name in names)
-        pairs = [(self.rank, self.n_in), (self.rank,)]
-        for count in (self.n_shifts, self.n_gains):
-            pairs += [(count, self.rank), (count,)] if count else []
-        self.weight_shapes = pairs
-        self.weight_sizes = [shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in pairs]
+        self.weight_sizes = [self.rank * self.n_in, self.rank]
+        for count in first:
+            self.weight_sizes += [count * self.rank, count] if count else []
         self.weight_total = sum(self.weight_sizes)
+        self._weight_bytes = [size * self.size for size in self.weight_sizes]
+        self._weight_places = list(itertools.accumulate([0, *self._weight_bytes[:-1]]))
+        self._packs = [struct.Struct(f"{Slot.BLOCKS + kinds * self.n_blocks}q").pack for kinds in range(6)]
 
-    def places(self, weights: Sequence[int]) -> list[tuple[int, int]]:
-        """Addresses of weights and biases of each block.
+    def six(self, addresses: list[int]) -> list[int]:
+        """Addresses of weights, with 0 for shifts or gains that there are not."""
+        if len(addresses) == 6:
+            return addresses
+        return [*addresses, 0, 0] if self.has_shifts else [*addresses[:2], 0, 0, *addresses[2:]]
+
+    def run(
+        self,
+        function: Any,
+        h: Tensor,
+        weights: Sequence[Tensor],
+        kept: Tensor,
+        blocks: list[int],
+        *,
+        passes: int,
+        by_weights: bool = False,
+        to_h: Tensor | None = None,
+        moved_h: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Call a function.
 
         Args:
-            weights: addresses of the weights in their order.
-        """
-        pairs = iter(zip(weights[2::2], weights[3::2], strict=True))
-        shifts = next(pairs) if self.has_shifts else (0, 0)
-        gains = next(pairs) if self.has_gains else (0, 0)
-        found = []
-        for is_gain, _, _, _, first in self.rows:
-            weight, bias = gains if is_gain else shifts
-            found.append((weight + first * self.rank * self.size, bias + first * self.size))
-        return found
+            function: of this layout.
+            h, weights: contiguous.
+            kept: p and q.
+            blocks: addresses of the blocks, in the order of :class:`~gate_code.Blocks`.
+            passes: how many times the work of a plain value it is.
+            by_weights: whether gradients by weights are wanted.
+            to_h, moved_h: gradient by h and direction of h, for functions that take them.
 
-    def addresses_of_sums(self, start: int) -> list[int]:
-        """Where the gradients of the weights lie one after another."""
-        return [start + before * self.size for before in itertools.accumulate([0, *self.weight_sizes[:-1]])]
+        Returns:
+            Gradients by the weights where they are wanted.
+        """
+        n_atoms = h.shape[0]
+        count = threads.thread_count(n_atoms * self.work * passes)
+        scratch = _scratch(self.scratch * count)
+        gradients = [torch.empty_like(weight) for weight in weights] if by_weights else []
+        # other threads than the first have sums of their own
+        others = h.new_zeros(count - 1, self.weight_total) if by_weights and count > 1 else None
+        p = kept.data_ptr()
+        numbers = (h.data_ptr(), p, p + n_atoms * self.rank_padded * self.size)
+        addresses = self.six([tensor.data_ptr() for tensor in weights])
+        driver = (0 if to_h is None else to_h.data_ptr(), 0 if moved_h is None else moved_h.data_ptr())
+        pack = self._packs[len(blocks) // self.n_blocks]
+        calls = []
+        for number in range(count):
+            to_weights: Sequence[int] = _NONE
+            if by_weights:
+                own = self._zeroed(gradients) if number == 0 else self._row(others, number - 1)
+                to_weights = self.six(own)
+            place = scratch + number * self.scratch
+            table = pack(*self.head, place, *numbers, *addresses, *to_weights, *driver, *blocks)
+            calls.append((function, table, n_atoms * number // count, n_atoms * (number + 1) // count))
+        threads.run(calls)
+        if others is not None:
+            for gradient, piece in zip(gradients, others.sum(0).split(self.weight_sizes), strict=True):
+                gradient += piece.view(gradient.shape)
+        return gradients
+
+    def _zeroed(self, gradients: Sequence[Tensor]) -> list[int]:
+        """Their addresses."""
+        addresses = [gradient.data_ptr() for gradient in gradients]
+        for address, size in zip(addresses, self._weight_bytes, strict=True):
+            ctypes.memset(address, 0, size)
+        return addresses
+
+    def _row(self, sums: Tensor | None, number: int) -> list[int]:
+        assert sums is not None
+        start = sums.data_ptr() + number * self.weight_total * self.size
+        return [start + place for place in self._weight_places]
+
+
+_NONE = (0,) * 6
+
+
+class _Memory(threading.local):
+    """Scratch memory of a thread that calls functions."""
+
+    def __init__(self) -> None:
+        self.buffer = (ctypes.c_byte * 0)()
+        self.address = 0
+
+
+_MEMORY = _Memory()
+
+
+def _scratch(size: int) -> int:
+    """Address of so many bytes, until the next call of this thread."""
+    if len(_MEMORY.buffer) < size:
+        _MEMORY.buffer = (ctypes.c_byte * size)()
+        _MEMORY.address = ctypes.addressof(_MEMORY.buffer)
+    return _MEMORY.address
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(flat: tuple[int, ...], dtype: str) -> _Layout:
+def _layout(flat: tuple[int, ...], dtype: torch.dtype) -> _Layout:
     return _Layout(flat, dtype)
 
 
-@dataclass(slots=True)
-class _Call:
-    """One call of a function; a block's tensors are None where it takes none."""
-
-    layout: _Layout
-    h: Tensor
-    weights: Sequence[Tensor]
-    p: Tensor
-    q: Tensor
-    y: Sequence[Tensor]
-    out: Sequence[Tensor] = ()
-    g: Sequence[Tensor] = ()
-    to_y: Sequence[Tensor | None] = ()
-    moved_y: Sequence[Tensor | None] = ()
-    moved_h: Tensor | None = None
-    to_h: Tensor | None = None
-
-    def run(self, function: Any, passes: int, sums: Callable[[int], Tensor] | None = None) -> Tensor | None:
-        """
-        Args:
-            function: to call.
-            passes: how many times the work of a plain value it is.
-            sums: memory for the gradients of the weights, a row for each thread; None where none are wanted.
-
-        Returns:
-            Gradients of the weights, one after another.
-        """
-        layout, n_atoms = self.layout, self.h.shape[0]
-        count = threads.thread_count(float(n_atoms) * layout.work * passes)
-        scratch = self.h.new_empty(count, layout.scratch)
-        totals = None if sums is None else sums(count)
-        weights = [tensor.data_ptr() for tensor in self.weights]
-        own_places = layout.places(weights)
-        pointers = [self._pointers(tensors) for tensors in (self.y, self.out, self.g, self.to_y, self.moved_y)]
-        head = [
-            *(*layout.head, self.h.data_ptr(), weights[0], weights[1], self.p.data_ptr(), self.q.data_ptr()),
-            *(0, _pointer(self.to_h), 0, 0, _pointer(self.moved_h)),
-        ]
-        calls, tables = [], []
-        for number in range(count):
-            to_weights = [0] * layout.n_weights
-            if totals is not None:
-                to_weights = layout.addresses_of_sums(totals.data_ptr() + number * layout.weight_total * layout.size)
-            entries: list[int] = []
-            for row, place, to_place, *tensors in zip(
-                layout.rows, own_places, layout.places(to_weights), *pointers, strict=True
-            ):
-                entries += (*row[:4], *place, *tensors, *to_place)
-            entry_array = (ctypes.c_int64 * len(entries))(*entries)
-            table = list(head)
-            table[gate_code.Slot.ENTRY_TABLE] = ctypes.addressof(entry_array)
-            table[gate_code.Slot.SCRATCH] = scratch.data_ptr() + number * layout.scratch * layout.size
-            table[gate_code.Slot.TO_DOWN : gate_code.Slot.TO_DOWN_BIAS + 1] = to_weights[:2]
-            array = (ctypes.c_int64 * len(table))(*table)
-            tables += (entry_array, array)
-            first, last = n_atoms * number // count, n_atoms * (number + 1) // count
-            calls.append((function, ctypes.addressof(array), first, last))
-        threads.run(calls)
-        if totals is None:
-            return None
-        return totals[0] if count == 1 else totals.sum(0)
-
-    def _pointers(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        if not tensors:
-            return [0] * len(self.layout.rows)
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _addresses(*kinds: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for kind in kinds for tensor in kind]
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _value(shape: list[int], h: Tensor, weights: list[Tensor], y: list[Tensor]) -> list[Tensor]:
-    layout = _layout(tuple(shape), dtype_name(h))
-    p, q = (h.new_empty(h.shape[0], width) for width in (layout.rank_padded, layout.columns_padded))
+def _value(shape: Sequence[int], h: Tensor, weights: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+    layout = _layout(tuple(shape), h.dtype)
+    kept = h.new_empty(h.shape[0] * layout.kept_width)
     out = [torch.empty_like(block) for block in y]
-    _Call(layout, h, weights, p, q, y, out=out).run(layout.value, 1)
-    return [p, q, *out]
-
-
-def _sums(layout: _Layout, h: Tensor, wanted: bool) -> Callable[[int], Tensor] | None:
-    return (lambda count: h.new_zeros(count, layout.weight_total)) if wanted else None
-
-
-def _weight_gradients(layout: _Layout, total: Tensor | None) -> list[Tensor]:
-    if total is None:
-        return []
-    pieces = total.split(layout.weight_sizes)
-    return [piece.view(shape) for piece, shape in zip(pieces, layout.weight_shapes, strict=True)]
+    layout.run(layout.value, h, weights, kept, _addresses(y, out), passes=1)
+    return [kept, *out]
 
 
 def _pull(
-    shape: list[int],
+    shape: Sequence[int],
     h: Tensor,
-    weights: list[Tensor],
-    y: list[Tensor],
-    p: Tensor,
-    q: Tensor,
-    g: list[Tensor],
-    wanted: list[bool],
+    weights: Sequence[Tensor],
+    y: Sequence[Tensor],
+    kept: Tensor,
+    g: Sequence[Tensor],
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    layout = _layout(tuple(shape), dtype_name(h))
+    layout = _layout(tuple(shape), h.dtype)
     to_h = torch.empty_like(h) if wanted[0] else None
     to_y = [torch.empty_like(block) if is_gain else None for block, is_gain in zip(y, layout.gains, strict=True)]
-    call = _Call(layout, h, weights, p, q, y, g=g, to_y=to_y, to_h=to_h)
-    total = call.run(layout.pull, 1 + wanted[1], _sums(layout, h, wanted[1]))
-    found = [to_h, *_weight_gradients(layout, total), *to_y]
-    return [tensor for tensor in found if tensor is not None]
+    by_weights = layout.run(
+        *(layout.pull, h, weights, kept, _addresses(y, g, to_y)),
+        passes=1 + wanted[1],
+        by_weights=wanted[1],
+        to_h=to_h,
+    )
+    return _present(to_h, *by_weights, *to_y)
 
 
 def _moved(
-    shape: list[int],
+    shape: Sequence[int],
     h: Tensor,
-    weights: list[Tensor],
-    y: list[Tensor],
-    p: Tensor,
-    q: Tensor,
-    g: list[Tensor],
+    weights: Sequence[Tensor],
+    y: Sequence[Tensor],
+    kept: Tensor,
+    g: Sequence[Tensor],
     moved_h: Tensor,
-    moved_y: list[Tensor],
-    wanted: list[bool],
+    moved_y: Sequence[Tensor],
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    layout = _layout(tuple(shape), dtype_name(h))
-    out = [torch.empty_like(block) for block in y]
+    layout = _layout(tuple(shape), h.dtype)
+    to_g = [torch.empty_like(block) for block in y]
     to_h = torch.empty_like(h) if wanted[0] else None
     to_y = [torch.empty_like(block) if is_gain else None for block, is_gain in zip(y, layout.gains, strict=True)]
-    moves = spread_out(moved_y, layout.gains)
-    call = _Call(layout, h, weights, p, q, y, out=out, g=g, to_y=to_y, moved_y=moves, moved_h=moved_h, to_h=to_h)
-    total = call.run(layout.moved, 3 + 2 * wanted[1], _sums(layout, h, wanted[1]))
-    found = [*out, to_h, *_weight_gradients(layout, total), *to_y]
-    return [tensor for tensor in found if tensor is not None]
+    by_weights = layout.run(
+        *(layout.moved, h, weights, kept, _addresses(y, g, to_y, to_g, spread_out(moved_y, layout.gains))),
+        passes=3 + 2 * wanted[1],
+        by_weights=wanted[1],
+        to_h=to_h,
+        moved_h=moved_h,
+    )
+    return [*to_g, *_present(to_h, *by_weights, *to_y)]
 
 
-def _value_meta(shape: list[int], h: Tensor, weights: list[Tensor], y: list[Tensor]) -> list[Tensor]:
-    layout = _layout(tuple(shape), dtype_name(h))
-    kept = [h.new_empty(h.shape[0], width) for width in (layout.rank_padded, layout.columns_padded)]
-    return kept + [torch.empty_like(block) for block in y]
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _value_meta(shape: Sequence[int], h: Tensor, weights: Any, y: Sequence[Tensor]) -> list[Tensor]:
+    kept = h.new_empty(h.shape[0] * _layout(tuple(shape), h.dtype).kept_width)
+    return [kept, *(torch.empty_like(block) for block in y)]
 
 
 def _pull_meta(
-    shape: list[int], h: Tensor, weights: list[Tensor], y: list[Tensor], p: Tensor, q: Tensor, g: Any, wanted: Any
+    shape: Sequence[int], h: Tensor, weights: list[Tensor], y: Any, kept: Any, g: Any, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    layout = _layout(tuple(shape), dtype_name(h))
+    layout = _layout(tuple(shape), h.dtype)
     found = [h] * wanted[0] + weights * wanted[1]
     found += [block for block, is_gain in zip(y, layout.gains, strict=True) if is_gain]
     return [torch.empty_like(tensor) for tensor in found]
 
 
 def _moved_meta(
-    shape: list[int],
+    shape: Sequence[int],
     h: Tensor,
     weights: list[Tensor],
-    y: list[Tensor],
-    p: Tensor,
-    q: Tensor,
+    y: Any,
+    kept: Any,
     g: Any,
     moved_h: Any,
     moved_y: Any,
-    wanted: Any,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    return [torch.empty_like(block) for block in y] + _pull_meta(shape, h, weights, y, p, q, g, wanted)
+    return [torch.empty_like(block) for block in y] + _pull_meta(shape, h, weights, y, kept, g, wanted)
 
 
 _LIBRARY = torch.library.Library("forcetune", "FRAGMENT")
 _COMMON = "int[] shape, Tensor h, Tensor[] weights, Tensor[] y"
 _LIBRARY.define(f"gate_value({_COMMON}) -> Tensor[]")
-_LIBRARY.define(f"gate_pull({_COMMON}, Tensor p, Tensor q, Tensor[] g, bool[] wanted) -> Tensor[]")
+_LIBRARY.define(f"gate_pull({_COMMON}, Tensor kept, Tensor[] g, bool[] wanted) -> Tensor[]")
 _LIBRARY.define(
-    f"gate_moved({_COMMON}, Tensor p, Tensor q, Tensor[] g, Tensor moved_h, Tensor[] moved_y, bool[] wanted) "
-    "-> Tensor[]"
+    f"gate_moved({_COMMON}, Tensor kept, Tensor[] g, Tensor moved_h, Tensor[] moved_y, bool[] wanted) -> Tensor[]"
 )
 _DIRECT: dict[str, Callable[..., list[Tensor]]] = {"gate_value": _value, "gate_pull": _pull, "gate_moved": _moved}
 for _name, _meta in (("gate_value", _value_meta), ("gate_pull", _pull_meta), ("gate_moved", _moved_meta)):
@@ -301,7 +303,7 @@ def _call(name: str, *arguments: Any) -> list[Tensor]:
     return _DIRECT[name](*arguments)
 
 
-def value(shape: list[int], h: Tensor, weights: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+def value(shape: Sequence[int], h: Tensor, weights: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
     """Without derivatives.
 
     Args:
@@ -311,17 +313,17 @@ def value(shape: list[int], h: Tensor, weights: Sequence[Tensor], y: Sequence[Te
         y: (atoms, dim, channels) of each block.
 
     Returns:
-        p and q, which :func:`pull` wants, and the changed blocks.
+        p and q in one tensor, which :func:`pull` wants, and the changed blocks.
     """
     return _call("gate_value", shape, h, _contiguous(weights), _contiguous(y))
 
 
 def pull(
-    shape: list[int],
+    shape: Sequence[int],
     h: Tensor,
     weights: Sequence[Tensor],
     y: Sequence[Tensor],
-    kept: Sequence[Tensor],
+    kept: Tensor,
     g: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
@@ -329,11 +331,11 @@ def pull(
 
     Args:
         shape, h, weights, y: as for :func:`value`.
-        kept: p and q.
+        kept: from :func:`value`.
         g: gradients by the results.
         wanted: whether those by h and by the weights are; others are not returned.
     """
-    return _call("gate_pull", shape, h, _contiguous(weights), _contiguous(y), *kept, _contiguous(g), list(wanted))
+    return _call("gate_pull", shape, h, _contiguous(weights), _contiguous(y), kept, _contiguous(g), wanted)
 
 
 def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
@@ -357,7 +359,7 @@ class Gate:
     """
 
     shape: GateShape
-    flat: list[int]
+    flat: tuple[int, ...]
     reference: Reference
 
     @property
@@ -384,9 +386,9 @@ def _parts(gate: Gate, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Seq
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Gate, h: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        p, q, *out = value(gate.flat, h, *_parts(gate, tensors))
+        kept, *out = value(gate.flat, h, *_parts(gate, tensors))
         ctx.gate = gate
-        ctx.save_for_backward(p, q, h, *tensors)
+        ctx.save_for_backward(kept, h, *tensors)
         return tuple(out)
 
     @staticmethod
@@ -395,13 +397,13 @@ class _Gate(torch.autograd.Function):
         needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
         n_weights = len(needs) - 1 - gate.n_blocks
         wanted = (needs[0], any(needs[1 : 1 + n_weights]))
-        p, q, h, *tensors = ctx.saved_tensors
+        kept, h, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _Pull.apply(gate, wanted, p, q, h, *tensors, *grads)
+            found = _Pull.apply(gate, wanted, kept, h, *tensors, *grads)
         else:
             weights, y = _parts(gate, tensors)
             flags = _pulled_flags(gate, wanted, n_weights)
-            found = spread_out(pull(gate.flat, h, weights, y, (p, q), grads, wanted), flags)
+            found = spread_out(pull(gate.flat, h, weights, y, kept, grads, wanted), flags)
         result: list[Tensor | None] = [None, *found]  # pyright: ignore[reportGeneralTypeIssues]
         for number, (is_gain, _, _) in enumerate(gate.shape.blocks):
             if not is_gain:
@@ -419,29 +421,29 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Gate, wanted: tuple[bool, bool], p: Tensor, q: Tensor, h: Tensor, *tensors: Tensor
+        ctx: Any, gate: Gate, wanted: tuple[bool, bool], kept: Tensor, h: Tensor, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.gate = gate
-        ctx.save_for_backward(p, q, h, *tensors)
+        ctx.save_for_backward(kept, h, *tensors)
         ctx.set_materialize_grads(False)
         g = tensors[-gate.n_blocks :]
         weights, y = _parts(gate, tensors[: -gate.n_blocks])
-        found = pull(gate.flat, h, weights, y, (p, q), g, wanted)
+        found = pull(gate.flat, h, weights, y, kept, g, wanted)
         return tuple(spread_out(found, _pulled_flags(gate, wanted, len(weights))))
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         gate: Gate = ctx.gate
-        p, q, h, *tensors = ctx.saved_tensors
+        kept, h, *tensors = ctx.saved_tensors
         n = gate.n_blocks
         g = tensors[-n:]
         weights, y = _parts(gate, tensors[:-n])
-        needs: tuple[bool, ...] = ctx.needs_input_grad[4:]
+        needs: tuple[bool, ...] = ctx.needs_input_grad[3:]
         by_weights = tangents[1 : 1 + len(weights)]
         if torch.is_grad_enabled() or any(tangent is not None for tangent in by_weights):
-            return (None,) * 4 + _by_reference(gate, h, weights, y, g, tangents, needs)
+            return (None,) * 3 + _by_reference(gate, h, weights, y, g, tangents, needs)
         if all(tangent is None for tangent in tangents):
-            return (None,) * (4 + len(needs))
+            return (None,) * (3 + len(needs))
         gains = [is_gain for is_gain, _, _ in gate.shape.blocks]
         moved_h = torch.zeros_like(h) if tangents[0] is None else tangents[0].contiguous()
         moved_y = [
@@ -452,10 +454,10 @@ class _Pull(torch.autograd.Function):
         wanted = [needs[0], any(needs[1 : 1 + len(weights)])]
         found = _call(
             "gate_moved",
-            *(gate.flat, h, _contiguous(weights), _contiguous(y), p, q, _contiguous(g), moved_h, moved_y, wanted),
+            *(gate.flat, h, _contiguous(weights), _contiguous(y), kept, _contiguous(g), moved_h, moved_y, wanted),
         )
         rest = spread_out(found[n:], [wanted[0], *[wanted[1]] * len(weights), *gains])
-        return (None, None, None, None, *rest, *found[:n])
+        return (None, None, None, *rest, *found[:n])
 
 
 def _by_reference(

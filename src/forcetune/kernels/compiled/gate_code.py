@@ -27,44 +27,45 @@ PANEL = 2
 
 
 class Slot(IntEnum):
-    """Places in the table of a call; strides and sizes count numbers."""
+    """Places in the table of a call; strides and sizes count numbers. Behind them stand addresses of blocks."""
 
     ENTRIES = 0  # blocks that are changed
-    ENTRY_TABLE = 1
-    N_IN = 2
-    RANK = 3
-    COLUMNS = 4  # of all entries, each padded to whole vectors
-    INPUT_PADDED = 5
-    RANK_PADDED = 6
-    COLUMNS_PADDED = 7
-    DRIVER = 8  # h, (atoms, n_in)
-    DOWN = 9  # (rank, n_in)
-    DOWN_BIAS = 10
-    BEFORE = 11  # p, (atoms, rank padded)
-    CHANGES = 12  # q, (atoms, columns padded)
-    SCRATCH = 13
-    TO_DRIVER = 14  # 0 where it is not wanted
-    TO_DOWN = 15  # 0 where no gradients by weights are wanted
-    TO_DOWN_BIAS = 16
-    MOVED_DRIVER = 17
+    N_IN = 1
+    RANK = 2
+    COLUMNS = 3  # of all entries, each padded to whole vectors
+    INPUT_PADDED = 4
+    RANK_PADDED = 5
+    COLUMNS_PADDED = 6
+    ENTRY_TABLE = 7
+    SCRATCH = 8
+    DRIVER = 9  # h, (atoms, n_in)
+    BEFORE = 10  # p, (atoms, rank padded)
+    CHANGES = 11  # q, (atoms, columns padded)
+    DOWN = 12  # (rank, n_in); bias, shift, bias, gain, bias follow
+    TO_DOWN = 18  # 0 where no gradients by weights are wanted; the other five follow
+    TO_DRIVER = 24  # 0 where it is not wanted
+    MOVED_DRIVER = 25
+    BLOCKS = 26  # first address of the first kind
+
+
+class Blocks(IntEnum):
+    """Kinds of blocks, (atoms, dim, channels) each; a call has the first ones."""
+
+    Y = 0
+    OUTER = 1  # what ``value`` writes, and the g that the others read
+    TO_Y = 2
+    TO_OUTER = 3
+    MOVED_Y = 4
 
 
 class Entry(IntEnum):
-    """Places in the table of an entry; blocks are (atoms, dim, channels)."""
+    """Places in the table of an entry, which is the same for all calls."""
 
     IS_GAIN = 0
     DIM = 1
     CHANNELS = 2
     PLACE = 3  # first column
-    WEIGHT = 4  # (channels, rank)
-    BIAS = 5
-    Y = 6
-    OUT = 7  # value's result; of moved the gradient by g
-    G = 8
-    TO_Y = 9
-    MOVED_Y = 10
-    TO_WEIGHT = 11
-    TO_BIAS = 12
+    FIRST = 4  # first row of the weights of its kind, which are (rows, rank)
 
 
 ENTRY_SLOTS = max(Entry) + 1
@@ -137,9 +138,6 @@ class _Routine(Writer):
             return []
 
         self.loop(0, self.value(f"zext i1 {differs} to i64"), 1, [], once)
-
-    def address_of(self, table: str, index: int) -> str:
-        return self.value(f"inttoptr i64 {self.integer(table, index)} to ptr")
 
     def columns(self, count: str, step: int, body: Callable[[str, Sequence[str | None]], object]) -> None:
         """A loop over columns, ``step`` vectors at once, with masks where not all lanes of the last ones are columns.
@@ -307,6 +305,42 @@ def _product(target: Target) -> _Routine:
     return w
 
 
+class _Entry:
+    """A block that is changed.
+
+    Attributes:
+        index: among the entries.
+        table: of what is the same for all calls.
+    """
+
+    def __init__(self, w: _Routine, index: str, table: str) -> None:
+        self.w, self.index, self.table = w, index, table
+
+    def integer(self, place: Entry) -> str:
+        return self.w.integer(self.table, place)
+
+    def block(self, kind: Blocks) -> str:
+        """Its tensor."""
+        w = self.w
+        before = w.times(w.argument(Slot.ENTRIES), int(kind))
+        return self._pointer(w.plus(w.plus(before, self.index), int(Slot.BLOCKS)))
+
+    def weight(self, first: Slot) -> str:
+        """Its rows of shifts' or gains' weights (``DOWN``), or of the gradients by them (``TO_DOWN``)."""
+        rows = self.w.times(self.integer(Entry.FIRST), self.w.argument(Slot.RANK))
+        return self.w.offset(self._pointer(self._of_kind(first + 2)), rows)
+
+    def bias(self, first: Slot) -> str:
+        return self.w.offset(self._pointer(self._of_kind(first + 3)), self.integer(Entry.FIRST))
+
+    def _of_kind(self, place: int) -> str:
+        """The place for shifts, or the one for gains two behind it."""
+        return self.w.plus(self.w.times(self.integer(Entry.IS_GAIN), 2), place)
+
+    def _pointer(self, place: str) -> str:
+        return self.w.value(f"inttoptr i64 {self.w.integer('%table', place)} to ptr")
+
+
 class _Gate:
     """What the three functions have in common."""
 
@@ -319,7 +353,7 @@ class _Gate:
         self.n_in, self.rank, self.n_columns = (w.argument(s) for s in (Slot.N_IN, Slot.RANK, Slot.COLUMNS))
         sizes = (Slot.INPUT_PADDED, Slot.RANK_PADDED, Slot.COLUMNS_PADDED)
         self.n, self.r, self.c = (w.argument(slot) for slot in sizes)
-        self.down, self.down_bias = w.address(Slot.DOWN), w.address(Slot.DOWN_BIAS)
+        self.down, self.down_bias = w.address(Slot.DOWN), w.address(Slot.DOWN + 1)
         self._free = w.address(Slot.SCRATCH)
         self.zeros = self._zeroed(w.plus(self.n, w.plus(self.r, self.c)))
         self._prepare()
@@ -401,11 +435,11 @@ class _Gate:
 
         self._each_row(rows, row)
 
-    def _each_entry(self, body: Callable[[str], object]) -> None:
-        w = self.w
+    def _each_entry(self, body: Callable[[_Entry], object]) -> None:
+        w, table = self.w, self.entry_table
         self._each_row(
             self.entries,
-            lambda e: body(w.value(f"getelementptr i64, ptr {self.entry_table}, i64 {w.times(e, ENTRY_SLOTS)}")),
+            lambda e: body(_Entry(w, e, w.value(f"getelementptr i64, ptr {table}, i64 {w.times(e, ENTRY_SLOTS)}"))),
         )
 
     def _forward_matrices(self) -> tuple[str, str]:
@@ -415,9 +449,9 @@ class _Gate:
         self._transposed(self.down, self.rank, self.n_in, down, self.r)
         up = self._zeroed(w.times(self.rank, self.c))
 
-        def entry(e: str) -> None:
-            weight, channels = w.address_of(e, Entry.WEIGHT), w.integer(e, Entry.CHANNELS)
-            self._transposed(weight, channels, self.rank, w.offset(up, w.integer(e, Entry.PLACE)), self.c)
+        def entry(e: _Entry) -> None:
+            weight, channels = e.weight(Slot.DOWN), e.integer(Entry.CHANNELS)
+            self._transposed(weight, channels, self.rank, w.offset(up, e.integer(Entry.PLACE)), self.c)
 
         self._each_entry(entry)
         return down, up
@@ -429,9 +463,9 @@ class _Gate:
         self._copied(self.down, self.n_in, self.rank, down, self.n)
         up = self._zeroed(w.times(self.n_columns, self.r))
 
-        def entry(e: str) -> None:
-            weight, channels = w.address_of(e, Entry.WEIGHT), w.integer(e, Entry.CHANNELS)
-            target = w.offset(up, w.times(w.integer(e, Entry.PLACE), self.r))
+        def entry(e: _Entry) -> None:
+            weight, channels = e.weight(Slot.DOWN), e.integer(Entry.CHANNELS)
+            target = w.offset(up, w.times(e.integer(Entry.PLACE), self.r))
             self._copied(weight, self.rank, channels, target, self.r)
 
         self._each_entry(entry)
@@ -504,14 +538,14 @@ class _Gate:
         return results
 
     def _per_channel(
-        self, e: str, a: str, count: str, is_gain: bool, body: Callable[[_Places, str | None], object]
+        self, e: _Entry, a: str, count: str, is_gain: bool, body: Callable[[_Places, str | None], object]
     ) -> None:
         """For every atom of the tile and every vector of channels of an entry of this kind."""
         w = self.w
-        kind = w.integer(e, Entry.IS_GAIN)
+        kind = e.integer(Entry.IS_GAIN)
         wanted = kind if is_gain else w.minus(1, kind)
-        channels, dim = w.integer(e, Entry.CHANNELS), w.integer(e, Entry.DIM)
-        column = w.integer(e, Entry.PLACE)
+        channels, dim = e.integer(Entry.CHANNELS), e.integer(Entry.DIM)
+        column = e.integer(Entry.PLACE)
 
         def row(i: str) -> None:
             block = w.times(w.plus(a, i), w.times(dim, channels))
@@ -553,13 +587,13 @@ class _Value(_Gate):
         self._copied(self.down_bias, self.rank, "1", self.bias, self.r)
         self.up_bias = self._zeroed(self.c)
 
-        def entry(e: str) -> None:
-            target = w.offset(self.up_bias, w.integer(e, Entry.PLACE))
+        def entry(e: _Entry) -> None:
+            target = w.offset(self.up_bias, e.integer(Entry.PLACE))
 
             def part(c: str, masks: Sequence[str | None]) -> None:
-                w.write(w.read(w.address_of(e, Entry.BIAS), c, masks[0]), target, c, masks[0])
+                w.write(w.read(e.bias(Slot.DOWN), c, masks[0]), target, c, masks[0])
 
-            w.columns(w.integer(e, Entry.CHANNELS), 1, part)
+            w.columns(e.integer(Entry.CHANNELS), 1, part)
 
         self._each_entry(entry)
         self.hidden = self._rows(self.r)
@@ -587,8 +621,8 @@ class _Value(_Gate):
             *(f"ptr {up}", self.c, self.rank, self.c, f"ptr {changes}", self.c),
         )
 
-        def entry(e: str) -> None:
-            y, out = w.address_of(e, Entry.Y), w.address_of(e, Entry.OUT)
+        def entry(e: _Entry) -> None:
+            y, out = e.block(Blocks.Y), e.block(Blocks.OUTER)
 
             def shift(places: _Places, mask: str | None) -> None:
                 q = w.load(changes, w.plus(w.times(places.row, self.c), places.column))
@@ -621,7 +655,7 @@ class _Backward(_Gate):
         self.wide = self._zeroed(w.times(self.n, TILE))
         self.ones = self._ones()
         self.driver, self.to_driver = w.address(Slot.DRIVER), w.address(Slot.TO_DRIVER)
-        self.to_down, self.to_down_bias = w.address(Slot.TO_DOWN), w.address(Slot.TO_DOWN_BIAS)
+        self.to_down, self.to_down_bias = w.address(Slot.TO_DOWN), w.address(Slot.TO_DOWN + 1)
         self.before, self.changes = w.address(Slot.BEFORE), w.address(Slot.CHANGES)
 
     def _finish_driver(self, a: str, count: str) -> None:
@@ -640,11 +674,11 @@ class _Backward(_Gate):
         """Add ēᵀ z to the gradient of the weights of every entry, and p̄ᵀ h to that of W↓."""
         w = self.w
 
-        def entry(e: str) -> None:
-            columns = w.offset(by_changes, w.integer(e, Entry.PLACE))
+        def entry(e: _Entry) -> None:
+            columns = w.offset(by_changes, e.integer(Entry.PLACE))
             self._added_outer(
-                *(columns, self.c, w.integer(e, Entry.CHANNELS), hidden, self.r, count, self.rank),
-                w.address_of(e, Entry.TO_WEIGHT),
+                *(columns, self.c, e.integer(Entry.CHANNELS), hidden, self.r, count, self.rank),
+                e.weight(Slot.TO_DOWN),
             )
 
         self._each_entry(entry)
@@ -654,9 +688,9 @@ class _Backward(_Gate):
     def _finish_biases(self, count: str, by_changes: str, by_before: str) -> None:
         w = self.w
 
-        def entry(e: str) -> None:
-            columns = w.offset(by_changes, w.integer(e, Entry.PLACE))
-            channels, target = w.integer(e, Entry.CHANNELS), w.address_of(e, Entry.TO_BIAS)
+        def entry(e: _Entry) -> None:
+            columns = w.offset(by_changes, e.integer(Entry.PLACE))
+            channels, target = e.integer(Entry.CHANNELS), e.bias(Slot.TO_DOWN)
             self._added_sums(self.ones, columns, self.c, count, channels, target)
 
         self._each_entry(entry)
@@ -701,9 +735,9 @@ class _Pull(_Backward):
 
         w.if_not_zero(w.argument(Slot.TO_DOWN), weights)
 
-    def _entry(self, e: str, a: str, count: str, changes: str) -> None:
+    def _entry(self, e: _Entry, a: str, count: str, changes: str) -> None:
         w = self.w
-        g, y, to_y = (w.address_of(e, slot) for slot in (Entry.G, Entry.Y, Entry.TO_Y))
+        g, y, to_y = (e.block(kind) for kind in (Blocks.OUTER, Blocks.Y, Blocks.TO_Y))
 
         def shift(places: _Places, mask: str | None) -> None:
             place = w.plus(w.times(places.row, self.c), places.column)
@@ -777,10 +811,10 @@ class _Moved(_Backward):
 
         w.if_not_zero(w.argument(Slot.TO_DOWN), weights)
 
-    def _entry(self, e: str, a: str, count: str, changes: str) -> None:
+    def _entry(self, e: _Entry, a: str, count: str, changes: str) -> None:
         w = self.w
-        slots = (Entry.G, Entry.Y, Entry.MOVED_Y, Entry.OUT, Entry.TO_Y)
-        g, y, moved_y, out, to_y = (w.address_of(e, slot) for slot in slots)
+        kinds = (Blocks.OUTER, Blocks.Y, Blocks.MOVED_Y, Blocks.TO_OUTER, Blocks.TO_Y)
+        g, y, moved_y, out, to_y = (e.block(kind) for kind in kinds)
 
         def shift(places: _Places, mask: str | None) -> None:
             column = w.plus(w.times(places.row, self.c), places.column)
