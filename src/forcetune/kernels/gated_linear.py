@@ -74,7 +74,7 @@ class GateWeights(NamedTuple):
         return any(tensor is not None and tensor.requires_grad for tensor in self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Prepared:
     """Weights that do not train, in the form in which predictions use them.
 
@@ -85,6 +85,7 @@ class _Prepared:
         down, down_bias, up, up_bias: of the bottleneck, and of shifts and gains together, outputs first.
         down_transposed, up_transposed: inputs first.
         matrices, transposed: of the layer, times their factors.
+        layer: all of it for compiled kernels, where it has been asked for.
     """
 
     owner: FixedWeights
@@ -98,6 +99,7 @@ class _Prepared:
     up_transposed: Tensor
     matrices: list[Tensor]
     transposed: list[Tensor]
+    layer: compiled_gate.FixedLayer | None = None
 
 
 class _Compiled:
@@ -113,7 +115,7 @@ class _Compiled:
         self.targets = [gated.block.target for gated in changed]
         blocks = tuple((gated.gain is not None, dims[gated.block.source], gated.block.fan_out) for gated in changed)
         shape = compiled_gate.GateShape(structure.activation, structure.gain, rank, n_in, blocks)
-        self.structure = structure
+        self.structure, self.dims = structure, list(dims)
         self.spans = [(gated.shift, gated.gain) for gated in changed]
         self.has_shifts = any(gated.shift for gated in changed)
         self.gate = compiled_gate.Gate(shape, shape.flat, self._reference)
@@ -202,6 +204,20 @@ class FixedWeights:
                 self._kept = kept = self._prepared(weight, gate, state, [tensor.detach() for tensor in tensors])
         return kept
 
+    def layer(self, weight: Tensor, gate: GateWeights, compiled: _Compiled) -> compiled_gate.FixedLayer:
+        """These weights, as compiled kernels have them."""
+        prepared = self.of(weight, gate)
+        if prepared.layer is None:
+            blocks = [
+                (gated.block.source, gated.block.target, compiled.dims[gated.block.source])
+                for gated in self.structure.blocks
+            ]
+            prepared.layer = compiled_gate.FixedLayer(
+                *(compiled.gate.shape, prepared.held[1:], prepared.matrices, blocks),
+                *(compiled.targets, self.structure.scalars),
+            )
+        return prepared.layer
+
     def _prepared(
         self, weight: Tensor, gate: GateWeights, state: list[tuple[int, int]] | None, held: list[Tensor]
     ) -> _Prepared:
@@ -252,14 +268,18 @@ def gated_linear(
     compiled = fixed.compiled(kernels, gate, inputs)
     if weight.requires_grad or gate.trains:
         return _differentiable(structure, weight, gate, inputs, compiled)
-    prepared = fixed.of(weight, gate)
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        if compiled is not None:
-            return _compiled_forward(prepared, compiled, inputs).outputs
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if compiled is None:
+        prepared = fixed.of(weight, gate)
+        if differentiated:
+            return _Fixed.apply(prepared, weight, gate, *inputs)  # pyright: ignore[reportReturnType]
         return _fixed_forward(prepared, inputs).outputs
-    if compiled is not None:
-        return _CompiledFixed.apply(prepared, compiled, weight, gate, *inputs)  # pyright: ignore[reportReturnType]
-    return _Fixed.apply(prepared, weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+    if compiled_gate.is_recorded():
+        return _differentiable(structure, weight, gate, inputs, compiled)
+    layer = fixed.layer(weight, gate, compiled)
+    if differentiated:
+        return _CompiledFixed.apply(layer, (structure, weight, gate, compiled), *inputs)  # pyright: ignore[reportReturnType]
+    return layer.value([x.contiguous() for x in inputs])[0]
 
 
 def _differentiable(
@@ -427,61 +447,32 @@ def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequenc
     return found
 
 
-# ---- compiled kernels, constant weights ------------------------------------------------------------------------------
-
-
-class _CompiledPass(NamedTuple):
-    """A forward pass and what a backward pass needs of it.
-
-    Attributes:
-        outputs: of the layer.
-        plain: blocks that the gate changes, before it does.
-        kept: by the gate.
-    """
-
-    outputs: tuple[Tensor, ...]
-    plain: list[Tensor]
-    kept: Tensor
-
-
-def _compiled_forward(fixed: _Prepared, compiled: _Compiled, inputs: Sequence[Tensor]) -> _CompiledPass:
-    owner = fixed.owner
-    outputs: list[Any] = [None] * owner.structure.n_outputs
-    for entry, matrix in zip(owner.entries, fixed.matrices, strict=True):
-        outputs[entry.target] = _times(inputs[entry.source], matrix)
-    plain = [outputs[target] for target in compiled.targets]
-    driver = inputs[owner.structure.scalars].contiguous()
-    kept, *changed = compiled_gate.value(compiled.gate.flat, driver, fixed.held[1:], plain)
-    for target, block in zip(compiled.targets, changed, strict=True):
-        outputs[target] = block
-    return _CompiledPass(tuple(outputs), plain, kept)
+# ---- constant weights, compiled kernels ------------------------------------------------------------------------------
 
 
 class _CompiledFixed(torch.autograd.Function):
-    """As :class:`_Fixed`, the gate by compiled kernels."""
+    """As :class:`_Fixed`, by one call of compiled kernels for each pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, fixed: _Prepared, compiled: _Compiled, weight: Tensor, gate: GateWeights, *inputs: Tensor
-    ) -> Any:
-        ctx.fixed, ctx.compiled, ctx.weight, ctx.gate = fixed, compiled, weight, gate
+        ctx: Any, layer: compiled_gate.FixedLayer, again: tuple[Any, ...], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        inputs = tuple(x.contiguous() for x in inputs)
+        ctx.layer, ctx.again = layer, again
         ctx.save_for_backward(*inputs)
-        result = _compiled_forward(fixed, compiled, inputs)
-        ctx.kept = result._replace(outputs=())
-        return result.outputs
+        outputs, ctx.kept = layer.value(inputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
-        wanted: tuple[bool, ...] = ctx.needs_input_grad[4:]
-        fixed: _Prepared = ctx.fixed
-        compiled: _Compiled = ctx.compiled
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            outputs = _differentiable(fixed.owner.structure, ctx.weight, ctx.gate, inputs, compiled)
-            by_inputs: Sequence[Tensor | None] = list(_pulled_again(outputs, inputs, wanted, grads))
-        else:
-            by_inputs = _compiled_backward(fixed, compiled, ctx.kept, inputs, grads)
-        return None, None, None, None, *(one if wants else None for one, wants in zip(by_inputs, wanted, strict=True))
+            structure, weight, gate, compiled = ctx.again
+            outputs = _differentiable(structure, weight, gate, inputs, compiled)
+            return None, None, *_pulled_again(outputs, inputs, wanted, grads)
+        by_inputs = ctx.layer.pull(inputs, [grad.contiguous() for grad in grads], ctx.kept)
+        return None, None, *(one if wants else None for one, wants in zip(by_inputs, wanted, strict=True))
 
 
 def _pulled_again(
@@ -491,32 +482,3 @@ def _pulled_again(
     reached = [x for x, wants in zip(inputs, wanted, strict=True) if wants]
     results = iter(torch.autograd.grad(outputs, reached, grads, create_graph=True, allow_unused=True))
     return (next(results) if wants else None for wants in wanted)
-
-
-def _compiled_backward(
-    fixed: _Prepared,
-    compiled: _Compiled,
-    kept: _CompiledPass,
-    inputs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """Gradients by the inputs."""
-    owner, gate = fixed.owner, compiled.gate
-    pulled = [grads[target] for target in compiled.targets]
-    driver = inputs[owner.structure.scalars].contiguous()
-    results = iter(compiled_gate.pull(gate.flat, driver, fixed.held[1:], kept.plain, kept.kept, pulled, (True, False)))
-    driving = next(results)
-    by_outputs = list(grads)
-    for target, (is_gain, _, _) in zip(compiled.targets, gate.shape.blocks, strict=True):
-        if is_gain:
-            by_outputs[target] = next(results)
-    by_inputs: list[Tensor | None] = [None] * len(inputs)
-    by_inputs[owner.structure.scalars] = driving
-    for entry, transposed in zip(owner.entries, fixed.transposed, strict=True):
-        grad, before = by_outputs[entry.target], by_inputs[entry.source]
-        if before is None:
-            by_inputs[entry.source] = _times(grad, transposed)
-        else:
-            flat = before.view(-1, before.shape[2])
-            by_inputs[entry.source] = torch.addmm(flat, grad.reshape(-1, grad.shape[2]), transposed).view(before.shape)
-    return by_inputs

@@ -74,9 +74,10 @@ class _Layout:
         self._entries = (ctypes.c_int64 * len(entries))(*entries)
         self.n_blocks, self.has_shifts = len(self.gains), not all(self.gains)
         self.rank_padded, self.columns_padded = padded(self.rank, wide), padded(column, wide)
+        self.lanes, self.n_in_padded = own.lanes, padded(self.n_in, wide)
         self.kept_width = self.rank_padded + self.columns_padded
         self.head = (
-            *(self.n_blocks, self.n_in, self.rank, column, padded(self.n_in, wide)),
+            *(self.n_blocks, self.n_in, self.rank, column, self.n_in_padded),
             *(self.rank_padded, self.columns_padded, ctypes.addressof(self._entries)),
         )
         self.size = dtype.itemsize
@@ -85,8 +86,9 @@ class _Layout:
         form = Form(bool(activation), _GAINS[gain], LARGEST_EXPONENT)
         sources = source_hash(str(assembly.__file__), str(gate_code.__file__))
         machine = compiled(repr((sources, own, form.name)), lambda: gate_code.module_text(form, own))
-        names = ("value", "pull", "moved")
-        self.value, self.pull, self.moved = (threads.function(machine.address(name)) for name in names)
+        names = ("value", "pull", "moved", "layer_value", "layer_pull")
+        functions = (threads.function(machine.address(name)) for name in names)
+        self.value, self.pull, self.moved, self.layer_value, self.layer_pull = functions
         self.weight_sizes = [self.rank * self.n_in, self.rank]
         for count in first:
             self.weight_sizes += [count * self.rank, count] if count else []
@@ -94,6 +96,25 @@ class _Layout:
         self._weight_bytes = [size * self.size for size in self.weight_sizes]
         self._weight_places = list(itertools.accumulate([0, *self._weight_bytes[:-1]]))
         self._packs = [struct.Struct(f"{Slot.BLOCKS + kinds * self.n_blocks}q").pack for kinds in range(6)]
+
+    def constant_matrices(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """D, U, Dᵀ, Uᵀ and both biases, padded with zeros."""
+        like = weights[0]
+        down = like.new_zeros(self.n_in, self.rank_padded)
+        down[:, : self.rank] = weights[0].t()
+        down_back = like.new_zeros(self.rank, self.n_in_padded)
+        down_back[:, : self.n_in] = weights[0]
+        down_bias = like.new_zeros(self.rank_padded)
+        down_bias[: self.rank] = weights[1]
+        up_back = like.new_zeros(self.columns_padded, self.rank_padded)
+        up_bias = like.new_zeros(self.columns_padded)
+        rows = list(self._entries)
+        for is_gain, _, channels, place, first in zip(*(rows[start::5] for start in range(5)), strict=True):
+            index = 4 if is_gain and self.has_shifts else 2
+            up_back[place : place + channels, : self.rank] = weights[index][first : first + channels]
+            up_bias[place : place + channels] = weights[index + 1][first : first + channels]
+        up = up_back[:, : self.rank].t().contiguous()
+        return [down, up, down_back, up_back, down_bias, up_bias]
 
     def six(self, addresses: list[int]) -> list[int]:
         """Addresses of weights, with 0 for shifts or gains that there are not."""
@@ -146,7 +167,7 @@ class _Layout:
                 own = self._zeroed(gradients) if number == 0 else self._row(others, number - 1)
                 to_weights = self.six(own)
             place = scratch + number * self.scratch
-            table = pack(*self.head, place, *numbers, *addresses, *to_weights, *driver, *blocks)
+            table = pack(*self.head, place, *numbers, *addresses, *to_weights, *driver, 0, 0, *blocks)
             calls.append((function, table, n_atoms * number // count, n_atoms * (number + 1) // count))
         threads.run(calls)
         if others is not None:
@@ -168,6 +189,7 @@ class _Layout:
 
 
 _NONE = (0,) * 6
+_NO_WEIGHTS = _NONE + _NONE
 
 
 class _Memory(threading.local):
@@ -297,8 +319,13 @@ for _name, _meta in (("gate_value", _value_meta), ("gate_pull", _pull_meta), ("g
     _LIBRARY.impl(_name, _meta, "Meta")
 
 
+def is_recorded() -> bool:
+    """Whether operations are written down, which have to be PyTorch's for that."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def _call(name: str, *arguments: Any) -> list[Tensor]:
-    if torch._C._len_torch_dispatch_stack():  # a recording, which has to see the operation
+    if is_recorded():
         return getattr(torch.ops.forcetune, name)(*arguments)
     return _DIRECT[name](*arguments)
 
@@ -340,6 +367,149 @@ def pull(
 
 def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
     return [value.contiguous() for value in values]
+
+
+# ---- whole layers ----------------------------------------------------------------------------------------------------
+
+
+class FixedLayer:
+    """An equivariant linear layer and its gate with constant weights, for energies and forces.
+
+    Args:
+        shape: of the gate.
+        weights: of the gate, as for :func:`value`.
+        matrices: (fan in, fan out) of each product, normalised.
+        blocks: for each product the input it reads, the output it writes, and its components; each output has one.
+        targets: outputs that the gate changes, in its order.
+        driver: input whose scalars drive the gate.
+    """
+
+    def __init__(
+        self,
+        shape: GateShape,
+        weights: Sequence[Tensor],
+        matrices: Sequence[Tensor],
+        blocks: Sequence[tuple[int, int, int]],
+        targets: Sequence[int],
+        driver: int,
+    ) -> None:
+        like = weights[0]
+        self.layout = layout = _layout(shape.flat, like.dtype)
+        self.blocks, self.driver = blocks, driver
+        wide = gate_code.PANEL * layout.lanes
+        self.widths = [0] * len(blocks)
+        self.dims = [0] * len(blocks)
+        for (_, target_index, dim), matrix in zip(blocks, matrices, strict=True):
+            self.widths[target_index], self.dims[target_index] = matrix.shape[1], dim
+        self.read = {driver, *(source for source, _, _ in blocks)}
+        self.changed = [(target, is_gain) for target, is_gain in zip(targets, layout.gains, strict=True)]
+        self.gains = [target for target, is_gain in self.changed if is_gain]
+        self.plain_sizes = [self.dims[target] * self.widths[target] for target in self.gains]
+        self.work = layout.work + sum(
+            dim * matrix.numel() for (_, _, dim), matrix in zip(blocks, matrices, strict=True)
+        )
+        constants = [*layout.constant_matrices(weights)]
+        adds = {driver}
+        rows: list[int] = []
+        for (source, _, dim), matrix in zip(blocks, matrices, strict=True):
+            pair = [_in_panels(matrix, wide), _in_panels(matrix.t(), wide)]
+            constants += pair
+            rows += (dim, *matrix.shape, *(one.data_ptr() for one in pair), int(source in adds))
+            adds.add(source)
+        widest = max(max(matrix.shape) for matrix in matrices)
+        zeros = like.new_zeros(padded(max(widest, self.layout.kept_width, shape.n_in), wide))
+        self._held = [*constants, zeros]
+        numbers = [len(blocks), *(tensor.data_ptr() for tensor in constants[:6]), *rows]
+        self._table = (ctypes.c_int64 * len(numbers))(*numbers)
+        self._tail = (ctypes.addressof(self._table), zeros.data_ptr())
+        n, m = layout.n_blocks, len(blocks)
+        self._packs = [struct.Struct(f"{Slot.BLOCKS + kinds * n + 2 * m}q").pack for kinds in (2, 3)]
+
+    def value(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Outputs, and what :meth:`pull` wants.
+
+        Args:
+            inputs: (atoms, dim, channels) of each, contiguous.
+        """
+        layout, like = self.layout, inputs[0]
+        n_atoms, size = like.shape[0], layout.size
+        outputs = [like.new_empty(n_atoms, *shape) for shape in zip(self.dims, self.widths, strict=True)]
+        kept = like.new_empty(n_atoms * (layout.kept_width + sum(self.plain_sizes)))
+        out = [output.data_ptr() for output in outputs]
+        before = self._plain(out, kept, n_atoms)
+        blocks = [
+            *(before[target] for target, _ in self.changed),
+            *(out[target] for target, _ in self.changed),
+            *(inputs[source].data_ptr() for source, _, _ in self.blocks),
+            *(before[target] for _, target, _ in self.blocks),
+        ]
+        p = kept.data_ptr()
+        numbers = (inputs[self.driver].data_ptr(), p, p + n_atoms * layout.rank_padded * size)
+        self._run(layout.layer_value, self._packs[0], (*numbers, *_NO_WEIGHTS, 0, 0), blocks, n_atoms, 0)
+        return tuple(outputs), kept
+
+    def pull(self, inputs: Sequence[Tensor], grads: Sequence[Tensor], kept: Tensor) -> list[Tensor | None]:
+        """Gradients by the inputs; None by those that nothing depends on.
+
+        Args:
+            inputs: of :meth:`value`.
+            grads: by the outputs, contiguous.
+            kept: from there.
+        """
+        layout = self.layout
+        n_atoms, size = inputs[0].shape[0], layout.size
+        by_inputs = [torch.empty_like(x) if index in self.read else None for index, x in enumerate(inputs)]
+        by_out = [grad.data_ptr() for grad in grads]
+        plain = self._plain(by_out, kept, n_atoms)
+        by_plain = list(by_out)
+        extra = n_atoms * sum(self.plain_sizes) * size
+        place = _scratch(layout.scratch * threads.thread_count(n_atoms * self.work) + extra)
+        for output, width in zip(self.gains, self.plain_sizes, strict=True):
+            by_plain[output] = place
+            place += n_atoms * width * size
+        by_in = _addresses(by_inputs)
+        blocks = [
+            *(plain[target] for target, _ in self.changed),
+            *(by_out[target] for target, _ in self.changed),
+            *(by_plain[target] for target, _ in self.changed),
+            *(by_plain[target] for _, target, _ in self.blocks),
+            *(by_in[source] for source, _, _ in self.blocks),
+        ]
+        p = kept.data_ptr()
+        numbers = (inputs[self.driver].data_ptr(), p, p + n_atoms * layout.rank_padded * size)
+        rest = (*numbers, *_NO_WEIGHTS, by_in[self.driver], 0)
+        self._run(layout.layer_pull, self._packs[1], rest, blocks, n_atoms, extra)
+        return by_inputs
+
+    def _plain(self, addresses: list[int], kept: Tensor, n_atoms: int) -> list[int]:
+        """Addresses of outputs, but where a gain changes them of what was there before."""
+        found = list(addresses)
+        size = self.layout.size
+        place = kept.data_ptr() + n_atoms * self.layout.kept_width * size
+        for output, width in zip(self.gains, self.plain_sizes, strict=True):
+            found[output] = place
+            place += n_atoms * width * size
+        return found
+
+    def _run(
+        self, function: Any, pack: Any, numbers: tuple[int, ...], blocks: list[int], n_atoms: int, used: int
+    ) -> None:
+        """Call a function; ``used`` bytes of scratch memory are taken already."""
+        layout = self.layout
+        count = threads.thread_count(n_atoms * self.work)
+        scratch = _scratch(used + layout.scratch * count) + used
+        calls = []
+        for number in range(count):
+            table = pack(*layout.head, scratch + number * layout.scratch, *numbers, *self._tail, *blocks)
+            calls.append((function, table, n_atoms * number // count, n_atoms * (number + 1) // count))
+        threads.run(calls)
+
+
+def _in_panels(matrix: Tensor, width: int) -> Tensor:
+    """Columns in panels of this width, one after another, the last filled up with zeros."""
+    rows, columns = matrix.shape
+    whole = torch.nn.functional.pad(matrix, (0, padded(columns, width) - columns))
+    return whole.view(rows, -1, width).transpose(0, 1).contiguous()
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------

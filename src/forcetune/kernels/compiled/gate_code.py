@@ -45,7 +45,9 @@ class Slot(IntEnum):
     TO_DOWN = 18  # 0 where no gradients by weights are wanted; the other five follow
     TO_DRIVER = 24  # 0 where it is not wanted
     MOVED_DRIVER = 25
-    BLOCKS = 26  # first address of the first kind
+    LAYER = 26  # of the functions for whole layers
+    ZEROS = 27  # for them
+    BLOCKS = 28  # first address of the first kind
 
 
 class Blocks(IntEnum):
@@ -69,6 +71,36 @@ class Entry(IntEnum):
 
 
 ENTRY_SLOTS = max(Entry) + 1
+
+
+class Layer(IntEnum):
+    """Places in the table of a layer with constant weights; rows of its products follow."""
+
+    PRODUCTS = 0
+    DOWN = 1  # D, (n_in, rank padded)
+    UP = 2  # U, (rank, columns padded)
+    DOWN_BACK = 3  # Dᵀ, (rank, n_in padded)
+    UP_BACK = 4  # Uᵀ, (columns, rank padded)
+    DOWN_BIAS = 5
+    UP_BIAS = 6
+    ROWS = 7
+
+
+class Product(IntEnum):
+    """Places in the row of a product y = x w; matrices lie panel by panel of columns.
+
+    Behind the addresses of a call's blocks stand, for each product, those of x and y, or of the gradients by y and x.
+    """
+
+    DIM = 0
+    FAN_IN = 1
+    FAN_OUT = 2
+    MATRIX = 3
+    TRANSPOSED = 4
+    ADDS = 5  # whether its gradient by x is added to what is there
+
+
+PRODUCT_SLOTS = max(Product) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +275,10 @@ class _Routine(Writer):
 
 
 def module_text(form: Form, target: Target) -> str:
-    """``value``, ``pull`` and ``moved`` of a form."""
+    """``value``, ``pull`` and ``moved`` of a form; ``layer_value`` and ``layer_pull`` with the layer's own products."""
     routines = [_product(target), _Value(form, target).routine, _Pull(form, target).routine]
     routines.append(_Moved(form, target).routine)
+    routines += [kind(form, target, whole_layer=True).routine for kind in (_Value, _Pull)]
     v, lanes = f"<{target.lanes} x {target.real}>", target.lanes
     kind = routines[0].kind
     return "".join(
@@ -259,14 +292,17 @@ def module_text(form: Form, target: Target) -> str:
 
 
 def _product(target: Target) -> _Routine:
-    """``product``: out = start + x w, of any strides; w is padded to whole panels of columns."""
-    names = "ptr %start, i64 %start_row, ptr %x, i64 %x_row, i64 %x_k, i64 %rows, ptr %w, i64 %w_row, i64 %inner, "
-    w = _Routine("product", target, names + "i64 %width, ptr %out, i64 %out_row")
+    """``product``: out = start + x w, of any strides; w is padded to whole panels of columns.
+
+    Panels of w are apart by ``w_column`` for each column: 1 where rows are whole, their number where panels are.
+    """
+    names = "ptr %start, i64 %start_row, ptr %x, i64 %x_row, i64 %x_k, i64 %rows, ptr %w, i64 %w_row, i64 %w_column, "
+    w = _Routine("product", target, names + "i64 %inner, i64 %width, ptr %out, i64 %out_row")
     lanes = target.lanes
     together = 8 if target.registers >= 32 else 4
 
     def panel(c: str, masks: Sequence[str | None]) -> None:
-        columns = w.offset("%w", c)
+        columns = w.offset("%w", w.times(c, "%w_column"))
 
         def rows(count: int) -> Callable[[str, list[str]], list[str]]:
             def body(i: str, _: list[str]) -> list[str]:
@@ -346,16 +382,18 @@ class _Gate:
 
     name = ""
 
-    def __init__(self, form: Form, target: Target) -> None:
-        self.form, self.lanes = form, target.lanes
-        w = self.routine = self.w = _Routine(self.name, target, "ptr noalias %table, i64 %first, i64 %last")
+    def __init__(self, form: Form, target: Target, *, whole_layer: bool = False) -> None:
+        self.form, self.lanes, self.whole_layer = form, target.lanes, whole_layer
+        name = f"layer_{self.name}" if whole_layer else self.name
+        w = self.routine = self.w = _Routine(name, target, "ptr noalias %table, i64 %first, i64 %last")
         self.entries, self.entry_table = w.argument(Slot.ENTRIES), w.address(Slot.ENTRY_TABLE)
         self.n_in, self.rank, self.n_columns = (w.argument(s) for s in (Slot.N_IN, Slot.RANK, Slot.COLUMNS))
         sizes = (Slot.INPUT_PADDED, Slot.RANK_PADDED, Slot.COLUMNS_PADDED)
         self.n, self.r, self.c = (w.argument(slot) for slot in sizes)
         self.down, self.down_bias = w.address(Slot.DOWN), w.address(Slot.DOWN + 1)
         self._free = w.address(Slot.SCRATCH)
-        self.zeros = self._zeroed(w.plus(self.n, w.plus(self.r, self.c)))
+        self.zeros = self._zeros()
+        self.layer = w.address(Slot.LAYER)
         self._prepare()
 
         def tile(a: str, _: list[str]) -> list[str]:
@@ -363,6 +401,16 @@ class _Gate:
             return []
 
         w.loop("%first", "%last", TILE, [], tile)
+
+    def _zeros(self) -> str:
+        """As many as the widest product starts from."""
+        w = self.w
+        size = w.plus(self.n, w.plus(self.r, self.c))
+        return w.address(Slot.ZEROS) if self.whole_layer else self._zeroed(size)
+
+    def _constant(self, place: Layer) -> str:
+        """A matrix of a layer with constant weights."""
+        return self.w.value(f"inttoptr i64 {self.w.integer(self.layer, place)} to ptr")
 
     def _prepare(self) -> None:
         """What all tiles need."""
@@ -442,9 +490,59 @@ class _Gate:
             lambda e: body(_Entry(w, e, w.value(f"getelementptr i64, ptr {table}, i64 {w.times(e, ENTRY_SLOTS)}"))),
         )
 
+    def _each_product(self, body: Callable[[str, str, str], object], kinds: int) -> None:
+        """From each product's row and its two blocks.
+
+        Args:
+            body: writes what is done.
+            kinds: of blocks that stand before those of the products.
+        """
+        w = self.w
+        count = w.integer(self.layer, Layer.PRODUCTS)
+        start = w.plus(w.times(self.entries, kinds), int(Slot.BLOCKS))
+
+        def product(number: str) -> None:
+            place = w.plus(w.times(number, PRODUCT_SLOTS), int(Layer.ROWS))
+            row = w.value(f"getelementptr i64, ptr {self.layer}, i64 {place}")
+            first = w.plus(start, number)
+            blocks = [w.integer("%table", index) for index in (first, w.plus(first, count))]
+            body(row, *(w.value(f"inttoptr i64 {block} to ptr") for block in blocks))
+
+        self._each_row(count, product)
+
+    def _layer_product(self, row: str, x: str, y: str, a: str, count: str) -> None:
+        """y = x w for the atoms of a tile."""
+        w = self.w
+        dim, fan_in, fan_out = (w.integer(row, place) for place in (Product.DIM, Product.FAN_IN, Product.FAN_OUT))
+        matrix = w.value(f"inttoptr i64 {w.integer(row, Product.MATRIX)} to ptr")
+        before = w.times(a, dim)
+        own_x, own_y = w.offset(x, w.times(before, fan_in)), w.offset(y, w.times(before, fan_out))
+        w.call(
+            "product",
+            *(f"ptr {self.zeros}", 0, f"ptr {own_x}", fan_in, 1, w.times(count, dim)),
+            *(f"ptr {matrix}", PANEL * self.lanes, fan_in, fan_in, fan_out, f"ptr {own_y}", fan_out),
+        )
+
+    def _layer_gradient(self, row: str, g: str, to_x: str, a: str, count: str) -> None:
+        """The gradient by x, or its part of this product."""
+        w = self.w
+        dim, fan_in, fan_out = (w.integer(row, place) for place in (Product.DIM, Product.FAN_IN, Product.FAN_OUT))
+        matrix = w.value(f"inttoptr i64 {w.integer(row, Product.TRANSPOSED)} to ptr")
+        before, adds = w.times(a, dim), w.integer(row, Product.ADDS)
+        own_g, own_x = w.offset(g, w.times(before, fan_out)), w.offset(to_x, w.times(before, fan_in))
+        added = w.value(f"icmp ne i64 {adds}, 0")
+        start = w.value(f"select i1 {added}, ptr {own_x}, ptr {self.zeros}")
+        w.call(
+            "product",
+            *(f"ptr {start}", w.times(adds, fan_in), f"ptr {own_g}", fan_out, 1, w.times(count, dim)),
+            *(f"ptr {matrix}", PANEL * self.lanes, fan_out, fan_out, fan_in, f"ptr {own_x}", fan_in),
+        )
+
     def _forward_matrices(self) -> tuple[str, str]:
         """D (n_in, rank) and U (rank, columns)."""
         w = self.w
+        if self.whole_layer:
+            return self._constant(Layer.DOWN), self._constant(Layer.UP)
         down = self._zeroed(w.times(self.n_in, self.r))
         self._transposed(self.down, self.rank, self.n_in, down, self.r)
         up = self._zeroed(w.times(self.rank, self.c))
@@ -459,6 +557,8 @@ class _Gate:
     def _backward_matrices(self) -> tuple[str, str]:
         """Dᵀ (rank, n_in) and Uᵀ (columns, rank)."""
         w = self.w
+        if self.whole_layer:
+            return self._constant(Layer.DOWN_BACK), self._constant(Layer.UP_BACK)
         down = self._zeroed(w.times(self.rank, self.n))
         self._copied(self.down, self.n_in, self.rank, down, self.n)
         up = self._zeroed(w.times(self.n_columns, self.r))
@@ -480,7 +580,7 @@ class _Gate:
         self.w.call(
             "product",
             *(f"ptr {self.zeros}", 0, f"ptr {x}", x_row, 1, count),
-            *(f"ptr {w_matrix}", w_row, inner, width, f"ptr {out}", out_row),
+            *(f"ptr {w_matrix}", w_row, 1, inner, width, f"ptr {out}", out_row),
         )
 
     def _added_outer(self, x: str, x_row: str, rows: str, y: str, y_row: str, count: str, width: str, out: str) -> None:
@@ -488,7 +588,7 @@ class _Gate:
         self.w.call(
             "product",
             *(f"ptr {out}", width, f"ptr {x}", 1, x_row, rows),
-            *(f"ptr {y}", y_row, count, width, f"ptr {out}", width),
+            *(f"ptr {y}", y_row, 1, count, width, f"ptr {out}", width),
         )
 
     def _added_sums(self, ones: str, y: str, y_row: str, count: str, width: str, out: str) -> None:
@@ -496,7 +596,7 @@ class _Gate:
         self.w.call(
             "product",
             *(f"ptr {out}", 0, f"ptr {ones}", 0, 1, 1),
-            *(f"ptr {y}", y_row, count, width, f"ptr {out}", 0),
+            *(f"ptr {y}", y_row, 1, count, width, f"ptr {out}", 0),
         )
 
     def _ones(self) -> str:
@@ -583,6 +683,12 @@ class _Value(_Gate):
     def _prepare(self) -> None:
         w = self.w
         self.matrices = self._forward_matrices()
+        self.hidden = self._rows(self.r)
+        self.driver = w.address(Slot.DRIVER)
+        self.before, self.changes = w.address(Slot.BEFORE), w.address(Slot.CHANGES)
+        if self.whole_layer:
+            self.bias, self.up_bias = self._constant(Layer.DOWN_BIAS), self._constant(Layer.UP_BIAS)
+            return
         self.bias = self._zeroed(self.r)
         self._copied(self.down_bias, self.rank, "1", self.bias, self.r)
         self.up_bias = self._zeroed(self.c)
@@ -596,19 +702,18 @@ class _Value(_Gate):
             w.columns(e.integer(Entry.CHANNELS), 1, part)
 
         self._each_entry(entry)
-        self.hidden = self._rows(self.r)
-        self.driver = w.address(Slot.DRIVER)
-        self.before, self.changes = w.address(Slot.BEFORE), w.address(Slot.CHANGES)
 
     def _tile(self, a: str, count: str) -> None:
         w, (down, up) = self.w, self.matrices
+        if self.whole_layer:
+            self._each_product(lambda row, x, y: self._layer_product(row, x, y, a, count), kinds=2)
         before = w.offset(self.before, w.times(a, self.r))
         changes = w.offset(self.changes, w.times(a, self.c))
         driver = w.offset(self.driver, w.times(a, self.n_in))
         w.call(
             "product",
             *(f"ptr {self.bias}", 0, f"ptr {driver}", self.n_in, 1, count),
-            *(f"ptr {down}", self.r, self.n_in, self.r, f"ptr {before}", self.r),
+            *(f"ptr {down}", self.r, 1, self.n_in, self.r, f"ptr {before}", self.r),
         )
 
         def activate(place: str) -> None:
@@ -618,7 +723,7 @@ class _Value(_Gate):
         w.call(
             "product",
             *(f"ptr {self.up_bias}", 0, f"ptr {self.hidden}", self.r, 1, count),
-            *(f"ptr {up}", self.c, self.rank, self.c, f"ptr {changes}", self.c),
+            *(f"ptr {up}", self.c, 1, self.rank, self.c, f"ptr {changes}", self.c),
         )
 
         def entry(e: _Entry) -> None:
@@ -733,7 +838,10 @@ class _Pull(_Backward):
             self._finish_weights(count, driver, self.hidden, self.by_changes, self.by_before)
             self._finish_biases(count, self.by_changes, self.by_before)
 
-        w.if_not_zero(w.argument(Slot.TO_DOWN), weights)
+        if self.whole_layer:
+            self._each_product(lambda row, g, to_x: self._layer_gradient(row, g, to_x, a, count), kinds=3)
+        else:
+            w.if_not_zero(w.argument(Slot.TO_DOWN), weights)
 
     def _entry(self, e: _Entry, a: str, count: str, changes: str) -> None:
         w = self.w
