@@ -566,7 +566,9 @@ class _Gate(torch.autograd.Function):
         gate: Gate = ctx.gate
         needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
         n_weights = len(needs) - 1 - gate.n_blocks
-        wanted = (needs[0], any(needs[1 : 1 + n_weights]))
+        # while forces are computed nobody waits for gradients by weights
+        edges = ctx.next_functions
+        wanted = (_go_on(edges[:1]), _go_on(edges[1 : 1 + n_weights]))
         kept, h, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _Pull.apply(gate, wanted, kept, h, *tensors, *grads)
@@ -579,6 +581,14 @@ class _Gate(torch.autograd.Function):
             if not is_gain:
                 result[2 + n_weights + number] = grads[number]
         return tuple(result)
+
+
+def _go_on(edges: Sequence[tuple[Any, int]]) -> bool:
+    """Whether the differentiation under way goes on to what lies behind any of these edges."""
+    try:
+        return any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in edges)
+    except RuntimeError:  # PyTorch does not say for leaves that gradients are asked for by name
+        return True
 
 
 def _pulled_flags(gate: Gate, wanted: tuple[bool, bool], n_weights: int) -> list[bool]:
