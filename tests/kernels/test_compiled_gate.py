@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from forcetune.kernels.compiled import choice, threads
-from forcetune.kernels.compiled.gate import FixedLayer, Gate, GateShape, apply_gate
+from forcetune.kernels.compiled.gate import Gate, GateShape, apply_gate
+from forcetune.kernels.compiled.gated_layer import FixedLayer
 from forcetune.kernels.gain import gain_and_slope
 
 pytestmark = pytest.mark.skipif(choice.missing_reason() is not None, reason="there are no compiled kernels")

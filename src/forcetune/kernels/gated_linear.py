@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from forcetune.kernels.compiled import gate as compiled_gate
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled
+from forcetune.kernels.compiled.gated_layer import FixedLayer
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.gain import GainKind, gain_and_slope
 from forcetune.kernels.linear import Block, equivariant_linear, matrices
@@ -99,7 +100,7 @@ class _Prepared:
     up_transposed: Tensor
     matrices: list[Tensor]
     transposed: list[Tensor]
-    layer: compiled_gate.FixedLayer | None = None
+    layer: FixedLayer | None = None
 
 
 class _Compiled:
@@ -204,7 +205,7 @@ class FixedWeights:
                 self._kept = kept = self._prepared(weight, gate, state, [tensor.detach() for tensor in tensors])
         return kept
 
-    def layer(self, weight: Tensor, gate: GateWeights, compiled: _Compiled) -> compiled_gate.FixedLayer:
+    def layer(self, weight: Tensor, gate: GateWeights, compiled: _Compiled) -> FixedLayer:
         """These weights, as compiled kernels have them."""
         prepared = self.of(weight, gate)
         if prepared.layer is None:
@@ -212,7 +213,7 @@ class FixedWeights:
                 (gated.block.source, gated.block.target, compiled.dims[gated.block.source])
                 for gated in self.structure.blocks
             ]
-            prepared.layer = compiled_gate.FixedLayer(
+            prepared.layer = FixedLayer(
                 *(compiled.gate.shape, prepared.held[1:], prepared.matrices, blocks),
                 *(compiled.targets, self.structure.scalars),
             )
@@ -454,9 +455,7 @@ class _CompiledFixed(torch.autograd.Function):
     """As :class:`_Fixed`, by one call of compiled kernels for each pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, layer: compiled_gate.FixedLayer, again: tuple[Any, ...], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, layer: FixedLayer, again: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
         inputs = tuple(x.contiguous() for x in inputs)
         ctx.layer, ctx.again = layer, again
         ctx.save_for_backward(*inputs)

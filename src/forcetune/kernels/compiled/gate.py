@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.kernels.compiled import assembly, gate_code, threads
+from forcetune.kernels.compiled import assembly, gate_code, routine, threads
 from forcetune.kernels.compiled.convolution import spread_out
 from forcetune.kernels.compiled.gate_code import Form, Slot, padded
 from forcetune.kernels.compiled.machine import compiled, source_hash, target
@@ -56,7 +56,7 @@ class GateShape:
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-class _Layout:
+class GateLayout:
     """Where the numbers of a gate lie, for one precision, and the functions for it."""
 
     def __init__(self, flat: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -84,7 +84,7 @@ class _Layout:
         self.scratch = gate_code.scratch_size(self.n_in, self.rank, column, own.lanes) * self.size
         self.work = self.n_in * self.rank + self.rank * column
         form = Form(bool(activation), _GAINS[gain], LARGEST_EXPONENT)
-        sources = source_hash(str(assembly.__file__), str(gate_code.__file__))
+        sources = source_hash(*(str(module.__file__) for module in (assembly, routine, gate_code)))
         machine = compiled(repr((sources, own, form.name)), lambda: gate_code.module_text(form, own))
         names = ("value", "pull", "moved", "layer_value", "layer_pull")
         functions = (threads.function(machine.address(name)) for name in names)
@@ -151,7 +151,7 @@ class _Layout:
         """
         n_atoms = h.shape[0]
         count = threads.thread_count(n_atoms * self.work * passes)
-        scratch = _scratch(self.scratch * count)
+        scratch = scratch_memory(self.scratch * count)
         gradients = [torch.empty_like(weight) for weight in weights] if by_weights else []
         # other threads than the first have sums of their own
         others = h.new_zeros(count - 1, self.weight_total) if by_weights and count > 1 else None
@@ -189,7 +189,6 @@ class _Layout:
 
 
 _NONE = (0,) * 6
-_NO_WEIGHTS = _NONE + _NONE
 
 
 class _Memory(threading.local):
@@ -203,7 +202,7 @@ class _Memory(threading.local):
 _MEMORY = _Memory()
 
 
-def _scratch(size: int) -> int:
+def scratch_memory(size: int) -> int:
     """Address of so many bytes, until the next call of this thread."""
     if len(_MEMORY.buffer) < size:
         _MEMORY.buffer = (ctypes.c_byte * size)()
@@ -212,19 +211,19 @@ def _scratch(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _layout(flat: tuple[int, ...], dtype: torch.dtype) -> _Layout:
-    return _Layout(flat, dtype)
+def layout_for(flat: tuple[int, ...], dtype: torch.dtype) -> GateLayout:
+    return GateLayout(flat, dtype)
 
 
-def _addresses(*kinds: Sequence[Tensor | None]) -> list[int]:
+def addresses_of(*kinds: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for kind in kinds for tensor in kind]
 
 
 def _value(shape: Sequence[int], h: Tensor, weights: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
-    layout = _layout(tuple(shape), h.dtype)
+    layout = layout_for(tuple(shape), h.dtype)
     kept = h.new_empty(h.shape[0] * layout.kept_width)
     out = [torch.empty_like(block) for block in y]
-    layout.run(layout.value, h, weights, kept, _addresses(y, out), passes=1)
+    layout.run(layout.value, h, weights, kept, addresses_of(y, out), passes=1)
     return [kept, *out]
 
 
@@ -237,11 +236,11 @@ def _pull(
     g: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    layout = _layout(tuple(shape), h.dtype)
+    layout = layout_for(tuple(shape), h.dtype)
     to_h = torch.empty_like(h) if wanted[0] else None
     to_y = [torch.empty_like(block) if is_gain else None for block, is_gain in zip(y, layout.gains, strict=True)]
     by_weights = layout.run(
-        *(layout.pull, h, weights, kept, _addresses(y, g, to_y)),
+        *(layout.pull, h, weights, kept, addresses_of(y, g, to_y)),
         passes=1 + wanted[1],
         by_weights=wanted[1],
         to_h=to_h,
@@ -260,12 +259,12 @@ def _moved(
     moved_y: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    layout = _layout(tuple(shape), h.dtype)
+    layout = layout_for(tuple(shape), h.dtype)
     to_g = [torch.empty_like(block) for block in y]
     to_h = torch.empty_like(h) if wanted[0] else None
     to_y = [torch.empty_like(block) if is_gain else None for block, is_gain in zip(y, layout.gains, strict=True)]
     by_weights = layout.run(
-        *(layout.moved, h, weights, kept, _addresses(y, g, to_y, to_g, spread_out(moved_y, layout.gains))),
+        *(layout.moved, h, weights, kept, addresses_of(y, g, to_y, to_g, spread_out(moved_y, layout.gains))),
         passes=3 + 2 * wanted[1],
         by_weights=wanted[1],
         to_h=to_h,
@@ -279,14 +278,14 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def _value_meta(shape: Sequence[int], h: Tensor, weights: Any, y: Sequence[Tensor]) -> list[Tensor]:
-    kept = h.new_empty(h.shape[0] * _layout(tuple(shape), h.dtype).kept_width)
+    kept = h.new_empty(h.shape[0] * layout_for(tuple(shape), h.dtype).kept_width)
     return [kept, *(torch.empty_like(block) for block in y)]
 
 
 def _pull_meta(
     shape: Sequence[int], h: Tensor, weights: list[Tensor], y: Any, kept: Any, g: Any, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    layout = _layout(tuple(shape), h.dtype)
+    layout = layout_for(tuple(shape), h.dtype)
     found = [h] * wanted[0] + weights * wanted[1]
     found += [block for block, is_gain in zip(y, layout.gains, strict=True) if is_gain]
     return [torch.empty_like(tensor) for tensor in found]
@@ -367,149 +366,6 @@ def pull(
 
 def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
     return [value.contiguous() for value in values]
-
-
-# ---- whole layers ----------------------------------------------------------------------------------------------------
-
-
-class FixedLayer:
-    """An equivariant linear layer and its gate with constant weights, for energies and forces.
-
-    Args:
-        shape: of the gate.
-        weights: of the gate, as for :func:`value`.
-        matrices: (fan in, fan out) of each product, normalised.
-        blocks: for each product the input it reads, the output it writes, and its components; each output has one.
-        targets: outputs that the gate changes, in its order.
-        driver: input whose scalars drive the gate.
-    """
-
-    def __init__(
-        self,
-        shape: GateShape,
-        weights: Sequence[Tensor],
-        matrices: Sequence[Tensor],
-        blocks: Sequence[tuple[int, int, int]],
-        targets: Sequence[int],
-        driver: int,
-    ) -> None:
-        like = weights[0]
-        self.layout = layout = _layout(shape.flat, like.dtype)
-        self.blocks, self.driver = blocks, driver
-        wide = gate_code.PANEL * layout.lanes
-        self.widths = [0] * len(blocks)
-        self.dims = [0] * len(blocks)
-        for (_, target_index, dim), matrix in zip(blocks, matrices, strict=True):
-            self.widths[target_index], self.dims[target_index] = matrix.shape[1], dim
-        self.read = {driver, *(source for source, _, _ in blocks)}
-        self.changed = [(target, is_gain) for target, is_gain in zip(targets, layout.gains, strict=True)]
-        self.gains = [target for target, is_gain in self.changed if is_gain]
-        self.plain_sizes = [self.dims[target] * self.widths[target] for target in self.gains]
-        self.work = layout.work + sum(
-            dim * matrix.numel() for (_, _, dim), matrix in zip(blocks, matrices, strict=True)
-        )
-        constants = [*layout.constant_matrices(weights)]
-        adds = {driver}
-        rows: list[int] = []
-        for (source, _, dim), matrix in zip(blocks, matrices, strict=True):
-            pair = [_in_panels(matrix, wide), _in_panels(matrix.t(), wide)]
-            constants += pair
-            rows += (dim, *matrix.shape, *(one.data_ptr() for one in pair), int(source in adds))
-            adds.add(source)
-        widest = max(max(matrix.shape) for matrix in matrices)
-        zeros = like.new_zeros(padded(max(widest, self.layout.kept_width, shape.n_in), wide))
-        self._held = [*constants, zeros]
-        numbers = [len(blocks), *(tensor.data_ptr() for tensor in constants[:6]), *rows]
-        self._table = (ctypes.c_int64 * len(numbers))(*numbers)
-        self._tail = (ctypes.addressof(self._table), zeros.data_ptr())
-        n, m = layout.n_blocks, len(blocks)
-        self._packs = [struct.Struct(f"{Slot.BLOCKS + kinds * n + 2 * m}q").pack for kinds in (2, 3)]
-
-    def value(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Outputs, and what :meth:`pull` wants.
-
-        Args:
-            inputs: (atoms, dim, channels) of each, contiguous.
-        """
-        layout, like = self.layout, inputs[0]
-        n_atoms, size = like.shape[0], layout.size
-        outputs = [like.new_empty(n_atoms, *shape) for shape in zip(self.dims, self.widths, strict=True)]
-        kept = like.new_empty(n_atoms * (layout.kept_width + sum(self.plain_sizes)))
-        out = [output.data_ptr() for output in outputs]
-        before = self._plain(out, kept, n_atoms)
-        blocks = [
-            *(before[target] for target, _ in self.changed),
-            *(out[target] for target, _ in self.changed),
-            *(inputs[source].data_ptr() for source, _, _ in self.blocks),
-            *(before[target] for _, target, _ in self.blocks),
-        ]
-        p = kept.data_ptr()
-        numbers = (inputs[self.driver].data_ptr(), p, p + n_atoms * layout.rank_padded * size)
-        self._run(layout.layer_value, self._packs[0], (*numbers, *_NO_WEIGHTS, 0, 0), blocks, n_atoms, 0)
-        return tuple(outputs), kept
-
-    def pull(self, inputs: Sequence[Tensor], grads: Sequence[Tensor], kept: Tensor) -> list[Tensor | None]:
-        """Gradients by the inputs; None by those that nothing depends on.
-
-        Args:
-            inputs: of :meth:`value`.
-            grads: by the outputs, contiguous.
-            kept: from there.
-        """
-        layout = self.layout
-        n_atoms, size = inputs[0].shape[0], layout.size
-        by_inputs = [torch.empty_like(x) if index in self.read else None for index, x in enumerate(inputs)]
-        by_out = [grad.data_ptr() for grad in grads]
-        plain = self._plain(by_out, kept, n_atoms)
-        by_plain = list(by_out)
-        extra = n_atoms * sum(self.plain_sizes) * size
-        place = _scratch(layout.scratch * threads.thread_count(n_atoms * self.work) + extra)
-        for output, width in zip(self.gains, self.plain_sizes, strict=True):
-            by_plain[output] = place
-            place += n_atoms * width * size
-        by_in = _addresses(by_inputs)
-        blocks = [
-            *(plain[target] for target, _ in self.changed),
-            *(by_out[target] for target, _ in self.changed),
-            *(by_plain[target] for target, _ in self.changed),
-            *(by_plain[target] for _, target, _ in self.blocks),
-            *(by_in[source] for source, _, _ in self.blocks),
-        ]
-        p = kept.data_ptr()
-        numbers = (inputs[self.driver].data_ptr(), p, p + n_atoms * layout.rank_padded * size)
-        rest = (*numbers, *_NO_WEIGHTS, by_in[self.driver], 0)
-        self._run(layout.layer_pull, self._packs[1], rest, blocks, n_atoms, extra)
-        return by_inputs
-
-    def _plain(self, addresses: list[int], kept: Tensor, n_atoms: int) -> list[int]:
-        """Addresses of outputs, but where a gain changes them of what was there before."""
-        found = list(addresses)
-        size = self.layout.size
-        place = kept.data_ptr() + n_atoms * self.layout.kept_width * size
-        for output, width in zip(self.gains, self.plain_sizes, strict=True):
-            found[output] = place
-            place += n_atoms * width * size
-        return found
-
-    def _run(
-        self, function: Any, pack: Any, numbers: tuple[int, ...], blocks: list[int], n_atoms: int, used: int
-    ) -> None:
-        """Call a function; ``used`` bytes of scratch memory are taken already."""
-        layout = self.layout
-        count = threads.thread_count(n_atoms * self.work)
-        scratch = _scratch(used + layout.scratch * count) + used
-        calls = []
-        for number in range(count):
-            table = pack(*layout.head, scratch + number * layout.scratch, *numbers, *self._tail, *blocks)
-            calls.append((function, table, n_atoms * number // count, n_atoms * (number + 1) // count))
-        threads.run(calls)
-
-
-def _in_panels(matrix: Tensor, width: int) -> Tensor:
-    """Columns in panels of this width, one after another, the last filled up with zeros."""
-    rows, columns = matrix.shape
-    whole = torch.nn.functional.pad(matrix, (0, padded(columns, width) - columns))
-    return whole.view(rows, -1, width).transpose(0, 1).contiguous()
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
