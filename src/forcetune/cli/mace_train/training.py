@@ -41,7 +41,7 @@ def translate_training(
     if replayed and not arguments["force_mh_ft_lr"]:
         rate, ema = LEARNING_RATE, EMA
         notes.append(
-            f"--lr {rate:g} and --ema_decay {ema:g}: with replay, as in mace; --force_mh_ft_lr True keeps yours"
+            f"--lr {rate:g} and --ema_decay {ema:g}: with replay, as in mace; --force_mh_ft_lr True for others"
         )
     training: dict[str, Any] = {
         "epochs": epochs * repeats,

@@ -86,7 +86,7 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
         "--start_swa --start_stage_two",
         "int",
         None,
-        "`training.second_stage.start`, one more as epochs count from 1 here; three quarters of the epochs, if not given",
+        "`training.second_stage.start`, one more as epochs count from 1; three quarters of the epochs if not given",
     ),
     refused("--lbfgs", "set", False, "forcetune ends a run with L-BFGS: `--set training.refine=20` instead"),
     mapped("--ema", "set", False, "`training.ema`"),

@@ -133,9 +133,7 @@ def _data(arguments: Arguments) -> dict[str, Any]:
     else:
         data["valid"] = arguments["valid_fraction"]
         if not 0 < data["valid"] < 1:
-            raise InputError(
-                f"--valid_fraction {data['valid']}: write a fraction between 0 and 1, or name --valid_file."
-            )
+            raise InputError(f"--valid_fraction {data['valid']}: write one between 0 and 1, or name --valid_file.")
         data["split_seed"] = arguments["seed"]
     tests = read_files("test_file", arguments["test_file"]) if arguments["test_file"] is not None else []
     if arguments["test_dir"] is not None:
@@ -232,9 +230,7 @@ def _error_table(arguments: Arguments, loss: str) -> str:
     """The kind of table; with stress in the loss it has stress, too, as in mace."""
     kind = arguments["error_table"]
     if kind in _DIPOLE_TABLES:
-        raise InputError(
-            f"--error_table {kind}: forcetune computes no dipoles; write PerAtomRMSE, TotalMAE or another."
-        )
+        raise InputError(f"--error_table {kind}: forcetune computes no dipoles; write PerAtomRMSE or TotalMAE.")
     if loss in WITH_STRESS and kind in ("PerAtomRMSE", "PerAtomMAE", "TotalRMSE", "TotalMAE"):
         return "PerAtomRMSEstressvirials" if "RMSE" in kind else "PerAtomMAEstressvirials"
     return kind
