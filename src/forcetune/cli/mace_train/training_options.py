@@ -81,7 +81,12 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
         "`training.schedule.patience`, divided by --eval_interval: mace counts epochs, forcetune validations",
     ),
     mapped("--lr_scheduler_gamma", "float", 0.9993, "see --scheduler"),
-    mapped("--swa --stage_two", "set", False, "a second stage; it averages no weights, as mace's final model does not"),
+    mapped(
+        "--swa --stage_two",
+        "set",
+        False,
+        "a second stage, whose best adapter is kept; mace writes models of both stages, without averages, too",
+    ),
     mapped(
         "--start_swa --start_stage_two",
         "int",
