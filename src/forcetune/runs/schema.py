@@ -102,7 +102,7 @@ def build_schema() -> dict[str, Any]:
             entry = {rule: value for rule, value in properties[key].items() if rule not in ("title", "default")}
             properties[key] = {"anyOf": [entry, {"type": "null"}], "description": description, "default": default}
         # a table of one's own has a label of one's own, or the default of the name
-        condition = {"properties": {"name": {"const": name}, "table": {"type": "null"}}}
+        condition: dict[str, Any] = {"properties": {"name": {"const": name}, "table": {"type": "null"}}}
         if name != "mmea":
             condition["required"] = ["name"]
         allowed = {"properties": {**dict.fromkeys(shared, True), **properties}, "additionalProperties": False}
