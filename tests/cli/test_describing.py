@@ -26,6 +26,10 @@ from terminal import Command
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def cite_all() -> str:
+    return "\n".join(read_bibliography().values())
+
+
 def keys_of(text: str) -> list[str]:
     return re.findall(r"^@\w+\{([^,]+),", text, flags=re.MULTILINE)
 
@@ -61,7 +65,10 @@ def test_one_option_is_explained(command: Command) -> None:
     code, out, _ = command("config", "--explain", "method.rank", "--json")
     assert code == 0
     assert json.loads(out)["commands"] == {
-        "demo": "--set method.rank=…", "fit": "--rank", "compare": "--set method.rank=…", "methods": "--rank"
+        "demo": "--set method.rank=…",
+        "fit": "--rank",
+        "compare": "--set method.rank=…",
+        "methods": "--rank",
     }
     code, _, err = command("config", "--explain", "training.speed")
     assert code == 2
@@ -185,5 +192,5 @@ def test_the_citation_file_has_this_version() -> None:
     content = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert content["version"] == __version__
     assert {"cff-version", "message", "title", "authors"} <= set(content)
-    titles = {re.sub(r"[{}]", "", re.search(r"title = \{(.*)\},", entry)[1]) for entry in read_bibliography().values()}
+    titles = {re.sub(r"[{}]", "", title) for title in re.findall(r"title = \{(.*)\},", cite_all())}
     assert {reference["title"].strip() for reference in content["references"]} <= titles

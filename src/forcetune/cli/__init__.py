@@ -16,6 +16,7 @@ from forcetune.cli import training  # isort: skip  # noqa: F401
 from forcetune.cli import examining  # isort: skip  # noqa: F401
 from forcetune.cli import files  # isort: skip  # noqa: F401
 from forcetune.cli.mace_train import command  # isort: skip  # noqa: F401
+from forcetune.cli import importing  # isort: skip  # noqa: F401
 from forcetune.cli import describing  # isort: skip  # noqa: F401
 from forcetune.cli.app import app, errors_to
 from forcetune.errors import ForcetuneError, ForcetuneNote
