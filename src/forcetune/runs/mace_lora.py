@@ -99,7 +99,7 @@ def _read_state(path: Path) -> Mapping[str, Any]:
     if isinstance(content, Record):
         raise InputError(
             f"{path}: is a whole model, into which mace merges --lora before it is saved, so that its factors "
-            "cannot be told apart; name the checkpoint (checkpoints/NAME_run-SEED_epoch-N.pt), or use the model as it is."
+            "cannot be told apart; name the checkpoint (checkpoints/NAME_run-SEED_epoch-N.pt), or use the model."
         )
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
