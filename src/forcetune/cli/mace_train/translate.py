@@ -17,7 +17,7 @@ from forcetune.cli.mace_train.parsing import Arguments
 from forcetune.cli.mace_train.references import translate_elements, translate_references
 from forcetune.cli.mace_train.replay import is_replayed, plan_replay
 from forcetune.cli.mace_train.training import translate_training
-from forcetune.config import RunConfig, load_config, parse_setting
+from forcetune.config import DataConfig, RunConfig, load_config, parse_setting
 from forcetune.errors import InputError
 from forcetune.utils.option_defaults import get_value, leaf_names, set_value
 from forcetune.utils.parsing import short
@@ -81,6 +81,11 @@ def translate(arguments: Arguments) -> Translation:
         plan = plan_replay(arguments, data["train"], data["valid"], notes)
         options["replay"], repeats = plan.section, plan.repeats
     options["training"] = translate_training(arguments, loss, replayed, repeats, notes)
+    if loss in WITH_STRESS and not _may_have_stress(data):
+        notes.append(f"--loss {loss}: no training frame has stress, which leaves its terms out")
+        for section in (options["training"], options["training"].get("second_stage", {})):
+            if "loss" in section:
+                section["loss"]["stress"] = 0.0
     folder = Path(arguments["work_dir"])
     run = arguments.own.out or str(folder / f"{arguments['name']}_run-{arguments['seed']}")
     options["output"] = {"run": run} | ({"overwrite": True} if arguments.own.overwrite else {})
@@ -96,6 +101,18 @@ def translate(arguments: Arguments) -> Translation:
         resume=arguments["restart_latest"],
         dry_run=arguments["dry_run"],
     )
+
+
+def _may_have_stress(data: dict[str, Any]) -> bool:
+    """Whether some training frame has stress; of files that are missing, or too large for memory, it is assumed."""
+    from forcetune.frames.dataset import is_streamed
+    from forcetune.frames.read import read_frames
+
+    config = DataConfig.model_validate(data)
+    if not all(Path(file).exists() for file in config.train) or is_streamed(config):
+        return True
+    frames = read_frames(config.train, stress_key=config.stress_key, require=()).frames
+    return any(frame.stress is not None for frame in frames)
 
 
 def _refuse(arguments: Arguments) -> None:
