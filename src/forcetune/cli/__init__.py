@@ -15,6 +15,9 @@ from typing import TextIO
 from forcetune.cli import training  # isort: skip  # noqa: F401
 from forcetune.cli import examining  # isort: skip  # noqa: F401
 from forcetune.cli import files  # isort: skip  # noqa: F401
+from forcetune.cli.mace_train import command  # isort: skip  # noqa: F401
+from forcetune.cli import importing  # isort: skip  # noqa: F401
+from forcetune.cli import describing  # isort: skip  # noqa: F401
 from forcetune.cli.app import app, errors_to
 from forcetune.errors import ForcetuneError, ForcetuneNote
 from forcetune.utils.parsing import printable

@@ -13,7 +13,6 @@ app = typer.Typer(
     name="forcetune",
     help="Fine-tune pretrained equivariant interatomic potentials on your own DFT data by training a small adapter.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 errors_to = Console(stderr=True, soft_wrap=True)
