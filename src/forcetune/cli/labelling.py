@@ -22,6 +22,9 @@ def calibrate(
     ensemble: Annotated[
         list[str] | None, typer.Option(help="Further runs on the same base: calibrate the spread of all instead.")
     ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=2, help="Most training and validation frames to look at. Default: 2000 each.")
+    ] = None,
     base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
     as_json: Json = False,
     device: Device = None,
@@ -31,7 +34,7 @@ def calibrate(
     from forcetune.reports.uncertainty import scales_table
     from forcetune.runs.uncertainty import calibrate as calibrate_run
 
-    options = without_none(base=base, device=device)
+    options = without_none(base=base, device=device, frames=frames)
     done = calibrate_run(run, valid or None, ensemble=ensemble or (), trust=trust, **options)
     content = done.record.model_dump()
     if as_json:

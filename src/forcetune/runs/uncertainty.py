@@ -37,7 +37,7 @@ from forcetune.uncertainty.fit import fit_last_layer
 from forcetune.uncertainty.last_layer import network_of
 
 MOST_FRAMES = 2000
-"""Training and validation frames that a calibration looks at; of more it takes these many at random."""
+"""Training and validation frames each that a calibration looks at by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ def calibrate(
     valid: str | Path | Sequence[str | Path] | None = None,
     *,
     ensemble: Sequence[str | Path] = (),
+    frames: int = MOST_FRAMES,
     base: str | Path | Backbone | None = None,
     device: str = "auto",
     trust: bool = False,
@@ -72,6 +73,7 @@ def calibrate(
         valid: files of labelled frames that were not trained on; by default the validation frames of the run. These
             chose the best epoch, too, so that frames of their own are slightly more honest.
         ensemble: further runs on the same base; calibrates the spread of all instead of the last layer of one.
+        frames: most training and validation frames that are looked at; of more, so many at random.
         base: the base, where it has moved.
         device: ``cpu``, ``cuda`` … or ``auto``.
         trust: allow a model file to run its own code where it cannot be rebuilt without.
@@ -84,13 +86,13 @@ def calibrate(
     folder = run_folder(run)
     config = load_config(folder / CONFIG_NAME)
     if ensemble:
-        record = _calibrate_ensemble([folder, *ensemble], config, valid, base, device, trust, console)
+        record = _calibrate_ensemble([folder, *ensemble], config, valid, frames, base, device, trust, console)
         return CalibratedRun(save_uncertainty(folder, record, None), record, time.perf_counter() - started)
     deployed = deploy(base, folder, device=device, trust=trust)
     backbone = deployed.backbone
     network_of(backbone)
     train_frames, valid_frames, files = _frames(config, valid, deployed.adapter, console)
-    sets = [_sample(train_frames, "training frames", console), _sample(valid_frames, "validation frames", console)]
+    sets = [_sample(train_frames, frames, "training", console), _sample(valid_frames, frames, "validation", console)]
     graphs = [build_graphs(backbone, frames) for frames in sets]
     with counting(console, "uncertainty", sum(map(len, sets))) as advance:
         fitted = fit_last_layer(backbone, *graphs, progress=advance)
@@ -147,12 +149,14 @@ def _frames(
     return dataset.train.frames, found.frames, found.files
 
 
-def _sample(frames: Sequence[Frame], name: str, console: Console) -> Sequence[Frame]:
+def _sample(frames: Sequence[Frame], most: int, name: str, console: Console) -> Sequence[Frame]:
     """All frames, or so many of them that the calibration ends."""
-    if len(frames) <= MOST_FRAMES:
+    if most < 2:
+        raise InputError(f"--frames {most}: calibrate on two frames at least.")
+    if len(frames) <= most:
         return frames
-    console.print(f"calibrating on {MOST_FRAMES:,} of {len(frames):,} {name}, chosen at random", highlight=False)
-    chosen = np.sort(np.random.default_rng(0).choice(len(frames), MOST_FRAMES, replace=False))
+    console.print(f"looking at {most:,} of {len(frames):,} {name} frames, chosen at random", highlight=False)
+    chosen = np.sort(np.random.default_rng(0).choice(len(frames), most, replace=False))
     if isinstance(frames, StoredFrames):
         return frames.take(frames.indices[chosen])
     return [frames[int(index)] for index in chosen]
@@ -162,6 +166,7 @@ def _calibrate_ensemble(
     members: Sequence[str | Path],
     config: RunConfig,
     valid: str | Path | Sequence[str | Path] | None,
+    most: int,
     base: str | Path | Backbone | None,
     device: str,
     trust: bool,
@@ -169,7 +174,7 @@ def _calibrate_ensemble(
 ) -> UncertaintyRecord:
     ensemble = load_ensemble(members, base, device=device, trust=trust)
     _, frames, files = _frames(config, valid, None, console)
-    frames = _sample(frames, "validation frames", console)
+    frames = _sample(frames, most, "validation", console)
     mean, energy, forces = ensemble_deviations(ensemble, frames)
     return UncertaintyRecord(
         kind="ensemble",

@@ -2,7 +2,7 @@
 
 σ² = α² gᵀ (GᵀG + ς² I)⁻¹ g, where g holds the derivatives of a prediction by the weights of the last linear layers:
 their inputs, summed over the atoms of a frame, for its energy, and the derivatives of these sums by a position for a
-force. Rows of G are those of the energies (per atom) and forces of the training frames, each divided by the noise of its
+force. Rows of G are those of energies (per atom) and forces of the training frames, each divided by the noise of its
 label, here the root mean square error on the training frames, so that α = 1 is the Laplace approximation of a Bayesian
 last layer. All of it is float64.
 """
@@ -30,7 +30,7 @@ def network_of(backbone: Backbone) -> NetworkBackbone:
     Raises:
         InputError: a library computes it, or it carries an extension.
     """
-    if not isinstance(backbone, NetworkBackbone):
+    if not isinstance(backbone, NetworkBackbone) or not hasattr(backbone.model, "last_layers"):
         raise InputError(
             f"{backbone.base.name} is computed by its library (--trust), whose last layer forcetune does not see; use "
             "an ensemble of runs (`--ensemble`)."

@@ -192,11 +192,12 @@ def choose(
             index = int(np.argmax(np.where(open_, scores, -np.inf)))
             score = float(scores[index])
         chosen.append(Choice(index, score, _finite(to_labelled[index]), _finite(to_chosen[index])))
-        np.minimum(to_chosen, nearest(pool.descriptors, pool.descriptors[index : index + 1]), out=to_chosen)
+        to_this = nearest(pool.descriptors, pool.descriptors[index : index + 1])
+        np.minimum(to_chosen, to_this, out=to_chosen)
         open_[index] = False
         if strategy != "random":
             # copies of what was chosen, which say nothing new
-            open_ &= ~((to_chosen < SAME) & (formulas == formulas[index]))
+            open_ &= ~((to_this < SAME) & (formulas == formulas[index]))
         if volume is not None:
             volume.add(index)
         if left is not None:
