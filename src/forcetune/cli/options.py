@@ -9,6 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from forcetune import config as configuration
+from forcetune.errors import InputError
 
 
 def about(section: type[BaseModel], field: str, *, default: bool = True) -> str:
@@ -47,6 +48,18 @@ def read_valid(texts: Sequence[str] | None) -> list[str] | float | int | None:
             except ValueError:
                 continue
     return list(texts)
+
+
+def read_sizes(text: str | None) -> list[int]:
+    """Whole numbers that are separated by commas.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return [int(part) for part in split_names(text)]
+    except ValueError as error:
+        raise InputError(f"--learning-curve {text}: write numbers of frames such as 10,20,50,100.") from error
 
 
 def split_names(text: str | None) -> list[str]:
