@@ -1,6 +1,6 @@
 """Do calibrated intervals hold what they say? Coverage, rank correlation and cost, in and out of distribution.
 
-    python benchmarks/uncertainty.py --data DATA --out OUT [--sets ethanol,acac,…]
+    python benchmarks/uncertainty.py --data DATA --out OUT [--sets ethanol,acac,…] [--seeds 3]
 
 DATA holds ``rmd17``, ``acac``, ``crystals`` and ``water``. On each set a run is tuned with ``elora`` (three seeds where
 ``SETS`` says so), its last layer is calibrated on its validation frames (`forcetune calibrate RUN`), and errors on
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Set:
         frames: to train and to validate on, half each.
         test_frames: of each test.
         atoms: largest frame to train on; None for any.
-        seeds: runs; of fewer than three there is no ensemble.
+        seeds: runs; of one there is no ensemble.
     """
 
     train: str
@@ -120,16 +120,17 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return json.loads(result.read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     train = draw(arguments.data / one.train, one.frames, out / "train.xyz", one.atoms)
+    one = replace(one, seeds=min(one.seeds, arguments.seeds))
     runs = runs_of(one, train, out)
     started = time.perf_counter()
     calibrate(runs[0])
     found: dict[str, Any] = {"calibration_s": time.perf_counter() - started, "tests": {}}
-    if one.seeds > 2:
+    if one.seeds > 1:
         calibrate(runs[0], ensemble=runs[1:])
     for number, (test, path) in enumerate(one.tests.items()):
         frames = draw(arguments.data / path, one.test_frames, out / f"test-{number}.xyz")
         entry = {"last layer": forcetune.evaluate_uncertainty(runs[0], frames)}
-        if one.seeds > 2:
+        if one.seeds > 1:
             entry["ensemble"] = forcetune.evaluate_uncertainty(runs[0], frames, ensemble=runs[1:])
         found["tests"][test] = entry
     write_text(result, json.dumps(found, indent=1) + "\n")
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--seeds", type=int, default=3, help="most runs of a set; two or more make an ensemble")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
