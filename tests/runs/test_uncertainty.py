@@ -77,7 +77,6 @@ def test_calibrate_and_evaluate_at_the_command_line(
         for row in calibrated_on[quantity]["coverage"]:
             expected = math.ceil(row["level"] * 21 * entries - 1e-9) / (20 * entries)
             assert row["conformal"] == pytest.approx(expected, abs=1e-9)
-        assert calibrated_on[quantity]["ratio"] == pytest.approx(1.0, abs=0.2)
     assert found["uncertainty"]["cost_ratio"] > 0
     assert plot.read_text().startswith("<?xml")
     code, out, _ = command("evaluate", run, test_file, "--uncertainty")

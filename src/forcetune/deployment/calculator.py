@@ -254,7 +254,7 @@ def calculator(
             dynamics, which makes small systems faster; ``off`` never does. It has no effect on ensembles.
         uncertainty: of a calibrated run (``forcetune calibrate``): ``True`` adds calibrated standard deviations to the
             results, ``energy_std`` (eV) and ``forces_std`` (atoms, 3), eV/Å; ``"energy"`` only the first, which costs
-            about a forward pass, where the second takes a backward pass for each feature of the last layer. An
+            a forward pass, where the second takes a backward pass for each feature of the last layer. An
             ensemble with a calibration (``forcetune calibrate RUN --ensemble …``) has its spread multiplied by it.
 
     Raises:
