@@ -56,7 +56,7 @@ def test_calibrate_and_evaluate_at_the_command_line(
     run = runs[0]
     code, out, _ = command("calibrate", run)
     assert code == 0
-    assert "Forces, components" in out
+    assert "Force components" in out
     record = json.loads((run / JSON_NAME).read_text())
     assert (record["kind"], record["n_train"], record["n_valid"]) == ("last layer", 12, 20)
     assert record["calibrations"]["energy_per_atom"]["quantiles"]["0.95"] is not None

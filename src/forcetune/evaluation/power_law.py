@@ -75,7 +75,8 @@ class PowerLaw:
         low, high = np.percentile(counts, INTERVAL, method="nearest")
         frames = _frames(np.log(self.prefactor), self.exponent, target)
         far = not np.isfinite(frames) or frames > FAR * self.largest
-        return Needed(target, *(float(n) if np.isfinite(n) else None for n in (frames, low, high)), bool(far))
+        values = [float(n) if np.isfinite(n) else None for n in (frames, low, high)]
+        return Needed(target, values[0], values[1], values[2], bool(far))
 
 
 def _frames(log_prefactor: float, exponent: float, target: float) -> float:

@@ -18,8 +18,8 @@ from forcetune.utils.files import atomic_path
 
 QUANTITIES = (
     ("energy_per_atom", "Energy", "meV/atom"),
-    ("forces", "Forces, components", "meV/Å"),
-    ("forces_of_atoms", "Forces, lengths", "meV/Å"),
+    ("forces", "Force components", "meV/Å"),
+    ("forces_of_atoms", "Force lengths", "meV/Å"),
 )
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 
@@ -49,12 +49,13 @@ def coverage_table(uncertainty: Mapping[str, Any]) -> Table:
     """How many errors lie within intervals that shall hold a given share, for the terminal.
 
     Args:
-        uncertainty: that part of what ``forcetune evaluate --uncertainty --json`` prints.
+        uncertainty: that part of what ``forcetune evaluate --uncertainty --json`` prints. The last columns are the
+            mean half width of conformal intervals in meV, rank correlation, and error over deviation.
     """
     title = f"{uncertainty['kind']}, calibrated on {count_text(uncertainty['calibrated_on'])} frames"
-    columns = ("level", "raw", "scaled", "conformal", "± width", "rank corr.", "RMSE/σ")
+    columns = ("level", "raw", "scaled", "conformal", "±", "rank", "RMSE/σ")
     table = rich_table(title, ("quantity",), columns)
-    for key, name, unit in QUANTITIES:
+    for key, name, _ in QUANTITIES:
         one = uncertainty.get(key)
         if one is None:
             continue

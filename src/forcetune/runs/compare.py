@@ -180,7 +180,7 @@ def _check_sizes(sizes: Sequence[int], available: int, seeds: int) -> list[int |
         raise InputError(
             f"--learning-curve {text}: there are {available} frames to train on; leave out larger numbers or give more."
         )
-    return sorted(sizes)
+    return [*sorted(sizes)]
 
 
 def _as_long(config: RunConfig, size: int | None, sizes: Sequence[int | None]) -> RunConfig:
