@@ -55,7 +55,7 @@ def coverage_table(uncertainty: Mapping[str, Any]) -> Table:
     title = f"{uncertainty['kind']}, calibrated on {count_text(uncertainty['calibrated_on'])} frames"
     columns = ("level", "raw", "scaled", "conformal", "±", "rank", "RMSE/σ")
     table = rich_table(title, ("quantity",), columns)
-    for key, name, _ in QUANTITIES:
+    for key, name, unit in QUANTITIES:
         one = uncertainty.get(key)
         if one is None:
             continue
