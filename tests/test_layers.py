@@ -15,7 +15,7 @@ PROGRAMS = ("lammps", "openmm", "torchsim")
 ROOT = ("__init__", "__main__", "_version", "errors", "irreps", *PROGRAMS)
 FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
-    *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "training"),
+    *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "uncertainty", "training"),
     # what is written of a run and read again stands below what shows it
     *("runs.results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment"),
     *(*PROGRAMS, "runs", "cli"),

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from forcetune.frames.read import read_frames
     from forcetune.runs.compare import compare
     from forcetune.runs.demo import Demo, demo_file
-    from forcetune.runs.evaluate import evaluate, evaluate_ensemble
+    from forcetune.runs.evaluate import evaluate, evaluate_ensemble, evaluate_uncertainty
     from forcetune.runs.fit import Run, fit, resume, run_fit
     from forcetune.runs.methods import compare_methods
+    from forcetune.runs.select import select
+    from forcetune.runs.uncertainty import calibrate
 
 _HOMES = {
     "adapters.attach": ("Adapter", "attach", "detach", "disable_adapter"),
@@ -42,7 +44,9 @@ _HOMES = {
     "adapters.file": ("load_adapter", "save_adapter"),
     "adapters.methods": ("METHODS", "Method", "method"),
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
-    "runs.evaluate": ("evaluate", "evaluate_ensemble"),
+    "runs.evaluate": ("evaluate", "evaluate_ensemble", "evaluate_uncertainty"),
+    "runs.select": ("select",),
+    "runs.uncertainty": ("calibrate",),
     "runs.methods": ("compare_methods",),
     "backbones.loading": ("load",),
     "diagnostics.doctor": ("Checkup", "doctor"),
@@ -87,6 +91,7 @@ __all__ = [
     "__version__",
     "attach",
     "calculator",
+    "calibrate",
     "combine",
     "compare",
     "compare_methods",
@@ -96,6 +101,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "evaluate_ensemble",
+    "evaluate_uncertainty",
     "exchange_parameters",
     "export",
     "fit",
@@ -110,6 +116,7 @@ __all__ = [
     "resume",
     "run_fit",
     "save_adapter",
+    "select",
     "watch",
 ]
 

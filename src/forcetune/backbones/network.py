@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from ase.data import chemical_symbols
@@ -16,9 +17,26 @@ from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan, make_plan
 from forcetune.kernels.features import Features
+from forcetune.kernels.layers import EquivariantLinear
 from forcetune.kernels.phase import Phase
+from forcetune.kernels.radial import RadialLayer
 from forcetune.kernels.site import Site, WeightPath
 from forcetune.kernels.step import Ghosts
+
+
+class ReadoutFeatures(NamedTuple):
+    """Derivatives of energies by the weights of the last linear layers.
+
+    Attributes:
+        atoms: (atoms, features), float64, eV per unit of weight.
+        graphs: (graphs, features), their sums.
+        gradients: (directions, atoms, 3), minus the derivatives of each direction · graphs by the positions, per Å;
+            None where they were not asked for.
+    """
+
+    atoms: Tensor
+    graphs: Tensor
+    gradients: Tensor | None
 
 
 class NetworkBackbone:
@@ -271,6 +289,57 @@ class NetworkBackbone:
         """Even scalars of all layers, (atoms, n_scalars), atoms in the plan's order."""
         raise NotImplementedError
 
+    # ---- readouts --------------------------------------------------------------------------------------------------
+
+    def readout_features(self, batch: Batch, directions: Tensor | None = None) -> ReadoutFeatures:
+        """Derivatives of the energy by the weights (and biases) of the last linear layers, and their own by positions.
+
+        The layers are those that :attr:`last_layers` of the network names. Their inputs are the last hidden features
+        of the model as it is, adapter included; where nothing follows a last layer, weights · features is its energy.
+
+        Args:
+            batch: on the model's device and in its dtype.
+            directions: (directions, features) along which features are differentiated; None for no derivatives.
+
+        Raises:
+            InputError: an element is unknown, or the model has an extension, whose energy has other last layers.
+        """
+        if self.extension is not None:
+            raise InputError(
+                f"{self.base.name} carries a spin layer, whose energy has a readout of its own; the uncertainty of "
+                "the last layer is for models without one. Use an ensemble of runs (`--ensemble`)."
+            )
+        self._check_elements(batch)
+        plan = self._plans.plan(batch.edge_index, batch.unit_shifts, self._species[batch.numbers])
+        graph_index = batch.graph_index[plan.order]
+        phase, vectors = Phase(), _vectors(plan, batch.positions, batch.cell, batch).detach().requires_grad_()
+        with torch.enable_grad(), _watched(self.model.last_layers) as inputs:
+            self.model(plan, phase, vectors)
+            atoms = torch.cat([_by_weight(layer, inputs[layer]) for layer in self.model.last_layers], dim=1)
+            atoms = atoms * self.model.energy_factors(plan)
+            graphs = atoms.new_zeros(batch.n_graphs, atoms.shape[1]).index_add(0, graph_index, atoms)
+            gradients = None
+            if directions is not None:
+                rows = directions.to(atoms).unbind()
+                gradients = torch.stack([self._features_pull(plan, phase, atoms, row, vectors) for row in rows])
+        return ReadoutFeatures(atoms.detach().double()[plan.place], graphs.detach().double(), gradients)
+
+    @staticmethod
+    def _features_pull(plan: Plan, phase: Phase, atoms: Tensor, direction: Tensor, vectors: Tensor) -> Tensor:
+        """−∂(Σ direction · features)/∂positions, (atoms, 3), float64, as forces are derived from energies."""
+        with phase.forces():
+            (pull,) = torch.autograd.grad(
+                [atoms],
+                [vectors],
+                [direction.expand_as(atoms)],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        pull = pull.double()
+        forces = pull.new_zeros(plan.n_atoms, 3).index_add(0, plan.sender, pull).index_add(0, plan.receiver, -pull)
+        return forces[plan.place]
+
     # ---- sites -----------------------------------------------------------------------------------------------------
 
     def sites(self) -> tuple[Site, ...]:
@@ -280,6 +349,33 @@ class NetworkBackbone:
     def _layers_behind(self, name: str) -> int:
         """Interaction layers between a weight and the output that come after its own."""
         raise NotImplementedError
+
+
+@contextmanager
+def _watched(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
+    """Within this context, what each layer was given last."""
+    inputs: dict[nn.Module, Any] = {}
+
+    def keep(layer: nn.Module, arguments: Any) -> None:
+        inputs[layer] = arguments[0]
+
+    handles = [layer.register_forward_pre_hook(keep) for layer in layers]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_weight(layer: nn.Module, given: Any) -> Tensor:
+    """(atoms, weights and biases) derivatives of a last layer's one output by its stored weights and its bias."""
+    if isinstance(layer, RadialLayer):
+        return given * layer.scale
+    assert isinstance(layer, EquivariantLinear)
+    columns = [given.blocks[block.source][:, 0] * block.factor for block in layer.blocks]
+    if layer.biased:
+        columns.append(torch.ones_like(columns[0][:, :1]))
+    return torch.cat(columns, dim=1)
 
 
 def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tuple[Site, ...]:

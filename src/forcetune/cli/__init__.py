@@ -14,6 +14,7 @@ from typing import TextIO
 # commands register in this order, which is that of the help
 from forcetune.cli import training  # isort: skip  # noqa: F401
 from forcetune.cli import examining  # isort: skip  # noqa: F401
+from forcetune.cli import labelling  # isort: skip  # noqa: F401
 from forcetune.cli import files  # isort: skip  # noqa: F401
 from forcetune.cli.mace_train import command  # isort: skip  # noqa: F401
 from forcetune.cli import importing  # isort: skip  # noqa: F401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,13 @@ def evaluate(
     ensemble: Annotated[
         list[str] | None, typer.Option(help="Further runs on the same base: mean and spread of all, or a comparison.")
     ] = None,
+    uncertainty: Annotated[
+        bool,
+        typer.Option("--uncertainty", help="Coverage of the intervals of a calibrated run (`forcetune calibrate`)."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --uncertainty: reliability plot to write, .png, .svg or .pdf.")
+    ] = None,
     as_json: Json = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
@@ -72,6 +80,14 @@ def evaluate(
         trust=trust,
     )
     errors: dict[str, Any]
+    if plot is not None and not uncertainty:
+        raise InputError("--plot: shows how reliable uncertainties are; add --uncertainty.")
+    if uncertainty:
+        unused = {"--head": head, "--stress-key": stress_key, "--moments-key": moments_key, "--spins-key": spins_key}
+        if named := [name for name, value in unused.items() if value is not None]:
+            raise InputError(f"{named[0]}: has no meaning with --uncertainty, which is of energies and forces.")
+        _evaluate_uncertainty(model, data, ensemble or (), options, plot, as_json)
+        return
     if ensemble or (Path(model) / "comparison.json").is_file():
         if head is not None:
             raise InputError("--head: adapters know their head; leave it out with --ensemble.")
@@ -84,6 +100,29 @@ def evaluate(
     Console().print(evaluation_table(errors))
     if "ensemble" in errors:
         Console().print(calibration_table(errors["ensemble"]))
+
+
+def _evaluate_uncertainty(
+    run: str, data: list[str], ensemble: Sequence[str], options: dict[str, Any], plot: Path | None, as_json: bool
+) -> None:
+    from forcetune.reports.tables import evaluation_table
+    from forcetune.reports.uncertainty import check_plot, coverage_table, write_reliability
+    from forcetune.runs.evaluate import evaluate_uncertainty
+
+    if plot is not None:
+        check_plot(plot)
+    of_run = {name: value for name, value in options.items() if not name.startswith(("stress", "moments", "spins"))}
+    errors = evaluate_uncertainty(run, data, ensemble=ensemble, **of_run)
+    if plot is not None:
+        write_reliability(plot, errors["uncertainty"])
+    if as_json:
+        print(json.dumps(errors))
+        return
+    Console().print(evaluation_table(errors))
+    Console().print(coverage_table(errors["uncertainty"]))
+    print(f"cost     {errors['uncertainty']['cost_ratio']:.1f} plain predictions for energies and forces together")
+    if plot is not None:
+        print(f"plot     {plot}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from forcetune import config as configuration
+from forcetune.errors import InputError
 from forcetune.utils.parsing import read_number
 
 
@@ -84,6 +85,18 @@ def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
+
+
+def read_sizes(text: str | None) -> list[int]:
+    """Whole numbers that are separated by commas.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return [int(part) for part in split_names(text)]
+    except ValueError as error:
+        raise InputError(f"--learning-curve {text}: write numbers of frames such as 10,20,50,100.") from error
 
 
 def split_names(text: str | None) -> list[str]:

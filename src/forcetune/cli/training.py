@@ -24,9 +24,11 @@ from forcetune.cli.options import (
     TypeMap,
     about,
     finite,
+    read_sizes,
     read_valid,
     split_names,
 )
+from forcetune.errors import InputError
 
 if TYPE_CHECKING:
     from forcetune.runs.fit import Run
@@ -157,6 +159,16 @@ def compare(
         int | None,
         typer.Option(min=1, help="Trials for each method to choose learning rate, rank and loss weight (Optuna)."),
     ] = None,
+    learning_curve: Annotated[
+        str | None,
+        typer.Option(help="Numbers of training frames such as 10,20,50,100: how the error falls, and what more take."),
+    ] = None,
+    target_forces: Annotated[
+        float | None, typer.Option(help="With --learning-curve: force error to reach, meV/Å (mean absolute).")
+    ] = None,
+    target_energy: Annotated[
+        float | None, typer.Option(help="With --learning-curve: energy error to reach, meV/atom (mean absolute).")
+    ] = None,
     valid: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "valid"))] = None,
     test: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "test"))] = None,
     model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
@@ -177,14 +189,30 @@ def compare(
         "output": {"run": out},
     }
     resolved = configuration.load_config(config, settings or (), options)
-    from forcetune.reports.comparison_page import table, target_note
+    from forcetune.reports.comparison_page import learning_table, table, target_note
     from forcetune.runs.compare import compare as compare_runs
 
     names = split_names(methods)
     inputs = () if config is None else (config,)
-    run = compare_runs(resolved, names, seeds=seeds, processes=processes, search=search, inputs=inputs)
+    sizes = read_sizes(learning_curve)
+    given = {"forces_mae_mev_per_ang": target_forces, "energy_mae_mev_per_atom": target_energy}
+    targets = {name: [value] for name, value in given.items() if value is not None}
+    if targets and not sizes:
+        raise InputError("--target-forces and --target-energy: need a --learning-curve such as 10,20,50,100.")
+    run = compare_runs(
+        resolved,
+        names,
+        seeds=seeds,
+        processes=processes,
+        search=search,
+        learning_curve=sizes,
+        targets=targets,
+        inputs=inputs,
+    )
     if as_json:
-        print(json.dumps(run.comparison.to_json()))
+        print(json.dumps(run.to_json()))
         return
     Console().print(table(run.comparison))
+    if run.curves:
+        Console().print(learning_table(run.curves))
     print(f"{target_note(run.comparison)}\n{run.comparison.reason}\nreport   {run.page}")

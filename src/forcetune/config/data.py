@@ -19,6 +19,12 @@ class DataConfig(Section):
         description="Validation files, or the fraction (below 1; at least one frame) or count (1 or more) split off "
         "the training frames.",
     )
+    train_frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train on so many of the training frames only, chosen at random after those for validation.",
+    )
+    train_frames_seed: int = Field(default=0, ge=0, description="Seed of that choice; smaller sets lie in larger ones.")
     test: list[str] = Field(default=[], description="Test files; evaluated before and after, never trained on.")
     energy_key: str = Field(
         default="auto",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
@@ -25,6 +26,8 @@ from forcetune.frames.spins import directions
 from forcetune.graphs.graph import Batch, graph_with
 from forcetune.graphs.skin_list import SkinList
 from forcetune.magnetism.options import Magnetism
+from forcetune.uncertainty.file import Uncertainty, load_uncertainty
+from forcetune.uncertainty.last_layer import batch_deviations, network_of
 
 SMALLEST_VOLUME = 1e-6
 """Å³; a cell below it has no volume, and its structure no stress."""
@@ -50,12 +53,16 @@ class ForcetuneCalculator(Calculator):
         magnetism: Magnetism | None = None,
         *,
         compile: Literal["auto", "off"] = "auto",
+        uncertainty: Uncertainty | None = None,
+        forces_std: bool = True,
     ) -> None:
         """
         Args:
             backbone: with or without an adapter.
             magnetism: of an adapter that is not attached all the time.
             compile: ``auto`` records the operations where the same atoms come again and again, as in dynamics.
+            uncertainty: calibration of the run, for ``energy_std`` and ``forces_std`` among the results.
+            forces_std: whether the latter is computed, too; it takes a backward pass for each feature.
 
         Raises:
             InputError: ``compile`` is neither ``auto`` nor ``off``.
@@ -69,6 +76,10 @@ class ForcetuneCalculator(Calculator):
         self._charge_ignored = False
         self._neighbors = SkinList(backbone.cutoff)
         self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
+        self.uncertainty, self.forces_std = uncertainty, forces_std
+        if uncertainty is not None and uncertainty.posterior is not None:
+            network_of(backbone)
+            self._whitening = torch.from_numpy(uncertainty.posterior.whitening)
         adapter = get_adapter(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
         if self.magnetism is not None:
@@ -132,18 +143,33 @@ class ForcetuneCalculator(Calculator):
             results["magmoms"] = moments[:, 0] if moments.shape[1] == 1 else moments
         if prediction.fields is not None:
             results["effective_field"] = prediction.fields.double().cpu().numpy()
+        if self.uncertainty is not None and self.uncertainty.posterior is not None:
+            results |= self._deviations(batch, self.uncertainty)
+        return results
+
+    def _deviations(self, batch: Batch, uncertainty: Uncertainty) -> dict[str, Any]:
+        """Calibrated standard deviations of what has been calibrated."""
+        scales = {name: uncertainty.scale(name) for name in ("energy_per_atom", "forces")}
+        wants_forces = self.forces_std and scales["forces"] is not None
+        energy, forces = batch_deviations(self.backbone, batch, self._whitening, forces=wants_forces)
+        results: dict[str, Any] = {}
+        if scales["energy_per_atom"] is not None:
+            results["energy_std"] = float(energy[0]) * scales["energy_per_atom"]
+        if forces is not None and scales["forces"] is not None:
+            results["forces_std"] = forces * scales["forces"]
         return results
 
 
 class EnsembleCalculator(ForcetuneCalculator):
     """ASE calculator of several adapters on one base: means, and standard deviations beside them.
 
-    ``results`` also has ``energy_std`` (eV) and ``forces_std`` (atoms, 3), eV/Å; see :func:`spread`.
+    ``results`` also has ``energy_std`` (eV) and ``forces_std`` (atoms, 3), eV/Å; see :func:`spread`. With a calibration
+    of the ensemble they are multiplied by its scales.
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, uncertainty: Uncertainty | None = None) -> None:
         # members take turns with their weights
-        super().__init__(ensemble.backbone, ensemble.magnetism, compile="off")
+        super().__init__(ensemble.backbone, ensemble.magnetism, compile="off", uncertainty=uncertainty)
         self.ensemble = ensemble
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
@@ -155,6 +181,9 @@ class EnsembleCalculator(ForcetuneCalculator):
         results |= {name: float(results[name]) for name in ("energy", "free_energy")}
         results["energy_std"] = float(spread([np.asarray(one["energy"]) for one in members]))
         results["forces_std"] = spread([one["forces"] for one in members])
+        if self.uncertainty is not None:
+            for name, quantity in (("energy_std", "energy_per_atom"), ("forces_std", "forces")):
+                results[name] = results[name] * (self.uncertainty.scale(quantity) or 1.0)
         return results
 
 
@@ -206,6 +235,7 @@ def calculator(
     dtype: str | None = None,
     trust: bool = False,
     compile: Literal["auto", "off"] = "auto",
+    uncertainty: bool | Literal["energy"] = False,
 ) -> ForcetuneCalculator:
     """An ASE calculator.
 
@@ -222,20 +252,43 @@ def calculator(
         trust: allow a model file to run its own code where it cannot be rebuilt without.
         compile: ``auto`` records the operations of a prediction when the same atoms come again and again, as in
             dynamics, which makes small systems faster; ``off`` never does. It has no effect on ensembles.
+        uncertainty: of a calibrated run (``forcetune calibrate``): ``True`` adds calibrated standard deviations to the
+            results, ``energy_std`` (eV) and ``forces_std`` (atoms, 3), eV/Å; ``"energy"`` only the first, which costs
+            a forward pass, where the second takes a backward pass for each feature of the last layer. An
+            ensemble with a calibration (``forcetune calibrate RUN --ensemble …``) has its spread multiplied by it.
 
     Raises:
-        InputError: nothing usable at a path, the adapter belongs to another base, its method is not equivariant, or
-            ``compile`` is something else.
+        InputError: nothing usable at a path, the adapter belongs to another base, its method is not equivariant,
+            ``compile`` is something else, or the run is not calibrated.
     """
+    if uncertainty not in (True, False, "energy"):
+        raise InputError(f"uncertainty={uncertainty!r}: a calculator's is True, False or 'energy'.")
     if adapter is not None and not isinstance(adapter, (str, Path)):
-        return _ensemble(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
+        return _ensemble(
+            model, adapter, head=head, device=device, dtype=dtype, trust=trust, calibrated=bool(uncertainty)
+        )
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     if deployed.adapter is not None:
         _check_equivariant(deployed.adapter, adapter or model)
     for parameter in deployed.backbone.model.parameters():
         if isinstance(model, (str, Path)) or model is None:
             parameter.requires_grad_(False)
-    return ForcetuneCalculator(deployed.backbone, compile=compile)
+    calibration = _calibration_of(adapter or model) if uncertainty else None
+    return ForcetuneCalculator(
+        deployed.backbone, compile=compile, uncertainty=calibration, forces_std=uncertainty is True
+    )
+
+
+def _calibration_of(place: str | Path | Backbone | None) -> Uncertainty:
+    """The calibration of a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = None if place is None or isinstance(place, Backbone) else adapter_folder(place)
+    if folder is None:
+        raise InputError("uncertainty: only a run has a calibration; name the folder of a run that was calibrated.")
+    return load_uncertainty(folder.parent, [folder])
 
 
 def _ensemble(
@@ -246,6 +299,7 @@ def _ensemble(
     device: str,
     dtype: str | None,
     trust: bool,
+    calibrated: bool,
 ) -> EnsembleCalculator:
     paths, base = list(adapters), model
     if isinstance(model, (str, Path)) and adapter_folder(model) is not None:
@@ -254,7 +308,11 @@ def _ensemble(
     for folder, config, _, _ in ensemble.members:
         check_head(head, folder, config)
         _check_equivariant(config, folder)
-    return EnsembleCalculator(ensemble)
+    calibration = None
+    if calibrated:
+        folders = [folder for folder, *_ in ensemble.members]
+        calibration = load_uncertainty(folders[0].parent, folders)
+    return EnsembleCalculator(ensemble, calibration)
 
 
 def _check_equivariant(config: AdapterConfig, place: object) -> None:

@@ -22,6 +22,7 @@ from forcetune.evaluation.metrics import Predictions, predict
 from forcetune.frames.frame import FloatArray
 from forcetune.graphs.graph import Batch
 from forcetune.magnetism.options import Magnetism
+from forcetune.uncertainty.calibration import rank_correlation
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +203,11 @@ def calibration(std: FloatArray, error: FloatArray) -> Calibration | None:
     return Calibration(
         mean_std=1e3 * float(std.mean()),
         rms_error=1e3 * rms_error,
-        correlation=_rank_correlation(std, error),
+        correlation=rank_correlation(std, error),
         ratio=rms_error / rms_std if rms_std > 0 else None,
         within_1=float((error <= std).mean()),
         within_2=float((error <= 2 * std).mean()),
     )
-
-
-def _rank_correlation(one: FloatArray, other: FloatArray) -> float | None:
-    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return None
-    first, second = (np.argsort(np.argsort(values, kind="stable")).astype(float) for values in (one, other))
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def describe_ensemble(ensemble: Ensemble, predictions: Sequence[Predictions]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from forcetune.frames.labels import NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import content_size, expand
 from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
-from forcetune.frames.splits import separate_isolated, split
+from forcetune.frames.splits import separate_isolated, split, take_some
 from forcetune.frames.store.stored_frames import StoredFrames, list_elements
 from forcetune.frames.store.streaming import stream_frames
 from forcetune.utils.files import as_path, cache_folder
@@ -126,6 +126,7 @@ def read_dataset(
     else:
         train_frames, valid_frames = split(frames, config.valid, config.split_seed)
         valid = Split(valid_frames, training.files, training.sha256, training.keys)
+    train_frames = take_some(train_frames, config.train_frames, config.train_frames_seed)
     train = Split(train_frames, training.files, training.sha256, training.keys)
     tests = {}
     for source, name in zip(config.test, _test_names(config.test), strict=True):

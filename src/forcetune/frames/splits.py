@@ -50,6 +50,29 @@ def split(frames: Sequence[Frame], valid: float | int, seed: int = 123) -> tuple
     return tuple(frames[i] for i in indices[:boundary]), tuple(frames[i] for i in indices[boundary:])
 
 
+def take_some(frames: Sequence[Frame], count: int | None, seed: int) -> Sequence[Frame]:
+    """So many of the frames at random; of one seed smaller sets lie in larger ones.
+
+    Args:
+        frames: to choose from.
+        count: None takes all.
+        seed: of the choice.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if count is None:
+        return frames
+    if count > len(frames):
+        raise InputError(
+            f"data.train_frames is {count}, but there are {len(frames)} frames to train on; give fewer or more data."
+        )
+    chosen = np.random.default_rng(seed).permutation(len(frames))[:count]
+    if isinstance(frames, StoredFrames):
+        return frames.take(frames.indices[chosen])
+    return tuple(frames[int(index)] for index in chosen)
+
+
 def _validation_count(total: int, valid: float | int) -> int:
     if isinstance(valid, Integral) and not isinstance(valid, bool):
         count = int(valid)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from rich.table import Table
 from forcetune._version import __version__
 from forcetune.reports.comparison import ERRORS, Comparison
 from forcetune.reports.comparison_plots import comparison_curves, comparison_parity
+from forcetune.reports.learning_curve import Curve, curve_head, curve_plots, curve_rows
 from forcetune.reports.page import render_page
-from forcetune.reports.tables import comparison_table
+from forcetune.reports.tables import comparison_table, rich_table
 from forcetune.reports.texts import MISSING, bytes_text, count_text, number_text
 from forcetune.runs.metrics import read_metrics
 from forcetune.runs.predictions import read_predictions
@@ -61,13 +62,24 @@ def _rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def write_comparison(folder: Path, comparison: Comparison, runs: Mapping[str, Mapping[int, Path]]) -> Path:
+def learning_table(curves: Sequence[Curve]) -> Table:
+    """Learning curves, for the terminal."""
+    table = rich_table("Errors by the number of training frames", curve_head()[:4], curve_head()[4:])
+    for row in curve_rows(curves):
+        table.add_row(*row)
+    return table
+
+
+def write_comparison(
+    folder: Path, comparison: Comparison, runs: Mapping[str, Mapping[int, Path]], learning: Sequence[Curve] = ()
+) -> Path:
     """Write ``comparison.html``, one page that opens offline, and return its path.
 
     Args:
         folder: of the comparison.
         comparison: its figures.
         runs: method → seed → run folder, in ``folder``.
+        learning: errors by the number of training frames.
     """
     first = comparison.methods[0]
     spread = "" if len(first.seeds) == 1 else f", mean ± standard deviation over {len(first.seeds)} seeds"
@@ -82,6 +94,9 @@ def write_comparison(folder: Path, comparison: Comparison, runs: Mapping[str, Ma
         rows=_rows(comparison),
         table_note=f"{first.steps:,} steps each{spread}. {target_note(comparison)}",
         curves=_curves(comparison, runs),
+        learning_head=curve_head(),
+        learning_rows=curve_rows(learning),
+        learning_plots=curve_plots(learning),
         parity=_parity(comparison, runs),
         runs=[
             (path.relative_to(folder).as_posix(), f"{name}, seed {seed}")

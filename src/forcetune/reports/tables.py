@@ -26,7 +26,8 @@ from forcetune.reports.texts import (
 GATE_COLUMNS = ("mean", "std", "low", "high")
 
 
-def _rich_table(title: str | None, left: Sequence[str], right: Sequence[str]) -> Table:
+def rich_table(title: str | None, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with columns of text on the left and of numbers on the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for heading in left:
         table.add_column(heading, no_wrap=True)
@@ -41,7 +42,7 @@ def error_table(errors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     Args:
         errors: split → ``before`` and ``after`` → errors, as in ``results.json``.
     """
-    table = _rich_table("Errors before and after", ("split", "error", "unit"), ("before", "after", "after/before"))
+    table = rich_table("Errors before and after", ("split", "error", "unit"), ("before", "after", "after/before"))
     for split in sort_splits(errors):
         name = split
         for quantity, unit, before, after in error_rows(errors[split]):
@@ -59,7 +60,7 @@ def demo_table(errors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     Args:
         errors: as in ``results.json``.
     """
-    table = _rich_table("Frames never trained on", ("set", "mean absolute error"), ("zero-shot", "tuned", "ratio"))
+    table = rich_table("Frames never trained on", ("set", "mean absolute error"), ("zero-shot", "tuned", "ratio"))
     for split in (name for name in sort_splits(errors) if name.startswith("test")):
         name = f"{split}, {count_text(errors[split]['after'].get('n_frames'))} frames"
         for quantity, unit, before, after in error_rows(errors[split]):
@@ -73,7 +74,7 @@ def demo_table(errors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
 
 def comparison_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Methods side by side, for the terminal; the first column is text."""
-    table = _rich_table(title, head[:1], head[1:])
+    table = rich_table(title, head[:1], head[1:])
     for row in rows:
         table.add_row(*row)
     return table
@@ -88,14 +89,14 @@ def change_tables(changes: Mapping[str, Any]) -> list[Table]:
     tables = []
     if changes["paths"]:
         head = ("|ΔW|/|W|", "changed", "stable rank", "weights")
-        table = _rich_table(f"{changes['method']}: changed weights", ("layer", "path"), head)
+        table = rich_table(f"{changes['method']}: changed weights", ("layer", "path"), head)
         for row in sorted(changes["paths"], key=lambda row: -row["relative"]):
             share = f"{100 * row['changed']:.3g} %"
             numbers = (number_text(row["relative"]), share, f"{row['stable_rank']:.1f}", count_text(row["size"]))
             table.add_row(layer_text(row["site"]), row["path"], *numbers)
         tables.append(table)
     if changes["gates"]:
-        table = _rich_table(f"{changes['method']}: gates", ("layer", "irrep", "does"), ("mean", "std", "5 %", "95 %"))
+        table = rich_table(f"{changes['method']}: gates", ("layer", "irrep", "does"), ("mean", "std", "5 %", "95 %"))
         for row in changes["gates"]:
             numbers = (f"{row[key]:+.3f}" if row["quantity"] == "shift" else f"{row[key]:.3f}" for key in GATE_COLUMNS)
             irrep = f"{row['channels']}x{row['irrep']}"
@@ -112,7 +113,7 @@ def evaluation_table(errors: Mapping[str, Any]) -> Table:
     """
     frames = finite(errors.get("n_frames"))
     counted = None if frames is None else f"{count_text(frames)} frame{'' if frames == 1 else 's'}"
-    table = _rich_table(counted, ("quantity", "unit"), ("MAE", "RMSE"))
+    table = rich_table(counted, ("quantity", "unit"), ("MAE", "RMSE"))
     for name, unit, key in QUANTITIES:
         values = [errors.get(key.format(measure)) for measure in ("mae", "rmse")]
         if any(finite(value) is not None for value in values):
@@ -129,7 +130,7 @@ def calibration_table(ensemble: Mapping[str, Any]) -> Table:
         ensemble: that part of what ``forcetune evaluate --ensemble --json`` prints.
     """
     columns = ("spread", "RMSE", "RMSE / spread", "rank correlation", "within 1 σ", "within 2 σ")
-    table = _rich_table(f"spread of {len(ensemble['members'])} adapters", ("quantity", "unit"), columns)
+    table = rich_table(f"spread of {len(ensemble['members'])} adapters", ("quantity", "unit"), columns)
     for name, unit, key in (("Energy", "meV/atom", "energy_per_atom"), ("Forces", "meV/Å", "forces")):
         calibration = ensemble.get(key)
         if calibration is not None:
@@ -146,7 +147,7 @@ def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     Args:
         rows: ``method, trainable, total, coverage`` each, as ``forcetune methods --json`` prints them.
     """
-    table = _rich_table(None, ("method",), ("trainable", "share"))
+    table = rich_table(None, ("method",), ("trainable", "share"))
     table.add_column("weights covered, by kind of site", ratio=1)
     for row in rows:
         trainable = row.get("trainable")

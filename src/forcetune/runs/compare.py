@@ -21,6 +21,7 @@ from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
+from forcetune.reports.learning_curve import Curve, read_curves
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, read_status
 from forcetune.runs.search import Searched, check_search, search_options, with_settings
@@ -43,11 +44,20 @@ class ComparisonRun:
         folder: holds a run folder for every method and seed, ``comparison.json`` and ``comparison.html``.
         comparison: the figures.
         page: the report.
+        curves: errors by the number of training frames, where these were asked for.
     """
 
     folder: Path
     comparison: Comparison
     page: Path
+    curves: tuple[Curve, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``forcetune compare --json`` prints it."""
+        content = self.comparison.to_json()
+        if self.curves:
+            content["learning_curve"] = [curve.to_json() for curve in self.curves]
+        return content
 
 
 def compare(
@@ -57,6 +67,8 @@ def compare(
     seeds: int = 1,
     processes: int = 1,
     search: int | None = None,
+    learning_curve: Sequence[int] = (),
+    targets: Mapping[str, Sequence[float]] | None = None,
     model: str | Path | Backbone | None = None,
     inputs: Sequence[str | Path] = (),
     console: Console | None = None,
@@ -77,6 +89,9 @@ def compare(
         processes: runs at the same time, each with its share of the cores.
         search: so many trials for each method to choose learning rate, rank and weight of the forces on the
             validation frames (:func:`forcetune.runs.search.search_options`), with the first seed.
+        learning_curve: numbers of training frames. Every method and seed is trained on each of them, for as many
+            steps, and how the errors fall is fitted; the largest one stands in the table.
+        targets: errors whose number of frames is wanted, by their key (``forces_mae_mev_per_ang``).
         model: instead of the one in ``config``: name, path or loaded backbone, which stays as it is; one that its file
             does not give is stored in the folder.
         inputs: further files that the configuration came from; a folder with one of them is refused.
@@ -88,12 +103,13 @@ def compare(
     """
     console = console or Console(stderr=True, soft_wrap=True)
     _check_methods(config, methods)
+    _check_targets(targets or {})
     folder = Path(config.output.run)
     config, stored = _with_model(config, model, folder)
     first = [_config_of(config, name, config.training.seed, folder, processes) for name in methods]
     _check_runs(first, searches=search is not None)
     _check_inputs(config, inputs, folder)
-    _check_data(config)
+    sizes = _check_sizes(learning_curve, _count_frames(config), seeds)
     _check_folder(folder)
     config.save(folder / MARK_NAME)
     if stored is not None:
@@ -101,21 +117,64 @@ def compare(
     searched: dict[str, Searched] = {}
     if search is not None:
         searched = _search_all(first, folder, search, processes, console)
-    configs = {
-        name: {
-            seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {})
+    plan = {
+        (name, size): {
+            seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {}, size)
             for seed in _seeds(config, seeds)
         }
         for name in methods
+        for size in sizes
     }
-    _run_all([one for by_seed in configs.values() for one in by_seed.values()], processes, console)
-    runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in configs.items()}
+    if learning_curve:
+        plan = {key: {seed: _as_long(one, key[1], sizes) for seed, one in runs.items()} for key, runs in plan.items()}
+    _run_all([one for by_seed in plan.values() for one in by_seed.values()], processes, console)
+    places = {key: {seed: Path(one.output.run) for seed, one in by_seed.items()} for key, by_seed in plan.items()}
+    runs = {name: places[name, sizes[-1]] for name in methods}
     comparison = read_comparison(runs)
-    content = comparison.to_json()
+    curves: tuple[Curve, ...] = ()
+    if learning_curve:
+        by_size = {name: {size: places[name, size] for size in sizes if size is not None} for name in methods}
+        curves = tuple(read_curves(by_size, comparison.split, targets or {}))
+    page = write_comparison(folder, comparison, runs, curves)
+    run = ComparisonRun(folder, comparison, page, curves)
+    content = run.to_json()
     if searched:
         content["search"] = {name: asdict(one) for name, one in searched.items()}
     write_json(folder / COMPARISON_NAME, content)
-    return ComparisonRun(folder, comparison, write_comparison(folder, comparison, runs))
+    return run
+
+
+def _check_sizes(sizes: Sequence[int], available: int, seeds: int) -> list[int | None]:
+    """Numbers of training frames in ascending order; None alone for all frames.
+
+    Raises:
+        InputError: too few numbers for a curve, one twice, or more than there are frames.
+    """
+    if not sizes:
+        return [None]
+    text = ",".join(map(str, sizes))
+    if len(set(sizes)) < max(2, len(sizes)) or min(sizes) < 1:
+        raise InputError(f"--learning-curve {text}: give at least two different numbers of frames.")
+    if len(sizes) * seeds < 3:
+        raise InputError(f"--learning-curve {text}: a fit needs three runs of a method; add a number or --seeds.")
+    if max(sizes) > available:
+        raise InputError(
+            f"--learning-curve {text}: there are {available} frames to train on; leave out larger numbers or give more."
+        )
+    return [*sorted(sizes)]
+
+
+def _as_long(config: RunConfig, size: int | None, sizes: Sequence[int | None]) -> RunConfig:
+    """With so many epochs that a small set is trained for as many steps as the largest."""
+    largest = sizes[-1]
+    assert size is not None
+    assert largest is not None
+    training = config.with_default_epochs(largest).training
+    every = max(1, round(training.valid_every * largest / size))
+    epochs = max(1, round(training.epochs * largest / size / every)) * every
+    content = config.model_dump(exclude_unset=True)
+    content["training"] = content.get("training", {}) | {"epochs": epochs, "valid_every": every}
+    return RunConfig.model_validate(content)
 
 
 def _seeds(config: RunConfig, count: int) -> range:
@@ -151,8 +210,18 @@ def _check_runs(configs: Iterable[RunConfig], *, searches: bool) -> None:
             check_search(config)
 
 
-def _check_data(config: RunConfig) -> None:
-    """Read all frames before the first run.
+def _check_targets(targets: Mapping[str, Sequence[float]]) -> None:
+    """
+    Raises:
+        InputError: an error that is never reached.
+    """
+    for target in (value for values in targets.values() for value in values):
+        if not target > 0:
+            raise InputError(f"a target error of {target:g} is never reached; give a positive one.")
+
+
+def _count_frames(config: RunConfig) -> int:
+    """Training frames; all frames are read before the first run.
 
     Raises:
         InputError: they cannot be read, or the doctor sees an error in them.
@@ -160,10 +229,17 @@ def _check_data(config: RunConfig) -> None:
     dataset = read_dataset(config.data)
     if config.data.doctor == "on":
         check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
+    return len(dataset.train.frames)
 
 
 def _config_of(
-    config: RunConfig, name: str, seed: int, folder: Path, processes: int, chosen: Mapping[str, Any] | None = None
+    config: RunConfig,
+    name: str,
+    seed: int,
+    folder: Path,
+    processes: int,
+    chosen: Mapping[str, Any] | None = None,
+    size: int | None = None,
 ) -> RunConfig:
     options_set = config.model_dump(exclude_unset=True)
     known = option_names(METHODS[name])
@@ -173,7 +249,10 @@ def _config_of(
         threads = max(1, (os.cpu_count() or 1) // processes)
     options_set["method"] = {"name": name, "target": config.method.target, **options}
     options_set["training"] = options_set.get("training", {}) | {"seed": seed, "threads": threads}
-    options_set["output"] = options_set.get("output", {}) | {"run": str(folder / f"{name}-{seed}"), "overwrite": True}
+    place = f"{name}-{seed}" if size is None else f"{name}-{size}-frames-{seed}"
+    options_set["output"] = options_set.get("output", {}) | {"run": str(folder / place), "overwrite": True}
+    if size is not None:
+        options_set["data"] = options_set["data"] | {"train_frames": size, "train_frames_seed": seed}
     return RunConfig.model_validate(with_settings(options_set, chosen or {}))
 
 

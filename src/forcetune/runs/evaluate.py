@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
-from forcetune.evaluation.metrics import Errors, build_graphs, check_finite, evaluate_frames
+from forcetune.evaluation.metrics import Errors, build_graphs, check_finite, evaluate_frames, predict
 from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE
 from forcetune.frames.read import read_frames
 from forcetune.frames.spins import with_spins
 from forcetune.magnetism.options import Magnetism
+from forcetune.runs.folder import ADAPTER_NAME
+from forcetune.runs.uncertainty import describe_reliability, ensemble_deviations, run_folder
+from forcetune.uncertainty.file import load_uncertainty
+from forcetune.uncertainty.last_layer import standard_deviations
 
 
 def evaluate(
@@ -134,3 +139,59 @@ def evaluate_ensemble(
     for one in predictions:
         check_finite(one, frames)
     return describe_ensemble(ensemble, predictions)
+
+
+def evaluate_uncertainty(
+    run: str | Path,
+    data: str | Path | Sequence[str | Path],
+    *,
+    ensemble: Sequence[str | Path] = (),
+    base: str | Path | Backbone | None = None,
+    energy_key: str = AUTO,
+    forces_key: str = AUTO,
+    type_map: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Errors of a calibrated run or ensemble, and how well its standard deviations and intervals predict them.
+
+    Args:
+        run: run folder with a calibration.
+        data: files or patterns.
+        ensemble: further runs, where it is the spread of all that was calibrated.
+        base: the base, where it has moved.
+        energy_key, forces_key, type_map, device, dtype, trust: as :func:`evaluate`.
+
+    Returns:
+        As ``forcetune evaluate --uncertainty --json`` prints it: ``uncertainty`` has, for ``energy_per_atom``,
+        ``forces`` (components) and ``forces_of_atoms`` (lengths), coverage and rank correlation, and ``cost_ratio``,
+        the time for predictions with standard deviations over that without.
+
+    Raises:
+        InputError: bad data, nothing usable at a path, or a run that is not calibrated.
+    """
+    keys = LabelKeys(energy_key, forces_key, NONE)
+    if ensemble:
+        members = load_ensemble([run, *ensemble], base, device=device, dtype=dtype, trust=trust)
+        calibration = load_uncertainty(run_folder(run), [folder for folder, *_ in members.members])
+        frames = _labelled_frames(data, keys, members.magnetism, type_map)
+        mean, energy, forces = ensemble_deviations(members, frames)
+        found = describe_reliability(mean, energy, forces, calibration)
+        return mean.errors().to_json() | {"uncertainty": found | {"cost_ratio": float(len(members.members))}}
+    folder = run_folder(run)
+    calibration = load_uncertainty(folder, [folder / ADAPTER_NAME])
+    assert calibration.posterior is not None
+    frames = _labelled_frames(data, keys, None, type_map)
+    backbone = deploy(base, folder, device=device, dtype=dtype, trust=trust).backbone
+    graphs = build_graphs(backbone, frames)
+    predict(backbone, graphs[:1])  # compiles kernels, which shall not count
+    # processor time, as other programs on the machine would count in the other
+    clock = time.process_time if backbone.device.type == "cpu" else time.perf_counter
+    started = clock()
+    check_finite(predict(backbone, graphs), frames)
+    plain = clock() - started
+    predictions, energy, forces = standard_deviations(backbone, graphs, calibration.posterior)
+    cost = (clock() - started - plain) / max(plain, 1e-9)
+    found = describe_reliability(predictions, energy, forces, calibration)
+    return predictions.errors().to_json() | {"uncertainty": found | {"cost_ratio": cost}}

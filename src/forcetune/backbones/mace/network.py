@@ -145,6 +145,19 @@ class MaceNetwork(nn.Module):
         """Whether an edge and its reverse have the same radial weights."""
         return not any(isinstance(block, NonLinearInteraction) for block in self.interactions)
 
+    @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The linear layers behind which there are energies of atoms."""
+        return tuple(
+            readout.linear_2 if isinstance(readout, NonLinearReadout) else readout.linear for readout in self.readouts
+        )
+
+    def energy_factors(self, plan: Plan) -> Tensor:
+        """(1, 1), eV, by which what the readouts say is multiplied."""
+        if self.scale_shift is None:
+            return torch.ones_like(self.r_max).reshape(1, 1)
+        return self.scale_shift.scale.reshape(-1)[:1].reshape(1, 1)
+
     def constants(self) -> dict[str, Tensor]:
         """Couplings of all layers, float64, by the name of the layer and their own."""
         return {

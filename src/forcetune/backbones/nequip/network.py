@@ -217,6 +217,15 @@ class NequIPNetwork(nn.Module):
         return self.edge_norm.symmetric
 
     @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The linear layer behind which there are energies of atoms."""
+        return (list(self.per_atom_energy_readout.mlp_module.mlp)[-1],)
+
+    def energy_factors(self, plan: Plan) -> Tensor:
+        """(atoms, 1), eV, by which what the readout says is multiplied, in the plan's order."""
+        return self.per_type_energy_scale_shift.scales[plan.species].unsqueeze(1)
+
+    @property
     def scalar_blocks(self) -> list[tuple[int, int]]:
         """Place and number of the even scalars among the features behind each layer."""
         return [

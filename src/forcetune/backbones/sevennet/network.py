@@ -297,6 +297,17 @@ class SevenNetNetwork(nn.Module):
         return True
 
     @property
+    def last_layers(self) -> tuple[nn.Module, ...]:
+        """The linear layer behind which there are energies of atoms."""
+        if self.readout_FCN is not None:
+            return (list(self.readout_FCN.fcn)[-1],)
+        return (self.reduce_hidden_to_energy.linear,)
+
+    def energy_factors(self, plan: Plan) -> Tensor:
+        """(atoms, 1), eV, by which what the readout says is multiplied, in the plan's order."""
+        return self.rescale_atomic_energy.scale[plan.species].unsqueeze(1)
+
+    @property
     def n_scalars(self) -> int:
         """Invariants of the features behind all layers."""
         return sum(

@@ -1,0 +1,105 @@
+"""Commands about what the model does not know: calibrate, select."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from forcetune.cli.app import app
+from forcetune.cli.options import Device, Head, Json, Trust, TypeMap, split_names, without_none
+
+
+@app.command()
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    valid: Annotated[
+        list[str] | None, typer.Option(help="Labelled frames not trained on; the run's validation frames if not given.")
+    ] = None,
+    ensemble: Annotated[
+        list[str] | None, typer.Option(help="Further runs on the same base: calibrate the spread of all instead.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=2, help="Most training and validation frames to look at. Default: 2000 each.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    as_json: Json = False,
+    device: Device = None,
+    trust: Trust = False,
+) -> None:
+    """Learn how sure a run is of its energies and forces, and calibrate that on validation frames."""
+    from forcetune.reports.uncertainty import scales_table
+    from forcetune.runs.uncertainty import calibrate as calibrate_run
+
+    options = without_none(base=base, device=device, frames=frames)
+    done = calibrate_run(run, valid or None, ensemble=ensemble or (), trust=trust, **options)
+    content = done.record.model_dump()
+    if as_json:
+        print(json.dumps(content))
+        return
+    Console().print(scales_table(content))
+    print(f"took     {done.seconds:.0f} s\nwritten  {done.file}")
+    if ensemble:
+        print(f"next     forcetune evaluate {run} DATA --ensemble {' --ensemble '.join(ensemble)} --uncertainty")
+    else:
+        print(f"next     forcetune evaluate {run} DATA --uncertainty")
+
+
+@app.command()
+def select(
+    pool: Annotated[list[str], typer.Argument(help="Files of structures to choose from; no labels needed.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Structures to choose.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Extended XYZ to write, in the order of choice.")],
+    model: Annotated[str, typer.Option("--model", help="Run folder, model name or model file.")] = "mini",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Files of frames that are labelled already, besides the training frames of a run."),
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="farthest: largest distance to all that is labelled or chosen, times the uncertainty of a calibrated "
+            "run; determinant: largest volume of the features; random: a baseline."
+        ),
+    ] = "farthest",
+    uncertainty: Annotated[
+        str,
+        typer.Option(help="Of a calibrated run: energy, forces (slower) or off; auto is energy where there is one."),
+    ] = "auto",
+    quota: Annotated[
+        str | None,
+        typer.Option(help="Shares of compositions: proportional, equal, or counts such as C2H6O=20,H2O=10."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first choice where nothing is labelled, and of random.")] = 0,
+    as_json: Json = False,
+    head: Head = None,
+    type_map: TypeMap = None,
+    device: Device = None,
+    trust: Trust = False,
+) -> None:
+    """Which of many unlabelled structures to compute next: uncertain, unlike what is labelled, unlike each other."""
+    from forcetune.reports.uncertainty import selection_table
+    from forcetune.runs.select import select as select_frames
+
+    chosen = select_frames(
+        pool,
+        n=n,
+        model=model,
+        output=output,
+        exclude=exclude or (),
+        strategy=strategy,
+        uncertainty=uncertainty,
+        quota=quota,
+        seed=seed,
+        trust=trust,
+        **without_none(head=head, device=device, type_map=split_names(type_map)),
+    )
+    content = chosen.to_json()
+    if as_json:
+        print(json.dumps(content))
+        return
+    Console().print(selection_table(content))
+    print(f"written  {output}")
