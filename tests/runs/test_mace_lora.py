@@ -23,7 +23,7 @@ from systems import cluster, crystal, write_labelled, write_model
 from terminal import Command
 
 pytest.importorskip("mace")
-ALPHA = 3.0
+ALPHA = 3
 KINDS: dict[str, dict[str, Any]] = {
     "scale-shift": {},
     "plain, up to 2e": {"kind": "MACE", "hidden_irreps": "6x0e+6x1o+6x2e", "correlation": 3, "max_ell": 3},
@@ -47,7 +47,7 @@ def write_checkpoint(path: Path, merged: Path, rank: int = 2, **options: Any) ->
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=random, dtype=parameter.dtype))
-        model.atomic_energies_fn.atomic_energies += 0.25
+        model.get_buffer("atomic_energies_fn.atomic_energies").add_(0.25)
     torch.save({"model": model.state_dict(), "optimizer": {}, "lr_scheduler": {"best": np.float64(1.0)}}, path)
     torch.save(merge_lora_weights(model), merged)
 
