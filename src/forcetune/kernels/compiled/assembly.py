@@ -81,6 +81,10 @@ class Writer:
             return pointer
         return self.value(f"getelementptr {self.target.real}, ptr {pointer}, i64 {index}")
 
+    def scratch(self, numbers: int) -> str:
+        """Address of memory of this call for so many numbers; to be asked for before any loop."""
+        return self.value(f"alloca [{numbers} x {self.target.real}], align 64")
+
     # ---- vectors ---------------------------------------------------------------------------------------------------
 
     def load(self, pointer: str, index: str | int = 0) -> str:
