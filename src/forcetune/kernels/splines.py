@@ -104,7 +104,7 @@ def _rows(first: float, last: float, count: int, function: Callable[[np.ndarray]
 
 
 def _locate(lengths: Tensor, kinds: Tensor, breaks: list[float], intervals: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    distances = lengths.double().view(-1)
+    distances = lengths.detach().double().view(-1)
     if distances.numel() and float(distances.min()) < LEAST:
         raise TooCloseError(f"a distance is shorter than {LEAST} of the cutoff")
     grid = Grid(tuple(breaks), tuple(intervals))
@@ -164,7 +164,7 @@ def tabulate(
 
     Args:
         function: from (n, 1) distances over the cutoff, float64, and a kind to the values of each network,
-            (n, outputs). Values are 0 from the cutoff on.
+            (n, outputs). From the cutoff on they are 0.
         kinds: of pairs, which have their own tables.
         breaks: where the functions are not smooth, over the cutoff.
         channels: for each network those of each path.
@@ -212,6 +212,8 @@ def _of_kind(function: Function, kind: Any, grid: Grid) -> tuple[np.ndarray, flo
             spline += weights[:, row : row + 1].numpy() * rows[places.numpy() + row]
         errors.append(np.abs(spline - expected).max(axis=0, initial=0.0))
         sizes.append(np.abs(expected).max(axis=0, initial=0.0))
+    beyond = function(torch.tensor([[1.0], [1.5]], dtype=torch.float64), kind)
+    errors.append(torch.cat(list(beyond), dim=1).abs().numpy().max(axis=0, initial=0.0))
     size = np.max(sizes, axis=0)
     # weights that are hardly there need not be better than others
     size = np.maximum(size, 1e-3 * size.max(initial=0.0))

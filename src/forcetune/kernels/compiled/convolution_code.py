@@ -48,6 +48,9 @@ class Slot(IntEnum):
 SPLINE_ROWS = 8
 """Rows of the table that a radial weight is made of: those of a spline of degree 7."""
 
+AHEAD = 6
+"""Edges from which on memory is asked for before it is needed; pairs of a receiver lie apart from one another."""
+
 SLOTS = max(Slot) + 1
 
 
@@ -192,8 +195,12 @@ class _Gather(_Form):
             out = w.offset(outer, w.times(i, outer_stride))
 
             def block(c: str, _: list[str]) -> list[str]:
+                end = w.plus(last, -1)
+
                 def edge(e: str, sums: list[str]) -> list[str]:
                     row = w.times(e, 3)
+                    later = w.integer(edges, w.times(w.least(w.plus(e, AHEAD), end), 3))
+                    w.prefetch(angular, w.times(later, angular_stride), shape.dim_in * shape.dim_out)
                     pair, sender = w.integer(edges, row), w.integer(edges, w.plus(row, 1))
                     r_place = w.plus(w.times(pair, radial_stride), c)
                     x_place = w.plus(w.times(sender, size), c)
