@@ -2,7 +2,7 @@
 
 A radial network has one argument, the distance (and the elements of a pair where they transform it). Of a frozen one
 a spline of degree 7 with uniform knots has the same values to 1e-13 and the same slopes to 1e-11 of the largest, for a
-hundredth of the work; it has six continuous derivatives, and forces are the exact slopes of its energies. Where no table
+fraction of the work; it has six continuous derivatives, and forces are the exact slopes of its energies. Where no table
 of bearable size gets that close, such as across a kink of an activation, the network itself is computed.
 """
 

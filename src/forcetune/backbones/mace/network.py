@@ -17,6 +17,7 @@ from torch.nn import functional
 from forcetune.backbones.mace.architecture import MaceArchitecture
 from forcetune.errors import InputError
 from forcetune.irreps import Block, irreps_text, merge_neighbours, parse_irreps
+from forcetune.kernels.compiled.choice import chosen_kernels
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.features import Features
@@ -497,7 +498,7 @@ class MaceNetwork(nn.Module):
         functions = None if phase.twice else self._radial_functions()
         if functions is None:
             return None
-        kernels, ratio = self.interactions[0].conv_tp.kernels, lengths / self.architecture.r_max
+        kernels, ratio = chosen_kernels(self), lengths / self.architecture.r_max
         if self.radial_embedding.distance_transform is None:
             return self._splines.at(functions, phase, kernels, ratio, [(1, 1)])
         if ghosts is not None:

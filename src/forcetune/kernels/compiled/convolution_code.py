@@ -3,8 +3,8 @@
 ``gather`` sums at receivers: out[i, k, c] = Σ_{e → i} Σ_m T[e, m, k] R[e, c] x[j, m, c]. ``pull`` has, pair by pair,
 the gradients of Σ g out by R, T and x. Both have a ``moved`` form, the derivative of the plain one when R, T and x move
 along directions h_R, h_T and h_x: the sum of the plain form with each of them in turn in the place of its own.
-The plain form has a ``splined`` variant, in which R is not read but computed from the distance of a pair: the sum of some
-neighbouring rows of a table, each times its weight. ``pull`` then has the gradient by the distance instead of by R.
+The plain form has a ``splined`` variant, in which R is not read but computed from the distance of a pair: the sum of
+some neighbouring rows of a table, each times its weight. ``pull`` then has the gradient by the distance, not by R.
 """
 
 from __future__ import annotations
