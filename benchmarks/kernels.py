@@ -86,9 +86,7 @@ class Notes(TorchDispatchMode):
 
 
 def _paths(flat: Sequence[int]) -> list[dict[str, int]]:
-    return [
-        dict(zip(PATH, flat[start : start + len(PATH)], strict=True)) for start in range(0, len(flat), len(PATH))
-    ]
+    return [dict(zip(PATH, flat[start : start + len(PATH)], strict=True)) for start in range(0, len(flat), len(PATH))]
 
 
 def _sums(paths: Sequence[int]) -> tuple[int, int, int]:
@@ -175,9 +173,7 @@ def peak(dtype: str) -> float:
         w = Writer("peak", own)
         place = w.address(0)
         factor, term = w.load(place), w.load(place, own.lanes)
-        sums = w.loop(
-            "%first", "%last", 1, [w.zero] * count, lambda _, s: [w.multiply_add(factor, v, term) for v in s]
-        )
+        sums = w.loop("%first", "%last", 1, [w.zero] * count, lambda _, s: [w.multiply_add(factor, v, term) for v in s])
         for number, value in enumerate(sums):
             w.store(value, place, number * own.lanes)
         return assembly.module_text([w])
@@ -266,7 +262,7 @@ def main() -> None:
         result.append(row)
         table.add_row(*cells)
     Console().print(table)
-    print(f"first prediction and step, compiling included: {together:.1f} s of processor time, {size / 1e3:.0f} kB kept")
+    print(f"first prediction and step, compiling included: {together:.1f} s of processor time, {size / 1e3:.0f} kB")
     if arguments.json is not None:
         machine = {"processor": describe_environment(torch.device("cpu"))["device"], "torch": torch.__version__}
         content = {"model": arguments.model, "atoms": arguments.atoms, "edges": batch.n_edges, "kernels": result}
