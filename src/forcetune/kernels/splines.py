@@ -314,9 +314,9 @@ class RadialSplines:
         }
 
     def _tables(self, functions: RadialFunctions, kinds: tuple[Any, ...], dtype: torch.dtype) -> Tables | None:
-        held = [t for module in functions.modules for t in (*module.parameters(), *module.buffers())]
+        weights = [t for module in functions.modules for t in (*module.parameters(), *module.buffers())]
         try:
-            state = [(tensor.data_ptr(), tensor._version) for tensor in held]
+            state = [(tensor.data_ptr(), tensor._version) for tensor in weights]
         except RuntimeError:
             return None  # nothing counts the changes of tensors made in inference mode
         kept = self._kept  # other threads may put theirs in its place
@@ -325,6 +325,8 @@ class RadialSplines:
                 made = tabulate(functions.function(), kinds, functions.breaks, functions.channels)
             if made is not None:
                 made = Tables(made.grid, tuple(value.to(dtype) for value in made.values), made.error)
+            # memory that is held gets no other weights
+            held = [tensor.detach() for tensor in weights]
             self._kept = kept = _Kept(state, held, kinds, dtype, made)
         return kept.tables
 
