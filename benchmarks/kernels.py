@@ -244,23 +244,19 @@ def main() -> None:
     else:
         os.environ["FORCETUNE_HOME"] = home
     title = f"{arguments.atoms} atoms, {batch.n_edges} edges, {arguments.dtype}, peak {most / 1e9:.1f} G/s a thread"
-    table, result = Table(title=title, title_justify="left"), []
-    for column in ("kernel", "10⁶ multiply-adds", "first, ms"):
-        table.add_column(column, no_wrap=column == "kernel")
-    for count in counts:
-        for column in (f"ms, {count} thread{'s' * (count > 1)}", "processor, ms", "of peak"):
-            table.add_column(column)
+    columns = ("kernel", "10⁶ m.-a.", "first, ms", "threads", "ms", "processor, ms", "of peak")
+    table, result = Table(*columns, title=title, title_justify="left"), []
     for call in calls:
         row: dict[str, Any] = {"kernel": call.title, "multiply_adds": call.work, "first_seconds": call.first}
-        cells = [call.title, f"{call.work / 1e6:.1f}", f"{1e3 * call.first:.0f}"]
         for count in counts:
             torch.set_num_threads(count)
             passed, taken = measure(call.run, arguments.rounds)
             share = call.work / taken / most
             row[f"{count}_threads"] = {"seconds": passed, "processor_seconds": taken, "share_of_peak": share}
-            cells += [f"{1e3 * passed:.2f}", f"{1e3 * taken:.2f}", f"{100 * share:.0f} %"]
+            about = (call.title, f"{call.work / 1e6:.1f}", f"{1e3 * call.first:.0f}")
+            figures = (f"{count}", f"{1e3 * passed:.2f}", f"{1e3 * taken:.2f}", f"{100 * share:.0f} %")
+            table.add_row(*(about if count == counts[0] else ("", "", "")), *figures)
         result.append(row)
-        table.add_row(*cells)
     Console().print(table)
     print(f"first prediction and step, compiling included: {together:.1f} s of processor time, {size / 1e3:.0f} kB")
     if arguments.json is not None:
