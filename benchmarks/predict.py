@@ -1,6 +1,7 @@
 """Time of energies and forces in ASE: forcetune with both kinds of kernels, mace-torch and symmetrix, in one process.
 
     python benchmarks/predict.py [--model mini] [--sizes 9,81,375] [--threads 2] [--dtype float64] [--json FILE]
+    python benchmarks/predict.py --codes compiled --sizes 9,81,375,1029,5184 --threads 1,2
     python benchmarks/predict.py --codes torch,compiled,mace,symmetrix --symmetrix mini.json
 
 Structures are ethanol (9 atoms) and periodic water, 3 Å between molecules (81 and 375 atoms, or what --sizes names),
@@ -14,6 +15,7 @@ with those of the first.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -141,20 +143,20 @@ def main() -> None:
     parser.add_argument("--codes", default="torch,compiled,mace", help=f"of {', '.join(CODES)}")
     parser.add_argument("--sizes", default="9,81,375", help="numbers of atoms")
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", default="2", help="numbers of threads, one after another")
     parser.add_argument("--rounds", type=int, default=10, help="calls of each code that count")
     parser.add_argument("--symmetrix", type=Path, help="the model as symmetrix_extract_mace writes it")
     parser.add_argument("--streamed", help="symmetrix's streamed_edges, such as non-compiled")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     result = []
-    for size in map(int, arguments.sizes.split(",")):
+    sizes, counts = (list(map(int, text.split(","))) for text in (arguments.sizes, arguments.threads))
+    for size, threads in itertools.product(sizes, counts):
         calculators = {name: CODES[name](arguments) for name in arguments.codes.split(",")}
-        torch.set_num_threads(arguments.threads)  # libraries set it, too
+        torch.set_num_threads(threads)  # behind the calculators, as libraries set it, too
         rows = measure(calculators, structure(size), arguments.rounds)
-        show(f"energy and forces, {size} atoms, {arguments.dtype}, {arguments.threads} threads", rows)
-        result.append({"atoms": size, "dtype": arguments.dtype, "threads": arguments.threads, "codes": rows})
+        show(f"energy and forces, {size} atoms, {arguments.dtype}, {threads} threads", rows)
+        result.append({"atoms": size, "dtype": arguments.dtype, "threads": threads, "codes": rows})
     if arguments.json is not None:
         machine = {"processor": describe_environment(torch.device("cpu"))["device"], "torch": torch.__version__}
         content = {"model": arguments.model, "results": result, "machine": machine}

@@ -186,7 +186,7 @@ class NetworkBackbone:
             (atoms,) eV, float64, reference energies included, atoms as they were before the plan sorted them;
             (pairs, 3) eV/Å.
         """
-        phase = Phase()
+        phase = Phase(twice=False)
         vectors = vectors.detach().requires_grad_()
         with torch.enable_grad():
             energies, _ = self.model(plan, phase, vectors, ghosts)
@@ -218,11 +218,11 @@ class NetworkBackbone:
 
     def _differentiated(self, plan: Plan, batch: Batch, stress: bool, create_graph: bool) -> Prediction:
         """Interaction energies and their derivatives by the vectors of all pairs."""
-        phase = Phase()
-        graph_index = batch.graph_index[plan.order]
-        vectors = _vectors(plan, batch.positions, batch.cell, batch)
         # a caller who differentiates with respect to the positions needs the whole graph
         own = not batch.positions.requires_grad
+        phase = Phase(twice=create_graph or not own)
+        graph_index = batch.graph_index[plan.order]
+        vectors = _vectors(plan, batch.positions, batch.cell, batch)
         if own:
             vectors = vectors.detach().requires_grad_()
         atoms, _ = self.model(plan, phase, vectors)
@@ -262,7 +262,7 @@ class NetworkBackbone:
             cell = batch.cell + batch.cell @ symmetric
         if batch.spins.requires_grad:
             leaves.append(batch.spins)
-        phase = Phase()
+        phase = Phase(twice=create_graph)
         atoms, features = self.model(plan, phase, _vectors(plan, moved, cell, batch))
         energy = atoms.new_zeros(batch.n_graphs).index_add(0, batch.graph_index[plan.order], atoms)
         sender, receiver = batch.edge_index

@@ -14,6 +14,7 @@ from torch.nn import functional
 from forcetune.irreps import Block as IrrepsBlock
 from forcetune.irreps import irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.compiled import convolution as compiled
+from forcetune.kernels.compiled import splined_convolution as splined
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.convolution import Path, Paths, convolve
@@ -312,21 +313,24 @@ class Convolution(nn.Module):
         self.structure = Paths(tuple(tensor_paths), layout_for(merged))
         self.weight_numel = sum(path.channels for path in tensor_paths)
 
-    def forward(self, step: Step, radial: Tensor, features: Features, trains: bool) -> Features:
+    def forward(
+        self, step: Step, radial: Tensor | splined.SplinedWeights, features: Features, trains: bool
+    ) -> Features:
         """
         Args:
             step: of this pass.
-            radial: (pairs, weight_numel).
+            radial: (pairs, weight_numel), or splines.
             features: of the atoms; where they depend on the species only, of the ghosts behind them, too.
             trains: whether the radial weights depend on trainable ones.
         """
         features = step.of_senders(features)
         angular = step.harmonics @ self.matrix.like(step.harmonics)
-        options: dict[str, Any] = {
-            "phase": step.phase,
-            "geometric": features.geometric,
-            "trains": (trains, features.trains),
-        }
+        options: dict[str, Any] = {"phase": step.phase, "geometric": features.geometric}
+        if isinstance(radial, splined.SplinedWeights):
+            options["trains"] = features.trains
+            found = splined.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
+            return Features(found, geometric=True, trains=trains or features.trains)
+        options["trains"] = trains, features.trains
         if takes_compiled(self.kernels, radial):
             blocks = compiled.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
         else:

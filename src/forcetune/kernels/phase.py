@@ -20,13 +20,15 @@ class Phase:
     Attributes:
         geometry: gradients by distances, directions and all that depends on them are wanted.
         weights: gradients by weights, and by features that do not depend on the geometry, are wanted.
+        twice: gradients may be differentiated again.
     """
 
-    __slots__ = ("geometry", "weights")
+    __slots__ = ("geometry", "twice", "weights")
 
-    def __init__(self) -> None:
+    def __init__(self, *, twice: bool = True) -> None:
         self.geometry = True
         self.weights = True
+        self.twice = twice
 
     def wants(self, *, geometric: bool, trains: bool) -> bool:
         """Whether the gradient by something that depends on the geometry, or on weights, is asked for."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from forcetune.kernels.compiled.splined_convolution import SplinedWeights
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.phase import Phase
@@ -42,6 +43,7 @@ class Step:
         attributes: (atoms, species) one-hot.
         ghosts: senders behind the atoms of the plan, if there are any.
         sender_attributes: (senders, species) one-hot; None where senders are the atoms.
+        splined: radial weights from splines, by the network that they stand for.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class Step:
     attributes: Tensor
     ghosts: Ghosts | None = None
     sender_attributes: Tensor | None = None
+    splined: Mapping[nn.Module, SplinedWeights] | None = None
 
     def of_atoms(self, features: Features) -> Features:
         """Features of the plan's atoms, without those of ghosts behind them."""

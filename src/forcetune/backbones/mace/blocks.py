@@ -34,6 +34,7 @@ from forcetune.kernels.radial import (
     RadialNetwork,
     SoftTransform,
 )
+from forcetune.kernels.splines import radial_weights
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.symmetric_contraction import SymmetricContraction
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
@@ -174,9 +175,7 @@ class Interaction(nn.Module):
     def forward(self, features: Features, step: Step) -> tuple[Features, Features | None]:
         skip = self.skip_tp(step.of_atoms(features), step) if self.residual else None
         up = self.linear_up(features)
-        radial = self.conv_tp_weights(step.radial)
-        if step.cutoff is not None:
-            radial = radial * step.cutoff
+        radial = radial_weights(self.conv_tp_weights, step)
         message = self.linear(self.conv_tp(step, radial, up, can_train(self.conv_tp_weights)))
         if self.density_fn is None:
             message = message.scaled(1 / self.neighbours)

@@ -5,6 +5,9 @@ Batatia et al., MACE (NeurIPS 2022), arXiv 2206.07697; equation numbers are thos
 
 from __future__ import annotations
 
+import copy
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +29,7 @@ from forcetune.backbones.mace.blocks import (
 )
 from forcetune.errors import InputError
 from forcetune.irreps import Block, irreps_text, parse_irreps
+from forcetune.kernels.compiled.choice import chosen_kernels
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.features import Features
@@ -36,9 +40,8 @@ from forcetune.kernels.layers import (
     sorted_blocks,
 )
 from forcetune.kernels.phase import Cut, Phase
-from forcetune.kernels.radial import (
-    ZBLRepulsion,
-)
+from forcetune.kernels.radial import ChebyshevBasis, ZBLRepulsion
+from forcetune.kernels.splines import Function, RadialFunctions, RadialSplines, Splined
 from forcetune.kernels.step import Ghosts, Step, can_train, one_hot_species
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
 
@@ -90,6 +93,7 @@ class MaceNetwork(nn.Module):
         if left := source.left_over():
             raise UnfitError(f"there is no place for its tensor {left[0]}")
         self._species = Constant(torch.arange(n_species))
+        self._splines = RadialSplines()
         self.eval()
 
     def _add_layers(self, architecture: MaceArchitecture, channels: int, source: TensorSource) -> None:
@@ -167,6 +171,47 @@ class MaceNetwork(nn.Module):
             for key, tensor in module.couplings.items()
         }
 
+    def _radial_functions(self) -> RadialFunctions | None:
+        """Radial weights as functions of the distance and the elements; None where they depend on more, or on less."""
+        blocks = [block for block in self.interactions if isinstance(block, Interaction)]
+        # a Chebyshev basis counts as a constant: its slopes are not to be seen
+        if len(blocks) < len(self.interactions) or isinstance(self.radial_embedding.bessel_fn, ChebyshevBasis):
+            return None
+        networks = [block.conv_tp_weights for block in blocks]
+        modules = [self.radial_embedding, *networks]
+        reach = self.architecture.r_max
+
+        def function() -> Function:
+            embedding, *copies = (copy.deepcopy(module).double() for module in modules)
+
+            def values(ratio: Tensor, kind: tuple[int, int]) -> list[Tensor]:
+                radial, cutoff = embedding(ratio * reach, *(torch.full((len(ratio),), z) for z in kind))
+                weights = [network(radial) for network in copies]
+                return weights if cutoff is None else [weight * cutoff for weight in weights]
+
+            return values
+
+        return RadialFunctions(function, networks, [block.conv_tp.structure.channels for block in blocks], modules)
+
+    def _splined(self, plan: Plan, phase: Phase, lengths: Tensor, ghosts: Ghosts | None) -> Splined:
+        """Radial weights from splines, where they can be had."""
+        functions = None if phase.twice else self._radial_functions()
+        if functions is None:
+            return None
+        kernels, ratio = chosen_kernels(self), lengths / self.architecture.r_max
+        if self.radial_embedding.distance_transform is None:
+            return self._splines.at(functions, phase, kernels, ratio, [(1, 1)])
+        if ghosts is not None:
+            return None  # of elements that the plan does not know
+        present = plan.present.tolist()
+        table = torch.zeros(len(self.architecture.atomic_numbers), len(self.architecture.atomic_numbers)).long()
+        kinds: list[tuple[int, int]] = []
+        for first, second in itertools.combinations_with_replacement(present, 2):
+            table[first, second] = table[second, first] = len(kinds)
+            kinds.append((self.architecture.atomic_numbers[first], self.architecture.atomic_numbers[second]))
+        places = plan.species[plan.sender] * len(table) + plan.species[plan.receiver]
+        return self._splines.at(functions, phase, kernels, ratio, kinds, table.flatten()[places])
+
     def forward(
         self, plan: Plan, phase: Phase, vectors: Tensor, ghosts: Ghosts | None = None
     ) -> tuple[Tensor, list[Features]]:
@@ -197,6 +242,7 @@ class MaceNetwork(nn.Module):
         step = Step(
             plan=plan,
             phase=phase,
+            splined=self._splined(plan, phase, lengths, ghosts),
             harmonics=self.spherical_harmonics(vectors, lengths),
             radial=radial if can_train(self.radial_embedding) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=cutoff,

@@ -13,6 +13,7 @@ from forcetune.irreps import Block, irreps_text, parse_irreps
 from forcetune.kernels.features import Features
 from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, TensorPath, sorted_blocks
 from forcetune.kernels.site import Site, WeightPath
+from forcetune.kernels.splines import radial_weights
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.tensors import TensorSource, register
 
@@ -108,9 +109,7 @@ def interact(
         gate: the activation.
     """
     skip = None if self_connection is None else self_connection(step.of_atoms(features))
-    weights = radial(step.radial)
-    if step.cutoff is not None:
-        weights = weights * step.cutoff
+    weights = radial_weights(radial, step)
     message = convolution(step, weights, before(features), can_train(radial))
     message = after(message if denominator is None else message.scaled(1 / denominator))
     return gate(message if skip is None else message.plus(skip))

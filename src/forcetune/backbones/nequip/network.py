@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -19,6 +20,7 @@ from forcetune.kernels.features import Features
 from forcetune.kernels.harmonics import SphericalHarmonics
 from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, channelwise_paths
 from forcetune.kernels.phase import Cut, Phase
+from forcetune.kernels.splines import Function, RadialFunctions, RadialSplines, Splined
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
 
@@ -198,6 +200,7 @@ class NequIPNetwork(nn.Module):
             raise UnfitError(f"there is no place for its tensor {left[0]}")
         self._species = Constant(torch.arange(known))
         self._charges = Constant(torch.tensor(elements, dtype=torch.float64))
+        self._splines = RadialSplines()
         self.eval()
 
     def _add_readout(self, source: TensorSource) -> None:
@@ -233,6 +236,26 @@ class NequIPNetwork(nn.Module):
             for after in self.architecture.features[1:]
         ]
 
+    def _splined(self, phase: Phase, ratio: Tensor) -> Splined:
+        """Radial weights from splines, where they can be had."""
+        if phase.twice:
+            return None
+        networks = [layer.conv.edge_mlp.mlp for layer in self.layers]
+        modules = [self.bessel_encode, *networks]
+
+        def function() -> Function:
+            embedding, *copies = (copy.deepcopy(module).double() for module in modules)
+
+            def values(ratio: Tensor, kind: int) -> list[Tensor]:
+                radial = embedding(ratio)
+                return [network(radial) for network in copies]
+
+            return values
+
+        channels = [layer.conv.tp_scatter.structure.channels for layer in self.layers]
+        functions = RadialFunctions(function, networks, channels, modules)
+        return self._splines.at(functions, phase, self.layers[0].conv.tp_scatter.kernels, ratio)
+
     def forward(self, plan: Plan, phase: Phase, vectors: Tensor) -> tuple[Tensor, list[Features]]:
         """Interaction energies of a batch's atoms.
 
@@ -256,6 +279,7 @@ class NequIPNetwork(nn.Module):
             radial=radial if can_train(self.bessel_encode) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=None,
             attributes=one_hot,
+            splined=self._splined(phase, ratio),
         )
         features: Features = self.type_embed.embed_module(
             Features([one_hot.unsqueeze(1)], geometric=False, trains=False)

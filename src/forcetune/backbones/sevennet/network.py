@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -24,6 +25,7 @@ from forcetune.kernels.layers import (
 from forcetune.kernels.phase import Cut, Phase
 from forcetune.kernels.radial import RadialNetwork, envelope, smooth_step
 from forcetune.kernels.site import Site, WeightPath
+from forcetune.kernels.splines import Function, RadialFunctions, RadialSplines, Splined
 from forcetune.kernels.step import Ghosts, Step, can_train, one_hot_species
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
 
@@ -222,6 +224,7 @@ class SevenNetNetwork(nn.Module):
         if left := source.left_over():
             raise UnfitError(f"there is no place for its tensor {left[0]}")
         self._species = Constant(torch.arange(known))
+        self._splines = RadialSplines()
         self.eval()
 
     def _add_layer(self, index: int, modal: dict[str, int], species: tuple[int, int], source: TensorSource) -> None:
@@ -317,6 +320,28 @@ class SevenNetNetwork(nn.Module):
             if block.is_even_scalar
         )
 
+    def _splined(self, phase: Phase, lengths: Tensor) -> Splined:
+        """Radial weights from splines, where they can be had."""
+        if phase.twice:
+            return None
+        convolutions = [convolution for _, _, convolution, _, _ in self.layers]
+        networks = [convolution.weight_nn for convolution in convolutions]
+        modules, cutoff = [self.edge_embedding, *networks], self.edge_embedding.cutoff
+
+        def function() -> Function:
+            embedding, *copies = (copy.deepcopy(module).double() for module in modules)
+
+            def values(ratio: Tensor, kind: int) -> list[Tensor]:
+                radial = embedding(ratio * cutoff)
+                return [network(radial) for network in copies]
+
+            return values
+
+        channels = [convolution.convolution.structure.channels for convolution in convolutions]
+        breaks = [self.edge_embedding.parameter / cutoff] if self.edge_embedding.smooth else []
+        functions = RadialFunctions(function, networks, channels, modules, breaks)
+        return self._splines.at(functions, phase, convolutions[0].convolution.kernels, lengths / cutoff)
+
     def forward(
         self, plan: Plan, phase: Phase, vectors: Tensor, ghosts: Ghosts | None = None
     ) -> tuple[Tensor, list[Features]]:
@@ -343,6 +368,7 @@ class SevenNetNetwork(nn.Module):
             attributes=of_senders if ghosts is None else of_senders[: plan.n_atoms],
             ghosts=ghosts,
             sender_attributes=of_senders,
+            splined=self._splined(phase, lengths),
         )
         features: Features = self.onehot_to_feature_x(
             Features([of_senders.unsqueeze(1)], geometric=False, trains=False)

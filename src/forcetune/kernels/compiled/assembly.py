@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 REALS = {"float64": "double", "float32": "float"}
+LINE = 64
+"""Bytes that a cache reads at once."""
+
 _INTRINSIC_SUFFIX = {"double": "f64", "float": "f32"}
 
 
@@ -80,6 +83,21 @@ class Writer:
         if index == 0:
             return pointer
         return self.value(f"getelementptr {self.target.real}, ptr {pointer}, i64 {index}")
+
+    def scratch(self, numbers: int) -> str:
+        """Address of memory of this call for so many numbers; to be asked for before any loop."""
+        return self.value(f"alloca [{numbers} x {self.target.real}], align 64")
+
+    def prefetch(self, pointer: str, index: str | int, numbers: int) -> None:
+        """Bring so many numbers into the cache; what is not memory of this program does no harm."""
+        size = 8 if self.target.real == "double" else 4
+        for start in range(0, numbers + LINE // size - 1, LINE // size):
+            place = self.offset(self.offset(pointer, index), min(start, numbers - 1))
+            self._lines.append(f"  call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 3, i32 1)")
+
+    def least(self, one: str, other: str) -> str:
+        """The smaller of two integers."""
+        return self.value(f"call i64 @llvm.smin.i64(i64 {one}, i64 {other})")
 
     # ---- vectors ---------------------------------------------------------------------------------------------------
 
@@ -215,7 +233,7 @@ class Writer:
 def module_text(functions: Sequence[Writer]) -> str:
     """A module of functions, with what they call declared."""
     targets = {(w.target.real, w.target.lanes) for w in functions}
-    declared = []
+    declared = ["declare void @llvm.prefetch.p0(ptr, i32, i32, i32)\ndeclare i64 @llvm.smin.i64(i64, i64)\n"]
     for real, lanes in sorted(targets):
         v = f"<{lanes} x {real}>"
         declared.append(f"declare {v} @llvm.fmuladd.v{lanes}{_INTRINSIC_SUFFIX[real]}({v}, {v}, {v})\n")

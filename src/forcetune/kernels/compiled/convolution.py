@@ -29,7 +29,7 @@ _Flags = tuple[bool, bool, bool]
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-class _Structure:
+class Structure:
     """The paths of a convolution, with what the tables of its functions have in common."""
 
     def __init__(self, flat: tuple[int, ...]) -> None:
@@ -51,7 +51,13 @@ class _Structure:
         self.work = sum(path.dim_in * path.dim_out * path.channels for path in self.paths)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (structures are few, and live as long as the process)
-    def machine(self, dtype: str, moved: tuple[_Flags, ...] | None, wanted: tuple[_Flags, ...] | None) -> Any:
+    def machine(
+        self,
+        dtype: str,
+        moved: tuple[_Flags, ...] | None,
+        wanted: tuple[_Flags, ...] | None,
+        splined: bool = False,
+    ) -> Any:
         """The function of all paths, and the addresses of the paths' own."""
         shapes = [
             Shape(
@@ -61,6 +67,7 @@ class _Structure:
                 path.odd,
                 None if moved is None else moved[index],
                 None if wanted is None else wanted[index],
+                splined,
             )
             for index, path in enumerate(self.paths)
         ]
@@ -77,26 +84,29 @@ class _Structure:
 
 
 @functools.lru_cache(maxsize=256)
-def _structure(flat: tuple[int, ...]) -> _Structure:
-    return _Structure(flat)
+def structure_of(flat: tuple[int, ...]) -> Structure:
+    return Structure(flat)
 
 
 def dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-class _Table:
+class Table:
     """The tables of all paths, for one call."""
 
-    def __init__(self, structure: _Structure, radial: Tensor, angular: Tensor, addresses: np.ndarray) -> None:
-        self.structure, self.size = structure, radial.element_size()
+    def __init__(self, structure: Structure, angular: Tensor, addresses: np.ndarray) -> None:
+        self.structure, self.size = structure, angular.element_size()
         self.whole = np.zeros(1 + SLOTS * len(structure.paths), dtype=np.int64)
         self.whole[0] = len(structure.paths)
         self.rows = self.whole[1:].reshape(-1, SLOTS)
         self.rows[:, Slot.FUNCTION] = addresses
-        self.rows[:, Slot.RADIAL_STRIDE], self.rows[:, Slot.ANGULAR_STRIDE] = radial.shape[1], angular.shape[1]
-        self.pairwise(Slot.RADIAL, radial, structure.radial_places)
+        self.rows[:, Slot.ANGULAR_STRIDE] = angular.shape[1]
         self.pairwise(Slot.ANGULAR, angular, structure.angular_places)
+
+    def radial(self, values: Tensor) -> None:
+        self.rows[:, Slot.RADIAL_STRIDE] = values.shape[1]
+        self.pairwise(Slot.RADIAL, values, self.structure.radial_places)
 
     def pairwise(self, slot: Slot, tensor: Tensor | None, places: np.ndarray) -> None:
         if tensor is not None:
@@ -126,7 +136,7 @@ def spread_out(values: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor
     return [next(left) if here else None for here in present]
 
 
-def _flags(structure: _Structure, present: Sequence[bool]) -> tuple[_Flags, ...]:
+def flags_of(structure: Structure, present: Sequence[bool]) -> tuple[_Flags, ...]:
     """For each path whether something is there for R, T and x."""
     return tuple((present[0], present[1], present[2 + path.source]) for path in structure.paths)
 
@@ -141,12 +151,13 @@ def _gather(
     moved: list[Tensor],
     present: list[bool],
 ) -> list[Tensor]:
-    structure = _structure(tuple(paths))
+    structure = structure_of(tuple(paths))
     n_atoms = len(starts) - 1
     outputs = [radial.new_empty(n_atoms, dim, width) for dim, width in structure.groups]
-    flags = _flags(structure, present) if present else None
+    flags = flags_of(structure, present) if present else None
     run, addresses = structure.machine(dtype_name(radial), flags, None)
-    table = _Table(structure, radial, angular, addresses)
+    table = Table(structure, angular, addresses)
+    table.radial(radial)
     table.rows[:, Slot.STARTS], table.rows[:, Slot.EDGES] = starts.data_ptr(), edges.data_ptr()
     table.features(Slot.FEATURES, features)
     table.outer(outputs)
@@ -173,7 +184,7 @@ def _pull(
     present: list[bool],
     wanted: list[bool],
 ) -> list[Tensor]:
-    structure = _structure(tuple(paths))
+    structure = structure_of(tuple(paths))
     to_radial = torch.empty_like(radial) if wanted[0] else None
     to_angular = torch.empty_like(angular) if wanted[1] else None
     sizes = [x.numel() if want else 0 for x, want in zip(features, wanted[2:], strict=True)]
@@ -181,12 +192,13 @@ def _pull(
     count = threads.thread_count(structure.work * 2.0 * n_pairs * (1 + wanted[1]) * (2 if present else 1))
     # each thread adds to features of its own, as both ends of a pair may belong to other threads' pairs, too
     sums = radial.new_zeros(count, sum(sizes))
-    flags = _flags(structure, present) if present else None
-    run, addresses = structure.machine(dtype_name(radial), flags, _flags(structure, wanted))
+    flags = flags_of(structure, present) if present else None
+    run, addresses = structure.machine(dtype_name(radial), flags, flags_of(structure, wanted))
     calls = []
     tables = []
     for number in range(count):
-        table = _Table(structure, radial, angular, addresses)
+        table = Table(structure, angular, addresses)
+        table.radial(radial)
         table.rows[:, Slot.DIRECTIONS] = directions.data_ptr()
         table.rows[:, Slot.SENDER], table.rows[:, Slot.RECEIVER] = senders.data_ptr(), receivers.data_ptr()
         table.features(Slot.FEATURES, features)
@@ -207,7 +219,7 @@ def _pull(
 
 
 def _gather_meta(paths: list[int], starts: Tensor, edges: Tensor, radial: Tensor, *others: Any) -> list[Tensor]:
-    return [radial.new_empty(len(starts) - 1, dim, width) for dim, width in _structure(tuple(paths)).groups]
+    return [radial.new_empty(len(starts) - 1, dim, width) for dim, width in structure_of(tuple(paths)).groups]
 
 
 def _pull_meta(

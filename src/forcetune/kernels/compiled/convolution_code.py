@@ -3,6 +3,8 @@
 ``gather`` sums at receivers: out[i, k, c] = Σ_{e → i} Σ_m T[e, m, k] R[e, c] x[j, m, c]. ``pull`` has, pair by pair,
 the gradients of Σ g out by R, T and x. Both have a ``moved`` form, the derivative of the plain one when R, T and x move
 along directions h_R, h_T and h_x: the sum of the plain form with each of them in turn in the place of its own.
+The plain form has a ``splined`` variant, in which R is not read but computed from the distance of a pair: the sum of
+some neighbouring rows of a table, each times its weight. ``pull`` then has the gradient by the distance, not by R.
 """
 
 from __future__ import annotations
@@ -37,7 +39,17 @@ class Slot(IntEnum):
     ANGULAR_STRIDE = 15
     OUTER_STRIDE = 16  # from atom to atom
     OUTER_WIDTH = 17  # from component to component
+    PLACES = 18  # splined: first row of each pair, in a table whose address is RADIAL
+    WEIGHTS = 19  # of its rows
+    SLOPES = 20  # their derivatives
+    TO_LENGTHS = 21
 
+
+SPLINE_ROWS = 8
+"""Rows of the table that a radial weight is made of: those of a spline of degree 7."""
+
+AHEAD = 6
+"""Edges from which on memory is asked for before it is needed; pairs of a receiver lie apart from one another."""
 
 SLOTS = max(Slot) + 1
 
@@ -49,7 +61,8 @@ class Shape:
     Attributes:
         dim_in, dim_out, channels, odd: of the path.
         moved: which of R, T and x have directions; None for the plain form.
-        wanted: which gradients by R, T and x are written; None for ``gather``.
+        wanted: which gradients by R (or the distance), T and x are written; None for ``gather``.
+        splined: whether R comes from a table.
     """
 
     dim_in: int
@@ -58,6 +71,7 @@ class Shape:
     odd: bool
     moved: tuple[bool, bool, bool] | None
     wanted: tuple[bool, bool, bool] | None
+    splined: bool = False
 
     @property
     def name(self) -> str:
@@ -66,7 +80,8 @@ class Shape:
 
         kind = "gather" if self.wanted is None else f"pull{letters(self.wanted)}"
         sizes = f"{self.dim_in}_{self.dim_out}_{self.channels}"
-        return f"{kind}_{letters(self.moved)}_{sizes}_{'odd' if self.odd else 'even'}"
+        ending = "_splined" if self.splined else ""
+        return f"{kind}_{letters(self.moved)}_{sizes}_{'odd' if self.odd else 'even'}{ending}"
 
 
 def write(shape: Shape, target: Target) -> Writer:
@@ -110,6 +125,8 @@ class _Form:
         lanes = writer.target.lanes
         self.lanes = lanes
         self.moved_radial, self.moved_angular, self.moved_features = shape.moved or (False, False, False)
+        slots = (Slot.PLACES, Slot.WEIGHTS, Slot.SLOPES, Slot.TO_LENGTHS) if shape.splined else ()
+        self.spline = {slot: writer.address(slot) for slot in slots}
 
     def blocks(self, most: int) -> int:
         """Vectors that are treated at once, so that ``most`` vectors of each fit into the registers."""
@@ -120,6 +137,26 @@ class _Form:
     def vectors(self, pointer: str, count: int) -> list[str]:
         """Neighbouring vectors."""
         return [self.w.load(pointer, block * self.lanes) for block in range(count)]
+
+    def interpolated(self, slot: Slot, pair: str, table: str, count: int) -> list[str]:
+        """Neighbouring vectors of R of a pair, or by its slopes of the derivative of R.
+
+        Args:
+            slot: of the weights or the slopes.
+            pair: its number.
+            table: address of the first of the channels in the first row.
+            count: of vectors.
+        """
+        w = self.w
+        place = w.integer(self.spline[Slot.PLACES], pair)
+        rows = w.offset(table, w.times(place, self.shape.channels))
+        factors = w.offset(self.spline[slot], w.times(pair, SPLINE_ROWS))
+        sums: list[str | None] = [None] * count
+        for row in range(SPLINE_ROWS):
+            factor, start = w.load_spread(factors, row), row * self.shape.channels
+            values = [w.load(rows, start + number * self.lanes) for number in range(count)]
+            sums = [w.multiply_add(factor, value, s) for value, s in zip(values, sums, strict=True)]
+        return [value for value in sums if value is not None]
 
     def products(
         self, radial: Sequence[str], moved: Sequence[str], x: str, hx: str, m: int, count: int
@@ -158,12 +195,19 @@ class _Gather(_Form):
             out = w.offset(outer, w.times(i, outer_stride))
 
             def block(c: str, _: list[str]) -> list[str]:
+                end = w.plus(last, -1)
+
                 def edge(e: str, sums: list[str]) -> list[str]:
                     row = w.times(e, 3)
+                    later = w.integer(edges, w.times(w.least(w.plus(e, AHEAD), end), 3))
+                    w.prefetch(angular, w.times(later, angular_stride), shape.dim_in * shape.dim_out)
                     pair, sender = w.integer(edges, row), w.integer(edges, w.plus(row, 1))
                     r_place = w.plus(w.times(pair, radial_stride), c)
                     x_place = w.plus(w.times(sender, size), c)
-                    r = self.vectors(w.offset(radial, r_place), count)
+                    if shape.splined:
+                        r = self.interpolated(Slot.WEIGHTS, pair, w.offset(radial, c), count)
+                    else:
+                        r = self.vectors(w.offset(radial, r_place), count)
                     hr = self.vectors(w.offset(moved[0], r_place), count) if self.moved_radial else []
                     if shape.odd:
                         sign = w.spread(w.number_from(w.integer(edges, w.plus(row, 2))))
@@ -216,6 +260,9 @@ class _Pull(_Form):
             )
         }
 
+        scratch = w.scratch(shape.channels) if shape.splined else ""
+        table = base[Slot.RADIAL]
+
         def pair(a: str, _: list[str]) -> list[str]:
             count, i, j = w.integer(directions, a), w.integer(receivers, a), w.integer(senders, a)
             radial, angular = w.times(a, self.radial_stride), w.times(a, self.angular_stride)
@@ -224,8 +271,11 @@ class _Pull(_Form):
                 here[slot] = w.offset(base[slot], radial)
             for slot in (Slot.ANGULAR, Slot.MOVED_ANGULAR, Slot.TO_ANGULAR):
                 here[slot] = w.offset(base[slot], angular)
+            if shape.splined:
+                here[Slot.RADIAL] = scratch
+                self._write_radial(a, table, scratch)
             if shape.wanted is not None and (shape.wanted[0] or shape.wanted[2]):
-                self._channelwise(here, count, i, j)
+                self._channelwise(here, count, i, j, a, table)
             if shape.wanted is not None and shape.wanted[1]:
                 self._summed(here, count, i, j)
             return []
@@ -246,14 +296,28 @@ class _Pull(_Form):
         real = w.target.real
         return found, w.spread(w.value(f"select i1 {back}, {real} -1.0, {real} 1.0"))
 
-    def _channelwise(self, here: dict[Slot, str], directions: str, i: str, j: str) -> None:
-        """Gradients by R and x."""
+    def _write_radial(self, pair: str, table: str, scratch: str) -> None:
+        """R of all channels of a pair."""
+        w = self.w
+        count = self.blocks(2)
+
+        def block(c: str, _: list[str]) -> list[str]:
+            values = self.interpolated(Slot.WEIGHTS, pair, w.offset(table, c), count)
+            for number, value in enumerate(values):
+                w.store(value, w.offset(scratch, c), number * self.lanes)
+            return []
+
+        w.loop(0, self.shape.channels, count * self.lanes, [], block)
+
+    def _channelwise(self, here: dict[Slot, str], directions: str, i: str, j: str, pair: str, table: str) -> None:
+        """Gradients by R (or the distance) and x."""
         w, shape = self.w, self.shape
         assert shape.wanted is not None
         to_radial, _, to_features = shape.wanted
+        to_length = to_radial and shape.splined
         count = self.blocks(shape.dim_out + 4)
 
-        def block(c: str, _: list[str]) -> list[str]:
+        def block(c: str, totals: list[str]) -> list[str]:
             r = self.vectors(w.offset(here[Slot.RADIAL], c), count)
             hr = self.vectors(w.offset(here[Slot.MOVED_RADIAL], c), count) if self.moved_radial else []
 
@@ -287,13 +351,19 @@ class _Pull(_Form):
                 return sums
 
             sums = w.loop(0, directions, 1, [w.zero] * (count if to_radial else 0), direction)
-            if to_radial:
+            if to_length:
+                slopes = self.interpolated(Slot.SLOPES, pair, w.offset(table, c), count)
+                for value, slope in zip(sums, slopes, strict=True):
+                    totals = [w.multiply_add(value, slope, totals[0])]
+            elif to_radial:
                 place = w.offset(here[Slot.TO_RADIAL], c)
                 for number, value in enumerate(sums):
                     w.store(value, place, number * self.lanes)
-            return []
+            return totals
 
-        w.loop(0, shape.channels, count * self.lanes, [], block)
+        totals = w.loop(0, shape.channels, count * self.lanes, [w.zero] * to_length, block)
+        if to_length:
+            w.store_sums(totals, w.offset(self.spline[Slot.TO_LENGTHS], pair))
 
     def _pulled(self, table: str, g: list[list[str]], m: int) -> list[str]:
         """Σ_k T[m, k] g[k]."""

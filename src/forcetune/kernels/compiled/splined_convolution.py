@@ -1,0 +1,233 @@
+"""The convolution with radial weights from splines, by compiled loops; for forces of models that do not train.
+
+Neither radial weights nor their gradients are written to memory: each is made where it is needed, from the distance of
+its pair and a table that fits into the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from forcetune.kernels.compiled import threads
+from forcetune.kernels.compiled.convolution import Table, dtype_name, flags_of, flat_paths, spread_out, structure_of
+from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS, Slot
+from forcetune.kernels.convolution import Paths
+from forcetune.kernels.edge_plan import Plan
+from forcetune.kernels.phase import Phase
+
+SPLINE_WORK = 2.0
+"""Multiply-adds for a radial weight, in components of a path."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplinedWeights:
+    """Radial weights of a convolution as functions of the distance of each pair.
+
+    Attributes:
+        lengths: (pairs, 1); the gradient goes to them.
+        table: for each path its rows of (channels,) numbers, one path after another, flat.
+        places: (pairs,) the first row that a pair needs.
+        weights: (pairs, rows needed) of the rows.
+        slopes: their derivatives by the lengths.
+    """
+
+    lengths: Tensor
+    table: Tensor
+    places: Tensor
+    weights: Tensor
+    slopes: Tensor
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def _spline(table: Table, values: Tensor, places: Tensor, weights: Tensor, slopes: Tensor | None) -> None:
+    structure = table.structure
+    rows = values.numel() // sum(path.channels for path in structure.paths)
+    table.pairwise(Slot.RADIAL, values, structure.radial_places * rows)
+    table.rows[:, Slot.PLACES], table.rows[:, Slot.WEIGHTS] = places.data_ptr(), weights.data_ptr()
+    if slopes is not None:
+        table.rows[:, Slot.SLOPES] = slopes.data_ptr()
+
+
+def _gather(
+    paths: list[int],
+    starts: Tensor,
+    edges: Tensor,
+    table: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    angular: Tensor,
+    features: list[Tensor],
+) -> list[Tensor]:
+    structure = structure_of(tuple(paths))
+    n_atoms = len(starts) - 1
+    outputs = [angular.new_empty(n_atoms, dim, width) for dim, width in structure.groups]
+    run, addresses = structure.machine(dtype_name(angular), None, None, True)
+    own = Table(structure, angular, addresses)
+    own.rows[:, Slot.STARTS], own.rows[:, Slot.EDGES] = starts.data_ptr(), edges.data_ptr()
+    _spline(own, table, places, weights, None)
+    own.features(Slot.FEATURES, features)
+    own.outer(outputs)
+    before = threads.integers(starts)
+    count = threads.thread_count(SPLINE_WORK * structure.work * float(before[-1]))
+    bounds = threads.balanced(before, count) if count > 1 else [0, n_atoms]
+    pointer = own.whole.ctypes.data
+    threads.run([(run, pointer, first, last) for first, last in itertools.pairwise(bounds)])
+    return outputs
+
+
+def _pull(
+    paths: list[int],
+    directions: Tensor,
+    senders: Tensor,
+    receivers: Tensor,
+    outer: list[Tensor],
+    table: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    slopes: Tensor,
+    angular: Tensor,
+    features: list[Tensor],
+    wanted: list[bool],
+) -> list[Tensor]:
+    structure = structure_of(tuple(paths))
+    n_pairs = len(places)
+    # one row for each path, which are treated one after another
+    to_lengths = angular.new_empty(len(structure.paths), n_pairs) if wanted[0] else None
+    to_angular = torch.empty_like(angular) if wanted[1] else None
+    sizes = [x.numel() if want else 0 for x, want in zip(features, wanted[2:], strict=True)]
+    count = threads.thread_count(SPLINE_WORK * structure.work * 2.0 * n_pairs * (1 + wanted[1]))
+    # each thread adds to features of its own, as both ends of a pair may belong to other threads' pairs, too
+    sums = angular.new_zeros(count, sum(sizes))
+    run, addresses = structure.machine(dtype_name(angular), None, flags_of(structure, wanted), True)
+    calls, tables = [], []
+    for number in range(count):
+        own = Table(structure, angular, addresses)
+        own.rows[:, Slot.DIRECTIONS] = directions.data_ptr()
+        own.rows[:, Slot.SENDER], own.rows[:, Slot.RECEIVER] = senders.data_ptr(), receivers.data_ptr()
+        _spline(own, table, places, weights, slopes)
+        own.features(Slot.FEATURES, features)
+        own.outer(outer)
+        if to_lengths is not None:
+            own.rows[:, Slot.TO_LENGTHS] = [row.data_ptr() for row in to_lengths.unbind()]
+        own.pairwise(Slot.TO_ANGULAR, to_angular, structure.angular_places)
+        own.features(Slot.TO_FEATURES, sums[number].split(sizes))
+        tables.append(own)
+        calls.append((run, own.whole.ctypes.data, n_pairs * number // count, n_pairs * (number + 1) // count))
+    threads.run(calls)
+    total = sums[0] if count == 1 else sums.sum(0)
+    found = [p.view(x.shape) for p, x, want in zip(total.split(sizes), features, wanted[2:], strict=True) if want]
+    by_length = None if to_lengths is None else to_lengths.sum(0).unsqueeze(1)
+    return [value for value in (by_length, to_angular) if value is not None] + found
+
+
+def _gather_meta(paths: list[int], starts: Tensor, *others: Any) -> list[Tensor]:
+    angular: Tensor = others[4]
+    return [angular.new_empty(len(starts) - 1, dim, width) for dim, width in structure_of(tuple(paths)).groups]
+
+
+def _pull_meta(paths: list[int], *others: Any) -> list[Tensor]:
+    places, angular, features, wanted = others[5], *others[8:]
+    shapes = [(len(places), 1), angular.shape, *(x.shape for x in features)]
+    return [angular.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
+
+
+_LIBRARY = torch.library.Library("forcetune", "FRAGMENT")
+_LIBRARY.define(
+    "splined_convolution_gather(int[] paths, Tensor starts, Tensor edges, Tensor table, Tensor places, Tensor weights, "
+    "Tensor angular, Tensor[] features) -> Tensor[]"
+)
+_LIBRARY.define(
+    "splined_convolution_pull(int[] paths, Tensor directions, Tensor senders, Tensor receivers, Tensor[] outer, "
+    "Tensor table, Tensor places, Tensor weights, Tensor slopes, Tensor angular, Tensor[] features, bool[] wanted) "
+    "-> Tensor[]"
+)
+_LIBRARY.impl("splined_convolution_gather", _gather, "CPU")
+_LIBRARY.impl("splined_convolution_pull", _pull, "CPU")
+_LIBRARY.impl("splined_convolution_gather", _gather_meta, "Meta")
+_LIBRARY.impl("splined_convolution_pull", _pull_meta, "Meta")
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    paths: list[int]
+    plan: Plan
+    phase: Phase
+    geometric: bool
+    trains: bool
+    radial: SplinedWeights
+
+    def wanted(self, needs: Sequence[bool]) -> list[bool]:
+        """Which gradients by the lengths, T and x are wanted."""
+        geometry = self.phase.wants(geometric=True, trains=False)
+        features = self.phase.wants(geometric=self.geometric, trains=self.trains)
+        waits = [geometry, geometry, *[features] * (len(needs) - 2)]
+        return [need and wait for need, wait in zip(needs, waits, strict=True)]
+
+
+def convolve(
+    paths: Paths,
+    plan: Plan,
+    radial: SplinedWeights,
+    angular: Tensor,
+    features: Sequence[Tensor],
+    *,
+    phase: Phase | None = None,
+    geometric: bool = True,
+    trains: bool = True,
+) -> tuple[Tensor, ...]:
+    """Messages of all paths, summed at their receivers.
+
+    Args:
+        paths, plan, angular, features, phase, geometric: as :func:`forcetune.kernels.compiled.convolution.convolve`.
+        radial: weights of all paths.
+        trains: whether the features depend on trainable weights.
+
+    Returns:
+        For each output irrep (atoms, dim, channels). Differentiable once.
+    """
+    if radial.weights.shape[1] != SPLINE_ROWS:
+        raise ValueError(f"splines of {radial.weights.shape[1]} rows: loops are for {SPLINE_ROWS}")
+    setting = _Setting(flat_paths(paths), plan, phase or Phase(), geometric, trains, radial)
+    result: tuple[Tensor, ...] = _Convolution.apply(setting, radial.lengths, angular, *features)  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, setting: _Setting, lengths: Tensor, angular: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.setting = setting
+        angular, *inputs = (value.contiguous() for value in (angular, *features))
+        ctx.save_for_backward(angular, *inputs)
+        plan, radial = setting.plan, setting.radial
+        found = torch.ops.forcetune.splined_convolution_gather(
+            *(setting.paths, plan.starts, plan.edges, radial.table, radial.places, radial.weights, angular, inputs)
+        )
+        return tuple(found)
+
+    @staticmethod
+    def _once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        setting: _Setting = ctx.setting
+        angular, *features = ctx.saved_tensors
+        wanted = setting.wanted(ctx.needs_input_grad[1:])
+        if not any(wanted):
+            return (None,) * (1 + len(wanted))
+        plan, radial = setting.plan, setting.radial
+        found = torch.ops.forcetune.splined_convolution_pull(
+            *(setting.paths, plan.directions, plan.sender, plan.receiver, [grad.contiguous() for grad in grads]),
+            *(radial.table, radial.places, radial.weights, radial.slopes, angular, features, wanted),
+        )
+        return (None, *spread_out(found, wanted))
+
+    backward: Any = staticmethod(once_differentiable(_once))
