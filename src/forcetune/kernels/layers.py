@@ -17,6 +17,8 @@ from forcetune.kernels.compiled import convolution as compiled
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.convolution import Path, Paths, convolve
+from forcetune.kernels.cueq.convolution import ConvolutionPolynomial
+from forcetune.kernels.cueq.species_linear import SpeciesLinearPolynomial
 from forcetune.kernels.features import Features, Layout
 from forcetune.kernels.harmonics import second_moment_factor, wigner_3j
 from forcetune.kernels.linear import Block, equivariant_linear, species_linear
@@ -153,9 +155,13 @@ class SpeciesLinear(nn.Module):
         n_species: of the one-hot.
         source: of ``weight``, and of the couplings 1/√(2 l + 1) as the file has them rounded.
         counted_species: that the normalisation counts, where some were cut away.
+
+    Attributes:
+        kernels: that compute it.
     """
 
     weight: Tensor
+    kernels: Kernels = "auto"
 
     def __init__(
         self,
@@ -191,12 +197,16 @@ class SpeciesLinear(nn.Module):
         self._labels = numbered(labels)
         register(self, "weight", source.take("weight", (start,), torch.randn))
         source.optional("output_mask")
+        self.polynomial = SpeciesLinearPolynomial(self.blocks, layout_for(inputs), self.layout, n_species)
 
     def forward(self, features: Features, step: Step) -> Features:
         plan = step.plan
-        found = species_linear(
-            self.blocks, self.weight, self.n_species, features.blocks, self.layout, plan.present, plan.counts
-        )
+        if self.kernels == "cuequivariance":
+            found = self.polynomial.apply(plan, self.weight, features.blocks)
+        else:
+            found = species_linear(
+                self.blocks, self.weight, self.n_species, features.blocks, self.layout, plan.present, plan.counts
+            )
         return Features(found, geometric=features.geometric, trains=features.trains or can_train(self))
 
     def sites(self, name: str) -> Iterator[Site]:
@@ -307,6 +317,8 @@ class Convolution(nn.Module):
             self.widths.append(columns[-1].shape[1])
         self.matrix = Constant(torch.cat(columns, dim=1))
         self.structure = Paths(tuple(tensor_paths), layout_for(merged))
+        orders = [block.order for block in angular for _ in range(block.dim)]
+        self.polynomial = ConvolutionPolynomial(self.structure, layout_for(inputs), self.matrix.value, orders)
         self.weight_numel = sum(path.channels for path in tensor_paths)
 
     def forward(self, step: Step, radial: Tensor, features: Features, trains: bool) -> Features:
@@ -318,6 +330,9 @@ class Convolution(nn.Module):
             trains: whether the radial weights depend on trainable ones.
         """
         features = step.of_senders(features)
+        if self.kernels == "cuequivariance":
+            messages = self.polynomial.convolve(step.plan, radial, step.harmonics, features.blocks)
+            return Features(messages, geometric=True, trains=trains or features.trains)
         angular = step.harmonics @ self.matrix.like(step.harmonics)
         options: dict[str, Any] = {
             "phase": step.phase,
