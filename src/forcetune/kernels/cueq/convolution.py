@@ -67,6 +67,8 @@ class ConvolutionPolynomial(SegmentedPolynomial):
         Returns:
             (atoms, dim, channels) of each output irrep.
         """
+        if plan.n_edges == 0:  # which the library does not take
+            return [radial.new_zeros(plan.n_atoms, dim, channels) for dim, channels in self.structure.groups]
         pair, sender, direction = plan.edges.unbind(1)
         rows = torch.arange(plan.n_edges, device=pair.device)
         receiver = (torch.searchsorted(plan.starts, rows, right=True) - 1).clamp(max=plan.n_atoms - 1)
