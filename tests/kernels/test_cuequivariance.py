@@ -86,7 +86,7 @@ def test_in_an_environment_of_its_own(request: pytest.FixtureRequest, tmp_path: 
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
-    assert "test_mace_is_the_same" in done.stdout and "1 skipped" in done.stdout
+    assert done.stdout.count("PASSED") >= 20 and "test_mace_is_the_same" in done.stdout
 
 
 @pytest.mark.skipif(not absent, reason="cuequivariance is installed")
