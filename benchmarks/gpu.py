@@ -10,8 +10,8 @@ on the CPU with tiny sizes, to see that the script works: its times mean nothing
 Parts, in this order: the tests marked ``gpu``; parity of energies, forces, stress and the gradients of the trained
 parameters between CPU and GPU, in float64, by every kind of kernels; neighbor searches on the device, against the CPU's
 pairs; steps and predictions by our layers and by cuequivariance's kernels in them, against mace-torch (eager, and with
-cuequivariance where it is installed) and sevenn; the epoch of the published aspirin runs (50 training frames in batches of 5, 50
-validation frames; their log: 1.4 s); torch-sim; a profile.
+cuequivariance where it is installed) and sevenn; the epoch of the published aspirin runs (50 training frames in batches
+of 5, 50 validation frames; their log: 1.4 s); torch-sim; a profile.
 """
 
 from __future__ import annotations
