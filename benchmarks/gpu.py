@@ -8,9 +8,10 @@ says so there, and the others go on; so does a single row, as where memory does 
 on the CPU with tiny sizes, to see that the script works: its times mean nothing.
 
 Parts, in this order: the tests marked ``gpu``; parity of energies, forces, stress and the gradients of the trained
-parameters between CPU and GPU, in float64; steps and predictions against mace-torch (eager, and with cuequivariance
-where it is installed) and sevenn; the epoch of the published aspirin runs (50 training frames in batches of 5, 50
-validation frames; their log: 1.4 s); torch-sim; a profile.
+parameters between CPU and GPU, in float64, by every kind of kernels; neighbor searches on the device, against the CPU's
+pairs; steps and predictions by our layers and by cuequivariance's kernels in them, against mace-torch (eager, and with
+cuequivariance where it is installed) and sevenn; the epoch of the published aspirin runs (50 training frames in batches
+of 5, 50 validation frames; their log: 1.4 s); torch-sim; a profile.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ from forcetune.diagnostics.memory import measure_peak_memory
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.frame import Frame
+from forcetune.graphs.edges import find_edges
 from forcetune.graphs.graph import Batch
+from forcetune.graphs.neighbor_search import search_neighbors
+from forcetune.graphs.verlet_list import VerletList
+from forcetune.kernels.compiled.choice import choose_kernels
 from forcetune.runs.environment import describe_environment
 from forcetune.training.train import train
 from forcetune.utils.files import write_text
@@ -66,6 +71,7 @@ from forcetune.utils.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 TUNED = ("mmea", "elora", "full")
 CUEQ = "mace-torch with cuequivariance"
+OUR_CUEQ = "kernels=cuequivariance"
 
 Rows = list[dict[str, Any]]
 
@@ -177,6 +183,57 @@ def parity(bench: Bench) -> Rows:
                 return {part: difference(values, elsewhere[part]) for part, values in on_cpu.items()}
 
             bench.guarded(rows, f"{kind}, {name}", measure)
+
+        def by_cuequivariance(make: Callable[[], Any] = make) -> dict[str, Any]:
+            model = make()
+            attach(model, method("elora"))
+            batch = batch_of(model, structures, torch.float64)
+            on_cpu = results(model, batch)
+            model.to(bench.device)
+            choose_kernels(model.model, "cuequivariance")
+            elsewhere = results(model, batch)
+            return {part: difference(values, elsewhere[part]) for part, values in on_cpu.items()}
+
+        bench.guarded(rows, f"{kind}, elora, {OUR_CUEQ}", by_cuequivariance)
+    return rows
+
+
+# ---- neighbors -------------------------------------------------------------------------------------------------------
+
+
+def neighbors(bench: Bench) -> Rows:
+    """Searches on the device and on the CPU, whether their pairs are the same, and updates of a list that serves."""
+    rows: Rows = []
+    cutoff = 5.0
+    for atoms in (64,) if bench.tiny else (64, 512, 2000, 10000):
+
+        def measure(atoms: int = atoms) -> dict[str, Any]:
+            frame = frame_of(periodic_box(atoms))
+            tensors = [
+                torch.as_tensor(values, device=bench.device)
+                for values in (frame.numbers, frame.positions, frame.cell[None], frame.pbc[None])
+            ]
+            system = torch.zeros(len(frame), dtype=torch.int64, device=bench.device)
+            numbers, positions, cell, pbc = tensors
+            moving = VerletList(cutoff, 0.4)
+            found = search_neighbors(positions, cell, pbc, system, cutoff)
+            index, shifts = find_edges(frame, cutoff)
+            pairs = [
+                sorted(map(tuple, np.concatenate((one.T, np.rint(two).astype(int)), axis=1).tolist()))
+                for one, two in ((index, shifts), (found.edge_index.cpu().numpy(), found.unit_shifts.cpu().numpy()))
+            ]
+            seconds = medians(
+                {
+                    "search": lambda: search_neighbors(positions, cell, pbc, system, cutoff),
+                    "update": lambda: moving.update(numbers, positions, cell, pbc, system),
+                    "cpu": lambda: find_edges(frame, cutoff),
+                },
+                bench.rounds,
+                {},
+            )
+            return {"edges": len(pairs[0]), "same_pairs": pairs[0] == pairs[1], "seconds": seconds}
+
+        bench.guarded(rows, f"{atoms} atoms, {cutoff:g} Å", measure)
     return rows
 
 
@@ -222,11 +279,19 @@ def steps(bench: Bench) -> Rows:
             }
             for name in TUNED[:1] if bench.tiny else TUNED:
                 runs[name] = lambda name=name, base=base, batch=batch: stepping(tuned_model(base, name), batch)
+                runs[f"{name}, {OUR_CUEQ}"] = lambda name=name, base=base, batch=batch: stepping(
+                    by_cuequivariance(tuned_model(base, name)), batch
+                )
                 runs[f"{name}, compiled"] = lambda name=name, base=base, batch=batch: compiled_step(
                     tuned_model(base, name), batch
                 )[0]
             timed(bench, rows, f"{count} aspirin frames, {dtype}", runs)
     return rows
+
+
+def by_cuequivariance(model: NetworkBackbone) -> NetworkBackbone:
+    choose_kernels(model.model, "cuequivariance")
+    return model
 
 
 def stepping(model: NetworkBackbone, batch: Batch) -> Callable[[], None]:
@@ -249,6 +314,7 @@ def predictions(bench: Bench) -> Rows:
             "mace-torch": lambda batch=batch: predicting(base, batch),
             CUEQ: lambda batch=batch: predicting(with_cuequivariance(base, bench.device), batch),
             "forcetune": lambda batch=batch: predicting(tuned_model(base, None), batch),
+            f"forcetune, {OUR_CUEQ}": lambda batch=batch: predicting(by_cuequivariance(tuned_model(base, None)), batch),
             "forcetune, mmea": lambda batch=batch: predicting(deployed(tuned_model(base, "mmea")), batch),
         }
         timed(bench, rows, f"{atoms} atoms, {dtype}", runs)
@@ -383,6 +449,7 @@ def profiled(bench: Bench) -> Rows:
 PARTS: dict[str, Callable[[Bench], Rows]] = {
     "tests": gpu_tests,
     "parity": parity,
+    "neighbors": neighbors,
     "steps": steps,
     "predictions": predictions,
     "epoch": epochs,

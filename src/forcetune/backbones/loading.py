@@ -84,12 +84,13 @@ def load(
         dtype: ``float64`` or ``float32``; by default float64, or that of a loaded backbone.
         device: ``cpu``, ``cuda`` … or ``auto``, which leaves a loaded backbone where it is.
         trust: allow a model file to run its own code where it cannot be rebuilt without.
-        kernels: what computes convolutions and contractions: ``compiled`` loops, ``torch`` operations or ``auto``,
-            compiled on a CPU where llvmlite is installed; by default auto, or that of a loaded backbone.
+        kernels: what computes convolutions and contractions: ``compiled`` loops, ``torch`` operations,
+            ``cuequivariance``'s kernels or ``auto``, compiled on a CPU where llvmlite is installed; by default auto, or
+            that of a loaded backbone.
 
     Raises:
-        InputError: unknown name, unreadable file, unknown head, element or device, compiled kernels where there are
-            none, or a loaded backbone that is not what is asked for.
+        InputError: unknown name, unreadable file, unknown head, element or device, kernels
+            that are not there, or a loaded backbone that is not what is asked for.
     """
     precision = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(model, Backbone):

@@ -19,6 +19,7 @@ from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan, make_plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.layers import EquivariantLinear
 from forcetune.kernels.phase import Phase
+from forcetune.kernels.precision import full_precision
 from forcetune.kernels.radial import RadialLayer
 from forcetune.kernels.site import Site, WeightPath
 from forcetune.kernels.step import Ghosts
@@ -133,7 +134,7 @@ class NetworkBackbone:
         species = self._species[batch.numbers]
         if plan is None:
             plan = self._plans.plan(batch.edge_index, batch.unit_shifts, species)
-        with torch.enable_grad():
+        with torch.enable_grad(), full_precision():
             if self.extension is None:
                 prediction = self._differentiated(plan, batch, stress, create_graph)
             else:
@@ -188,7 +189,7 @@ class NetworkBackbone:
         """
         phase = Phase(twice=False)
         vectors = vectors.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), full_precision():
             energies, _ = self.model(plan, phase, vectors, ghosts)
             with phase.forces():
                 (gradients,) = torch.autograd.grad(
@@ -226,7 +227,7 @@ class NetworkBackbone:
         if own:
             vectors = vectors.detach().requires_grad_()
         atoms, _ = self.model(plan, phase, vectors)
-        energy = atoms.new_zeros(batch.n_graphs).index_add(0, graph_index, atoms)
+        energy = _summed(atoms, graph_index, batch.n_graphs)
         with phase.forces():
             (pull,) = torch.autograd.grad(
                 [energy],
@@ -264,7 +265,7 @@ class NetworkBackbone:
             leaves.append(batch.spins)
         phase = Phase(twice=create_graph)
         atoms, features = self.model(plan, phase, _vectors(plan, moved, cell, batch))
-        energy = atoms.new_zeros(batch.n_graphs).index_add(0, batch.graph_index[plan.order], atoms)
+        energy = _summed(atoms, batch.graph_index[plan.order], batch.n_graphs)
         sender, receiver = batch.edge_index
         shifts = torch.einsum("ei,eij->ej", batch.unit_shifts, cell[batch.graph_index[sender]])
         scalars = self._invariants(features)[plan.place]
@@ -400,6 +401,12 @@ def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tupl
                 kind = "radial_basis" if "bessel" in parameter or "gaussian" in parameter else "other"
                 sites.append(Site(full, name, parameter, name, kind, (whole,)))
     return tuple(replace(site, layers_behind=layers_behind(site.name)) for site in sites)
+
+
+def _summed(energies: Tensor, graph_index: Tensor, graphs: int) -> Tensor:
+    """(graphs,) energies of graphs from those of atoms; in float64, as thousands of terms lose digits in float32."""
+    total = torch.zeros(graphs, dtype=torch.float64, device=energies.device)
+    return total.index_add(0, graph_index, energies.double())
 
 
 def _vectors(plan: Plan, positions: Tensor, cell: Tensor, batch: Batch) -> Tensor:

@@ -96,11 +96,12 @@ class ModelConfig(Section):
         default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
     )
 
-    kernels: Literal["auto", "compiled", "torch"] = Field(
+    kernels: Literal["auto", "compiled", "torch", "cuequivariance"] = Field(
         default="auto",
         description="What computes convolutions and contractions: `compiled` loops for this processor (llvmlite), "
         "which in predictions take radial weights from splines that are within 1e-13 of the network, `torch` "
-        "operations, or `auto`, compiled on a CPU where llvmlite is installed.",
+        "operations, `cuequivariance`'s kernels for NVIDIA GPUs (forcetune[cueq]), or `auto`, compiled on a CPU where "
+        "llvmlite is installed.",
     )
 
     @model_validator(mode="before")

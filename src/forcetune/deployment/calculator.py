@@ -19,12 +19,13 @@ from forcetune.config import as_word
 from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.deployment.ensemble import Ensemble, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, check_head, deploy
+from forcetune.deployment.moving_batch import MovingBatch
 from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import check_elements
 from forcetune.frames.frame import FloatArray, Frame, Origin
 from forcetune.frames.spins import directions
 from forcetune.graphs.graph import Batch, graph_with
-from forcetune.graphs.skin_list import SkinList
+from forcetune.graphs.skin_list import SKIN, SkinList
 from forcetune.magnetism.options import Magnetism
 from forcetune.uncertainty.file import Uncertainty, load_uncertainty
 from forcetune.uncertainty.last_layer import batch_deviations, network_of
@@ -55,6 +56,7 @@ class ForcetuneCalculator(Calculator):
         compile: Literal["auto", "off"] = "auto",
         uncertainty: Uncertainty | None = None,
         forces_std: bool = True,
+        neighbors: Literal["auto", "cpu", "device"] = "auto",
     ) -> None:
         """
         Args:
@@ -63,18 +65,24 @@ class ForcetuneCalculator(Calculator):
             compile: ``auto`` records the operations where the same atoms come again and again, as in dynamics.
             uncertainty: calibration of the run, for ``energy_std`` and ``forces_std`` among the results.
             forces_std: whether the latter is computed, too; it takes a backward pass for each feature.
+            neighbors: where neighbors are searched: on the ``cpu``, on the model's ``device``, or ``auto``, the device
+                where that is not the CPU.
 
         Raises:
-            InputError: ``compile`` is neither ``auto`` nor ``off``.
+            InputError: ``compile`` or ``neighbors`` is something else.
         """
         super().__init__()
         compile = as_word(compile)
         if compile not in ("auto", "off"):
             raise InputError(f"compile={compile!r}: a calculator's is 'auto' or 'off'.")
+        if neighbors not in ("auto", "cpu", "device"):
+            raise InputError(f"neighbors={neighbors!r}: are searched on the 'cpu', on the 'device', or 'auto'.")
         self.backbone = backbone
         self.compile = compile
         self._charge_ignored = False
+        self.neighbors = neighbors
         self._neighbors = SkinList(backbone.cutoff)
+        self._moving: MovingBatch | None = None
         self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
         self.uncertainty, self.forces_std = uncertainty, forces_std
         if uncertainty is not None and uncertainty.posterior is not None:
@@ -108,11 +116,30 @@ class ForcetuneCalculator(Calculator):
         check_elements(self.backbone, [frame])
         # as in the labels of slabs and wires: per volume of the whole cell, vacuum included
         stress = bool(current.pbc.any()) and abs(float(np.linalg.det(current.cell.array))) > SMALLEST_VOLUME
+        self.results = self._results(self._batch(frame), stress)
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether neighbors are searched where the model is."""
+        return self.neighbors == "device" or (self.neighbors == "auto" and self.backbone.device.type != "cpu")
+
+    def _batch(self, frame: Frame) -> Batch:
+        """The frame with its neighbors, where the model is.
+
+        Raises:
+            InputError: atoms at one place, or periodic without a cell.
+        """
+        if self._on_device:
+            return self._moving_batch().frame_batch(frame)
         if self._neighbors.cutoff != self.backbone.cutoff:
             self._neighbors = SkinList(self.backbone.cutoff)
         edges = self._neighbors.edges(frame)
-        batch = graph_with(frame, *edges, self.backbone.dtype).to(device=self.backbone.device)
-        self.results = self._results(batch, stress)
+        return graph_with(frame, *edges, self.backbone.dtype).to(device=self.backbone.device)
+
+    def _moving_batch(self) -> MovingBatch:
+        if self._moving is None or not self._moving.serves(self.backbone):
+            self._moving = MovingBatch(self.backbone, skin=SKIN, compile=False)
+        return self._moving
 
     def _check_charge(self, atoms: Atoms) -> None:
         """Warn once that a charge makes no difference."""
@@ -123,8 +150,12 @@ class ForcetuneCalculator(Calculator):
             warn(f"The atoms have a charge of {float(charge):+g}, which the model ignores.")
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
-        if self.magnetism is not None and self.magnetism.layer == "spin":
+        spins = self.magnetism is not None and self.magnetism.layer == "spin"
+        if spins:
             batch.spins.requires_grad_()
+        if self._on_device:
+            (prediction,) = self._moving_batch().predict(batch, stress=stress)
+        elif spins:
             prediction = self.backbone.predict(batch, stress=stress).detached()
         else:
             if self.compiled.backbone is not self.backbone:

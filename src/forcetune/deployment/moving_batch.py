@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.deployment.ensemble import Ensemble
 from forcetune.errors import InputError
+from forcetune.frames.frame import Frame
 from forcetune.graphs.graph import Batch, unlabelled_batch
 from forcetune.graphs.verlet_list import VerletList
 from forcetune.kernels.edge_plan import Plan, make_plan, with_plan
@@ -44,6 +46,7 @@ class MovingBatch:
         self.backbone = backbone
         self.neighbors = VerletList(backbone.cutoff, skin)
         self.compiled = CompiledPrediction(backbone, wanted=compile)
+        self._for = (backbone.elements, backbone.device)
         self._table = torch.full((256,), -1, dtype=torch.int64)
         self._table[torch.tensor(backbone.elements)] = torch.arange(len(backbone.elements))
         self._table = self._table.to(backbone.device)
@@ -72,6 +75,27 @@ class MovingBatch:
             edges.edge_index,
             edges.unit_shifts.to(**real),
         )
+
+    def frame_batch(self, frame: Frame) -> Batch:
+        """A single structure as a batch; positions, cell and spins move to the device, and nothing comes back.
+
+        Raises:
+            InputError: as :meth:`batch`.
+        """
+        device = self.backbone.device
+        numbers, positions, cell, pbc = (
+            torch.as_tensor(values, device=device) for values in (frame.numbers, frame.positions, frame.cell, frame.pbc)
+        )
+        system = torch.zeros(len(frame), dtype=torch.int64, device=device)
+        batch = self.batch(numbers, positions, cell.unsqueeze(0), pbc.unsqueeze(0), system)
+        if frame.spins is None:
+            return batch
+        return replace(batch, spins=torch.as_tensor(frame.spins, device=device, dtype=self.backbone.dtype))
+
+    def serves(self, backbone: Backbone) -> bool:
+        """Whether this is the moving batch of a backbone as it is now."""
+        same = self.backbone is backbone and self.neighbors.cutoff == backbone.cutoff
+        return same and self._for == (backbone.elements, backbone.device)
 
     def predict(self, batch: Batch, *, stress: bool, ensemble: Ensemble | None = None) -> tuple[Prediction, ...]:
         """Predictions of the model, or of every member of an ensemble on it, without gradients.

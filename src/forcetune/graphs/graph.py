@@ -153,7 +153,8 @@ def unlabelled_batch(
         edge_index=edge_index,
         unit_shifts=unit_shifts,
         graph_index=graph_index,
-        ptr=torch.nn.functional.pad(torch.bincount(graph_index, minlength=graphs).cumsum(0), (1, 0)),
+        # counting them would make the host wait on a GPU
+        ptr=torch.searchsorted(graph_index, torch.arange(graphs + 1, device=positions.device)),
         energy=torch.full_like(weight, torch.nan),
         forces=unknown,
         stress=positions.new_full((graphs, 3, 3), torch.nan),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from forcetune.graphs.neighbor_search import Edges, search_neighbors
+from forcetune.graphs.neighbor_search import Edges, inverse_cells, read_back, search_neighbors
 
 
 class _Reference(NamedTuple):
@@ -25,7 +25,8 @@ class _Reference(NamedTuple):
 class VerletList:
     """Edges up to a distance a little above the cutoff, which serve for as long as no pair can have come near unseen.
 
-    Edges longer than the cutoff are among them: models give them no weight.
+    Edges longer than the cutoff are among them: models give them no weight. On a GPU the host waits once an update, for
+    whether they still serve, and for the sizes of a search.
 
     Attributes:
         cutoff: of the model, Å.
@@ -71,15 +72,17 @@ class VerletList:
             return False
         same = (then.numbers == now.numbers).all() & (then.system == now.system).all() & (then.pbc == now.pbc).all()
         full = now.pbc.all(1)
-        one = torch.eye(3, dtype=now.cell.dtype, device=now.cell.device)
-        before, after = (torch.where(full.view(-1, 1, 1), cell, one) for cell in (then.cell, now.cell))
-        deformation = torch.linalg.solve(before, after)
+        cells, positions = now.cell.double(), now.positions.double()
+        one = torch.eye(3, dtype=cells.dtype, device=cells.device)
+        before, after = (torch.where(full.view(-1, 1, 1), cell, one) for cell in (then.cell.double(), cells))
+        deformation = inverse_cells(before) @ after
         # cells that are closed in some directions only may not change at all
         same = same & ((then.cell == now.cell).all(2).all(1) | full | ~now.pbc.any(1)).all()
-        moved = now.positions - torch.einsum("ai,aij->aj", then.positions, deformation[now.system])
+        moved = positions - torch.einsum("ai,aij->aj", then.positions.double(), deformation[now.system])
         farthest = torch.linalg.vector_norm(moved, dim=1)
-        largest = torch.zeros_like(now.cell[:, 0, 0]).scatter_reduce(0, now.system, farthest, "amax")
+        largest = torch.zeros_like(cells[:, 0, 0]).scatter_reduce(0, now.system, farthest, "amax")
         strain = torch.linalg.matrix_norm(deformation - one)
         # comparisons with what is not a number are false
         near = (1 - strain) * (self.cutoff + self.skin) - 2 * largest >= self.cutoff
-        return bool((same & near.all()).item())
+        (holds,) = read_back((same & near.all()).view(1))
+        return bool(holds)

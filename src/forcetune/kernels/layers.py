@@ -18,6 +18,8 @@ from forcetune.kernels.compiled import splined_convolution as splined
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.convolution import Path, Paths, convolve
+from forcetune.kernels.cueq.convolution import ConvolutionPolynomial
+from forcetune.kernels.cueq.species_linear import SpeciesLinearPolynomial
 from forcetune.kernels.features import Features, Layout
 from forcetune.kernels.harmonics import second_moment_factor, wigner_3j
 from forcetune.kernels.linear import Block, equivariant_linear, species_linear
@@ -157,9 +159,13 @@ class SpeciesLinear(nn.Module):
         n_species: of the one-hot.
         source: of ``weight``, and of the couplings 1/√(2 l + 1) as the file has them rounded.
         counted_species: that the normalisation counts, where some were cut away.
+
+    Attributes:
+        kernels: that compute it.
     """
 
     weight: Tensor
+    kernels: Kernels = "auto"
 
     def __init__(
         self,
@@ -195,12 +201,16 @@ class SpeciesLinear(nn.Module):
         self._labels = numbered(labels)
         register(self, "weight", source.take("weight", (start,), torch.randn))
         source.optional("output_mask")
+        self.polynomial = SpeciesLinearPolynomial(self.blocks, layout_for(inputs), self.layout, n_species)
 
     def forward(self, features: Features, step: Step) -> Features:
         plan = step.plan
-        blocks = species_linear(
-            self.blocks, self.weight, self.n_species, features.blocks, self.layout, plan.present, plan.counts
-        )
+        if self.kernels == "cuequivariance":
+            blocks = self.polynomial.apply(plan, self.weight, features.blocks)
+        else:
+            blocks = species_linear(
+                self.blocks, self.weight, self.n_species, features.blocks, self.layout, plan.present, plan.counts
+            )
         return Features(blocks, geometric=features.geometric, trains=features.trains or can_train(self))
 
     def sites(self, name: str) -> Iterator[Site]:
@@ -311,6 +321,8 @@ class Convolution(nn.Module):
             self.widths.append(columns[-1].shape[1])
         self.matrix = Constant(torch.cat(columns, dim=1))
         self.structure = Paths(tuple(tensor_paths), layout_for(merged))
+        orders = [block.order for block in angular for _ in range(block.dim)]
+        self.polynomial = ConvolutionPolynomial(self.structure, layout_for(inputs), self.matrix.value, orders)
         self.weight_numel = sum(path.channels for path in tensor_paths)
 
     def forward(
@@ -324,6 +336,9 @@ class Convolution(nn.Module):
             trains: whether the radial weights depend on trainable ones.
         """
         features = step.of_senders(features)
+        if self.kernels == "cuequivariance":
+            messages = self.polynomial.convolve(step.plan, radial, step.harmonics, features.blocks)
+            return Features(messages, geometric=True, trains=trains or features.trains)
         angular = step.harmonics @ self.matrix.like(step.harmonics)
         options: dict[str, Any] = {"phase": step.phase, "geometric": features.geometric}
         if isinstance(radial, splined.SplinedWeights):

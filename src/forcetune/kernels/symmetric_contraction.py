@@ -16,6 +16,7 @@ from forcetune.irreps import Block, irreps_text, parse_irreps
 from forcetune.kernels.compiled import contraction as compiled
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.contraction import arranged, fold, polynomial
+from forcetune.kernels.cueq.contraction import ContractionPolynomial
 from forcetune.kernels.features import Features
 from forcetune.kernels.harmonics import reflection_labels, wigner_3j
 from forcetune.kernels.layers import layout_for
@@ -245,6 +246,7 @@ class SymmetricContraction(nn.Module):
         self.layout = layout_for(outputs)
         self._labels = reflection_labels(inputs)
         self._kept: Coefficients | None = None
+        self._polynomial: ContractionPolynomial | None = None
 
     @property
     def coefficients(self) -> Coefficients:
@@ -262,12 +264,17 @@ class SymmetricContraction(nn.Module):
         plan, kept = step.plan, self.coefficients
         request = WeightRequest(plan.present)
         weights = [contraction(request) for contraction in self.contractions]
+        trains = features.trains or can_train(self)
+        if self.kernels == "cuequivariance":
+            if self._polynomial is None:
+                self._polynomial = ContractionPolynomial(kept.form, features.blocks[0].shape[2])
+            found = self._polynomial.contract(plan, weights, features.blocks)
+            return Features(found, geometric=True, trains=trains)
         lanes = 0
         if takes_compiled(self.kernels, features.blocks[0]):
             lanes = compiled.lanes_of(features.blocks[0].shape[2], features.blocks[0].dtype)
         coefficients = kept.fold(weights, plan.present, lanes)
         counts = plan.counts if len(coefficients[0]) == len(plan.counts) else (plan.n_atoms,)
-        trains = features.trains or can_train(self)
         if lanes:
             blocks = compiled.polynomial(
                 kept.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains

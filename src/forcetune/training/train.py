@@ -16,6 +16,7 @@ from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label, measure_graphs
+from forcetune.kernels.precision import full_precision
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
 from forcetune.training.module import FineTuning, Observer
 from forcetune.training.outcome import TrainingOutcome
@@ -155,7 +156,8 @@ def _shares_validation(validation: Sequence[Batch]) -> bool:
 def _run(module: FineTuning, validation: BatchLoader, observers: Sequence[Observer]) -> str:
     """Train to an end, whichever it is; says which."""
     try:
-        module.run(validation, observers)
+        with full_precision():
+            module.run(validation, observers)
     except KeyboardInterrupt:
         if module.best_epoch == 0:
             raise

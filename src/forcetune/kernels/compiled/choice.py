@@ -1,9 +1,9 @@
-"""Which kernels compute a model: compiled loops, or PyTorch's operations, the reference that runs everywhere."""
+"""Which kernels compute a model: compiled loops, cuequivariance's, or PyTorch's operations, which run everywhere."""
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from forcetune.errors import InputError
 from forcetune.kernels.compiled import convolution_code
 from forcetune.kernels.compiled.machine import compiled, llvm
+from forcetune.kernels.cueq import library as cueq
 
-Kernels = Literal["auto", "compiled", "torch"]
-"""``auto`` takes compiled kernels where they can be had."""
+Kernels = Literal["auto", "compiled", "torch", "cuequivariance"]
+"""``auto`` takes compiled kernels where they can be had; cuequivariance's are taken where they are asked for."""
 
 _DTYPES = (torch.float64, torch.float32)
 
@@ -32,19 +33,26 @@ def missing_reason() -> str | None:
 
 def takes_compiled(kernels: Kernels, like: Tensor) -> bool:
     """Whether a layer with this setting computes values such as ``like`` by compiled kernels."""
-    return kernels != "torch" and like.device.type == "cpu" and like.dtype in _DTYPES and missing_reason() is None
+    return (
+        kernels in ("auto", "compiled")
+        and like.device.type == "cpu"
+        and like.dtype in _DTYPES
+        and missing_reason() is None
+    )
 
 
 def choose_kernels(model: nn.Module, kernels: Kernels) -> None:
     """Set which kernels compute the layers of a model.
 
     Raises:
-        InputError: ``compiled`` kernels are asked for where there are none.
+        InputError: ``compiled`` kernels, or cuequivariance's, are asked for where there are none.
     """
-    if kernels not in ("auto", "compiled", "torch"):
-        raise InputError(f"model.kernels={kernels!r}: there are 'auto', 'compiled' and 'torch'.")
+    if kernels not in get_args(Kernels):
+        raise InputError(f"model.kernels={kernels!r}: there are 'auto', 'compiled', 'torch' and 'cuequivariance'.")
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    if kernels == "cuequivariance" and (reason := cueq.missing_reason(device)) is not None:
+        raise InputError(f"model.kernels=cuequivariance: {reason}; or use model.kernels=auto.")
     if kernels == "compiled":
-        device = next((parameter.device.type for parameter in model.parameters()), "cpu")
         if device != "cpu":
             raise InputError(f"model.kernels=compiled: compiled kernels are for the CPU, not for {device}; use auto.")
         if (reason := missing_reason()) is not None:
@@ -59,10 +67,12 @@ def chosen_kernels(model: nn.Module) -> Kernels:
     return next((getattr(module, "kernels") for module in model.modules() if hasattr(module, "kernels")), "auto")  # noqa: B009
 
 
-def kernels_in_use(model: nn.Module) -> Literal["compiled", "torch"]:
+def kernels_in_use(model: nn.Module) -> Literal["compiled", "torch", "cuequivariance"]:
     """Which kernels compute a model now."""
     parameter = next(iter(model.parameters()), None)
     settings = {getattr(module, "kernels") for module in model.modules() if hasattr(module, "kernels")}  # noqa: B009
     if parameter is None or not settings:
         return "torch"
+    if settings == {"cuequivariance"}:
+        return "cuequivariance"
     return "compiled" if all(takes_compiled(setting, parameter) for setting in settings) else "torch"

@@ -488,7 +488,7 @@ class _Gate:
         w = self.w
         if self.form.gain == "linear":
             return [w.add(q, w.constant(1)), w.constant(1), w.zero][: 1 + derivatives]
-        capped = w.least(q, self.form.largest_exponent)
+        capped = w.at_most(q, self.form.largest_exponent)
         slope = w.exponential(capped)
         results = [w.multiply_add(slope, w.subtract(q, capped), slope)]
         if derivatives:

@@ -105,12 +105,12 @@ class Routine(Writer):
     def subtract(self, one: str, other: str) -> str:
         return self.value(f"fsub {self.vector} {one}, {other}")
 
-    def least(self, one: str, bound: float) -> str:
+    def at_most(self, one: str, bound: float) -> str:
         """The smaller of a vector and a number; what is not a number stays."""
         above = self.value(f"fcmp ogt {self.vector} {one}, {self.constant(bound)}")
         return self.choose(above, self.constant(bound), one)
 
-    def most(self, one: str, bound: float) -> str:
+    def at_least(self, one: str, bound: float) -> str:
         """The larger of a vector and a number; what is not a number stays."""
         below = self.value(f"fcmp olt {self.vector} {one}, {self.constant(bound)}")
         return self.choose(below, self.constant(bound), one)
@@ -125,7 +125,7 @@ class Routine(Writer):
         limit, shift, degree = (708.0, 52, 13) if double else (87.0, 23, 7)
         high = 0.693147180369123816490 if double else 0.693359375
         low = 1.90821492927058770002e-10 if double else -2.12194440e-4
-        x = self.most(self.least(x, limit), -limit)
+        x = self.at_least(self.at_most(x, limit), -limit)
         # adding 1.5 · 2⁵² (2²³) leaves the nearest integer in the last bits
         rounding = self.constant(1.5 * 2.0**shift)
         shifted = self.multiply_add(x, self.constant(1 / math.log(2)), rounding)
