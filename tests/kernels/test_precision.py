@@ -38,7 +38,7 @@ class TF32(TorchDispatchMode):
         if str(func.overloadpacket).removeprefix("aten.") in PRODUCTS:
             self.products += 1
             allowed = torch.backends.cuda.matmul.allow_tf32
-            self.allowed.add(allowed)
+            self.allowed.add(bool(allowed))
             if self.always or allowed:
                 args = [rounded(one) for one in args]
         return func(*args, **(kwargs or {}))
