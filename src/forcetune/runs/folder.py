@@ -23,7 +23,7 @@ from forcetune.runs.environment import ENVIRONMENT_NAME
 from forcetune.runs.predictions import PREDICTIONS_NAME
 from forcetune.runs.results import RESULTS_NAME
 from forcetune.training.callbacks import METRICS_NAME
-from forcetune.training.train import TENSORBOARD_NAME
+from forcetune.training.trackers import TENSORBOARD_NAME, TRACKERS_NAME
 from forcetune.utils.files import as_path, atomic_path, is_inside, retire_folder
 from forcetune.utils.parsing import check_archive
 
@@ -35,7 +35,10 @@ UNREFINED = Path("checkpoints") / "unrefined"
 """The adapter as training left it, where a refinement follows."""
 KEYS = {"training", "reference_energies", "data", "base"}
 
-_ROOT = (CONFIG_NAME, ENVIRONMENT_NAME, RESULTS_NAME, PREDICTIONS_NAME, METRICS_NAME, REPORT_NAME, BASE_NAME)
+_ROOT = (
+    *(CONFIG_NAME, ENVIRONMENT_NAME, RESULTS_NAME, PREDICTIONS_NAME, METRICS_NAME, REPORT_NAME, BASE_NAME),
+    TRACKERS_NAME,
+)
 OWN_FILES: dict[str, tuple[str, ...]] = {
     # those with a dot are of a write that was interrupted
     "": (*_ROOT, *(f".{name}.*" for name in _ROOT)),
