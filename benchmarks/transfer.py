@@ -185,7 +185,7 @@ def run_job(job: Job, data: Path, tests: int) -> dict[str, Any]:
         "valid_every": every,
     }
     warmup = {"warmup_epochs": max(1, epochs // 20)}
-    if forcetune.method(name).optimizer == "schedulefree":
+    if settings.get("training.optimizer", forcetune.method(name).optimizer) == "schedulefree":
         training["schedule"] = warmup
     else:
         training |= {"ema": 0.99, "schedule": {"name": "cosine", **warmup}}

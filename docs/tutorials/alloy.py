@@ -67,7 +67,7 @@ run = forcetune.fit(
     out="run",
     settings={
         "training.learning_rate": 1e-3,
-        "training.schedule.kind": "cosine",
+        "training.schedule.name": "cosine",
         "training.batch_size": 4,
         "model.dtype": "float32",
         "output.forgetting": False,

@@ -22,11 +22,8 @@ plt.rcParams |= {"figure.dpi": 80, "figure.figsize": (6.4, 3.0), "axes.spines.to
 
 train, valid, test = (forcetune.demo_file(part) for part in ("train", "valid", "test"))
 frames = read(train, ":")
-print(
-    f"{len(frames)} training frames of {frames[0].get_chemical_formula()}, labels: {sorted(frames[0].info)[:1]}",
-    end=" ",
-)
-print([name for name in frames[0].arrays if "forces" in name.lower()])
+labels = [name for name in (*frames[0].info, *frames[0].arrays) if name.startswith("REF")]
+print(f"{len(frames)} training frames of {frames[0].get_chemical_formula()}, labels: {', '.join(labels)}")
 
 # %% [markdown]
 # ## Look before you train
@@ -56,7 +53,7 @@ run = forcetune.fit(
     test=test,
     epochs=20,
     out="run",
-    settings={"training.schedule.kind": "cosine", "training.ema": 0.95, "output.forgetting": False},
+    settings={"training.schedule.name": "cosine", "training.ema": 0.95, "output.forgetting": False},
 )
 for name in ("valid", "test"):
     before, after = run.before[name], run.after[name]

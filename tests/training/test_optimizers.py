@@ -13,6 +13,7 @@ from forcetune.adapters.attach import attach, detach
 from forcetune.adapters.methods import custom_method, method
 from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.config import ScheduleConfig, TrainingConfig
+from forcetune.errors import InputError
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from systems import backbone
 
@@ -121,3 +122,39 @@ def test_moving_average_follows_its_formula_and_gives_the_weights_back() -> None
     assert restored.updates == 30
     with restored.applied():
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("schedulefree", "plateau"), ("adamw", "cosine"), ("adamw", "constant"), ("adam", "cosine")]
+)
+def test_thresholds_end_where_they_shall_without_gradients(name: Any, schedule: Any) -> None:
+    model = backbone()
+    adapter = attach(model, method("sparse", final_threshold=0.02, threshold_rate=2.0))
+    shape = ScheduleConfig(warmup_epochs=1) if name == "schedulefree" else ScheduleConfig(name=schedule)
+    config = TrainingConfig(optimizer=name, epochs=20, schedule=shape)
+    optimizer = make_optimizer(adapter, config, 1e-2, 25)
+    rates = LearningRate(config.schedule, 1e-2, config.epochs)
+    parts = [part for part in model.model.modules() if isinstance(part, SparseWeight)]
+    assert parts
+    if name == "schedulefree":
+        optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
+    for step in range(20 * 25):
+        for group in optimizer.param_groups:
+            if name != "schedulefree":
+                group["lr"] = group["rate"] * rates.at((step + 0.5) / 25)
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    if name == "schedulefree":
+        optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue]
+    for part in parts:
+        assert part.tau.detach().tolist() == pytest.approx([math.log(0.02 / 0.98)] * len(part.tau), rel=0.02)
+
+
+def test_a_final_threshold_below_the_first_is_refused() -> None:
+    with pytest.raises(InputError, match=r"final_threshold: 0\.001 is below the threshold at the start \(0\.01\)"):
+        method("sparse", threshold=0.01, final_threshold=0.001)
+    model = backbone()
+    same = attach(model, method("sparse", threshold=0.01, final_threshold=0.01))
+    groups = make_optimizer(same, TrainingConfig(optimizer="schedulefree"), 1e-2, 10).param_groups
+    assert 0.0 in [group["weight_decay"] for group in groups]

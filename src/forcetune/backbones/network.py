@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from ase.data import chemical_symbols
@@ -29,9 +30,11 @@ class NetworkBackbone:
         elements: atomic numbers it knows, in the network's order.
         cutoff: Å.
         head: name of the head in use.
+        learning_rates: defaults of methods, by name, that differ from the methods' own.
     """
 
     library = "none"
+    learning_rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
 
     def __init__(self, model: nn.Module, base: Base, *, elements: Sequence[int], cutoff: float, head: str) -> None:
         self.model: Any = model

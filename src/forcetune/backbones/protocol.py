@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,7 @@ class Backbone(Protocol):
     model: nn.Module
     base: Base
     library: str
+    learning_rates: ClassVar[Mapping[str, float]]
     elements: tuple[int, ...]
     cutoff: float
     head: str

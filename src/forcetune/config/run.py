@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
 from forcetune.config.method import MagnetismConfig, MethodConfig
 from forcetune.config.section import Section, as_names, explain
-from forcetune.config.training import ScheduleConfig, TrainingConfig
+from forcetune.config.training import DEFAULT_STEPS, FEWEST_EPOCHS, MOST_EPOCHS, ScheduleConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.utils.files import write_text
 from forcetune.utils.option_defaults import (
@@ -111,6 +112,30 @@ class RunConfig(Section):
             return with_given_as_in(RunConfig.model_validate(values), self)
         except ValidationError as error:
             raise InputError(explain(error)) from error
+
+    def with_default_epochs(self, n_frames: int) -> RunConfig:
+        """With as many epochs as suit the number of training frames, where none were given.
+
+        Args:
+            n_frames: training frames.
+        """
+        training = self.training
+        if is_given(self, "training.epochs") or training.epochs != MOST_EPOCHS:
+            return self
+        if training.second_stage.start or training.batch_atoms or training.batch_edges:
+            return self
+        steps_per_epoch = math.ceil(n_frames / training.batch_size)
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, training.valid_every, DEFAULT_STEPS // steps_per_epoch))
+        return self._with_training(epochs=epochs)
+
+    def with_default_rate(self, learning_rate: float) -> RunConfig:
+        """With another learning rate where none was given, as a foundation model wants it."""
+        return self if is_given(self, "training.learning_rate") else self._with_training(learning_rate=learning_rate)
+
+    def _with_training(self, **values: Any) -> RunConfig:
+        """With these values, which do not count as given."""
+        changed = self.training.model_copy(update=values)
+        return with_given_as_in(self.model_copy(update={"training": changed}), self)
 
     def _defaults(self, learning_rate: float, optimizer: str) -> dict[str, Any]:
         """Defaults that follow from other options, by dotted name."""

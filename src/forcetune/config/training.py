@@ -8,6 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from forcetune.config.section import LARGEST_SEED, Section, ThreeWaySwitch
 
+MOST_EPOCHS, FEWEST_EPOCHS, DEFAULT_STEPS = 500, 20, 10_000
+"""Bounds of a run whose epochs are not given: the published 500 where frames are few, and so many steps otherwise."""
+
 
 class LossConfig(Section):
     """Weights and form of the loss."""
@@ -77,7 +80,12 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """The optimisation. Defaults are those of the published MMEA runs."""
 
-    epochs: int = Field(default=500, ge=1, description="Passes over the training frames.")
+    epochs: int = Field(
+        default=MOST_EPOCHS,
+        ge=1,
+        description="Passes over the training frames; when not given, 500 or as many as 10,000 steps make, but at "
+        "least 20 (500 with a second stage or with batches by budget).",
+    )
     batch_size: int = Field(default=5, ge=1, description="Frames a batch.")
     batch_atoms: int | None = Field(
         default=None, ge=1, description="Most atoms a batch; batches are then packed by this budget."

@@ -173,9 +173,9 @@ def _resolved(config: RunConfig) -> dict[str, Any]:
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)
     content["output"].pop("overwrite")
-    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress"):
+    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress", "training.learning_rate", "training.epochs"):
         if not is_given(full, name):
-            remove_value(content, name)  # the labels decide
+            remove_value(content, name)  # the labels, the model and the number of frames decide
     return content
 
 

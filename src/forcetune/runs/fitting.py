@@ -98,6 +98,7 @@ class Fitting:
         inputs: Sequence[str | Path] = (),
     ) -> None:
         self.method = build_method(config.method)
+        self._takes_rate = config.training.learning_rate is None
         self.config = config.with_defaults_of(self.method.learning_rate, self.method.optimizer)
         self.console = console
         self.messages = messages
@@ -105,9 +106,12 @@ class Fitting:
         self.folder = Path(config.output.run)
         self.inputs = inputs
         self._stores_base = False
-        assert self.config.training.learning_rate is not None
-        self.rate = self.config.training.learning_rate
         self.training = self.config.training
+
+    @property
+    def rate(self) -> float:
+        assert self.training.learning_rate is not None
+        return self.training.learning_rate
 
     def run(self, backbone: Backbone | None, *, from_the_beginning: bool = False) -> Run:
         """The whole run.
@@ -167,7 +171,7 @@ class Fitting:
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> PreparedRun:
         """Everything before the training; nothing is written."""
         check_trackers(self.config.output.all_trackers)
-        preparation = Preparation(self.config, self.method, self.console)
+        preparation = Preparation(self.config, self.method, self.console, takes_rate=self._takes_rate)
         start = preparation.prepare(backbone, checkpoint)
         self.config, self.method, self.training = preparation.config, preparation.method, preparation.training
         self._stores_base = preparation.stores_base

@@ -5,6 +5,7 @@ Nothing is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from forcetune.adapters.methods import Method
 from forcetune.backbones.loading import asked_of_loaded, load, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
+from forcetune.config.training import MOST_EPOCHS
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.diagnostics.doctor import check_frames, check_predictions
 from forcetune.errors import InputError
@@ -47,6 +49,7 @@ from forcetune.training.initialization import attach_for_training
 from forcetune.training.label_weights import settle
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.train import check_trainable_labels
+from forcetune.utils.option_defaults import is_given
 from forcetune.utils.processes import worker_count
 
 
@@ -83,14 +86,16 @@ class Preparation:
         config: of the run; a loaded model may change what it says about it.
         method: with the magnetic layer that the configuration asks for.
         training: its options with a weight for every term of the loss.
+        takes_rate: whether the foundation model's default learning rate counts, as none was given.
         stores_base: whether the run folder keeps the foundation model, which no name or path gives.
     """
 
-    def __init__(self, config: RunConfig, method: Method, console: Console) -> None:
+    def __init__(self, config: RunConfig, method: Method, console: Console, *, takes_rate: bool = False) -> None:
         self.config = config
         self.method = method
         self.console = console
         self.training = config.training
+        self.takes_rate = takes_rate
         self.stores_base = False
 
     def prepare(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> PreparedRun:
@@ -99,7 +104,10 @@ class Preparation:
         self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys, dataset.train.frames)
         replay = read_replay(self.config.replay, self.config.data)
         say_data(self.console, dataset, replay, self.config.replay)
+        self._settle_epochs(len(dataset.train.frames))
         backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
+        if self.takes_rate and self.method.name in backbone.learning_rates:
+            self.config = self.config.with_default_rate(backbone.learning_rates[self.method.name])
         examined = self.config.data.doctor == "on"
         if examined:
             self._examine(dataset, backbone)
@@ -161,6 +169,17 @@ class Preparation:
         isolated = compare_isolated(dataset.isolated, dataset.train.frames, model_energies, model_references)
         say_isolated(self.console, isolated, references)
         return references
+
+    def _settle_epochs(self, n_frames: int) -> None:
+        """How long the run is, where nobody said it."""
+        self.config = self.config.with_default_epochs(n_frames)
+        training = self.config.training
+        if not is_given(self.config, "training.epochs") and training.epochs != MOST_EPOCHS:
+            self.console.print(
+                f"epochs: {training.epochs}, as {n_frames} frames make {math.ceil(n_frames / training.batch_size)} "
+                "steps each; --epochs sets another number",
+                highlight=False,
+            )
 
     def _settle_weights(self, graphs: Sequence[Batch]) -> None:
         """Weights of the loss for the labels there are, and a line about what is not trained on."""

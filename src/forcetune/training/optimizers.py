@@ -41,7 +41,11 @@ def make_optimizer(
         if options is None:
             key = (config.weight_decay if kind in DECAYED_KINDS else 0.0, 1.0, False)
         else:
-            key = (config.weight_decay if options.decay is None else options.decay, _rate(options, begun), True)
+            rate = _rate(options, begun)
+            decay = config.weight_decay if options.decay is None else options.decay
+            if options.shrink is not None:
+                decay = decay_that_shrinks(options.shrink, rate * begun, steps_per_epoch, config)
+            key = (decay, rate, True)
         parameter_groups.setdefault(key, []).append(parameter)
     if head is not None:
         parameter_groups.setdefault((0.0, LEARNING_RATE / begun, True), []).extend(head.parameters())
@@ -60,6 +64,44 @@ def make_optimizer(
 
 def _rate(options: ParameterOptions, begun: float) -> float:
     return options.rate if options.learning_rate is None else options.learning_rate / begun
+
+
+def decay_that_shrinks(factor: float, rate: float, steps_per_epoch: int, config: TrainingConfig) -> float:
+    """The decoupled weight decay λ that alone brings a parameter to ``factor`` of its value at the end of the run.
+
+    Each step multiplies by 1 − η λ, together exp(−λ Σ η). Schedule-free averages lag behind, which
+    :func:`_shrunk_average` says.
+
+    Args:
+        factor: between 0 and 1.
+        rate: learning rate of the parameter before any schedule.
+        steps_per_epoch, config: how long the run is, and its schedule. A plateau is counted as if it never lowered
+            the rate.
+    """
+    if factor >= 1:
+        return 0.0
+    exponent = -math.log(factor)
+    if config.optimizer == "schedulefree":
+        low, high = 0.0, 3.6  # there the average is zero
+        for _ in range(40):
+            exponent = (low + high) / 2
+            low, high = (exponent, high) if _shrunk_average(exponent) > factor else (low, exponent)
+    schedule = LearningRate(config.schedule, rate, config.epochs)
+    every = [schedule.at((epoch + 0.5) * config.epochs / 1000) for epoch in range(1000)]
+    return exponent / (sum(every) / len(every) * steps_per_epoch * config.epochs)
+
+
+def _shrunk_average(exponent: float, steps: int = 500, momentum: float = 0.9) -> float:
+    """What decay makes of a schedule-free average that begins at 1, with λ Σ η = ``exponent`` and without gradients.
+
+    Schedule-free AdamW (arXiv 2405.15682) decays the sequence z by what it has at y = (1 − β) z + β x, and x is the
+    average of z.
+    """
+    average = raw = 1.0
+    for step in range(1, steps + 1):
+        raw -= exponent / steps * ((1 - momentum) * raw + momentum * average)
+        average += (raw - average) / step
+    return average
 
 
 class LearningRate:

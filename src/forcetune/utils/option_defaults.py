@@ -22,7 +22,8 @@ METHOD = ("method.name", "method.table")
 DATA = ("data.train", "data.stress_key")
 PARENTS: dict[str, tuple[str, ...]] = {
     "method.name": ("method.table",),
-    "training.learning_rate": METHOD,
+    "training.learning_rate": (*METHOD, "model.model"),
+    "training.epochs": ("data.train", "training.batch_size"),
     "training.optimizer": METHOD,
     "training.ema": (*METHOD, "training.optimizer"),
     **{f"{LOSS}.{name}": ("magnetism.layer",) for name in LOSS_FIELDS},

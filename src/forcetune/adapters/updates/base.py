@@ -38,11 +38,14 @@ class ParameterOptions:
         rate: learning rate in units of the run's.
         decay: decoupled weight decay; None for that of the run, on sites of every kind.
         learning_rate: at the beginning, whatever the run's is; instead of ``rate``.
+        shrink: the factor that decay alone shall have brought the parameter to at the end of the run; instead of
+            ``decay``, which follows from it and the number of steps.
     """
 
     rate: float = 1.0
     decay: float | None = 0.0
     learning_rate: float | None = None
+    shrink: float | None = None
 
 
 class TrainablePart(nn.Module, ABC):

@@ -15,6 +15,11 @@ from forcetune.adapters.updates.base import ParameterOptions, Update, WeightUpda
 from forcetune.backbones.protocol import Site
 
 
+def logit(probability: float) -> float:
+    """The inverse of the sigmoid."""
+    return math.log(probability / (1 - probability))
+
+
 class SparseWeight(WeightUpdate):
     """W' = W + S(ΔW, δ) with S(x, δ) = sign(x) · ReLU(|x| − δ) and δ = σ(τ), τ learnable.
 
@@ -28,7 +33,7 @@ class SparseWeight(WeightUpdate):
         self.spec = spec
         self.change = nn.Parameter(spec.std * torch.randn_like(weight))
         n_thresholds = len(site.paths) if spec.per_path else 1
-        start = math.log(spec.threshold / (1 - spec.threshold))
+        start = logit(spec.threshold)
         self.tau = nn.Parameter(torch.full((n_thresholds,), start, dtype=weight.dtype, device=weight.device))
 
     @property
@@ -72,9 +77,13 @@ class SparseWeight(WeightUpdate):
 
         ΔW decays everywhere, decoupled from its gradient, by the run's weight decay λ_Δ.
         """
+        spec = self.spec
+        shrink = None
+        if spec.final_threshold is not None:
+            shrink = logit(spec.final_threshold) / logit(spec.threshold)
         return {
             "change": ParameterOptions(decay=None),
-            "tau": ParameterOptions(rate=self.spec.threshold_rate, decay=self.spec.threshold_decay),
+            "tau": ParameterOptions(rate=spec.threshold_rate, decay=spec.threshold_decay, shrink=shrink),
         }
 
     def packed(self) -> dict[str, Tensor]:
@@ -110,12 +119,16 @@ class SoftThreshold(Update):
     """Only weights that want to change by more than a learned threshold do.
 
     The threshold's own weight decay λ_τ is the knob: more decay, fewer changed weights. Decays are meant to be
-    decoupled from the gradients, as schedule-free AdamW does it.
+    decoupled from the gradients, as schedule-free AdamW does it. What a decay does depends on the number of steps:
+    alone it brings τ to τ₀ exp(−η_τ λ_τ T), so that the published ones belong to runs of some thousand steps.
+    ``final_threshold`` says instead where it shall lead, in a run of any length.
 
     Attributes:
         std: standard deviation of ΔW at the start.
         threshold: δ at the start.
         threshold_decay: λ_τ.
+        final_threshold: δ to which decay alone would bring the thresholds by the end of the run (of schedule-free
+            averages: those averages); λ_τ follows from it, and ``threshold_decay`` does not count.
         threshold_rate: learning rate of τ in units of that of ΔW.
         per_path: one threshold for each path instead of one for the site.
     """
@@ -123,9 +136,18 @@ class SoftThreshold(Update):
     std: Annotated[float, Field(gt=0)] = 0.01
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.001
     threshold_decay: Annotated[float, Field(ge=0)] = 0.01
+    final_threshold: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     threshold_rate: Annotated[float, Field(gt=0)] = 1.0
     per_path: bool = False
     name: ClassVar[str] = "SoftThreshold"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.final_threshold is not None and self.final_threshold < self.threshold:
+            raise ValueError(
+                f"final_threshold: {self.final_threshold:g} is below the threshold at the start ({self.threshold:g}), "
+                "and decay only raises it; name a larger one"
+            )
 
     def build(self, site: Site, weight: Tensor) -> SparseWeight:
         return SparseWeight(site, weight, self)

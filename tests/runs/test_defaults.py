@@ -1,0 +1,72 @@
+"""Defaults that follow from the frames and the foundation model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import forcetune
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.config import RunConfig, load_config
+from systems import write_labelled, write_model
+
+
+def config_of(**training: object) -> RunConfig:
+    return load_config(given={"data": {"train": ["a.xyz"]}, "training": training})
+
+
+@pytest.mark.parametrize(
+    ("frames", "epochs"), [(1, 500), (100, 500), (101, 476), (270, 185), (1000, 50), (2501, 20), (100_000, 20)]
+)
+def test_epochs_follow_from_the_number_of_frames(frames: int, epochs: int) -> None:
+    assert config_of().with_default_epochs(frames).training.epochs == epochs
+
+
+@pytest.mark.parametrize(
+    "options", [{"epochs": 500}, {"epochs": 7}, {"second_stage": {"start": 400}}, {"batch_edges": 10_000}]
+)
+def test_epochs_that_were_asked_for_stay(options: dict[str, object]) -> None:
+    config = config_of(**options)
+    assert config.with_default_epochs(1000) == config
+
+
+def test_fewer_epochs_never_leave_a_run_without_validation() -> None:
+    assert config_of(valid_every=60).with_default_epochs(5000).training.epochs == 60
+
+
+def test_default_rates_of_a_model_count_unless_one_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = write_labelled(tmp_path / "a.xyz"), write_model(tmp_path / "m.model")
+    monkeypatch.setattr(MaceBackbone, "learning_rates", {"elora": 0.00125})
+    options = {"model": model, "valid": 4, "epochs": 1}
+    chosen = forcetune.fit(data, method="elora", out=tmp_path / "chosen", **options)
+    assert chosen.results["training"]["learning_rate"] == 0.00125
+    given = forcetune.fit(
+        data, method="elora", out=tmp_path / "given", settings={"training.learning_rate": 0.005}, **options
+    )
+    assert given.results["training"]["learning_rate"] == 0.005
+    other = forcetune.fit(data, method="readout", out=tmp_path / "other", **options)
+    assert other.results["training"]["learning_rate"] == 0.005
+
+    # the configuration of a run repeats it, whatever the defaults are by then; another method has its own
+    monkeypatch.setattr(MaceBackbone, "learning_rates", {"elora": 0.01, "readout": 0.02})
+    repeated = forcetune.fit(config=tmp_path / "chosen" / "config.yaml", out=tmp_path / "repeated")
+    assert repeated.results["training"]["learning_rate"] == 0.00125
+    changed = forcetune.fit(config=tmp_path / "chosen" / "config.yaml", method="readout", out=tmp_path / "changed")
+    assert changed.results["training"]["learning_rate"] == 0.02
+
+
+def test_a_run_of_many_frames_says_its_epochs_and_repeats_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forcetune.config.run.DEFAULT_STEPS", 6)
+    monkeypatch.setattr("forcetune.config.run.FEWEST_EPOCHS", 2)
+    data, model = write_labelled(tmp_path / "a.xyz", 14), write_model(tmp_path / "m.model")
+    settings = {"data.doctor": "off", "output.forgetting": False}  # ten frames of random weights
+    first = forcetune.fit(data, model=model, method="readout", valid=4, out=tmp_path / "one", settings=settings)
+    assert first.results["training"]["epochs"] == 3
+    assert "epochs: 3, as 10 frames make 2 steps each; --epochs sets another number" in capsys.readouterr().err
+    monkeypatch.setattr("forcetune.config.run.DEFAULT_STEPS", 12)
+    again = forcetune.fit(config=tmp_path / "one" / "config.yaml", out=tmp_path / "two")
+    assert again.results["training"]["epochs"] == 3
+    assert first.after == again.after
