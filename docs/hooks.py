@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mkdocs.utils import get_relative_url
 from pydantic import BaseModel
 
 from forcetune.adapters.methods import METHODS
@@ -136,3 +137,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Docstrings name other objects as Sphinx does; here the name alone is shown."""
     return re.sub(r":(?:class|func|meth|mod|data|attr|exc):(?=<code>)", "", html)
+
+
+_SHIM = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim"></script>')
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """The theme fetches from the network what lets the search run in pages opened from a file; here it is a file."""
+    place = get_relative_url("assets/search_worker.js", page.url)
+    return _SHIM.sub(f'<script src="{place}"></script>', output)
+
+
+def on_post_template(output: str, **_: Any) -> str:
+    """The same for pages that are no document, such as that of a missing address, which are seen on servers only."""
+    return _SHIM.sub("", output)
