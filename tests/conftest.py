@@ -70,8 +70,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     def run(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
-        told = capfd.readouterr()
+        captured = capfd.readouterr()
         code = ended.value.code
-        return (code if isinstance(code, int) else 0), told.out, told.err
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
 
     return run

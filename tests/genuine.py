@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,13 +26,10 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from genuine_models import BY_NAME, RECIPES, VERSIONS, Recipe, structures
+from oracle_install import install_beside
 
 FOLDER_VARIABLE = "FORCETUNE_GENUINE"
 _WORKER = Path(__file__).with_name("genuine_worker.py")
-
-
-class UnavailableError(Exception):
-    """A version cannot be installed here; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +100,8 @@ class Versions:
         Raises:
             UnavailableError: pip cannot get it.
         """
-        target = self.folder / "installed" / version
-        with FileLock(self.folder / f"install-{version}.lock"):
-            if not (target / "mace").is_dir():
-                _install(version, target)
-        return target
+        requirements, title = [f"mace-torch=={version}"], f"mace-torch {version}"
+        return install_beside(self.folder, version, requirements, "mace", title=title, timeout=300)
 
     def run(self, version: str | None, work: dict[str, Any]) -> str:
         """Carry out work in a process with this version, None for the environment's own; returns what it printed.
@@ -178,21 +171,6 @@ class Versions:
             self.run(version, {"evaluate": [job]})
             with np.load(outputs) as table:
                 return Results({key: table[key] for key in table.files} | mine)
-
-
-def _install(version: str, target: Path) -> None:
-    scratch = target.with_name(f".{version}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--target", str(scratch), f"mace-torch=={version}"], capture_output=True, text=True, timeout=300
-    )
-    if done.returncode or not (scratch / "mace").is_dir():
-        shutil.rmtree(scratch, ignore_errors=True)
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UnavailableError(f"mace-torch {version} cannot be installed here: {last}")
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
 
 
 def _job(recipe: Recipe, folder: Path) -> dict[str, Any]:

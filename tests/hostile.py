@@ -122,8 +122,8 @@ def _frames(text: str) -> Callable[[Path], None]:
 def stream_and_build(path: Path) -> None:
     """As :func:`read_and_build`, with frames that stay on disk."""
     keys = LabelKeys(*["auto"] * len(LabelKeys._fields))
-    found = stream_frames([str(path)], keys, ("energy",), "data", folder=path.parent / "store", workers=0)
-    build_graphs(small_backbone(), found.frames)
+    stream = stream_frames([str(path)], keys, ("energy",), "data", folder=path.parent / "store", workers=0)
+    build_graphs(small_backbone(), stream.frames)
 
 
 def _streamed_frames(text: str) -> Callable[[Path], None]:
@@ -656,32 +656,32 @@ def _name(read: Callable[[str], object]) -> Callable[[Path], None]:
 
 def cases() -> dict[str, Callable[[Path], None]]:
     """Every hostile input by name: called with an empty folder, it writes its files there and reads them."""
-    found = {f"frames: {name}": _frames(text) for name, text in FRAMES.items()}
-    found |= {f"streamed frames: {name}": _streamed_frames(text) for name, text in FRAMES.items()}
-    found |= {f"LMDB: {name}": _stored_frames("a.aselmdb", write) for name, write in LMDBS.items()}
-    found |= {f"HDF5: {name}": _stored_frames("a.h5", write) for name, write in HDF5S.items()}
-    found |= {f"program: {name}": _of_program(write_program, name) for name in PROGRAMS}
-    found |= {f"deepmd: {name}": _of_program(write_system, name) for name in ARRAYS}
-    found["streamed frames: gzip of blanks"] = lambda folder: _compressed_frames(
+    all_cases = {f"frames: {name}": _frames(text) for name, text in FRAMES.items()}
+    all_cases |= {f"streamed frames: {name}": _streamed_frames(text) for name, text in FRAMES.items()}
+    all_cases |= {f"LMDB: {name}": _stored_frames("a.aselmdb", write) for name, write in LMDBS.items()}
+    all_cases |= {f"HDF5: {name}": _stored_frames("a.h5", write) for name, write in HDF5S.items()}
+    all_cases |= {f"program: {name}": _of_program(write_program, name) for name in PROGRAMS}
+    all_cases |= {f"deepmd: {name}": _of_program(write_system, name) for name in ARRAYS}
+    all_cases["streamed frames: gzip of blanks"] = lambda folder: _compressed_frames(
         folder, "a.xyz.gz", gzip.compress, stream_and_build
     )
-    found["frames: gzip of blanks"] = lambda folder: _compressed_frames(folder, "a.xyz.gz", gzip.compress)
-    found["frames: bzip2 of blanks"] = lambda folder: _compressed_frames(folder, "a.xyz.bz2", bz2.compress)
-    found |= {f"config: {name}": _config(text) for name, text in CONFIGS.items()}
-    found |= {f"base of a run: {name}": _folder_config(text) for name, text in CONFIGS.items()}
-    found["base of a run: aliases as the name"] = _folder_config(
+    all_cases["frames: gzip of blanks"] = lambda folder: _compressed_frames(folder, "a.xyz.gz", gzip.compress)
+    all_cases["frames: bzip2 of blanks"] = lambda folder: _compressed_frames(folder, "a.xyz.bz2", bz2.compress)
+    all_cases |= {f"config: {name}": _config(text) for name, text in CONFIGS.items()}
+    all_cases |= {f"base of a run: {name}": _folder_config(text) for name, text in CONFIGS.items()}
+    all_cases["base of a run: aliases as the name"] = _folder_config(
         CONFIGS["aliases of lists"].replace("data: {train:", "model: {model:")
     )
     for index, text in enumerate(SETTINGS):
-        found[f"setting {index}"] = lambda _, text=text: load_config(settings=[text]) and None
-    found |= {f"adapter: {name}": read for name, read in ADAPTER_CONFIGS.items()}
-    found |= {f"tensors: {name}": read for name, read in TENSORS.items()}
-    found |= {f"model: {name}": read for name, read in MODELS.items()}
-    found |= {f"run: {name}": read for name, read in RUNS.items()}
-    found["names of data"] = _name(read_frames)
-    found["names of models"] = _name(load)
-    found["names of devices"] = lambda _: load("mini", device="meta") and None
-    return found
+        all_cases[f"setting {index}"] = lambda _, text=text: load_config(settings=[text]) and None
+    all_cases |= {f"adapter: {name}": read for name, read in ADAPTER_CONFIGS.items()}
+    all_cases |= {f"tensors: {name}": read for name, read in TENSORS.items()}
+    all_cases |= {f"model: {name}": read for name, read in MODELS.items()}
+    all_cases |= {f"run: {name}": read for name, read in RUNS.items()}
+    all_cases["names of data"] = _name(read_frames)
+    all_cases["names of models"] = _name(load)
+    all_cases["names of devices"] = lambda _: load("mini", device="meta") and None
+    return all_cases
 
 
 def outcome(read: Callable[[Path], None], folder: Path) -> str:
@@ -728,17 +728,17 @@ def main(place: Path, only: str = "") -> dict[str, tuple[str, float]]:
         load_adapter(adapter_in(place / "warm", name), place / "warm")
         detach(small_backbone())
     load("mini")
-    found = {}
+    outcomes = {}
     for index, (name, read) in enumerate(cases().items()):
         if only not in name:
             continue
         folder = place / str(index)
         folder.mkdir(parents=True)
         began = time.monotonic()
-        found[name] = (_alone(read, folder), round(time.monotonic() - began, 2))
+        outcomes[name] = (_alone(read, folder), round(time.monotonic() - began, 2))
         shutil.rmtree(folder)
-        print(name, *found[name], file=sys.stderr, flush=True)
-    return found
+        print(name, *outcomes[name], file=sys.stderr, flush=True)
+    return outcomes
 
 
 if __name__ == "__main__":

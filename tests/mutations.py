@@ -56,28 +56,28 @@ FAULTS = (
     # networks
     Fault(
         "the shift of interaction energies is subtracted",
-        "backbones/mace/network.py",
+        "backbones/mace/blocks.py",
         "self.scale.reshape(-1)[0] * energies + self.shift",
         "self.scale.reshape(-1)[0] * energies - self.shift",
         (SURGERY, "-k", "one_head_gives and default"),
     ),
     Fault(
         "messages are not divided by the number of neighbours",
-        "backbones/mace/network.py",
+        "backbones/mace/blocks.py",
         "message.scaled(1 / self.neighbours)",
         "message.scaled(1.0)",
         (SURGERY, "-k", "one_head_gives and default"),
     ),
     Fault(
         "densities lack their 1",
-        "backbones/mace/network.py",
+        "backbones/mace/blocks.py",
         "sum_over_neighbors(step.plan, density) + 1)",
         "sum_over_neighbors(step.plan, density) + 2)",
         (SURGERY, "-k", "one_head_gives and density"),
     ),
     Fault(
         "the residual part of nonlinear interactions is left out",
-        "backbones/mace/network.py",
+        "backbones/mace/blocks.py",
         ".scaled(1 / around).plus(rest)",
         ".scaled(1 / around)",
         (SURGERY, "-k", "one_head_gives and nonlinear"),
@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "the second readout reads the first layer",
         "backbones/mace/network.py",
-        "kept[-1 if len(self.readouts) == 1 else index]",
-        "kept[0]",
+        "else outputs\n        energies",
+        "else outputs[:1] * len(outputs)\n        energies",
         (SURGERY, "-k", "one_head_gives and third_order"),
     ),
     Fault(

@@ -193,19 +193,19 @@ def checkpoint(recipe: Recipe, seed: int = 0, version: str = NEWEST) -> dict[str
 def _cutoffs(options: Mapping[str, Any]) -> Tensor:
     """1/cutoff, one for all pairs or a table by the type of the center and that of the neighbor."""
     largest, names = options["r_max"], options["type_names"]
-    given = options.get("per_edge_type_cutoff")
-    if given is None:
+    stored = options.get("per_edge_type_cutoff")
+    if stored is None:
         return torch.tensor(1 / largest, dtype=torch.float64)
-    rows = [given.get(name, {}) for name in names]
+    rows = [stored.get(name, {}) for name in names]
     table = [[row if isinstance(row, float) else row.get(other, largest) for other in names] for row in rows]
     return 1 / torch.tensor(table, dtype=torch.float64).flatten()
 
 
 def _of_types(options: Mapping[str, Any], what: str) -> Tensor:
-    given = options.get(f"per_type_energy_{what}")
-    if given is None:
+    stored = options.get(f"per_type_energy_{what}")
+    if stored is None:
         return torch.zeros(0)
-    values = [given[name] for name in options["type_names"]] if isinstance(given, dict) else [given]
+    values = [stored[name] for name in options["type_names"]] if isinstance(stored, dict) else [stored]
     return torch.tensor(values, dtype=torch.float64).view(-1, 1)
 
 

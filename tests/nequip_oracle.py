@@ -9,10 +9,8 @@ are computed again when the recipes, the worker or the model change.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,8 +27,9 @@ from ase.io import write
 from filelock import FileLock
 
 from nequip_models import NEWEST, RECIPES, Recipe
+from oracle_install import install_beside, missing_packages
 from sevennet_models import structures
-from sevennet_oracle import Results, UnavailableError, arrays_of
+from sevennet_oracle import Results, arrays_of
 
 FOLDER_VARIABLE = "FORCETUNE_NEQUIP"
 _WORKER = Path(__file__).with_name("nequip_worker.py")
@@ -88,40 +87,17 @@ class NequIPs:
         Raises:
             UnavailableError: pip cannot get it.
         """
-        needed = [name for name, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
         e3nn = "0.5.9" if int(version.split(".")[1]) < 17 else "0.6.0"
-        found = [
-            self._install(version, [f"nequip=={version}"], "nequip"),
+        title = f"nequip {version}"
+        folders = [
+            install_beside(self.folder, version, [f"nequip=={version}"], "nequip", title=title),
             # goes before whatever mace-torch has brought
-            self._install(f"e3nn-{e3nn}", [f"e3nn=={e3nn}"], "e3nn"),
+            install_beside(self.folder, f"e3nn-{e3nn}", [f"e3nn=={e3nn}"], "e3nn", title=title),
         ]
-        if needed:
-            found.append(self._install("needed", needed, _NEEDED[needed[0]], constrained=True))
-        return found
-
-    def _install(self, name: str, requirements: Sequence[str], module: str, *, constrained: bool = False) -> Path:
-        target = self.folder / "installed" / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"install-{name}.lock"):
-            if (target / module).is_dir():
-                return target
-            scratch = target.with_name(f".{name}")
-            shutil.rmtree(scratch, ignore_errors=True)
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            limits = ["-c", str(_CONSTRAINTS)] if constrained else []
-            done = subprocess.run(
-                [*command, *limits, "--target", str(scratch), *requirements],
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            if done.returncode or not (scratch / module).is_dir():
-                shutil.rmtree(scratch, ignore_errors=True)
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise UnavailableError(f"nequip {name} cannot be installed here: {last}")
-            shutil.rmtree(target, ignore_errors=True)
-            scratch.rename(target)
-        return target
+        if needed := missing_packages(_NEEDED):
+            module = _NEEDED[needed[0]]
+            folders.append(install_beside(self.folder, "needed", needed, module, title=title, constraints=_CONSTRAINTS))
+        return folders
 
     def run(self, work: dict[str, Any], version: str = NEWEST) -> str:
         """Carry out work in a process with this version; returns what it printed.
@@ -148,17 +124,17 @@ class NequIPs:
     def make(self, names: Sequence[str], version: str = NEWEST) -> list[Made]:
         """Checkpoints and packages of recipes, made where they are not there yet."""
         place = self.folder / "made" / version
-        found = {name: _places(place, name) for name in names}
+        files = {name: _places(place, name) for name in names}
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"make-{version}.lock"):
-            missing = [name for name, made in found.items() if not made.package.is_file()]
+            missing = [name for name, made in files.items() if not made.package.is_file()]
             if missing:
-                jobs = [self._making(RECIPES[name], found[name]) for name in missing]
+                jobs = [self._making(RECIPES[name], files[name]) for name in missing]
                 self.run({"make": jobs}, version)
                 for name in missing:
-                    scratch = _scratch(found[name].package)
-                    scratch.replace(found[name].package)
-        return list(found.values())
+                    scratch = _scratch(files[name].package)
+                    scratch.replace(files[name].package)
+        return list(files.values())
 
     def _making(self, recipe: Recipe, made: Made) -> dict[str, Any]:
         data = self.folder / f"data-{'-'.join(recipe.symbols)}.xyz"
@@ -179,10 +155,10 @@ class NequIPs:
             version: of nequip.
             options: of the work.
         """
-        kept = self.folder / "results"
-        kept.mkdir(parents=True, exist_ok=True)
+        results_folder = self.folder / "results"
+        results_folder.mkdir(parents=True, exist_ok=True)
         tag = f"{kind} {version} {sorted(options.items())} {_WORKER.read_text(encoding='utf-8')}"
-        places = [kept / f"{_fingerprint(tag, request)}.npz" for request in requests]
+        places = [results_folder / f"{_fingerprint(tag, request)}.npz" for request in requests]
         todo = [k for k, place in enumerate(places) if not place.is_file()]
         if todo:
             with tempfile.TemporaryDirectory(dir=self.folder) as name:
@@ -198,11 +174,11 @@ class NequIPs:
                 self.run({kind: jobs}, version)
                 for k in todo:
                     (scratch / f"{k}.npz").replace(places[k])
-        found = []
+        results = []
         for place in places:
             with np.load(place) as table:
-                found.append({key: table[key] for key in table.files})
-        return found
+                results.append({key: table[key] for key in table.files})
+        return results
 
 
 def _labelled(atoms: Atoms) -> Atoms:

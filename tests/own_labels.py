@@ -21,9 +21,9 @@ CELL = np.array([[6.5, 0.0, 0.1], [1.2, 6.2, 0.0], [-0.6, 1.0, 6.7]])
 
 def shaken(count: int, *, periodic: bool) -> list[Atoms]:
     """Molecules of the package's data, in boxes where they touch their images if wanted."""
-    found = ase.io.read(forcetune.demo_file("train"), f":{count}")
-    assert isinstance(found, list)
-    structures = [Atoms(atoms.numbers, atoms.positions) for atoms in found]
+    actual = ase.io.read(forcetune.demo_file("train"), f":{count}")
+    assert isinstance(actual, list)
+    structures = [Atoms(atoms.numbers, atoms.positions) for atoms in actual]
     rng = np.random.default_rng(11)
     for atoms in structures if periodic else ():
         strain = np.eye(3) + 0.02 * rng.standard_normal((3, 3))
@@ -34,16 +34,16 @@ def shaken(count: int, *, periodic: bool) -> list[Atoms]:
 
 def own_labels(model: Backbone, structures: Sequence[Atoms]) -> tuple[Predictions, list[FloatArray]]:
     """What a model predicts, stress included, and the forces of each structure."""
-    found = predict(model, build_graphs(model, frames_of(*structures)), stress=True)
-    return found, np.split(found.forces, np.cumsum(found.atoms)[:-1])
+    predictions = predict(model, build_graphs(model, frames_of(*structures)), stress=True)
+    return predictions, np.split(predictions.forces, np.cumsum(predictions.atoms)[:-1])
 
 
 def labelled_by(model: Backbone, count: int, *, periodic: bool = False) -> list[Atoms]:
     """Frames with ``REF_energy``, ``REF_forces`` and, if periodic, ``REF_stress`` as the model predicts them."""
     structures = shaken(count, periodic=periodic)
-    found, forces = own_labels(model, structures)
-    assert found.stress is not None
-    for atoms, energy, own, stress in zip(structures, found.energy, forces, found.stress, strict=True):
+    energies, forces = own_labels(model, structures)
+    assert energies.stress is not None
+    for atoms, energy, own, stress in zip(structures, energies.energy, forces, energies.stress, strict=True):
         atoms.info["REF_energy"] = float(energy)
         atoms.arrays["REF_forces"] = own
         if periodic:

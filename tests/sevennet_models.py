@@ -131,7 +131,7 @@ RECIPES: dict[str, Recipe] = {
 def structures(symbols: Sequence[str], seed: int = 2) -> list[Atoms]:
     """A skewed crystal, a cluster, a slab, one atom, and two atoms out of reach, of these elements."""
     rng = np.random.default_rng(seed)
-    found = []
+    systems = []
     for count, periodic in ((9, True), (7, False)):
         grid = np.stack(np.meshgrid(*3 * [np.arange(3)]), axis=-1).reshape(-1, 3)[:count] * 1.8
         numbers = [atomic_numbers[symbols[i % len(symbols)]] for i in range(count)]
@@ -139,12 +139,12 @@ def structures(symbols: Sequence[str], seed: int = 2) -> list[Atoms]:
         if periodic:
             atoms.set_cell(np.diag([5.4, 5.6, 5.8]) + 0.3 * np.tri(3, k=-1))
             atoms.pbc = True
-        found.append(atoms)
-    slab = found[0].copy()
+        systems.append(atoms)
+    slab = systems[0].copy()
     slab.set_cell(np.diag([5.4, 5.6, 25.0]))
     slab.pbc = (True, True, False)
     far = Atoms([symbols[0], symbols[-1]], [[0, 0, 0], [0, 0, 30.0]])
-    return [*found, slab, Atoms([symbols[-1]], [[0.0, 0.0, 0.0]]), far]
+    return [*systems, slab, Atoms([symbols[-1]], [[0.0, 0.0, 0.0]]), far]
 
 
 def universal_structures() -> list[Atoms]:
@@ -155,10 +155,10 @@ def universal_structures() -> list[Atoms]:
     silicon.set_cell(silicon.cell.array @ (np.eye(3) + 0.03 * rng.standard_normal((3, 3))), scale_atoms=True)
     slab = fcc111("Al", (1, 1, 3), vacuum=8.0)
     slab.pbc = (True, True, False)
-    found = [metal, oxide, silicon, molecule("CH3CH2OH"), slab]
-    for k, atoms in enumerate(found):
+    systems = [metal, oxide, silicon, molecule("CH3CH2OH"), slab]
+    for k, atoms in enumerate(systems):
         atoms.rattle(0.07, seed=k)
-    return [*found, Atoms("O", [[0.0, 0.0, 0.0]]), Atoms("FeO", [[0, 0, 0], [0, 0, 30.0]])]
+    return [*systems, Atoms("O", [[0.0, 0.0, 0.0]]), Atoms("FeO", [[0, 0, 0], [0, 0, 30.0]])]
 
 
 def perturb(adapter: Adapter, scale: float = 0.1, seed: int = 5) -> None:

@@ -9,10 +9,8 @@ the worker or the checkpoint change.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ import pytest
 from ase import Atoms
 from filelock import FileLock
 
+from oracle_install import UnavailableError, install_beside, missing_packages
 from sevennet_models import RECIPES, Recipe
 
 FOLDER_VARIABLE = "FORCETUNE_SEVENNET"
@@ -74,10 +73,6 @@ _NEEDED = {
 Results = dict[str, np.ndarray]
 
 
-class UnavailableError(Exception):
-    """sevenn cannot be installed here; says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """A checkpoint, a modality of it, and structures to compute."""
@@ -99,39 +94,15 @@ class SevenNets:
         Raises:
             UnavailableError: pip cannot get it.
         """
-        needed = [name for name, module in _NEEDED.items() if importlib.util.find_spec(module) is None]
         # e3nn goes first on the path, whatever mace-torch has brought
-        self._install("needed", ["e3nn", *needed], "e3nn", constrained=True)
-        return self._install(version, [f"sevenn=={version}"], "sevenn", constrained=False)
-
-    def _install(self, name: str, requirements: Sequence[str], module: str, *, constrained: bool) -> Path:
-        target = self.folder / "installed" / name
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f"install-{name}.lock"):
-            if (target / module).is_dir():
-                return target
-            scratch = target.with_name(f".{name}")
-            shutil.rmtree(scratch, ignore_errors=True)
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            limits = ["-c", str(_CONSTRAINTS)] if constrained else []
-            done = subprocess.run(
-                [*command, *limits, "--target", str(scratch), *requirements],
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            if done.returncode or not (scratch / module).is_dir():
-                shutil.rmtree(scratch, ignore_errors=True)
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise UnavailableError(f"sevenn {name} cannot be installed here: {last}")
-            shutil.rmtree(target, ignore_errors=True)
-            scratch.rename(target)
-        return target
+        needed = ["e3nn", *missing_packages(_NEEDED)]
+        install_beside(self.folder, "needed", needed, "e3nn", title="sevenn needed", constraints=_CONSTRAINTS)
+        return install_beside(self.folder, version, [f"sevenn=={version}"], "sevenn", title=f"sevenn {version}")
 
     def published(self, name: str) -> Path:
         """The published checkpoint in this folder of the wheel."""
-        (found,) = (self.install() / "sevenn" / "pretrained_potentials" / name).glob("*.pth")
-        return found
+        (checkpoint,) = (self.install() / "sevenn" / "pretrained_potentials" / name).glob("*.pth")
+        return checkpoint
 
     def run(self, work: dict[str, Any], version: str = NEWEST) -> str:
         """Carry out work in a process with this version; returns what it printed.
@@ -160,10 +131,10 @@ class SevenNets:
 
     def make(self, names: Sequence[str], version: str = NEWEST) -> list[Path]:
         """Checkpoints of recipes, made where they are not there yet."""
-        found = {name: self.folder / version / f"{name}-{_digest(RECIPES[name])}.pth" for name in names}
+        files = {name: self.folder / version / f"{name}-{_digest(RECIPES[name])}.pth" for name in names}
         (self.folder / version).mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / f"make-{version}.lock"):
-            missing = [name for name, path in found.items() if not path.is_file()]
+            missing = [name for name, path in files.items() if not path.is_file()]
             if missing:
                 with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
                     jobs = [
@@ -171,8 +142,8 @@ class SevenNets:
                     ]
                     self.run({"make": jobs}, version)
                     for name, job in zip(missing, jobs, strict=True):
-                        Path(job["model"]).replace(found[name])
-        return list(found.values())
+                        Path(job["model"]).replace(files[name])
+        return list(files.values())
 
     # ---- computing -------------------------------------------------------------------------------------------------
 
@@ -191,10 +162,10 @@ class SevenNets:
             requests: what to compute.
             options: of the work.
         """
-        kept = self.folder / "results"
-        kept.mkdir(parents=True, exist_ok=True)
+        results_folder = self.folder / "results"
+        results_folder.mkdir(parents=True, exist_ok=True)
         tag = f"{kind} {version} {sorted(options.items())} {_WORKER.read_text(encoding='utf-8')}"
-        places = [kept / f"{_fingerprint(tag, request)}.npz" for request in requests]
+        places = [results_folder / f"{_fingerprint(tag, request)}.npz" for request in requests]
         todo = [k for k, place in enumerate(places) if not place.is_file()]
         if todo:
             with tempfile.TemporaryDirectory(dir=self.folder) as name:
@@ -210,19 +181,19 @@ class SevenNets:
                 self.run({kind: jobs}, version)
                 for k in todo:
                     (scratch / f"{k}.npz").replace(places[k])
-        found = []
+        results = []
         for place in places:
             with np.load(place) as table:
-                found.append({key: table[key] for key in table.files})
-        return found
+                results.append({key: table[key] for key in table.files})
+        return results
 
 
 def arrays_of(structures: Sequence[Atoms]) -> dict[str, np.ndarray]:
-    found = {}
+    arrays = {}
     for k, atoms in enumerate(structures):
-        found |= {f"{k}/numbers": atoms.numbers, f"{k}/positions": atoms.positions}
-        found |= {f"{k}/cell": atoms.cell.array, f"{k}/pbc": atoms.pbc}
-    return found
+        arrays |= {f"{k}/numbers": atoms.numbers, f"{k}/positions": atoms.positions}
+        arrays |= {f"{k}/cell": atoms.cell.array, f"{k}/pbc": atoms.pbc}
+    return arrays
 
 
 def open_folder(config: pytest.Config, fallback: Path) -> SevenNets:

@@ -27,9 +27,9 @@ STIFFNESS = 5.0
 
 def backbone(**options: Any) -> MaceBackbone:
     """A small MACE with random weights, computed by our network."""
-    found = MaceBackbone.from_module(make_mace(**options), dtype=options.get("dtype", torch.float64))
-    assert isinstance(found, MaceBackbone)
-    return found
+    model = MaceBackbone.from_module(make_mace(**options), dtype=options.get("dtype", torch.float64))
+    assert isinstance(model, MaceBackbone)
+    return model
 
 
 def library(**options: Any) -> Oracle:
@@ -74,7 +74,7 @@ def labelled(count: int = 12, seed: int = 0) -> list[Atoms]:
     rng = np.random.default_rng(seed)
     start = molecule("CH3OH")
     rest = start.get_all_distances() + np.eye(len(start))
-    found = []
+    structures = []
     for _ in range(count):
         atoms = start.copy()
         atoms.positions += 0.06 * rng.standard_normal(start.positions.shape)
@@ -83,8 +83,8 @@ def labelled(count: int = 12, seed: int = 0) -> list[Atoms]:
         atoms.info["REF_energy"] = -3000.0 + 0.25 * STIFFNESS * float(((distance - rest) ** 2).sum())
         pull = STIFFNESS * (distance - rest) / distance
         atoms.arrays["REF_forces"] = (pull[..., None] * apart).sum(axis=1)
-        found.append(atoms)
-    return found
+        structures.append(atoms)
+    return structures
 
 
 def write_labelled(path: Path, count: int = 12, seed: int = 0) -> Path:

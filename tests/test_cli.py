@@ -57,9 +57,9 @@ def test_fit_evaluate_and_report(command: Command, data: Path, model: Path, tmp_
 
     code, out, err = command("evaluate", run, test, "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert found["n_frames"] == 5
-    assert found == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
+    content = json.loads(out)
+    assert content["n_frames"] == 5
+    assert content == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
     code, out, _ = command("evaluate", run / "adapter", test, "--model", model)
     assert code == 0
     assert "meV/Å" in out
@@ -119,8 +119,8 @@ def test_configuration_file_and_settings_share_every_option(
 # ---- bad input: exit code 2, a message that names what, where and the fix, nothing written -----------------------
 
 
-def refused(told: tuple[int, str, str], folder: Path, *parts: str) -> None:
-    code, _, err = told
+def refused(ended: tuple[int, str, str], folder: Path, *parts: str) -> None:
+    code, _, err = ended
     assert code == 2, err
     assert err.startswith("error: ") or "\nerror: " in err
     for part in parts:
@@ -137,8 +137,8 @@ def rewritten(path: Path, change: Callable[[list[Atoms]], None]) -> Path:
 
 
 def test_missing_label_key(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
-    told = fit(command, data, model, tmp_path / "run", "--energy-key", "dft")
-    refused(told, tmp_path / "run", "no frame has energy under 'dft'", "'REF_energy'", str(data))
+    ended = fit(command, data, model, tmp_path / "run", "--energy-key", "dft")
+    refused(ended, tmp_path / "run", "no frame has energy under 'dft'", "'REF_energy'", str(data))
 
 
 def test_no_forces_at_all(command: Command, model: Path, tmp_path: Path) -> None:
@@ -190,20 +190,20 @@ def test_truncated_file(command: Command, data: Path, model: Path, tmp_path: Pat
 
 def test_missing_file_and_unknown_model(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
     refused(fit(command, tmp_path / "none.xyz", model, tmp_path / "run"), tmp_path / "run", "none.xyz", "no such file")
-    told = fit(command, data, Path("mace-off23-medum"), tmp_path / "run")
-    refused(told, tmp_path / "run", "mace-off23-medium")
+    ended = fit(command, data, Path("mace-off23-medum"), tmp_path / "run")
+    refused(ended, tmp_path / "run", "mace-off23-medium")
 
 
 def test_wrong_adapter_for_the_base(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
     assert fit(command, data, model, tmp_path / "first", "--method", "readout")[0] == 0
     other = write_model(tmp_path / "other.model", seed=3)
-    told = command("evaluate", tmp_path / "first", data, "--model", other)
-    refused(told, tmp_path / "run", "was trained on small", "other", "fingerprint")
+    ended = command("evaluate", tmp_path / "first", data, "--model", other)
+    refused(ended, tmp_path / "run", "was trained on small", "other", "fingerprint")
 
 
 def test_method_that_matches_nothing(command: Command, data: Path, model: Path, tmp_path: Path) -> None:
-    told = fit(command, data, model, tmp_path / "run", "--set", "method.target=readout_0.weight")
-    refused(told, tmp_path / "run", "matches none of the model's", "readout_0.weight")
+    ended = fit(command, data, model, tmp_path / "run", "--set", "method.target=readout_0.weight")
+    refused(ended, tmp_path / "run", "matches none of the model's", "readout_0.weight")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,8 @@ def test_method_that_matches_nothing(command: Command, data: Path, model: Path, 
         (["--method", "full", "--rank", "4"], ["method full has no use for 'rank'"]),
         (["--set", "training.epoch=3"], ["training.epoch: there is no such option"]),
         (["--set", "training.epochs=none"], ["training.epochs", "none"]),
+        (["--learning-rate", "inf"], ["training.learning_rate", "finite"]),
+        (["--set", "training.epochs=1_000"], ["training.epochs", "'1_000' is not a number"]),
         (["--set", "epochs"], ["write it as section.key=value"]),
         (["--set", "data.valid=0"], ["data", "valid must be files"]),
         (["--dtype", "float16"], ["model.dtype", "float16"]),
@@ -274,6 +276,38 @@ def test_help_and_version_are_plain(command: Command) -> None:
     assert "--method" in out
     code, out, _ = command("--version")
     assert out.startswith("forcetune ")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "head"),
+    [
+        ("fit", "Precision of the model during training", "needed then"),
+        ("evaluate", "Precision to predict in", "an adapter knows that of its base"),
+        ("merge", "Precision of the written model", None),
+        ("export", "Precision of what is written", "an adapter knows that of its base"),
+    ],
+)
+def test_help_says_what_an_option_does_in_this_command(
+    command: Command, name: str, precision: str, head: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    code, out, _ = command(name, "--help")
+    words = " ".join(out.split())
+    assert code == 0
+    assert precision in words and (head is None or head in words)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_of_commands_are_finite(command: Command, value: str, tmp_path: Path) -> None:
+    for words in (
+        ("demo", "--picoseconds", value, "--out", tmp_path / "demo"),
+        ("merge", tmp_path, "-o", tmp_path / "plain.model", "--approximate", "--bound", value),
+    ):
+        code, _, err = command(*words)
+        assert code == 2
+        # a minimum refuses what is no number
+        assert ("finite" if value == "inf" else "greater than") in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_are_listed(command: Command) -> None:

@@ -24,19 +24,19 @@ def test_defaults_are_those_of_the_published_runs() -> None:
 def test_settings_win_over_options_and_options_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("training: {epochs: 1, batch_size: 2, seed: 3}\nmodel: {model: x}\n", encoding="utf-8")
-    given = LEAST | {"training": {"batch_size": 20, "seed": 30, "epochs": None}}
-    found = load_config(path, ["training.seed=300", "training.ema=null", "training.schedule.name=cosine"], given)
-    assert (found.training.epochs, found.training.batch_size, found.training.seed) == (1, 20, 300)
-    assert found.training.ema is None
-    assert found.training.schedule.name == "cosine"
-    assert found.model.model == "m"
+    options = LEAST | {"training": {"batch_size": 20, "seed": 30, "epochs": None}}
+    config = load_config(path, ["training.seed=300", "training.ema=null", "training.schedule.name=cosine"], options)
+    assert (config.training.epochs, config.training.batch_size, config.training.seed) == (1, 20, 300)
+    assert config.training.ema is None
+    assert config.training.schedule.name == "cosine"
+    assert config.model.model == "m"
     other = load_config(given=LEAST, overrides={"training.learning_rate": 1e-3, "method.rank": 8})
     assert (other.training.learning_rate, other.method.rank) == (1e-3, 8)
 
 
 def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_path: Path) -> None:
-    found = load_config(settings=["data.doctor=off", "training.compile=off"], given=LEAST)
-    assert (found.data.doctor, found.training.compile) == ("off", "off")
+    config = load_config(settings=["data.doctor=off", "training.compile=off"], given=LEAST)
+    assert (config.data.doctor, config.training.compile) == ("off", "off")
     path = tmp_path / "run.yaml"
     path.write_text("data: {train: [a.xyz], doctor: off}\n", encoding="utf-8")
     assert load_config(path).data.doctor == "off"
@@ -48,9 +48,9 @@ def test_on_and_off_are_words_also_where_yaml_reads_them_as_truth_values(tmp_pat
 def test_kernels_that_are_off_are_those_of_torch(word: str, tmp_path: Path) -> None:
     path, written = tmp_path / "run.yaml", tmp_path / "again.yaml"
     path.write_text(f"data: {{train: [a.xyz]}}\nmodel: {{model: m, kernels: {word}}}\n", encoding="utf-8")
-    with pytest.warns(ForcetuneWarning, match="model.kernels=off is an option of earlier versions") as told:
+    with pytest.warns(ForcetuneWarning, match="model.kernels=off is an option of earlier versions") as warned:
         config = load_config(path)
-    assert len(told) == 1 and len(str(told[0].message).splitlines()) == 1
+    assert len(warned) == 1 and len(str(warned[0].message).splitlines()) == 1
     assert config.model.kernels == "torch" and config.model.model == "m"
     config.save(written)
     assert "kernels: torch" in written.read_text(encoding="utf-8")
@@ -100,14 +100,14 @@ def test_every_switch_takes_its_words_wherever_they_stand(name: str, tmp_path: P
 
 def test_no_switch_is_left_out() -> None:
     """Every option with the word ``off`` is one of :data:`SWITCHES`."""
-    found = {
+    switches = {
         f"{section}.{key}"
         for section, field in RunConfig.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
         for key, option in field.annotation.model_fields.items()
         if "off" in get_args(option.annotation)
     }
-    assert found == set(SWITCHES)
+    assert switches == set(SWITCHES)
 
 
 @pytest.mark.parametrize("way", ["file", "set", "dotted", "nested", "models"])
@@ -152,7 +152,21 @@ def test_saved_configuration_is_complete_and_reads_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a.b=1e-3", 1e-3), ("a.b=3", 3), ("a.b=null", None), ("a.b=[H, C]", ["H", "C"]), ("a.b=cosine", "cosine")],
+    [
+        ("a.b=1e-3", 1e-3),
+        ("a.b=3", 3),
+        ("a.b=-.5", -0.5),
+        ("a.b=010", 10),
+        ("a.b=0x10", 16),
+        ("a.b=null", None),
+        ("a.b=[H, C]", ["H", "C"]),
+        ("a.b=cosine", "cosine"),
+        ("a.b=1_000", "1_000"),
+        ("a.b=infinity", "infinity"),
+        ("a.b=nan", "nan"),
+        ("a.b=1:30", "1:30"),
+        ("a.b='12'", "12"),
+    ],
 )
 def test_setting_values(text: str, expected: object) -> None:
     keys, value = parse_setting(text)
@@ -183,6 +197,48 @@ def test_setting_values(text: str, expected: object) -> None:
 def test_mistakes_are_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(given=LEAST | given)
+
+
+NUMBERS = [
+    *("training.learning_rate", "training.weight_decay", "training.clip", "training.schedule.minimum"),
+    *("training.second_stage.learning_rate", "training.loss.energy", "training.loss.forces", "training.loss.stress"),
+    *("training.loss.huber_delta", "training.second_stage.loss.forces", "replay.weight", "magnetism.learning_rate"),
+    *("data.valid", "training.epochs", "references.table.H"),
+]
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "inf", "infinity", "nan", "1_000", "1:30"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_finite_and_written_as_numbers(name: str, value: str, tmp_path: Path) -> None:
+    settings = ["references.mode=table"] if name.startswith("references") else []
+    key = name.removesuffix(".H")
+    with pytest.raises(InputError, match=rf"{key}.*: "):
+        load_config(settings=[*settings, f"{name}={value}"], given=LEAST)
+    content = value
+    for part in reversed(name.split(".")[1:]):
+        content = f"{{{part}: {content}}}"
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{name.split('.')[0]}: {content}", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"run\.yaml: {key}.*: "):
+        load_config(path, settings, {**LEAST, "data": {"train": ["a.xyz"]}})
+
+
+def test_numbers_of_yaml_count_wherever_they_stand(tmp_path: Path) -> None:
+    path, saved = tmp_path / "run.yaml", tmp_path / "saved.yaml"
+    path.write_text(
+        "data: {train: [a.xyz], valid: 1e-1}\nreferences: {mode: table, table: {H: -1.3e1}}\n"
+        "method: {name: sparse, threshold: 1e-4, table: {linear: [{update: SoftThreshold, threshold: 2e-4}]}}\n"
+        "training: {learning_rate: 1e-3, epochs: 012, clip: 5}\noutput: {run: 1e-3}\n",
+        encoding="utf-8",
+    )
+    config = load_config(path)
+    assert (config.data.valid, config.references.table) == (0.1, {"H": -13.0})
+    assert (config.training.learning_rate, config.training.epochs, config.training.clip) == (1e-3, 12, 5.0)
+    assert config.method.options() == {"threshold": 1e-4}
+    assert config.method.table == {"linear": [{"update": "SoftThreshold", "threshold": 2e-4}]}
+    assert config.output.run == "1e-3", "a name may look like a number"
+    config.save(saved)
+    assert load_config(saved) == config
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -73,9 +73,9 @@ def test_every_hostile_file_is_read_or_refused(tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert len(found) == len(hostile.cases()) > 200
-    assert {name: came for name, (came, _) in found.items() if came not in ("read", "refused")} == {}
+    outcomes = json.loads(done.stdout)
+    assert len(outcomes) == len(hostile.cases()) > 200
+    assert {name: came for name, (came, _) in outcomes.items() if came not in ("read", "refused")} == {}
 
 
 FRAME_WORDS = st.sampled_from(
@@ -371,6 +371,6 @@ def test_the_command_line_says_it_in_a_sentence_and_ends_with_2(tmp_path: Path, 
         ("fit", "x" * 5000),
         ("methods", "--model", "\ud800"),
     ):
-        code, _, told = command(*arguments)
-        assert code == 2 and told.startswith("error: ") and "Traceback" not in told, arguments
-        assert "\x1b]" not in told and len(told) < 2000
+        code, _, err = command(*arguments)
+        assert code == 2 and err.startswith("error: ") and "Traceback" not in err, arguments
+        assert "\x1b]" not in err and len(err) < 2000

@@ -30,14 +30,14 @@ def layer_of(module: str) -> str:
 
 def imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module)
+            modules.add(node.module)
         elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            modules.update(alias.name for alias in node.names)
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
-    return found
+    return modules
 
 
 def test_imports_go_one_way() -> None:

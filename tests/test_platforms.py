@@ -71,6 +71,6 @@ def test_text_is_read_and_written_as_utf8_everywhere() -> None:
             if not isinstance(node, ast.Call):
                 continue
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            given = {keyword.arg for keyword in node.keywords}
+            keywords = {keyword.arg for keyword in node.keywords}
             if name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute):
-                assert "encoding" in given or len(node.args) > (name == "write_text"), f"{path}, line {node.lineno}"
+                assert "encoding" in keywords or len(node.args) > (name == "write_text"), f"{path}, line {node.lineno}"

@@ -66,7 +66,7 @@ run = forcetune.fit(
     epochs=30,
     out="run",
     settings={
-        "training.learning_rate": 1e-3,
+        "training.loss.energy": 100.0,
         "training.schedule.name": "cosine",
         "training.batch_size": 4,
         "model.dtype": "float32",

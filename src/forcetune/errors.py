@@ -1,6 +1,6 @@
-"""What can go wrong, and how it is told.
+"""What can go wrong, and how it is reported.
 
-Messages are written for the chemist: what was found, where (file, frame), what to do about it.
+Messages are written for the chemist: what is wrong, where (file, frame), what to do about it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class InputError(ForcetuneError):
 
 
 class ForcetuneWarning(UserWarning):
-    """Something was found that the user should know about although the work goes on."""
+    """Something that the user should know about although the work goes on."""
 
 
 def warn(message: str) -> None:

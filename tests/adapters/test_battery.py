@@ -76,13 +76,13 @@ MERGEABLE = [case for case in CASES if case[1].mergeable]
 @cache
 def known_model(name: str) -> NetworkBackbone:
     if name in NEQUIPS:
-        found = nequip_of(NEQUIPS[name])
+        model = nequip_of(NEQUIPS[name])
     else:
-        found = backbone_of(SEVENNETS[name]) if name in SEVENNETS else backbone(**MODELS[name])
+        model = backbone_of(SEVENNETS[name]) if name in SEVENNETS else backbone(**MODELS[name])
     for _ in range(3):
         # the library's TorchScript parts sum in another order until they have been optimised
-        predictions(found, cluster(), crystal())
-    return found
+        predictions(model, cluster(), crystal())
+    return model
 
 
 @pytest.fixture(params=CASES, ids=IDS)
@@ -104,10 +104,10 @@ def predictions(model: NetworkBackbone, *structures: Atoms) -> Predictions:
     return predict(model, build_graphs(model, frames_of(*structures)), stress=True)
 
 
-def same(found: np.ndarray, expected: np.ndarray) -> None:
+def same(actual: np.ndarray, expected: np.ndarray) -> None:
     scale = np.abs(expected).max()
     assert scale > 0
-    assert np.abs(found - expected).max() <= EXACT * scale
+    assert np.abs(actual - expected).max() <= EXACT * scale
 
 
 def test_fresh_adapter_changes_nothing_and_leaves_no_trace(case: tuple[NetworkBackbone, Method]) -> None:
@@ -169,8 +169,8 @@ def test_rotation_reflection_translation_permutation(tuned: NetworkBackbone) -> 
 
 def test_forces_and_stress_are_derivatives_of_the_energy(tuned: NetworkBackbone) -> None:
     atoms = crystal()
-    found = predictions(tuned, atoms)
-    assert found.stress is not None
+    prediction = predictions(tuned, atoms)
+    assert prediction.stress is not None
     step = 1e-4
 
     def slope(displaced: Any) -> float:
@@ -184,7 +184,7 @@ def test_forces_and_stress_are_derivatives_of_the_energy(tuned: NetworkBackbone)
             shifted.positions[atom, axis] += amount
             return shifted
 
-        assert -slope(moved) == pytest.approx(found.forces[atom, axis], rel=1e-6, abs=1e-8)
+        assert -slope(moved) == pytest.approx(prediction.forces[atom, axis], rel=1e-6, abs=1e-8)
 
     def strained(amount: float) -> Atoms:
         strain = np.eye(3)
@@ -193,7 +193,7 @@ def test_forces_and_stress_are_derivatives_of_the_energy(tuned: NetworkBackbone)
         bent.set_cell(atoms.cell.array @ strain, scale_atoms=True)
         return bent
 
-    assert slope(strained) / atoms.get_volume() == pytest.approx(found.stress[0, 0, 1], rel=1e-6, abs=1e-8)
+    assert slope(strained) / atoms.get_volume() == pytest.approx(prediction.stress[0, 0, 1], rel=1e-6, abs=1e-8)
 
 
 def test_batch_equals_one_by_one_and_lone_atoms_have_no_forces(tuned: NetworkBackbone) -> None:
@@ -207,8 +207,8 @@ def test_batch_equals_one_by_one_and_lone_atoms_have_no_forces(tuned: NetworkBac
 
 def test_every_adapter_parameter_receives_a_gradient_and_the_base_none(tuned: NetworkBackbone) -> None:
     batch = build_graphs(tuned, frames_of(crystal()))[0]
-    found = tuned.predict(batch, create_graph=True)
-    (found.energy.sum() + found.forces.square().sum()).backward()
+    prediction = tuned.predict(batch, create_graph=True)
+    (prediction.energy.sum() + prediction.forces.square().sum()).backward()
     adapter = get_adapter(tuned)
     assert adapter is not None
     for name, parameter in adapter.named_parameters():

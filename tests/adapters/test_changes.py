@@ -37,10 +37,10 @@ def test_a_known_change_is_found_where_it_was_made(model: MaceBackbone) -> None:
         block = part.value.view(-1)[path.start : path.start + path.size].view(path.shape)
         before = block.clone()
         block[:, 0] += 2 * before[:, 0]
-    found = {(change.site, change.path): change for change in weight_changes(model)}
-    touched = {key for key, change in found.items() if change.changed > 0}
+    changes = {(change.site, change.path): change for change in weight_changes(model)}
+    touched = {key for key, change in changes.items() if change.changed > 0}
     assert touched == {(name, path.name)}
-    change = found[name, path.name]
+    change = changes[name, path.name]
     expected = float(2 * before[:, 0].norm() / before.norm())
     assert change.relative == pytest.approx(expected) == pytest.approx(change.singular[0])
     assert change.stable_rank == pytest.approx(1.0)
@@ -112,9 +112,9 @@ def test_a_weight_has_the_name_of_what_changes_it(model: MaceBackbone, weight: s
     for order in ((weight, output), (output, weight)):
         table = {"linear": [{"update": name} for name in order], "readout": [{"update": output}]}
         perturb(attach(model, custom_method("mine", table)))
-        found = weight_changes(model)
-        assert {change.update for change in found} == {weight}
-        assert {change.kind for change in found} == {"linear"}
+        changes = weight_changes(model)
+        assert {change.update for change in changes} == {weight}
+        assert {change.kind for change in changes} == {"linear"}
         detach(model)
 
 

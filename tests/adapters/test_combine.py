@@ -32,14 +32,14 @@ EXACT = 1e-10
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    adapters = {}
     for seed, name in enumerate(("elora", "sparse", "mmea", "bias")):
         model = backbone()
         perturb(attach(model, method(name)), seed=seed)
         model.set_reference_energies({1: float(seed), 6: 2.0})
-        found[name] = tmp_path_factory.mktemp("adapters") / name
-        save_adapter(model, found[name])
-    return found
+        adapters[name] = tmp_path_factory.mktemp("adapters") / name
+        save_adapter(model, adapters[name])
+    return adapters
 
 
 def predictions(model: NetworkBackbone) -> Predictions:
@@ -52,8 +52,8 @@ def alone(folder: Path) -> Predictions:
     return predictions(model)
 
 
-def same(found: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(found - expected).max() <= EXACT * np.abs(expected).max()
+def same(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(actual - expected).max() <= EXACT * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("make", [library, backbone], ids=["mace", "network"])
@@ -90,7 +90,7 @@ def test_weights_add_and_average_exactly(folders: dict[str, Path]) -> None:
         tuned = backbone()
         made = combine(tuned, {name: folders[name] for name in names}, average=average)
         assert made.scales == dict.fromkeys(names, share)
-        found = predictions(tuned)
+        prediction = predictions(tuned)
         references = tuned.reference_energies
         assert references[1] == pytest.approx(model.reference_energies[1] * (1 - 2 * share) + share * (0 + 1))
         plain = backbone()
@@ -99,10 +99,10 @@ def test_weights_add_and_average_exactly(folders: dict[str, Path]) -> None:
                 for delta in weights.get(name, []):
                     parameter.add_(share * delta)
         plain.set_reference_energies(references)
-        same(found.forces, predictions(plain).forces)
-        same(found.energy, predictions(plain).energy)
+        same(prediction.forces, predictions(plain).forces)
+        same(prediction.energy, predictions(plain).energy)
         merge_weights(tuned)
-        same(predictions(tuned).forces, found.forces)
+        same(predictions(tuned).forces, prediction.forces)
 
 
 def test_a_scale_between_blends_gates_and_keeps_symmetry(folders: dict[str, Path]) -> None:
@@ -163,11 +163,11 @@ def test_a_saved_combination_is_what_it_was(folders: dict[str, Path], tmp_path: 
 def _mixed_references(folders: dict[str, Path]) -> dict[int, float]:
     own = backbone().reference_energies
     scales = dict(zip(folders, (0.7, -0.3, 0.5, 1.0), strict=True))
-    found = {}
+    references = {}
     for z in (1, 6):
         tuned = {name: float(seed) if z == 1 else 2.0 for seed, name in enumerate(folders)}
-        found[z] = own[z] + sum(scale * (tuned[name] - own[z]) for name, scale in scales.items())
-    return found
+        references[z] = own[z] + sum(scale * (tuned[name] - own[z]) for name, scale in scales.items())
+    return references
 
 
 def test_a_saved_combination_is_deployed_and_merged(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_what_a_combination_changed(folders: dict[str, Path]) -> None:
     alone = backbone()
     load_adapter(alone, folders["elora"])
     expected = {(change.site, change.path): change.relative for change in weight_changes(alone)}
-    found = {(change.site, change.path): change.relative for change in weight_changes(model)}
-    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-12)
-    assert max((value for key, value in found.items() if key not in expected), default=0.0) == 0
+    result = {(change.site, change.path): change.relative for change in weight_changes(model)}
+    assert {key: result[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+    assert max((value for key, value in result.items() if key not in expected), default=0.0) == 0
     made.switch("mmea")
     with recorded_gates(model) as gates:
         predictions(model)
@@ -259,8 +259,8 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
     """It was 5.7 eV off, without a word."""
     base = write_model(tmp_path / "base.model")
     model = MaceBackbone.load(base, sha256=compute_sha256(base))
-    kept = attach(model, method("readout"))
-    perturb(kept)
+    adapter = attach(model, method("readout"))
+    perturb(adapter)
     save_adapter(model, tmp_path / "one")
     detach(model)
     mixed = method("mmea")  # gates stay where weights are folded
@@ -273,19 +273,19 @@ def test_a_second_adapter_does_not_go_onto_folded_weights(folders: dict[str, Pat
             with pytest.raises(InputError, match="can no longer be saved"):
                 save_adapter(folded, tmp_path / "saved")
             detach(folded)
-        found = predictions(folded)  # pyright: ignore[reportArgumentType]
+        prediction = predictions(folded)  # pyright: ignore[reportArgumentType]
         one, two = tmp_path / "one", tmp_path / "two"
         for use in (
             partial(load_adapter, folded, one),
             partial(combine, folded, {"one": one}),
             partial(forcetune.calculator, folded, adapter=one),
             partial(load_ensemble, [one, two], folded),
-            partial(reattach, folded, kept),
+            partial(reattach, folded, adapter),
         ):
             with pytest.raises(InputError, match=r"into whose weights an adapter \(.*\) is folded already"):
                 use()
         assert get_adapter(folded) is None
-        same(predictions(folded).forces, found.forces)  # pyright: ignore[reportArgumentType]
+        same(predictions(folded).forces, prediction.forces)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "saved").exists()
     made = combine(model, {"one": tmp_path / "one"})
     merge_weights(model)
@@ -312,14 +312,14 @@ def test_an_adapter_trained_on_folded_weights_belongs_to_them(folders: dict[str,
 def test_bad_input_leaves_the_combination_as_it_was(folders: dict[str, Path]) -> None:
     model = backbone()
     made = combine(model, {"one": folders["elora"]})
-    found = predictions(model)
+    prediction = predictions(model)
     other = backbone(seed=5)
     for name, message in (("one", "take another one"), ("a.b", "take another one"), ("a/b", "take another one")):
         with pytest.raises(InputError, match=message):
             made.add(name, folders["sparse"])
     with pytest.raises(InputError, match="holds no adapter_config"):
         made.add("two", folders["elora"].parent / "nothing")
-    same(predictions(model).forces, found.forces)
+    same(predictions(model).forces, prediction.forces)
     with pytest.raises(InputError, match="there is no adapter 'two'"):
         made.switch("two")
     with pytest.raises(InputError, match="not the model given"):

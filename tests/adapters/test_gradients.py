@@ -20,8 +20,8 @@ from forcetune.graphs.graph import Batch
 from systems import backbone, cluster, crystal, frames_of
 
 
-def loss(found: Prediction, batch: Batch) -> Tensor:
-    return found.energy.square().sum() + found.forces.square().sum()
+def loss(prediction: Prediction, batch: Batch) -> Tensor:
+    return prediction.energy.square().sum() + prediction.forces.square().sum()
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def test_gradients_are_slopes_of_the_mean_loss(model: MaceBackbone, gradients: d
         values = []
         for step in (1e-5, -1e-5):
             flat[place] += step
-            found = [float(loss(model.predict(batch), batch).detach()) for batch in batches]
+            losses = [float(loss(model.predict(batch), batch).detach()) for batch in batches]
             flat[place] -= step
-            values.append(sum(found) / len(found))
+            values.append(sum(losses) / len(losses))
         slope = (values[0] - values[1]) / 2e-5
         assert float(gradients[name].view(-1)[place]) == pytest.approx(slope, rel=1e-5, abs=1e-6)
 
@@ -64,12 +64,12 @@ def test_start_along_the_gradient_captures_the_most_a_first_step_can(
         for path in site.paths:
             rows = part.A[path.name].detach().reshape(-1, 2)
             block = gradients[site.name].view(-1)[path.start : path.start + path.size].view(-1, path.shape[-1])
-            kept = torch.linalg.svdvals(block)[:2]
-            scale = float(kept.max())
-            if scale == 0 or len(kept) < 2 or float(kept[1]) < 1e-9 * scale:
+            singular_values = torch.linalg.svdvals(block)[:2]
+            scale = float(singular_values.max())
+            if scale == 0 or len(singular_values) < 2 or float(singular_values[1]) < 1e-9 * scale:
                 continue
             pull = torch.linalg.svdvals((rows / np.sqrt(len(rows))).T @ block)
-            torch.testing.assert_close(pull / scale, kept / scale, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(pull / scale, singular_values / scale, rtol=1e-9, atol=1e-12)
             assert not part.B[path.name].count_nonzero()
     detach(model)
 

@@ -39,35 +39,35 @@ def part(**options: object) -> SparseWeight:
 
 
 def test_equation() -> None:
-    found = part(std=0.002)
+    layer = part(std=0.002)
     delta = 0.001
-    assert found.thresholds.item() == pytest.approx(delta, rel=1e-12)
-    for x, value in zip(found.change.tolist(), found(torch.ones(20, dtype=torch.float64)).tolist(), strict=True):
+    assert layer.thresholds.item() == pytest.approx(delta, rel=1e-12)
+    for x, value in zip(layer.change.tolist(), layer(torch.ones(20, dtype=torch.float64)).tolist(), strict=True):
         assert value == pytest.approx(1 + math.copysign(max(abs(x) - delta, 0), x), abs=1e-15)
-    assert found.n_changed() == sum(abs(x) > delta for x in found.change.tolist()) < 20
+    assert layer.n_changed() == sum(abs(x) > delta for x in layer.change.tolist()) < 20
 
 
 def test_a_weight_below_the_threshold_has_no_gradient_and_the_threshold_has_one() -> None:
-    found = part(std=0.002)
-    found.update().square().sum().backward()
-    assert found.change.grad is not None and found.tau.grad is not None
-    below = found.change.abs() < 0.001
+    layer = part(std=0.002)
+    layer.update().square().sum().backward()
+    assert layer.change.grad is not None and layer.tau.grad is not None
+    below = layer.change.abs() < 0.001
     assert below.any()
-    assert (found.change.grad[below] == 0).all() and (found.change.grad[~below] != 0).all()
-    assert found.tau.grad.item() < 0  # a higher threshold lowers this loss
+    assert (layer.change.grad[below] == 0).all() and (layer.change.grad[~below] != 0).all()
+    assert layer.tau.grad.item() < 0  # a higher threshold lowers this loss
 
 
 def test_one_threshold_for_each_path() -> None:
-    found = part(per_path=True, std=1.0)
+    layer = part(per_path=True, std=1.0)
     with torch.no_grad():
-        found.tau.copy_(torch.tensor([-2.0, 50.0]))
-    assert torch.count_nonzero(found.update()[12:]) < 8
+        layer.tau.copy_(torch.tensor([-2.0, 50.0]))
+    assert torch.count_nonzero(layer.update()[12:]) < 8
     with torch.no_grad():
-        found.change.fill_(0.9)
+        layer.change.fill_(0.9)
     assert torch.allclose(
-        found.update()[:12], torch.full((12,), 0.9 - torch.sigmoid(torch.tensor(-2.0)).item()).double()
+        layer.update()[:12], torch.full((12,), 0.9 - torch.sigmoid(torch.tensor(-2.0)).item()).double()
     )
-    assert (found.update()[12:] == 0).all()
+    assert (layer.update()[12:] == 0).all()
 
 
 def test_packed_and_back() -> None:

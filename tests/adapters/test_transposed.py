@@ -37,9 +37,9 @@ def model() -> MaceBackbone:
 
 
 def radial_sites(adapter: Adapter) -> list[Site]:
-    found = [site for site in adapter.sites if site.kind == "radial_mlp" and site.paths[0].transposed]
-    assert len(found) > 2
-    return found
+    sites = [site for site in adapter.sites if site.kind == "radial_mlp" and site.paths[0].transposed]
+    assert len(sites) > 2
+    return sites
 
 
 def weight_of(model: MaceBackbone, site: Site) -> Tensor:
@@ -77,8 +77,8 @@ def test_norms_are_those_of_outputs(model: MaceBackbone) -> None:
         part, weight = adapter.part(site, LowRankWeight), weight_of(model, site)
         norm = part.norm["out->in"]
         assert norm.shape == weight.shape[:1]
-        found = torch.linalg.vector_norm(effective(model, adapter, site), dim=1)
-        torch.testing.assert_close(found, norm.detach().abs(), rtol=1e-12, atol=0)
+        norms = torch.linalg.vector_norm(effective(model, adapter, site), dim=1)
+        torch.testing.assert_close(norms, norm.detach().abs(), rtol=1e-12, atol=0)
     detach(model)
     adapter = attach(model, method("elora", rank=2, norms=True))
     for site in radial_sites(adapter):  # a fresh one changes nothing

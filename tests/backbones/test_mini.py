@@ -23,14 +23,14 @@ def mini() -> Backbone:
 def test_it_comes_with_the_package(mini: Backbone) -> None:
     model = find("mini")
     assert model is not None and model.packaged
-    found = resolve("mini")
-    assert (found.name, found.library, found.licence) == ("mini", "mace", "MIT")
-    assert found.path.suffix == ".safetensors" and found.path.stat().st_size < 3_000_000
-    content = found.path.read_bytes()  # safetensors: the length of a JSON header, the header, numbers
+    resolved = resolve("mini")
+    assert (resolved.name, resolved.library, resolved.licence) == ("mini", "mace", "MIT")
+    assert resolved.path.suffix == ".safetensors" and resolved.path.stat().st_size < 3_000_000
+    content = resolved.path.read_bytes()  # safetensors: the length of a JSON header, the header, numbers
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert json.loads(header["__metadata__"]["architecture"])["hidden_irreps"] == "32x0e+32x1o"
     card = (files("forcetune.backbones") / "mini" / "README.md").read_text(encoding="utf-8")
-    assert found.sha256 in card and "GFN2-xTB" in card and "MIT" in card
+    assert resolved.sha256 in card and "GFN2-xTB" in card and "MIT" in card
 
 
 def test_every_pair_of_elements_repels_at_short_distances(mini: Backbone) -> None:

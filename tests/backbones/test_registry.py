@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from forcetune.backbones import registry
+from forcetune.backbones.published import LICENCE_NOTES, PublishedModel
 from forcetune.backbones.registry import (
-    PublishedModel,
     ResolvedModel,
     download_model,
     find,
@@ -47,7 +47,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, server: Loopback, sha256: str | Non
         size="small",
         aliases=("test-small",),
     )
-    monkeypatch.setattr(registry, "_MODELS", (*list_models(), model))
+    monkeypatch.setattr(registry, "PUBLISHED_MODELS", (*list_models(), model))
     monkeypatch.setenv("FORCETUNE_MODELS_URL", f"{server.url}/mirror/")
     server.contents["/mirror/test_small.model"] = Content(WEIGHTS)
     return model
@@ -60,7 +60,7 @@ def test_the_table_is_well_formed() -> None:
     for model in (model for model in list_models() if not model.packaged):
         assert model.url.startswith("https://")
         assert model.file.endswith({"mace": ".model", "sevennet": ".pth", "nequip": ".nequip.zip"}[model.library])
-        assert model.licence in registry.LICENCE_NOTES
+        assert model.licence in LICENCE_NOTES
         assert model.size in ("small", "medium", "large")
         assert model.description
         assert model.elements
@@ -87,8 +87,8 @@ def test_the_models_of_the_papers_are_there() -> None:
 
 @pytest.mark.parametrize(("family", "licence"), [("mace-off", "ASL"), ("mace-mp", "MIT"), ("mace-omat", "ASL")])
 def test_licences(family: str, licence: str) -> None:
-    found = {model.licence for model in list_models() if model.name.startswith(family)}
-    assert found == {licence}
+    licences = {model.licence for model in list_models() if model.name.startswith(family)}
+    assert licences == {licence}
 
 
 def test_addresses_are_those_of_mace() -> None:
@@ -113,9 +113,9 @@ def test_addresses_are_those_of_mace() -> None:
     ],
 )
 def test_find_ignores_case_and_knows_aliases(asked: str, name: str) -> None:
-    found = find(asked)
-    assert found is not None
-    assert found.name == name
+    model = find(asked)
+    assert model is not None
+    assert model.name == name
 
 
 @pytest.mark.parametrize("asked", ["", "medium", "mace", "mace-off23-medium.model"])
@@ -166,8 +166,8 @@ def test_the_licence_of_a_published_file_is_known_under_any_name(
 ) -> None:
     publish(monkeypatch, server, SHA256)
     (tmp_path / "copy.model").write_bytes(WEIGHTS)
-    found = resolve("copy.model")
-    assert (found.name, found.licence) == ("copy", "ASL")
+    resolved = resolve("copy.model")
+    assert (resolved.name, resolved.licence) == ("copy", "ASL")
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def test_gates_that_are_constant_are_found_exactly() -> None:
     GateRegression(gated, build_graphs(gated, frames)).apply(plain, 1e-8)
     (unseen,) = frames_of(crystal(seed=99))
     results = [model.predict(build_graph(unseen, model.cutoff)).detached() for model in (gated, plain, backbone())]
-    wanted, found, before = (prediction.forces for prediction in results)
+    wanted, fitted, before = (prediction.forces for prediction in results)
     change = (before - wanted).abs().max()
     assert change > 1e-3
-    assert (found - wanted).abs().max() < 0.01 * change
+    assert (fitted - wanted).abs().max() < 0.01 * change
     assert require_adapter(gated) is adapter

@@ -49,8 +49,8 @@ def graph(model: MaceBackbone, atoms: Atoms) -> Batch:
     return build_graph(frame_of(atoms), model.cutoff, model.dtype)
 
 
-def assert_model(found: CompiledPrediction, batch: Batch, *, stress: bool = False, tolerance: float = 1e-11) -> None:
-    mine, expected = found.predict(batch, stress=stress), found.backbone.predict(batch, stress=stress).detached()
+def assert_model(compiled: CompiledPrediction, batch: Batch, *, stress: bool = False, tolerance: float = 1e-11) -> None:
+    mine, expected = compiled.predict(batch, stress=stress), compiled.backbone.predict(batch, stress=stress).detached()
     assert mine.forces.shape == expected.forces.shape and mine.energy.shape == expected.energy.shape
     assert torch.allclose(mine.energy, expected.energy, rtol=tolerance, atol=tolerance)
     assert torch.allclose(mine.forces, expected.forces, rtol=0, atol=tolerance * float(expected.forces.abs().max()))
@@ -66,20 +66,20 @@ def test_what_moves_is_predicted_as_by_the_model(name: str, dtype: torch.dtype) 
     """In float32 within 1e-5: sums come in another order."""
     model = tuned(dtype=dtype)
     atoms = cluster() if name == "molecule" else crystal()
-    found = CompiledPrediction(model)
+    compiled = CompiledPrediction(model)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for seed in range(12):
-        assert_model(found, graph(model, moved(atoms, seed)), stress=name == "crystal", tolerance=tolerance)
-        assert (found.recording is None) == (seed < 2)
-    assert found.eager_reason is None and found.recording is not None and found.recording.operations > 100
+        assert_model(compiled, graph(model, moved(atoms, seed)), stress=name == "crystal", tolerance=tolerance)
+        assert (compiled.recording is None) == (seed < 2)
+    assert compiled.eager_reason is None and compiled.recording is not None and compiled.recording.operations > 100
 
 
 def recorded(model: MaceBackbone, structures: Sequence[Atoms]) -> CompiledPrediction:
-    found = CompiledPrediction(model)
+    compiled = CompiledPrediction(model)
     for atoms in structures:
-        found.predict(graph(model, atoms), stress=False)
-    assert found.recording is not None
-    return found
+        compiled.predict(graph(model, atoms), stress=False)
+    assert compiled.recording is not None
+    return compiled
 
 
 def test_a_recording_lasts_as_long_as_the_model_is_the_same() -> None:
@@ -114,47 +114,47 @@ def test_a_recording_lasts_as_long_as_the_model_is_the_same() -> None:
 
     changes = [weights, gates, references, other_memory, other_weights, without_adapter]
     for change in changes:
-        found = recorded(model, structures)
-        first = found.predict(graph(model, atoms), stress=False)
+        compiled = recorded(model, structures)
+        first = compiled.predict(graph(model, atoms), stress=False)
         change()
-        second = found.predict(graph(model, atoms), stress=False)
-        assert found.recording is None
+        second = compiled.predict(graph(model, atoms), stress=False)
+        assert compiled.recording is None
         assert float(second.energy) != float(first.energy)
         for other in structures:
-            assert_model(found, graph(model, other))
-        assert found.recording is not None
+            assert_model(compiled, graph(model, other))
+        assert compiled.recording is not None
 
 
 def test_other_atoms_and_other_questions_begin_anew() -> None:
     model = tuned()
     atoms = cluster()
-    found = recorded(model, [moved(atoms, seed) for seed in range(4)])
-    assert_model(found, graph(model, atoms[::-1]))
-    assert found.recording is None
+    compiled = recorded(model, [moved(atoms, seed) for seed in range(4)])
+    assert_model(compiled, graph(model, atoms[::-1]))
+    assert compiled.recording is None
     crystals = [moved(crystal(), seed) for seed in range(4)]
-    found = recorded(model, crystals)
-    assert_model(found, graph(model, crystals[0]), stress=True)
-    assert found.recording is None
+    compiled = recorded(model, crystals)
+    assert_model(compiled, graph(model, crystals[0]), stress=True)
+    assert compiled.recording is None
 
 
 def test_atoms_that_come_closer_need_another_recording() -> None:
     model = tuned(r_max=2.5)
     atoms = cluster(atoms=12)
     atoms.positions *= 1.6
-    found = recorded(model, [moved(atoms, seed) for seed in range(4)])
-    first = found.recording
+    compiled = recorded(model, [moved(atoms, seed) for seed in range(4)])
+    first = compiled.recording
     for scale in (0.9, 0.8, 0.6, 0.5, 0.45, 0.4):
         closer = atoms.copy()
         closer.positions *= scale
-        assert_model(found, graph(model, closer))
-    assert found.recording is not first
+        assert_model(compiled, graph(model, closer))
+    assert compiled.recording is not first
     for seed in range(6):
-        assert_model(found, graph(model, moved(closer, seed, 0.01)))
+        assert_model(compiled, graph(model, moved(closer, seed, 0.01)))
     # what is far apart again fits as before
-    recording = found.recording
+    recording = compiled.recording
     assert recording is not None
-    assert_model(found, graph(model, atoms))
-    assert found.recording is recording
+    assert_model(compiled, graph(model, atoms))
+    assert compiled.recording is recording
 
 
 def test_a_wrong_recording_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +165,10 @@ def test_a_wrong_recording_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None
         return record(lambda *values: [value * 1.001 for value in step(*values)], inputs, parameters)
 
     monkeypatch.setattr(compiled_prediction, "record", wrong)
-    found = CompiledPrediction(model)
+    compiled = CompiledPrediction(model)
     for atoms in structures:
-        assert_model(found, graph(model, atoms))
-    assert found.recording is None and found.eager_reason is not None and "off" in found.eager_reason
+        assert_model(compiled, graph(model, atoms))
+    assert compiled.recording is None and compiled.eager_reason is not None and "off" in compiled.eager_reason
 
 
 def test_what_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +214,9 @@ def test_recording_leaves_other_threads_alone() -> None:
         def often(index: int) -> float:
             far = 0.0
             for _ in range(6):
-                found = CompiledPrediction(model)
+                compiled = CompiledPrediction(model)
                 for _ in range(5):
-                    forces = found.predict(batches[index], stress=False).forces
+                    forces = compiled.predict(batches[index], stress=False).forces
                     far = max(far, float((forces - expected[index].forces).abs().max()))
             return far
 

@@ -23,12 +23,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three short fits of different methods and seeds on one base."""
     folder = tmp_path_factory.mktemp("runs")
     model, data = write_model(folder / "base.model"), write_labelled(folder / "train.xyz")
-    found = []
+    folders = []
     for seed, method in enumerate(METHODS):
         settings = {"training.seed": seed, "output.forgetting": False}
         run = forcetune.fit(data, model=model, method=method, valid=4, epochs=2, out=folder / method, settings=settings)
-        found.append(run.folder)
-    return found
+        folders.append(run.folder)
+    return folders
 
 
 def test_mean_and_spread_are_those_of_the_members_one_by_one(runs: list[Path]) -> None:
@@ -57,21 +57,21 @@ def test_mean_and_spread_are_those_of_the_members_one_by_one(runs: list[Path]) -
 def test_evaluation_tells_errors_of_the_mean_and_calibration(runs: list[Path], command: Command) -> None:
     data = runs[0].parent / "train.xyz"
     arguments = ("evaluate", runs[0], data, "--ensemble", runs[1], "--ensemble", runs[2])
-    code, told, _ = command(*arguments, "--json")
+    code, out, _ = command(*arguments, "--json")
     assert code == 0
-    found = json.loads(told)
+    content = json.loads(out)
     ensemble = load_ensemble(runs)
     frames = forcetune.frames.read.read_frames(data).frames
     members = ensemble.predict(build_graphs(ensemble.backbone, frames))
     mean = mean_of(members)
-    assert found["forces_mae_mev_per_ang"] == pytest.approx(mean.errors().forces_mae_mev_per_ang, rel=1e-9)
-    assert len(found["ensemble"]["members"]) == 3
+    assert content["forces_mae_mev_per_ang"] == pytest.approx(mean.errors().forces_mae_mev_per_ang, rel=1e-9)
+    assert len(content["ensemble"]["members"]) == 3
     std = spread([member.forces for member in members])
-    assert found["ensemble"]["forces"]["mean_std"] == pytest.approx(1e3 * std.mean(), rel=1e-9)
+    assert content["ensemble"]["forces"]["mean_std"] == pytest.approx(1e3 * std.mean(), rel=1e-9)
     within = (np.abs(mean.forces - mean.forces_label) <= std).mean()
-    assert found["ensemble"]["forces"]["within_1"] == pytest.approx(within)
-    code, told, _ = command(*arguments)
-    assert code == 0 and "spread of 3 adapters" in told
+    assert content["ensemble"]["forces"]["within_1"] == pytest.approx(within)
+    code, out, _ = command(*arguments)
+    assert code == 0 and "spread of 3 adapters" in out
 
 
 def test_a_comparison_stands_for_its_runs_and_baselines_are_refused_for_use(runs: list[Path], tmp_path: Path) -> None:
@@ -91,11 +91,11 @@ def test_a_comparison_stands_for_its_runs_and_baselines_are_refused_for_use(runs
 def test_calibration_of_errors_drawn_from_the_spread() -> None:
     rng = np.random.default_rng(0)
     std = rng.uniform(0.5, 2.0, 20_000)
-    found = calibration(std, std * rng.standard_normal(20_000))
-    assert found is not None and found.correlation is not None
-    assert found.ratio == pytest.approx(1, abs=0.02)
-    assert (found.within_1, found.within_2) == (pytest.approx(0.683, abs=0.01), pytest.approx(0.954, abs=0.01))
-    assert 0.2 < found.correlation < 0.6
+    figures = calibration(std, std * rng.standard_normal(20_000))
+    assert figures is not None and figures.correlation is not None
+    assert figures.ratio == pytest.approx(1, abs=0.02)
+    assert (figures.within_1, figures.within_2) == (pytest.approx(0.683, abs=0.01), pytest.approx(0.954, abs=0.01))
+    assert 0.2 < figures.correlation < 0.6
     assert calibration(std, np.full(20_000, np.nan)) is None
 
 
@@ -105,8 +105,8 @@ def test_members_have_one_base(runs: list[Path], tmp_path: Path, command: Comman
     stranger = forcetune.fit(data, model=other, method="readout", valid=4, epochs=1, out=tmp_path / "other").folder
     with pytest.raises(InputError, match=r"an ensemble needs one base.*base and other.*fingerprint"):
         forcetune.calculator(adapter=[runs[0], stranger])
-    code, _, told = command("evaluate", runs[0], data, "--ensemble", stranger)
-    assert code == 2 and "needs one base" in told
+    code, _, err = command("evaluate", runs[0], data, "--ensemble", stranger)
+    assert code == 2 and "needs one base" in err
     with pytest.raises(InputError, match="at least two"):
         load_ensemble([runs[0], runs[0] / "adapter"])
     with pytest.raises(InputError, match="holds no adapter"):

@@ -29,23 +29,23 @@ def test_nothing_is_forgotten_by_an_adapter_that_changes_nothing(tmp_path: Path)
     own = model.reference_energies
     # other reference energies are no forgetting
     model.set_reference_energies({z: energy + 100.0 for z, energy in own.items()})
-    found = measure_forgetting(model, dataset(tmp_path))
-    assert (found.distance.source, found.distance.n_frames) == ("molecules", forgetting.MOST_MOLECULES)
-    assert found.distance.energy_mev_per_atom < 1e-6 and found.distance.forces_mev_per_ang == 0
-    assert [dimer.pair for dimer in found.dimers] == ["H–H", "H–C", "H–O", "C–C", "C–O", "O–O"]
-    for dimer in found.dimers:
+    measured = measure_forgetting(model, dataset(tmp_path))
+    assert (measured.distance.source, measured.distance.n_frames) == ("molecules", forgetting.MOST_MOLECULES)
+    assert measured.distance.energy_mev_per_atom < 1e-6 and measured.distance.forces_mev_per_ang == 0
+    assert [dimer.pair for dimer in measured.dimers] == ["H–H", "H–C", "H–O", "C–C", "C–O", "O–O"]
+    for dimer in measured.dimers:
         assert dimer.base_wall_ev == pytest.approx(dimer.tuned_wall_ev, abs=1e-9)
         assert dimer.base_hole_ang == dimer.tuned_hole_ang
-    assert found.stability.picoseconds > 0 and found.stability.failure is None
-    assert found.warnings == ()
+    assert measured.stability.picoseconds > 0 and measured.stability.failure is None
+    assert measured.warnings == ()
     assert model.reference_energies == {z: energy + 100.0 for z, energy in own.items()}
 
 
 def test_an_adapter_that_changes_much_is_far_from_its_base(tmp_path: Path) -> None:
     model = backbone(elements=(1, 6, 8))
     perturb(attach(model, method("elora")), 0.3)
-    found = measure_forgetting(model, dataset(tmp_path))
-    assert found.distance.energy_mev_per_atom > 1 and found.distance.forces_mev_per_ang > 1
+    measured = measure_forgetting(model, dataset(tmp_path))
+    assert measured.distance.energy_mev_per_atom > 1 and measured.distance.forces_mev_per_ang > 1
 
 
 def test_a_hole_is_where_atoms_attract_at_short_distance() -> None:
@@ -61,12 +61,14 @@ def test_a_hole_is_where_atoms_attract_at_short_distance() -> None:
 def test_holes_of_the_base_are_told_and_not_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = backbone(elements=(1, 6, 8))
     attach(model, method("elora"))
-    given = iter([1.0, None, None, 1.2] + 8 * [None])
-    monkeypatch.setattr(forgetting, "_hole", lambda *_: next(given))
-    found = measure_forgetting(model, dataset(tmp_path))
-    assert [(d.base_hole_ang, d.tuned_hole_ang) for d in found.dimers[:2]] == [(1.0, None), (None, 1.2)]
-    assert found.dimers[0].tuned_barrier_ev is None and found.dimers[1].tuned_barrier_ev is not None
-    assert len(found.warnings) == 1 and found.warnings[0].startswith("H–C: the tuned model pulls the atoms together")
+    holes = iter([1.0, None, None, 1.2] + 8 * [None])
+    monkeypatch.setattr(forgetting, "_hole", lambda *_: next(holes))
+    measured = measure_forgetting(model, dataset(tmp_path))
+    assert [(d.base_hole_ang, d.tuned_hole_ang) for d in measured.dimers[:2]] == [(1.0, None), (None, 1.2)]
+    assert measured.dimers[0].tuned_barrier_ev is None and measured.dimers[1].tuned_barrier_ev is not None
+    assert len(measured.warnings) == 1 and measured.warnings[0].startswith(
+        "H–C: the tuned model pulls the atoms together"
+    )
 
 
 def test_materials_are_shaken(tmp_path: Path) -> None:
@@ -78,8 +80,8 @@ def test_materials_are_shaken(tmp_path: Path) -> None:
     write(tmp_path / "a.xyz", structures, format="extxyz")
     model = backbone(elements=(8, 14))
     attach(model, method("readout"))
-    found = measure_forgetting(model, read_dataset(DataConfig(train=[str(tmp_path / "a.xyz")], valid=2)))
-    assert (found.distance.source, found.distance.n_frames) == ("shaken validation frames", 2)
+    measured = measure_forgetting(model, read_dataset(DataConfig(train=[str(tmp_path / "a.xyz")], valid=2)))
+    assert (measured.distance.source, measured.distance.n_frames) == ("shaken validation frames", 2)
 
 
 def test_dynamics_that_break_down_are_a_warning(tmp_path: Path) -> None:
@@ -89,8 +91,8 @@ def test_dynamics_that_break_down_are_a_warning(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.fill_(torch.nan)
-    found = forgetting._stability(model, data.valid.frames[0])
-    assert found.failure is not None and "broke down" in found.failure
+    stability = forgetting._stability(model, data.valid.frames[0])
+    assert stability.failure is not None and "broke down" in stability.failure
 
 
 @pytest.mark.forgetting

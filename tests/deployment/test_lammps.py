@@ -85,9 +85,9 @@ def per_atom(lmp: Any, name: str) -> np.ndarray:
     return np.array(lmp.numpy.extract_atom(name))[order]
 
 
-def from_image(found: np.ndarray, atoms: Atoms) -> np.ndarray:
+def from_image(vectors: np.ndarray, atoms: Atoms) -> np.ndarray:
     """Differences of positions, to the nearest image."""
-    apart = found - atoms.positions
+    apart = vectors - atoms.positions
     cell = atoms.cell.array
     return apart - np.round(apart @ np.linalg.inv(cell)) * atoms.pbc @ cell if atoms.pbc.any() else apart
 

@@ -56,10 +56,10 @@ def test_merged_model_in_the_librarys_own_calculator(tmp_path: Path, name: str) 
     structures = [cluster((1, 6, 8)), crystal((1, 6, 8))]
     write(tmp_path / "probe.xyz", structures, format="extxyz")
     command = [sys.executable, "-W", "ignore", "-c", FOREIGN, "tuned.model", "probe.xyz"]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    found = json.loads(told.split("RESULT", 1)[1])
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    content = json.loads(out.split("RESULT", 1)[1])
     calculator = forcetune.calculator(base, adapter=folder)
-    for atoms, (energy, forces) in zip(read(tmp_path / "probe.xyz", ":"), found, strict=True):
+    for atoms, (energy, forces) in zip(read(tmp_path / "probe.xyz", ":"), content, strict=True):
         atoms.calc = calculator
         assert energy == pytest.approx(atoms.get_potential_energy(), rel=1e-12, abs=1e-10)
         np.testing.assert_allclose(forces, atoms.get_forces(), rtol=0, atol=1e-10)
@@ -81,18 +81,18 @@ def test_reference_energies_of_all_electrons(tmp_path: Path, dtype: str) -> None
     merged = merge(tmp_path / "adapter", tmp_path / "tuned.model", model=base)
     written = MaceBackbone.load(tmp_path / "tuned.model", dtype=getattr(torch, dtype))
     for z, energy in references.items():
-        kept = np.float32(energy) if dtype == "float32" else energy
-        assert written.reference_energies[z] == float(kept)
+        stored = np.float32(energy) if dtype == "float32" else energy
+        assert written.reference_energies[z] == float(stored)
     assert merged.references_difference == 0
     assert merged.energy_difference < (1e-4 if dtype == "float32" else 1e-10)
     atoms = cluster((1, 6, 35))
-    found = []
+    models = []
     for given in (tmp_path / "tuned.model", None):
         atoms.calc = forcetune.calculator(given or base, adapter=None if given else tmp_path / "adapter")
-        found.append((atoms.get_potential_energy(), atoms.get_forces()))
+        models.append((atoms.get_potential_energy(), atoms.get_forces()))
     # by the plain model loaded in float64, from its rounded parameters
-    assert found[0][0] == pytest.approx(found[1][0], abs=9 * 0.004 if dtype == "float32" else 1e-8)
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=0, atol=2e-4 if dtype == "float32" else 1e-9)
+    assert models[0][0] == pytest.approx(models[1][0], abs=9 * 0.004 if dtype == "float32" else 1e-8)
+    np.testing.assert_allclose(models[0][1], models[1][1], rtol=0, atol=2e-4 if dtype == "float32" else 1e-9)
 
 
 def test_wrong_reference_energies_are_found_whatever_their_size(

@@ -190,8 +190,8 @@ def test_some_atoms_inside_a_classical_system(gates: Path) -> None:
     isolated = create_mixed_system(lonely, chosen, far.symbols, "mini", gates)
     far.pbc = False
     far.calc = alone.calc
-    found, pull = energy_and_forces(context_of(isolated, far.positions))
-    assert found == pytest.approx(far.get_potential_energy(), abs=1e-9)
+    actual, pull = energy_and_forces(context_of(isolated, far.positions))
+    assert actual == pytest.approx(far.get_potential_energy(), abs=1e-9)
     np.testing.assert_allclose(pull, far.get_forces(), rtol=0, atol=1e-10)
 
 

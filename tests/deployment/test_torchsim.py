@@ -186,10 +186,10 @@ def test_relaxations_and_autobatching(metals: Path) -> None:
     )
     properties = torch_sim.static(structures, model, autobatcher=batcher)
     calculator = forcetune.calculator(metals, compile="off")
-    for atoms, found in zip(structures, properties, strict=True):
+    for atoms, row in zip(structures, properties, strict=True):
         atoms.calc = calculator
-        assert found["potential_energy"].item() == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
-        np.testing.assert_allclose(found["stress"][0].numpy(), atoms.get_stress(voigt=False), rtol=0, atol=1e-10)
+        assert row["potential_energy"].item() == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
+        np.testing.assert_allclose(row["stress"][0].numpy(), atoms.get_stress(voigt=False), rtol=0, atol=1e-10)
     assert len(batcher.index_bins) > 1
 
 

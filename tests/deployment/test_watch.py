@@ -44,8 +44,8 @@ def test_novelty_of_surroundings() -> None:
     assert 1 < novelty[0].max() < novelty[1].max() < novelty[2].max()
     strange = ethanol()
     strange.numbers[0] = 7
-    found = environments.novelty(frame_of(strange))
-    assert np.isinf(found[0]) and np.isinf(found[1])
+    actual = environments.novelty(frame_of(strange))
+    assert np.isinf(actual[0]) and np.isinf(actual[1])
     far = ethanol() + Atoms("N", [[30.0, 0, 0]])
     assert np.isfinite(environments.novelty(frame_of(far))).sum() == len(far) - 1
 

@@ -47,9 +47,9 @@ OTHER_THINGS = (
 
 
 def structures(part: str) -> list[Atoms]:
-    found = ase.io.read(forcetune.demo_file(part), ":")
-    assert isinstance(found, list)
-    return plain(found)
+    atoms = ase.io.read(forcetune.demo_file(part), ":")
+    assert isinstance(atoms, list)
+    return plain(atoms)
 
 
 def demo_data() -> Data:
@@ -65,8 +65,8 @@ def mini() -> Backbone:
 
 
 def check(fault: Fault, model: Backbone, folder: Path) -> None:
-    found = examined(demo_data(), fault, model, folder)
-    assert is_named(fault, found), [str(item) for item in found.findings]
+    checkup = examined(demo_data(), fault, model, folder)
+    assert is_named(fault, checkup), [str(item) for item in checkup.findings]
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in QUICK], ids=lambda fault: fault.name)
@@ -87,14 +87,14 @@ def test_clean_data_have_no_errors_and_no_warnings(command: Command, tmp_path: P
     test = forcetune.demo_file("test")
     code, out, err = command("doctor", forcetune.demo_file("train"), "--test", test, "--json", "--html", page)
     assert code == 0, err
-    found = json.loads(out)
-    assert set(found) == {"findings", "n_errors", "n_warnings", "facts"}
-    assert (found["n_errors"], found["n_warnings"]) == (0, 0)
-    assert {item["code"] for item in found["findings"]} == {"composition-rank"}
-    forces = found["facts"]["agreement"]["train"]["forces"]
+    content = json.loads(out)
+    assert set(content) == {"findings", "n_errors", "n_warnings", "facts"}
+    assert (content["n_errors"], content["n_warnings"]) == (0, 0)
+    assert {item["code"] for item in content["findings"]} == {"composition-rank"}
+    forces = content["facts"]["agreement"]["train"]["forces"]
     assert forces["correlation"] > 0.95 and 0.8 < forces["ratio"] < 1.3
-    assert found["facts"]["sets"]["train"]["n_frames"] == 50
-    memory = found["facts"]["memory"]
+    assert content["facts"]["sets"]["train"]["n_frames"] == 50
+    memory = content["facts"]["memory"]
     assert memory["batch_size"] == 5 and memory["estimate_bytes"] > 1e6
     text = page.read_text(encoding="utf-8")
     assert "nothing against it" in text and "composition-rank" in text and "<svg" in text
@@ -102,8 +102,8 @@ def test_clean_data_have_no_errors_and_no_warnings(command: Command, tmp_path: P
 
 @pytest.mark.parametrize("name", ["train", "valid", "test", "hot"])
 def test_clean_parts_have_no_errors_and_no_warnings(name: str, mini: Backbone) -> None:
-    found = forcetune.doctor(forcetune.demo_file(name), model=mini, console=QUIET)
-    assert [str(item) for item in found.findings if item.severity != "note"] == []
+    checkup = forcetune.doctor(forcetune.demo_file(name), model=mini, console=QUIET)
+    assert [str(item) for item in checkup.findings if item.severity != "note"] == []
 
 
 def test_published_sets_have_no_errors(reference_data: Path, mini: Backbone) -> None:
@@ -113,11 +113,11 @@ def test_published_sets_have_no_errors(reference_data: Path, mini: Backbone) -> 
         (acac / "train_300K.xyz", acac / "test_H_transfer.xyz"),
         (bpa / "train_300K.xyz", bpa / "train_mixedT.xyz"),
     ):
-        found = forcetune.doctor(train, test=test, model=mini, console=QUIET)
-        assert found.n_errors == 0, [str(item) for item in found.findings]
+        checkup = forcetune.doctor(train, test=test, model=mini, console=QUIET)
+        assert checkup.n_errors == 0, [str(item) for item in checkup.findings]
         # the published mixed-temperature set does contain frames of the 300 K set
         expected = {"test-in-train"} if train.parent == bpa else set()
-        assert {item.code for item in found.findings if item.severity == "warning"} == expected
+        assert {item.code for item in checkup.findings if item.severity == "warning"} == expected
 
 
 # ---- the command line and the fit ---------------------------------------------------------------------------------
@@ -141,12 +141,12 @@ def test_errors_end_with_exit_code_2_and_name_the_mend(command: Command, tmp_pat
 
 def test_fit_stops_at_errors_unless_told_otherwise(command: Command, tmp_path: Path) -> None:
     data = gradients(tmp_path / "gradients.xyz")
-    given = ("fit", data, "--valid", 10, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
-    code, _, err = command(*given)
+    arguments = ("fit", data, "--valid", 10, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
+    code, _, err = command(*arguments)
     assert code == 2
     assert "[forces-sign]" in err and "data.doctor=off" in err and str(data) in err
     assert not (tmp_path / "run").exists()
-    code, _, err = command(*given, "--set", "data.doctor=off", "--set", "training.batch_size=20")
+    code, _, err = command(*arguments, "--set", "data.doctor=off", "--set", "training.batch_size=20")
     assert code == 0, err
     assert "forces-sign" not in err
 
@@ -156,8 +156,8 @@ def test_fit_reports_warnings(command: Command, tmp_path: Path) -> None:
     frames[5] = frames[2].copy()
     ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
     ase.io.write(tmp_path / "v.xyz", labelled(3, seed=4), format="extxyz")
-    given = ("fit", tmp_path / "a.xyz", "--valid", tmp_path / "v.xyz", "--model", write_model(tmp_path / "m.model"))
-    code, _, err = command(*given, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
+    arguments = ("fit", tmp_path / "a.xyz", "--valid", tmp_path / "v.xyz", "--model", write_model(tmp_path / "m.model"))
+    code, _, err = command(*arguments, "--method", "readout", "--epochs", 1, "--out", tmp_path / "run")
     assert code == 0, err
     assert "frame 5: The same structure as an earlier frame" in err
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
@@ -177,10 +177,10 @@ def test_comparison_stops_before_its_first_run(command: Command, tmp_path: Path)
 
 
 def test_random_weights_are_no_evidence_against_data(tmp_path: Path) -> None:
-    found = forcetune.doctor(
+    checkup = forcetune.doctor(
         write_labelled(tmp_path / "a.xyz", 40), model=write_model(tmp_path / "m.model"), console=QUIET
     )
-    assert found.n_errors == 0, [str(item) for item in found.findings]
+    assert checkup.n_errors == 0, [str(item) for item in checkup.findings]
 
 
 # ---- reading goes on ----------------------------------------------------------------------------------------------
@@ -194,26 +194,26 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     frames[9].positions[0] = np.nan
     del frames[11].info[ENERGY]
     ase.io.write(tmp_path / "a.xyz", frames, format="extxyz")
-    found = forcetune.doctor([tmp_path / "a.xyz", tmp_path / "none.xyz"], model=None, console=QUIET)
-    where = {item.code: item.frames for item in found.findings if item.severity == "error"}
+    checkup = forcetune.doctor([tmp_path / "a.xyz", tmp_path / "none.xyz"], model=None, console=QUIET)
+    where = {item.code: item.frames for item in checkup.findings if item.severity == "error"}
     assert where == {
         "energy-not-finite": (2,),
         "forces-not-finite": (5, 6),
         "structure-broken": (9,),
         "file-unreadable": (),
     }
-    assert found.facts["sets"]["train"]["n_frames"] == 19
-    missing = next(item for item in found.findings if item.code == "energy-missing")
+    assert checkup.facts["sets"]["train"]["n_frames"] == 19
+    missing = next(item for item in checkup.findings if item.code == "energy-missing")
     assert (missing.severity, missing.frames) == ("warning", (11,))
 
 
 def test_frames_in_memory_without_a_model() -> None:
     frames = structures("train")[:12]
     frames[3] = frames[1].copy()
-    found = forcetune.doctor(frames, model=None, console=QUIET)
-    assert found.codes == {"duplicate-frames", "composition-rank"}
-    assert "agreement" not in found.facts
-    duplicate = next(item for item in found.findings if item.code == "duplicate-frames")
+    checkup = forcetune.doctor(frames, model=None, console=QUIET)
+    assert checkup.codes == {"duplicate-frames", "composition-rank"}
+    assert "agreement" not in checkup.facts
+    duplicate = next(item for item in checkup.findings if item.code == "duplicate-frames")
     assert (duplicate.file, duplicate.frames, duplicate.n_frames) == ("<atoms>", (3,), 1)
 
 
@@ -224,7 +224,7 @@ def codes_of(train: Sequence[Atoms], test: Sequence[Atoms] = ()) -> set[str]:
     sets = {"train": frames_from_atoms(train).frames}
     if test:
         sets["test"] = frames_from_atoms(test).frames
-    return {found.code for found in examine_frames(sets).findings} - {"composition-rank"}
+    return {finding.code for finding in examine_frames(sets).findings} - {"composition-rank"}
 
 
 def test_copies_are_found_whatever_their_orientation_and_order() -> None:
@@ -265,7 +265,7 @@ def test_composition_is_not_moved_by_wrong_energies() -> None:
 
 def out_of_reach(frames: int = 8, cell: float | None = None) -> list[Atoms]:
     """Pairs of atoms out of each other's reach, with the energy of two atoms and no forces."""
-    found = []
+    structures_out_of_reach = []
     for k in range(frames):
         atoms = Atoms("OH", [[0, 0, 0], [0, 0, 6 + 0.1 * k]])
         if cell is not None:
@@ -274,16 +274,16 @@ def out_of_reach(frames: int = 8, cell: float | None = None) -> list[Atoms]:
             atoms.info["REF_stress"] = np.zeros(9)
         atoms.info[ENERGY] = -120.1234567891
         atoms.arrays[FORCES] = np.zeros((2, 3))
-        found.append(atoms)
-    return found
+        structures_out_of_reach.append(atoms)
+    return structures_out_of_reach
 
 
 @pytest.mark.parametrize("cell", [None, 25.0])
 def test_atoms_out_of_reach(cell: float | None, mini: Backbone) -> None:
     """No neighbours, no forces, equal energies: all as it must be, but for the hint that they are alone."""
-    found = forcetune.doctor(out_of_reach(cell=cell), model=mini, console=QUIET)
-    assert found.n_errors == 0
-    assert "atom-alone" in found.codes and not {"energy-constant", "energy-repeated", "forces-zero"} & found.codes
+    checkup = forcetune.doctor(out_of_reach(cell=cell), model=mini, console=QUIET)
+    assert checkup.n_errors == 0
+    assert "atom-alone" in checkup.codes and not {"energy-constant", "energy-repeated", "forces-zero"} & checkup.codes
     mixed = forcetune.doctor([*out_of_reach(), *structures("train")], model=mini, test=out_of_reach(3), console=QUIET)
     assert mixed.n_errors == 0
 
@@ -305,25 +305,31 @@ def test_fits_of_atoms_out_of_reach(tmp_path: Path) -> None:
 def test_atoms_at_one_place_are_findings(mini: Backbone) -> None:
     frames = structures("train")[:10]
     frames[3].positions[1] = frames[3].positions[0]
-    found = forcetune.doctor(frames, model=mini, console=QUIET)
-    assert any(one.code == "atoms-overlap" and one.frames == (3,) for one in found.findings)
+    checkup = forcetune.doctor(frames, model=mini, console=QUIET)
+    assert any(one.code == "atoms-overlap" and one.frames == (3,) for one in checkup.findings)
 
 
 def predicted(model: Backbone, frames: Sequence[Atoms]) -> LabelledPredictions:
-    found = frames_from_atoms(frames).frames
-    return LabelledPredictions.of(found, predict(model, build_graphs(model, found)))
+    labelled_frames = frames_from_atoms(frames).frames
+    return LabelledPredictions.of(labelled_frames, predict(model, build_graphs(model, labelled_frames)))
 
 
 def test_energies_follow_forces_from_frame_to_frame(mini: Backbone) -> None:
-    found = predicted(mini, [*structures("train"), *structures("valid")])
-    kept = pair_correlation(found)
+    predictions = predicted(mini, [*structures("train"), *structures("valid")])
+    correlation = pair_correlation(predictions)
     rng = np.random.default_rng(2)
     shuffled = LabelledPredictions(
-        found.frames, found.energy, rng.permutation(found.energy_label), found.forces, found.forces_label, None, None
+        predictions.frames,
+        predictions.energy,
+        rng.permutation(predictions.energy_label),
+        predictions.forces,
+        predictions.forces_label,
+        None,
+        None,
     )
     lost = pair_correlation(shuffled)
-    assert kept is not None and lost is not None
-    assert kept > 0.9
+    assert correlation is not None and lost is not None
+    assert correlation > 0.9
     assert abs(lost) < 0.3
 
 
@@ -356,7 +362,7 @@ def test_stress_signs_and_units(factor: float, codes: set[str]) -> None:
     stress += stress.transpose(0, 2, 1)
     numbers = np.concatenate([atoms.numbers for atoms in frames])
     nothing = np.full((len(numbers), 3), np.nan)
-    found = Predictions(
+    predictions = Predictions(
         numbers=numbers,
         atoms=np.array([len(atoms) for atoms in frames]),
         energy=np.zeros(20),
@@ -366,30 +372,30 @@ def test_stress_signs_and_units(factor: float, codes: set[str]) -> None:
         stress=stress,
         stress_label=factor * 1.1 * stress,
     )
-    compared = LabelledPredictions.of(frames_from_atoms(frames).frames, found)
+    compared = LabelledPredictions.of(frames_from_atoms(frames).frames, predictions)
     assert {item.code for item in diagnose(compared)} == codes
 
 
 def test_memory_of_a_step_is_what_is_measured(mini: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = build_graphs(mini, frames_from_atoms(structures("train")).frames)
     monkeypatch.setattr("forcetune.diagnostics.memory.MEASURED_EDGES", 1000)
-    found = step_memory(mini, graphs, 40)
-    assert found is not None
-    assert found.measured_edges <= 1000 < found.batch_edges
+    estimate = step_memory(mini, graphs, 40)
+    assert estimate is not None
+    assert estimate.measured_edges <= 1000 < estimate.batch_edges
     largest = sorted(graphs, key=lambda graph: graph.n_edges, reverse=True)[:40]
     batch = collate(largest).to(device=mini.device)
     measured = measure_peak_memory(lambda: training_step(mini, batch), mini.device)
-    assert found.estimate_bytes == pytest.approx(measured, rel=0.25)
+    assert estimate.estimate_bytes == pytest.approx(measured, rel=0.25)
     assert not any(parameter.grad is not None for parameter in mini.model.parameters())
 
 
 def test_switch_in_python(tmp_path: Path) -> None:
     data = gradients(tmp_path / "gradients.xyz")
-    given = {"model": "mini", "method": "readout", "valid": 10, "epochs": 1, "out": tmp_path / "run"}
+    options = {"model": "mini", "method": "readout", "valid": 10, "epochs": 1, "out": tmp_path / "run"}
     with pytest.raises(InputError, match=r"multiply them by −1.*\[forces-sign\]"):
-        forcetune.fit(data, **given)
+        forcetune.fit(data, **options)
     frames = structures("train")
     frames[5] = frames[2].copy()
     ase.io.write(tmp_path / "twice.xyz", frames, format="extxyz")
     with pytest.warns(ForcetuneWarning, match="duplicate-frames"):
-        forcetune.fit(tmp_path / "twice.xyz", **given | {"valid": forcetune.demo_file("hot")})
+        forcetune.fit(tmp_path / "twice.xyz", **options | {"valid": forcetune.demo_file("hot")})

@@ -42,14 +42,14 @@ def example() -> Predictions:
 
 
 def test_errors_by_hand() -> None:
-    found = example().errors()
-    assert found.n_frames == 2
-    assert found.energy_mae_mev == pytest.approx(500)
-    assert found.energy_mae_mev_per_atom == pytest.approx(250)
-    assert found.energy_rmse_mev == pytest.approx(500)
-    assert found.forces_mae_mev_per_ang == pytest.approx(100 / 3)
-    assert found.forces_rmse_mev_per_ang == pytest.approx(100 / np.sqrt(3))
-    assert "stress_mae_mev_per_ang3" not in found.to_json()
+    errors = example().errors()
+    assert errors.n_frames == 2
+    assert errors.energy_mae_mev == pytest.approx(500)
+    assert errors.energy_mae_mev_per_atom == pytest.approx(250)
+    assert errors.energy_rmse_mev == pytest.approx(500)
+    assert errors.forces_mae_mev_per_ang == pytest.approx(100 / 3)
+    assert errors.forces_rmse_mev_per_ang == pytest.approx(100 / np.sqrt(3))
+    assert "stress_mae_mev_per_ang3" not in errors.to_json()
 
 
 def test_a_prediction_that_is_no_number_is_no_missing_label() -> None:
@@ -92,9 +92,9 @@ def test_streamed_frames_may_have_no_number_after_a_training(tmp_path: Path) -> 
     assert isinstance(graphs, StoredGraphs)
     with pytest.raises(InputError, match=r"a\.xyz, frame 1: the model's energy or forces are not finite"):
         predict_streamed(model, graphs)
-    found, expected = predict_streamed(model, graphs, finite=False), predict(model, build_graphs(model, list(frames)))
-    assert np.array_equal(np.isnan(found.energy), [False, True, False])
-    assert found.errors().to_json() == pytest.approx(expected.errors().to_json(), rel=1e-10, nan_ok=True)
+    result, expected = predict_streamed(model, graphs, finite=False), predict(model, build_graphs(model, list(frames)))
+    assert np.array_equal(np.isnan(result.energy), [False, True, False])
+    assert result.errors().to_json() == pytest.approx(expected.errors().to_json(), rel=1e-10, nan_ok=True)
 
 
 def silicon() -> Atoms:

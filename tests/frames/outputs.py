@@ -160,10 +160,10 @@ def write_cp2k_trajectory(folder: Path, frames: int = 3, *, cells: bool = True, 
         atoms = salt(step)
         energy, force, stress = labels(step)
         comment = f" i = {step:8d}, time = {0.5 * step:12.3f}, E = {energy:20.10f}"
-        for kept, rows in ((positions, atoms.positions), (forces, force)):
-            if kept is positions or step % every == 0:
-                kept += [str(len(atoms)), comment]
-                kept += [
+        for lines_of_part, rows in ((positions, atoms.positions), (forces, force)):
+            if lines_of_part is positions or step % every == 0:
+                lines_of_part += [str(len(atoms)), comment]
+                lines_of_part += [
                     f"{symbol:>3} " + " ".join(f"{v:.10f}" for v in row)
                     for symbol, row in zip(atoms.symbols, rows, strict=True)
                 ]

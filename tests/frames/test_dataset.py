@@ -27,9 +27,9 @@ def isolated(z: str) -> Atoms:
 
 def test_isolated_atoms_are_references_and_not_examples(tmp_path: Path) -> None:
     write(tmp_path / "a.xyz", [isolated("H"), *labelled(10), isolated("O")], format="extxyz")
-    found = read_dataset(config(tmp_path / "a.xyz", valid=3))
-    assert (len(found.train.frames), len(found.valid.frames), len(found.isolated)) == (7, 3, 2)
-    assert found.elements == (1, 6, 8)
+    dataset = read_dataset(config(tmp_path / "a.xyz", valid=3))
+    assert (len(dataset.train.frames), len(dataset.valid.frames), len(dataset.isolated)) == (7, 3, 2)
+    assert dataset.elements == (1, 6, 8)
     write(tmp_path / "b.xyz", [isolated("H")], format="extxyz")
     with pytest.raises(InputError, match="isolated atoms only; give frames to train on"):
         read_dataset(config(tmp_path / "b.xyz"))
@@ -55,8 +55,8 @@ def test_energies_alone_are_enough_for_a_test_but_not_for_training(tmp_path: Pat
     for atoms in frames:
         del atoms.arrays["REF_forces"]
     write(tmp_path / "dihedral.xyz", frames, format="extxyz")
-    found = read_dataset(config(train, test=[str(tmp_path / "dihedral.xyz")]))
-    assert found.tests["test"].keys.forces is None
+    dataset = read_dataset(config(train, test=[str(tmp_path / "dihedral.xyz")]))
+    assert dataset.tests["test"].keys.forces is None
     with pytest.raises(InputError, match="no forces found"):
         read_dataset(config(tmp_path / "dihedral.xyz"))
     assert read_dataset(config(tmp_path / "dihedral.xyz", valid=1, forces_key="none")).train.keys.forces is None
@@ -77,8 +77,8 @@ def test_other_keys_in_other_files_are_told(tmp_path: Path) -> None:
 def test_published_few_shot_split(reference_data: Path) -> None:
     import numpy as np
 
-    found = read_dataset(config(reference_data / "rmd17" / "aspirin" / "train.xyz", valid=0.5))
+    dataset = read_dataset(config(reference_data / "rmd17" / "aspirin" / "train.xyz", valid=0.5))
     order = list(range(100))
     np.random.default_rng(123).shuffle(order)
-    assert [frame.origin.index for frame in found.train.frames] == order[:50]
-    assert [frame.origin.index for frame in found.valid.frames] == order[50:]
+    assert [frame.origin.index for frame in dataset.train.frames] == order[:50]
+    assert [frame.origin.index for frame in dataset.valid.frames] == order[50:]

@@ -26,11 +26,11 @@ from systems import labelled
 def test_hdf5_as_mace_writes_it(tmp_path: Path) -> None:
     frames = labelled(120)
     path = write_hdf5(tmp_path / "a.h5", frames, stress=np.arange(6.0), dipole="None")
-    found = read_frames(path, require=("energy", "forces", "stress"))
-    assert found.keys[:3] == ("energy", "forces", "stress")
-    assert [frame.energy for frame in found.frames] == [atoms.info["REF_energy"] for atoms in frames]
-    assert all(np.array_equal(f.positions, a.positions) for f, a in zip(found.frames, frames, strict=True))
-    assert found.frames[0].stress is not None and found.frames[0].stress[1, 2] == 3.0
+    result = read_frames(path, require=("energy", "forces", "stress"))
+    assert result.keys[:3] == ("energy", "forces", "stress")
+    assert [frame.energy for frame in result.frames] == [atoms.info["REF_energy"] for atoms in frames]
+    assert all(np.array_equal(f.positions, a.positions) for f, a in zip(result.frames, frames, strict=True))
+    assert result.frames[0].stress is not None and result.frames[0].stress[1, 2] == 3.0
     with h5py.File(path, "r+") as file:
         file["config_batch_2/config_19/property_weights/forces"][...] = 0.0  # pyright: ignore[reportIndexIssue]
     with pytest.raises(InputError, match=r"a\.h5, frame 119 has no forces under 'forces' \(1 of 120"):
@@ -126,8 +126,8 @@ def test_aselmdb_is_read_as_any_database(tmp_path: Path) -> None:
     assert not (tmp_path / "a.aselmdb-lock").exists()
     with ase.db.connect(tmp_path / "a.aselmdb") as database:
         database.delete([1, 7])
-    kept = read_frames(tmp_path / "a.aselmdb")
-    assert [frame.energy for frame in kept.frames] == [
+    result = read_frames(tmp_path / "a.aselmdb")
+    assert [frame.energy for frame in result.frames] == [
         atoms.info["REF_energy"] for index, atoms in enumerate(frames) if index not in (0, 6)
     ]
 
@@ -242,5 +242,5 @@ def test_frames_that_fill_memory_are_refused(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_arrays_of_rows_are_those_that_ase_wrote(array: np.ndarray) -> None:
-    found = _decode(encode({"a": array}))["a"]
-    assert found.dtype == array.dtype and np.array_equal(found, array)
+    decoded = _decode(encode({"a": array}))["a"]
+    assert decoded.dtype == array.dtype and np.array_equal(decoded, array)

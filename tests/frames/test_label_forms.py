@@ -66,17 +66,17 @@ def test_every_name_in_every_form(key: str, value: str, tmp_path: Path) -> None:
 def test_streamed_frames_have_the_same(key: str, tmp_path: Path) -> None:
     path = tmp_path / "a.xyz"
     path.write_text(text_frame(f'energy=-1 {CELL} {key}="{SIX}"') * 3)
-    found = streamed(path)
-    assert found.keys.stress == key
-    assert_same(found.frames, read_frames(path).frames)
+    result = streamed(path)
+    assert result.keys.stress == key
+    assert_same(result.frames, read_frames(path).frames)
 
 
 def test_a_stress_that_is_not_there_may_be_written_as_none(tmp_path: Path) -> None:
     path = tmp_path / "a.xyz"
     path.write_text(text_frame(f'energy=-1 {CELL} stress="{SIX}"') + text_frame(f"energy=-2 {CELL} stress=None"))
     with pytest.warns(ForcetuneWarning, match="1 of 2 frames have no stress under 'stress'"):
-        found = read_frames(path)
-    assert [frame.stress is None for frame in found.frames] == [False, True]
+        result = read_frames(path)
+    assert [frame.stress is None for frame in result.frames] == [False, True]
 
 
 def test_another_number_of_components_is_refused(tmp_path: Path) -> None:
@@ -94,28 +94,30 @@ def test_stress_and_virial_that_agree_are_one_label() -> None:
     volume = 5 * 6 * 7
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = frames_from_atoms([with_both(np.round(-MATRIX * volume, 2))])
-    assert found.keys.stress == "stress"
+        result = frames_from_atoms([with_both(np.round(-MATRIX * volume, 2))])
+    assert result.keys.stress == "stress"
 
 
-@pytest.mark.parametrize(("factor", "told"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")])
-def test_stress_and_virial_that_disagree_are_told(factor: float, told: str) -> None:
+@pytest.mark.parametrize(
+    ("factor", "sentence"), [(1.0, "virial has the opposite sign"), (-2.0, "ignored. Set stress_key")]
+)
+def test_stress_and_virial_that_disagree_are_told(factor: float, sentence: str) -> None:
     with pytest.warns(ForcetuneWarning, match="stress taken from 'stress'; 'virial' with other values") as heard:
         frames_from_atoms([with_both(factor * MATRIX * 5 * 6 * 7)])
-    assert told in str(heard[0].message)
+    assert sentence in str(heard[0].message)
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
 
 
 def weighted(*weights: dict[str, Any]) -> list[Atoms]:
-    found = []
+    structures = []
     for seed, own in enumerate(weights):
         atoms = water(seed, cell=5.0)
         atoms.info |= {"REF_energy": -14.0 - seed, "REF_virials": MATRIX.ravel(), **own}
         atoms.arrays["REF_forces"] = np.full((3, 3), float(seed))
-        found.append(atoms)
-    return found
+        structures.append(atoms)
+    return structures
 
 
 WEIGHTED = weighted(
@@ -129,18 +131,18 @@ WEIGHTED = weighted(
 def test_weights_are_read_and_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.xyz", *WEIGHTED)
     with pytest.warns(ForcetuneWarning) as heard:
-        found = read_frames(path, require=())
+        result = read_frames(path, require=())
     (text,) = [str(item.message) for item in heard if "weights" in str(item.message)]
     assert "1 of 4 frames have config_weight 0 and are left out" in text
     assert "config_forces_weight 0 to 3" in text and "labels with weight 0 are left out" in text
     assert "config_energy_weight 0)" in text or "config_energy_weight 0," in text  # that of a frame left out is no news
-    assert [frame.origin.index for frame in found.frames] == [0, 2, 3]
-    weights = [(f.energy_weight, f.forces_weight, f.stress_weight, f.moments_weight) for f in found.frames]
+    assert [frame.origin.index for frame in result.frames] == [0, 2, 3]
+    weights = [(f.energy_weight, f.forces_weight, f.stress_weight, f.moments_weight) for f in result.frames]
     assert weights == [(2.0, 6.0, 2.0, 2.0), (0.0, 1.0, 0.25, 1.0), (1.0, 0.0, 0.5, 1.0)]
-    labels = [(f.energy is None, f.forces is None, f.stress is None) for f in found.frames]
+    labels = [(f.energy is None, f.forces is None, f.stress is None) for f in result.frames]
     assert labels == [(False, False, False), (True, False, False), (False, True, False)]
     with pytest.warns(ForcetuneWarning) as again:
-        assert_same(streamed(path).frames, found.frames)
+        assert_same(streamed(path).frames, result.frames)
     assert text in [str(item.message) for item in again]
 
 
@@ -188,8 +190,8 @@ def test_weights_of_hdf5(tmp_path: Path) -> None:
         batch["config_1/weight"][()] = 3.0
         batch["config_2/property_weights/forces"][()] = 5.0
     with pytest.warns(ForcetuneWarning, match="1 of 3 frames have config_weight 0"):
-        found = read_frames(path)
-    weights = [(frame.energy_weight, frame.forces_weight) for frame in found.frames]
+        result = read_frames(path)
+    weights = [(frame.energy_weight, frame.forces_weight) for frame in result.frames]
     assert weights == [(3.0, 3.0), (1.0, 5.0)]
 
 
@@ -204,22 +206,22 @@ def test_frames_that_lack_a_label_are_told_and_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "a.xyz", *frames)
     needed = ("energy", "forces")
     with pytest.warns(ForcetuneWarning) as heard:
-        found = read_frames(path, require=(), expect=needed)
-    told = " ".join(str(item.message) for item in heard)
-    assert "2 of 6 frames have no forces under 'REF_forces'" in told
-    assert "1 of 6 frames have no energy under 'REF_energy'" in told and "frame 4" in told
-    assert [frame.forces is None for frame in found.frames] == [True, True, False, False, False, False]
+        result = read_frames(path, require=(), expect=needed)
+    messages = " ".join(str(item.message) for item in heard)
+    assert "2 of 6 frames have no forces under 'REF_forces'" in messages
+    assert "1 of 6 frames have no energy under 'REF_energy'" in messages and "frame 4" in messages
+    assert [frame.forces is None for frame in result.frames] == [True, True, False, False, False, False]
     with pytest.warns(ForcetuneWarning):
-        assert_same(streamed(path, expect=needed).frames, found.frames)
+        assert_same(streamed(path, expect=needed).frames, result.frames)
 
 
 @pytest.mark.parametrize("label", ["energy", "forces"])
 def test_none_does_without_a_label_that_is_expected(label: str, tmp_path: Path) -> None:
     frames = [labelled(seed) for seed in range(3)]
     keys: Any = {f"{label}_key": "none"}
-    found = frames_from_atoms(frames, require=(), expect=("energy", "forces"), **keys)
-    assert getattr(found.keys, label) is None
-    assert all(getattr(frame, label) is None for frame in found.frames)
+    result = frames_from_atoms(frames, require=(), expect=("energy", "forces"), **keys)
+    assert getattr(result.keys, label) is None
+    assert all(getattr(frame, label) is None for frame in result.frames)
     for atoms in frames:
         atoms.info.pop("REF_energy") if label == "energy" else atoms.arrays.pop("REF_forces")
     path = write(tmp_path / "a.xyz", *frames)
@@ -271,7 +273,7 @@ def test_charge_and_multiplicity_are_kept(tmp_path: Path) -> None:
     atoms.info |= {"charge": -1, "spin": 2}
     path = write(tmp_path / "a.xyz", atoms, labelled(1))
     with pytest.warns(ForcetuneWarning, match="'charge' and 'spin'"):
-        found = read_frames(path)
-    assert [(frame.charge, frame.multiplicity) for frame in found.frames] == [(-1.0, 2.0), (None, None)]
+        result = read_frames(path)
+    assert [(frame.charge, frame.multiplicity) for frame in result.frames] == [(-1.0, 2.0), (None, None)]
     with pytest.warns(ForcetuneWarning):
-        assert_same(streamed(path).frames, found.frames)
+        assert_same(streamed(path).frames, result.frames)

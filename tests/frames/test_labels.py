@@ -24,27 +24,27 @@ from structures import calculated, labelled, text_frame, water, write
 def test_every_usual_energy_key_is_found_in_files(energy_key: str, tmp_path: Path) -> None:
     path = tmp_path / "a.xyz"
     path.write_text(text_frame(f"{energy_key}=-1.5"))
-    found = read_frames(path)
-    assert found.keys.energy == energy_key
-    assert found.frames[0].energy == -1.5
+    result = read_frames(path)
+    assert result.keys.energy == energy_key
+    assert result.frames[0].energy == -1.5
 
 
 @pytest.mark.parametrize("forces_key", [key for key in CANDIDATES["forces"] if key != "calculator"])
 def test_every_usual_forces_key_is_found_in_files(forces_key: str, tmp_path: Path) -> None:
     path = tmp_path / "a.xyz"
     path.write_text(text_frame("energy=-1").replace("forces:R", f"{forces_key}:R"))
-    found = read_frames(path, require=("energy", "forces"))
-    assert found.keys.forces == forces_key
-    assert found.frames[0].forces is not None
-    np.testing.assert_array_equal(found.frames[0].forces, [[1, 2, 3], [4, 5, 6]])
+    result = read_frames(path, require=("energy", "forces"))
+    assert result.keys.forces == forces_key
+    assert result.frames[0].forces is not None
+    np.testing.assert_array_equal(result.frames[0].forces, [[1, 2, 3], [4, 5, 6]])
 
 
 def test_a_reference_key_goes_before_a_plain_one_and_the_other_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.xyz"
     path.write_text(text_frame("energy=-1 REF_energy=-2"))
     with pytest.warns(ForcetuneWarning, match="energy taken from 'REF_energy'; 'energy' with other values ignored"):
-        found = read_frames(path)
-    assert found.frames[0].energy == -2
+        result = read_frames(path)
+    assert result.frames[0].energy == -2
     assert read_frames(path, energy_key="energy").frames[0].energy == -1
 
 
@@ -62,10 +62,10 @@ def test_free_energy_is_the_last_resort(tmp_path: Path) -> None:
 
 def test_explicit_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "a.xyz", *(labelled(i, energy_key="E_ccsd", forces_key="F_ccsd") for i in range(3)))
-    found = read_frames(path, energy_key="E_ccsd", forces_key="F_ccsd", require=("energy", "forces"))
-    assert found.keys == LabelKeys("E_ccsd", "F_ccsd", None)
-    assert [frame.energy for frame in found.frames] == [-14, -15, -16]
-    assert describe_keys(found) == "energy from 'E_ccsd', forces from 'F_ccsd', no stress"
+    result = read_frames(path, energy_key="E_ccsd", forces_key="F_ccsd", require=("energy", "forces"))
+    assert result.keys == LabelKeys("E_ccsd", "F_ccsd", None)
+    assert [frame.energy for frame in result.frames] == [-14, -15, -16]
+    assert describe_keys(result) == "energy from 'E_ccsd', forces from 'F_ccsd', no stress"
 
 
 def test_none_leaves_a_label_out(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_one_frame_without_forces(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="frame 1 has no forces under 'REF_forces'"):
         read_frames(path, require=("energy", "forces"))
     with pytest.warns(ForcetuneWarning, match=r"1 of 4 frames have no forces under 'REF_forces', first .*frame 1"):
-        found = read_frames(path)
-    assert [frame.forces is None for frame in found.frames] == [False, True, False, False]
+        result = read_frames(path)
+    assert [frame.forces is None for frame in result.frames] == [False, True, False, False]
 
 
 def test_one_key_holds_for_all_files(tmp_path: Path) -> None:
@@ -138,18 +138,18 @@ MATRIX = np.array([[1.0, 6.0, 5.0], [6.0, 2.0, 4.0], [5.0, 4.0, 3.0]])
 def test_stress_in_every_shape(key: str, value: np.ndarray, tmp_path: Path) -> None:
     atoms = water(cell=5.0)
     atoms.info |= {"REF_energy": -1.0, key: value}
-    for found in (frames_from_atoms([atoms]), read_frames(write(tmp_path / "a.xyz", atoms))):
-        assert found.keys.stress == key
-        assert found.frames[0].stress is not None
-        np.testing.assert_allclose(found.frames[0].stress, MATRIX, rtol=0, atol=1e-12)
+    for result in (frames_from_atoms([atoms]), read_frames(write(tmp_path / "a.xyz", atoms))):
+        assert result.keys.stress == key
+        assert result.frames[0].stress is not None
+        np.testing.assert_allclose(result.frames[0].stress, MATRIX, rtol=0, atol=1e-12)
 
 
 def test_stress_of_a_calculator_is_in_ase_order() -> None:
     atoms = calculated(stress=VOIGT)
-    found = frames_from_atoms([atoms]).frames[0]
-    assert found.stress is not None
-    np.testing.assert_array_equal(found.stress, MATRIX)
-    np.testing.assert_array_equal(found.stress, atoms.get_stress(voigt=False))
+    frame = frames_from_atoms([atoms]).frames[0]
+    assert frame.stress is not None
+    np.testing.assert_array_equal(frame.stress, MATRIX)
+    np.testing.assert_array_equal(frame.stress, atoms.get_stress(voigt=False))
 
 
 @pytest.mark.parametrize("key", ["virial", "virials", "REF_virial", "REF_virials", "dft_virial"])
@@ -157,10 +157,10 @@ def test_stress_of_a_calculator_is_in_ase_order() -> None:
 def test_virial_becomes_stress_with_the_opposite_sign(key: str, value: np.ndarray, tmp_path: Path) -> None:
     atoms = water(cell=5.0)
     atoms.info |= {"REF_energy": -1.0, key: value}
-    found = [frames_from_atoms([atoms])]
+    results = [frames_from_atoms([atoms])]
     if key != "virial" or value.size == 9:  # ASE reads the key virial in nine numbers only
-        found.append(read_frames(write(tmp_path / "a.xyz", atoms)))
-    for frames in found:
+        results.append(read_frames(write(tmp_path / "a.xyz", atoms)))
+    for frames in results:
         assert frames.keys.stress == key
         assert frames.frames[0].stress is not None
         np.testing.assert_allclose(frames.frames[0].stress, -MATRIX / (5 * 6 * 7), rtol=1e-12)
@@ -197,8 +197,8 @@ def test_molecules_need_no_stress_where_crystals_have_one() -> None:
     crystal = calculated(stress=VOIGT)
     molecule = water()
     molecule.calc = SinglePointCalculator(molecule, energy=-1.0, forces=np.zeros((3, 3)))
-    found = frames_from_atoms([crystal, molecule], require=("energy", "stress"))
-    assert [frame.stress is None for frame in found.frames] == [False, True]
+    result = frames_from_atoms([crystal, molecule], require=("energy", "stress"))
+    assert [frame.stress is None for frame in result.frames] == [False, True]
     with pytest.raises(InputError, match="frame 1 has no stress"):
         frames_from_atoms([crystal, calculated()], require=("energy", "stress"))
 

@@ -27,14 +27,14 @@ RMD17 = [
 
 @pytest.mark.parametrize("molecule", RMD17)
 def test_rmd17(molecule: str, reference_data: Path) -> None:
-    found = read_frames(reference_data / "rmd17" / molecule / "train.xyz", require=("energy", "forces"))
-    assert len(found) == 100
-    assert found.keys == LabelKeys("REF_energy", "REF_forces", None)
-    assert all(frame.energy is not None and frame.energy < -1000 for frame in found.frames)
-    assert all(frame.forces is not None and frame.forces.shape == (len(frame), 3) for frame in found.frames)
-    assert {frame.pbc.all() for frame in found.frames} == {np.True_}
-    np.testing.assert_array_equal(found.frames[0].cell, 20 * np.eye(3))
-    assert len({tuple(frame.numbers) for frame in found.frames}) == 1
+    result = read_frames(reference_data / "rmd17" / molecule / "train.xyz", require=("energy", "forces"))
+    assert len(result) == 100
+    assert result.keys == LabelKeys("REF_energy", "REF_forces", None)
+    assert all(frame.energy is not None and frame.energy < -1000 for frame in result.frames)
+    assert all(frame.forces is not None and frame.forces.shape == (len(frame), 3) for frame in result.frames)
+    assert {frame.pbc.all() for frame in result.frames} == {np.True_}
+    np.testing.assert_array_equal(result.frames[0].cell, 20 * np.eye(3))
+    assert len({tuple(frame.numbers) for frame in result.frames}) == 1
 
 
 def test_values_are_those_of_the_file(reference_data: Path) -> None:
@@ -63,18 +63,18 @@ def test_values_are_those_of_the_file(reference_data: Path) -> None:
 )
 def test_acac_and_3bpa(file: str, count: int, reference_data: Path) -> None:
     """Their keys are ``energy`` and ``forces``, which ASE moves into a calculator."""
-    found = read_frames(reference_data / file, require=("energy", "forces"))
-    assert len(found) == count
-    assert found.keys == LabelKeys("energy", "forces", None)
-    assert not any(frame.pbc.any() for frame in found.frames)
-    assert all(frame.forces is not None for frame in found.frames)
+    result = read_frames(reference_data / file, require=("energy", "forces"))
+    assert len(result) == count
+    assert result.keys == LabelKeys("energy", "forces", None)
+    assert not any(frame.pbc.any() for frame in result.frames)
+    assert all(frame.forces is not None for frame in result.frames)
 
 
 @pytest.mark.parametrize("file", ["acac/test_dihedral.xyz", "acac/test_H_transfer.xyz"])
 def test_energies_alone_are_enough_unless_forces_are_asked_for(file: str, reference_data: Path) -> None:
-    found = read_frames(reference_data / file)
-    assert found.keys == LabelKeys("energy", None, None)
-    assert describe_keys(found) == "energy from 'energy', no forces, no stress"
+    result = read_frames(reference_data / file)
+    assert result.keys == LabelKeys("energy", None, None)
+    assert describe_keys(result) == "energy from 'energy', no forces, no stress"
     with pytest.raises(InputError, match="no forces found under the usual keys") as caught:
         read_frames(reference_data / file, require=("energy", "forces"), name="test data")
     assert "test data" in str(caught.value)
@@ -85,18 +85,18 @@ def test_energies_alone_are_enough_unless_forces_are_asked_for(file: str, refere
     ("file", "elements"), [("acac/isolated_atoms.xyz", (1, 6, 8)), ("3bpa/iso_atoms.xyz", (1, 6, 7, 8))]
 )
 def test_isolated_atoms_need_no_forces(file: str, elements: tuple[int, ...], reference_data: Path) -> None:
-    found = read_frames(reference_data / file, require=("energy", "forces"))
-    assert found.elements == elements
-    assert all(frame.forces is None for frame in found.frames)
+    result = read_frames(reference_data / file, require=("energy", "forces"))
+    assert result.elements == elements
+    assert all(frame.forces is None for frame in result.frames)
 
 
 def test_molecules_and_their_isolated_atoms_together(reference_data: Path) -> None:
     acac = reference_data / "acac"
-    found = read_frames([acac / "isolated_atoms.xyz", acac / "train_300K.xyz"], require=("energy", "forces"))
-    assert len(found) == 503
-    assert found.keys == LabelKeys("energy", "forces", None)
-    assert found.frames[3].origin.index == 0
-    assert found.files == (str(acac / "isolated_atoms.xyz"), str(acac / "train_300K.xyz"))
+    result = read_frames([acac / "isolated_atoms.xyz", acac / "train_300K.xyz"], require=("energy", "forces"))
+    assert len(result) == 503
+    assert result.keys == LabelKeys("energy", "forces", None)
+    assert result.frames[3].origin.index == 0
+    assert result.files == (str(acac / "isolated_atoms.xyz"), str(acac / "train_300K.xyz"))
 
 
 # ---- values -----------------------------------------------------------------------------------------------
@@ -196,11 +196,11 @@ def test_constrained_atoms_keep_their_forces_in_binary_files(file: str, tmp_path
     assert atoms.calc is not None
     true_forces = atoms.calc.results["forces"]
     ase.io.write(tmp_path / file, atoms)
-    found = read_frames(tmp_path / file)
-    assert found.keys.forces == "calculator"
-    assert found.frames[0].forces is not None
-    np.testing.assert_allclose(found.frames[0].forces, true_forces, rtol=0, atol=1e-12)
-    assert np.abs(found.frames[0].forces[:2]).min() > 0
+    result = read_frames(tmp_path / file)
+    assert result.keys.forces == "calculator"
+    assert result.frames[0].forces is not None
+    np.testing.assert_allclose(result.frames[0].forces, true_forces, rtol=0, atol=1e-12)
+    assert np.abs(result.frames[0].forces[:2]).min() > 0
 
 
 def test_constrained_atoms_keep_their_forces_in_memory() -> None:
@@ -216,10 +216,10 @@ def test_constrained_atoms_keep_their_forces_in_memory() -> None:
 
 def test_results_of_a_calculator() -> None:
     """What the readers of VASP, CP2K, … outputs give."""
-    found = frames_from_atoms([calculated(i, stress=np.arange(6.0)) for i in range(2)], require=("energy", "forces"))
-    assert found.keys == LabelKeys("calculator", "calculator", "calculator")
-    assert found.files == ("<atoms>",)
-    assert str(found.frames[1].origin) == "<atoms>, frame 1"
+    result = frames_from_atoms([calculated(i, stress=np.arange(6.0)) for i in range(2)], require=("energy", "forces"))
+    assert result.keys == LabelKeys("calculator", "calculator", "calculator")
+    assert result.files == ("<atoms>",)
+    assert str(result.frames[1].origin) == "<atoms>, frame 1"
 
 
 def test_results_of_a_structure_that_moved_are_not_taken() -> None:
@@ -258,9 +258,9 @@ def test_labels_in_info_go_before_the_calculator() -> None:
     atoms = calculated()
     atoms.info["REF_energy"] = -99.0
     with pytest.warns(ForcetuneWarning, match="'calculator' with other values ignored"):
-        found = frames_from_atoms([atoms])
-    assert found.keys.energy == "REF_energy"
-    assert found.frames[0].energy == -99.0
+        result = frames_from_atoms([atoms])
+    assert result.keys.energy == "REF_energy"
+    assert result.frames[0].energy == -99.0
     assert frames_from_atoms([atoms], energy_key="calculator").frames[0].energy == -14.0
 
 

@@ -85,11 +85,11 @@ def test_an_element_the_model_does_not_know_is_named() -> None:
 
 def test_planted_shifts_are_recovered_exactly() -> None:
     frames, predicted = planted(FULL_RANK)
-    found = reference_energies("estimate", frames, (), predicted, MODEL)
-    assert (found.rank, found.n_elements, found.mode) == (4, 4, "estimate")
-    assert change(found.energies) == pytest.approx(SHIFT, abs=1e-9)
-    assert found.offset_before_mev_per_atom > 1000
-    assert found.offset_after_mev_per_atom == pytest.approx(0, abs=1e-6)
+    references = reference_energies("estimate", frames, (), predicted, MODEL)
+    assert (references.rank, references.n_elements, references.mode) == (4, 4, "estimate")
+    assert change(references.energies) == pytest.approx(SHIFT, abs=1e-9)
+    assert references.offset_before_mev_per_atom > 1000
+    assert references.offset_after_mev_per_atom == pytest.approx(0, abs=1e-6)
 
 
 @given(seed=st.integers(0, 1000))
@@ -111,25 +111,25 @@ def test_one_molecule_gets_the_smallest_change_that_removes_the_mean(seed: int, 
     predicted = total(formula, MODEL) + random.standard_normal(20)
     labels = predicted + 250.0 + random.standard_normal(20)
     frames = [molecule(formula, energy, i) for i, energy in enumerate(labels)]
-    found = reference_energies("estimate", frames, (), predicted, MODEL)
+    references = reference_energies("estimate", frames, (), predicted, MODEL)
     counts = composition_matrix(frames[:1], tuple(MODEL))[0]
     expected = counts * (labels - predicted).mean() / (counts @ counts)
-    np.testing.assert_allclose([change(found.energies)[z] for z in MODEL], expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose([change(references.energies)[z] for z in MODEL], expected, rtol=1e-9, atol=1e-9)
     left = labels - predicted - counts @ expected
     assert left.mean() == pytest.approx(0, abs=1e-9)
-    assert found.rank == 1
-    assert found.n_elements == np.count_nonzero(counts)
-    assert found.offset_after_mev_per_atom == pytest.approx(1e3 * np.abs(left).mean() / counts.sum())
+    assert references.rank == 1
+    assert references.n_elements == np.count_nonzero(counts)
+    assert references.offset_after_mev_per_atom == pytest.approx(1e3 * np.abs(left).mean() / counts.sum())
 
 
 def test_isomers_and_multiples_do_not_add_rank() -> None:
     """Compositions on a line leave a direction open; the change has no part along it."""
     frames, predicted = planted(("H2O", "H4O2", "H2O"))
-    found = reference_energies("estimate", frames, (), predicted, MODEL)
-    shift = change(found.energies)
-    assert (found.rank, found.n_elements) == (1, 2)
+    references = reference_energies("estimate", frames, (), predicted, MODEL)
+    shift = change(references.energies)
+    assert (references.rank, references.n_elements) == (1, 2)
     assert shift[1] / shift[8] == pytest.approx(2.0)
-    assert found.offset_after_mev_per_atom == pytest.approx(0, abs=1e-6)
+    assert references.offset_after_mev_per_atom == pytest.approx(0, abs=1e-6)
 
 
 def test_elements_that_do_not_occur_keep_the_models_energy() -> None:
@@ -150,8 +150,8 @@ def test_large_frames_do_not_outweigh_small_ones() -> None:
 def test_frames_without_energy_are_passed_over() -> None:
     frames, predicted = planted(FULL_RANK)
     frames.insert(2, molecule("H2O", None, 9))
-    found = reference_energies("estimate", frames, (), np.insert(predicted, 2, 1e6), MODEL)
-    assert change(found.energies) == pytest.approx(SHIFT, abs=1e-9)
+    references = reference_energies("estimate", frames, (), np.insert(predicted, 2, 1e6), MODEL)
+    assert change(references.energies) == pytest.approx(SHIFT, abs=1e-9)
 
 
 def test_no_energies_at_all() -> None:
@@ -163,11 +163,15 @@ def test_no_energies_at_all() -> None:
 
 def test_frames_without_energies_keep_the_reference_energies_that_are_there() -> None:
     forces_only = [molecule("H2O", None)]
-    found = reference_energies("model", forces_only, (), [0.0], MODEL)
-    assert (found.energies, found.offset_before_mev_per_atom, found.offset_after_mev_per_atom) == (MODEL, None, None)
+    references = reference_energies("model", forces_only, (), [0.0], MODEL)
+    assert (references.energies, references.offset_before_mev_per_atom, references.offset_after_mev_per_atom) == (
+        MODEL,
+        None,
+        None,
+    )
     atoms = [molecule("H", -13.0), molecule("O", -2040.0)]
-    found = reference_energies("isolated", forces_only, atoms, [0.0], MODEL)
-    assert found.energies == MODEL | {1: -13.0, 8: -2040.0}
+    references = reference_energies("isolated", forces_only, atoms, [0.0], MODEL)
+    assert references.energies == MODEL | {1: -13.0, 8: -2040.0}
 
 
 @pytest.mark.parametrize("block", [references.BLOCK, 3])
@@ -186,21 +190,23 @@ def test_a_frame_counts_by_the_weight_that_its_file_gives_it(block: int, monkeyp
 def test_isolated_atoms_of_the_same_calculations_explain_the_frames() -> None:
     frames, predicted = planted(FULL_RANK)
     atoms = [molecule(symbol, MODEL[z] + SHIFT[z]) for symbol, z in (("H", 1), ("C", 6), ("N", 7), ("O", 8))]
-    found = compare_isolated(atoms, frames, predicted, MODEL)
-    assert found is not None and not found.disagree
-    assert found.offset_mev_per_atom == pytest.approx(0.0, abs=1e-6)
-    assert found.energies[1] == pytest.approx(-13.29)
-    assert "H −13.29 (model −13.60)" in found.sentence("estimate", 4.0)
-    assert "instead of 4.0 (--references estimate); --references isolated takes them" in found.sentence("estimate", 4.0)
+    comparison = compare_isolated(atoms, frames, predicted, MODEL)
+    assert comparison is not None and not comparison.disagree
+    assert comparison.offset_mev_per_atom == pytest.approx(0.0, abs=1e-6)
+    assert comparison.energies[1] == pytest.approx(-13.29)
+    assert "H −13.29 (model −13.60)" in comparison.sentence("estimate", 4.0)
+    assert "instead of 4.0 (--references estimate); --references isolated takes them" in comparison.sentence(
+        "estimate", 4.0
+    )
 
 
 def test_isolated_atoms_of_other_calculations_are_told_with_how_far_they_are_off() -> None:
     frames, predicted = planted(("H2O", "H4O2"))
     atoms = [molecule("H", MODEL[1] + SHIFT[1] + 5.0), molecule("O", MODEL[8] + SHIFT[8] - 16.0)]
-    found = compare_isolated(atoms, frames, predicted, MODEL)
-    assert found is not None and found.offset_mev_per_atom == pytest.approx(2000.0)
+    comparison = compare_isolated(atoms, frames, predicted, MODEL)
+    assert comparison is not None and comparison.offset_mev_per_atom == pytest.approx(2000.0)
     assert compare_isolated([atoms[0]], frames, predicted, MODEL) is not None  # some elements only: nothing to compare
-    assert found.disagree == (found.offset_mev_per_atom > 2000.0)
+    assert comparison.disagree == (comparison.offset_mev_per_atom > 2000.0)
     worse = compare_isolated([molecule("H", 0.0), atoms[1]], frames, predicted, MODEL)
     assert worse is not None and worse.disagree
     assert "other settings, spin or level of theory" in worse.sentence("estimate")
@@ -231,11 +237,11 @@ def test_real_data_of_another_level_of_theory(reference_data: Path) -> None:
     atoms = read_frames(reference_data / "3bpa" / "iso_atoms.xyz").frames
     model = {int(frame.numbers[0]): float(frame.energy or 0.0) for frame in atoms}
     predicted = composition_matrix(frames, tuple(model)) @ np.array(list(model.values()))
-    found = reference_energies("estimate", frames, (), predicted, model)
-    assert (found.rank, found.n_elements) == (1, 3)
-    assert found.offset_before_mev_per_atom > 1000
-    assert found.offset_after_mev_per_atom < 20
-    assert found.energies[7] == model[7]
+    references = reference_energies("estimate", frames, (), predicted, model)
+    assert (references.rank, references.n_elements) == (1, 3)
+    assert references.offset_before_mev_per_atom > 1000
+    assert references.offset_after_mev_per_atom < 20
+    assert references.energies[7] == model[7]
 
 
 # ---- the other modes ------------------------------------------------------------------------------------------
@@ -243,19 +249,19 @@ def test_real_data_of_another_level_of_theory(reference_data: Path) -> None:
 
 def test_model_keeps_everything() -> None:
     frames, predicted = planted(FULL_RANK)
-    found = reference_energies("model", frames, (), predicted, MODEL)
-    assert found.energies == MODEL
-    assert found.offset_after_mev_per_atom == found.offset_before_mev_per_atom
+    references = reference_energies("model", frames, (), predicted, MODEL)
+    assert references.energies == MODEL
+    assert references.offset_after_mev_per_atom == references.offset_before_mev_per_atom
     expected = np.mean([abs(total(formula, SHIFT)) / len(Formula(formula)) for formula in FULL_RANK])
-    assert found.offset_before_mev_per_atom == pytest.approx(1e3 * expected)
+    assert references.offset_before_mev_per_atom == pytest.approx(1e3 * expected)
 
 
 def test_average_is_the_least_squares_of_total_energies() -> None:
     truth = {1: -14.0, 6: -1030.0, 7: -1490.0, 8: -2050.0}
     frames = [molecule(formula, total(formula, truth), i) for i, formula in enumerate(FULL_RANK)]
     assert average(frames, MODEL) == pytest.approx(truth)
-    found = reference_energies("average", frames, (), np.zeros(len(frames)), MODEL)
-    assert found.energies == pytest.approx(truth)
+    references = reference_energies("average", frames, (), np.zeros(len(frames)), MODEL)
+    assert references.energies == pytest.approx(truth)
 
 
 def test_average_keeps_the_models_energy_of_elements_that_do_not_occur() -> None:
@@ -268,11 +274,11 @@ def test_average_keeps_the_models_energy_of_elements_that_do_not_occur() -> None
 def test_isolated_atoms_are_taken(reference_data: Path) -> None:
     atoms = read_frames(reference_data / "acac" / "isolated_atoms.xyz").frames
     frames = read_frames(reference_data / "acac" / "test_dihedral.xyz").frames
-    found = reference_energies("isolated", frames, atoms, np.zeros(len(frames)), MODEL)
-    assert found.energies[1] == -13.568422178253735
-    assert found.energies[6] == -1026.8538996116154
-    assert found.energies[8] == -2037.796869412825
-    assert found.energies[7] == MODEL[7]
+    references = reference_energies("isolated", frames, atoms, np.zeros(len(frames)), MODEL)
+    assert references.energies[1] == -13.568422178253735
+    assert references.energies[6] == -1026.8538996116154
+    assert references.energies[8] == -2037.796869412825
+    assert references.energies[7] == MODEL[7]
 
 
 def test_isolated_atoms_that_are_missing_are_named() -> None:
@@ -310,9 +316,9 @@ def test_a_table_may_hold_more_than_the_model_knows() -> None:
 def test_a_table_in_a_run() -> None:
     frames, predicted = planted(FULL_RANK)
     table = {z: MODEL[z] + SHIFT[z] for z in MODEL}
-    found = reference_energies("table", frames, (), predicted, MODEL, table=table)
-    assert found.energies == table
-    assert found.offset_after_mev_per_atom == pytest.approx(0, abs=1e-6)
+    references = reference_energies("table", frames, (), predicted, MODEL, table=table)
+    assert references.energies == table
+    assert references.offset_after_mev_per_atom == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -23,19 +23,19 @@ from structures import calculated, labelled, text_frame, water, write
 def test_trajectory(tmp_path: Path) -> None:
     path = tmp_path / "a.traj"
     ase.io.write(path, [calculated(i) for i in range(3)])
-    found = read_frames(path, require=("energy", "forces"))
-    assert found.keys == LabelKeys("calculator", "calculator", None)
-    assert [frame.energy for frame in found.frames] == [-14, -15, -16]
-    assert describe_keys(found) == "energy from the calculator, forces from the calculator, no stress"
+    result = read_frames(path, require=("energy", "forces"))
+    assert result.keys == LabelKeys("calculator", "calculator", None)
+    assert [frame.energy for frame in result.frames] == [-14, -15, -16]
+    assert describe_keys(result) == "energy from the calculator, forces from the calculator, no stress"
 
 
 def test_database_with_results(tmp_path: Path) -> None:
     path = tmp_path / "a.db"
     ase.io.write(path, [calculated(i) for i in range(3)])
-    found = read_frames(path, require=("energy", "forces"))
-    assert found.keys == LabelKeys("calculator", "calculator", None)
-    assert [frame.energy for frame in found.frames] == [-14, -15, -16]
-    assert [frame.origin.index for frame in found.frames] == [0, 1, 2]
+    result = read_frames(path, require=("energy", "forces"))
+    assert result.keys == LabelKeys("calculator", "calculator", None)
+    assert [frame.energy for frame in result.frames] == [-14, -15, -16]
+    assert [frame.origin.index for frame in result.frames] == [0, 1, 2]
 
 
 def test_database_with_labels_in_key_value_pairs_and_data(tmp_path: Path) -> None:
@@ -43,11 +43,11 @@ def test_database_with_labels_in_key_value_pairs_and_data(tmp_path: Path) -> Non
     forces = np.random.default_rng(0).standard_normal((3, 3))
     with ase.db.connect(path) as database:
         database.write(water(), key_value_pairs={"REF_energy": -3.5}, data={"REF_forces": forces})
-    found = read_frames(path, require=("energy", "forces"))
-    assert found.keys == LabelKeys("REF_energy", "REF_forces", None)
-    assert found.frames[0].energy == -3.5
-    assert found.frames[0].forces is not None
-    np.testing.assert_array_equal(found.frames[0].forces, forces)
+    result = read_frames(path, require=("energy", "forces"))
+    assert result.keys == LabelKeys("REF_energy", "REF_forces", None)
+    assert result.frames[0].energy == -3.5
+    assert result.frames[0].forces is not None
+    np.testing.assert_array_equal(result.frames[0].forces, forces)
 
 
 def test_compressed_files(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_several_files_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number in (10, 2, 1):
         write(tmp_path / "runs" / str(number) / "out.xyz", labelled(number))
     single = write(tmp_path / "single.xyz", labelled(3))
-    found = read_frames([single, f"{tmp_path}/runs/*/out.xyz"])
-    assert [frame.energy for frame in found.frames] == [-17, -15, -24, -16]  # as named, matches sorted by name
+    result = read_frames([single, f"{tmp_path}/runs/*/out.xyz"])
+    assert [frame.energy for frame in result.frames] == [-17, -15, -24, -16]  # as named, matches sorted by name
     monkeypatch.chdir(tmp_path)
     assert [frame.energy for frame in read_frames("runs/[12]/out.xyz").frames] == [-15, -16]
     assert len(read_frames("**/*.xyz")) == 4
@@ -162,8 +162,8 @@ def test_nothing_named() -> None:
 @pytest.mark.parametrize("lines", [3, 2, 1])
 def test_a_truncated_file_names_the_frame(lines: int, tmp_path: Path) -> None:
     path = write(tmp_path / "a.xyz", *(labelled(i) for i in range(3)))
-    kept = path.read_text().splitlines(keepends=True)[: 2 * 5 + lines]
-    path.write_text("".join(kept))
+    lines_left = path.read_text().splitlines(keepends=True)[: 2 * 5 + lines]
+    path.write_text("".join(lines_left))
     with pytest.raises(InputError) as caught:
         read_frames(path)
     assert f"{path}, frame 2: the file ends after {max(0, lines - 2)} of the frame's 3 atoms" in str(caught.value)

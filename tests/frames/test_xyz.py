@@ -55,16 +55,16 @@ def test_encodings(name: str, ending: str, tmp_path: Path) -> None:
             gzip.compress(content) if "gz" in ending else bz2.compress(content) if "bz2" in ending else content
         )
     (right,) = read_frames(tmp_path / "plain.xyz", require=("energy", "forces")).frames
-    found = read_frames(path, require=("energy", "forces"))
-    assert len(found) == 2
-    for frame in found.frames:
+    result = read_frames(path, require=("energy", "forces"))
+    assert len(result) == 2
+    for frame in result.frames:
         assert_same(frame, right)
 
 
 @pytest.mark.parametrize("name", ["bom.xyz", "utf16.xyz", "extxyz.dat"])
 def test_reported_cases(name: str, case_files: Path) -> None:
-    found = read_frames(case_files / name, require=("energy", "forces"))
-    assert len(found) == 16 and found.frames[0].energy == -309.59740773854276
+    result = read_frames(case_files / name, require=("energy", "forces"))
+    assert len(result) == 16 and result.frames[0].energy == -309.59740773854276
 
 
 # ---- by content -------------------------------------------------------------------------------------------
@@ -76,8 +76,8 @@ def test_extended_xyz_under_other_names(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(plain.read_bytes()) if name.endswith("gz") else plain.read_bytes())
     assert file_format(path) == "extxyz"
-    found = read_frames(path, require=("energy", "forces"))
-    assert [frame.energy for frame in found.frames] == [-14, -15]
+    result = read_frames(path, require=("energy", "forces"))
+    assert [frame.energy for frame in result.frames] == [-14, -15]
 
 
 def test_plain_xyz_under_another_name(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_names_that_are_no_symbols(name: str, tmp_path: Path) -> None:
     symbol, said = NAMES[name]
     path = tmp_path / "a.xyz"
     path.write_text(2 * text_frame("energy=-1", f"O 0 0 0 1 2 3\n  {name}   0 0 1 4 5 6\n"))
-    with pytest.warns(ForcetuneWarning, match=rf"a\.xyz: .*{said}") as told:
-        found = read_frames(path, require=("energy", "forces"))
-    assert len(told) == 1
+    with pytest.warns(ForcetuneWarning, match=rf"a\.xyz: .*{said}") as warned:
+        result = read_frames(path, require=("energy", "forces"))
+    assert len(warned) == 1
     path.write_text(2 * text_frame("energy=-1", f"O 0 0 0 1 2 3\n{symbol} 0 0 1 4 5 6\n"))
-    for one, other in zip(found.frames, read_frames(path).frames, strict=True):
+    for one, other in zip(result.frames, read_frames(path).frames, strict=True):
         assert_same(one, other)
 
 
@@ -134,9 +134,9 @@ def test_names_of_no_element(name: str, hint: str | None, tmp_path: Path) -> Non
     path.write_text(text_frame("energy=-1") + text_frame("energy=-1", f"O 0 0 0 1 2 3\n{name} 0 0 1 4 5 6\n"))
     with pytest.raises(
         InputError, match=rf"a\.xyz, frame 1: atom 1 has the name '{name}', which is no element"
-    ) as told:
+    ) as warned:
         read_frames(path)
-    assert (f"such as '{hint}'" in str(told.value)) == (hint is not None)
+    assert (f"such as '{hint}'" in str(warned.value)) == (hint is not None)
 
 
 def test_names_in_another_column(tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_streamed_frames_are_the_same(tmp_path: Path) -> None:
     path.write_bytes(text.replace("\n", "\r\n").encode("utf-16"))
     asked = LabelKeys("auto", "auto", "auto", "none", "none")
     for _ in range(2):  # a store that is there tells the same
-        with pytest.warns(ForcetuneWarning, match="named 'D' are read as H") as told:
+        with pytest.warns(ForcetuneWarning, match="named 'D' are read as H") as warned:
             stored = stream_frames([str(path)], asked, ("energy",), "data", folder=tmp_path / "store", workers=0)
-        assert sum(issubclass(one.category, ForcetuneWarning) for one in told) == 1
+        assert sum(issubclass(one.category, ForcetuneWarning) for one in warned) == 1
     with pytest.warns(ForcetuneWarning):
         ours = read_frames(path)
     for one, other in zip(stored.frames, ours.frames, strict=True):
@@ -168,7 +168,7 @@ def test_streamed_frames_are_the_same(tmp_path: Path) -> None:
 
 def test_the_reported_case(case_files: Path) -> None:
     with pytest.warns(ForcetuneWarning, match=r"deuterium\.xyz: atoms named 'D' are read as H"):
-        found = read_frames(case_files / "deuterium.xyz", require=("energy", "forces"))
+        result = read_frames(case_files / "deuterium.xyz", require=("energy", "forces"))
     right = read_frames(case_files / "extxyz.dat")
-    for one, other in zip(found.frames, right.frames, strict=True):
+    for one, other in zip(result.frames, right.frames, strict=True):
         np.testing.assert_array_equal(one.numbers, other.numbers)

@@ -28,8 +28,8 @@ def same_as_ase(atoms: Atoms, cutoff: float) -> None:
     sender, receiver = edge_index
     vectors = atoms.positions[receiver] - atoms.positions[sender] + unit_shifts @ atoms.cell.array
     lengths = np.linalg.norm(vectors, axis=1)
-    found = sorted((int(i), int(j), round(float(d), 8)) for i, j, d in zip(sender, receiver, lengths, strict=True))
-    assert found == find_edges(atoms, cutoff)
+    edges = sorted((int(i), int(j), round(float(d), 8)) for i, j, d in zip(sender, receiver, lengths, strict=True))
+    assert edges == find_edges(atoms, cutoff)
     assert (np.diff(receiver) >= 0).all()
 
 

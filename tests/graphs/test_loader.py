@@ -27,11 +27,11 @@ def sizes(loader: BatchLoader) -> list[list[int]]:
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def epochs(seed: int, *numbers: int) -> list[list[list[int]]]:
         loader = BatchLoader(graphs(7), 3, shuffle=True, seed=seed)
-        found = []
+        batches = []
         for number in numbers:
             loader.epoch = number
-            found.append(sizes(loader))
-        return found
+            batches.append(sizes(loader))
+        return batches
 
     first = epochs(1, 0, 1, 2)
     assert epochs(1, 2) == first[2:]
@@ -129,13 +129,13 @@ def test_budgeted_epochs_are_shuffled_and_deterministic() -> None:
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
 def test_parts_of_a_batch_are_balanced(edges: list[int], parts: int) -> None:
-    found = balanced(edges, parts)
-    assert sorted(chain.from_iterable(found)) == list(range(len(edges)))
-    assert sum(bool(part) for part in found) == min(parts, len(edges))
-    loads = [sum(edges[place] for place in part) for part in found]
+    chosen = balanced(edges, parts)
+    assert sorted(chain.from_iterable(chosen)) == list(range(len(edges)))
+    assert sum(bool(part) for part in chosen) == min(parts, len(edges))
+    loads = [sum(edges[place] for place in part) for part in chosen]
     # no part is heavier than another by more than its own lightest member
     assert all(
         load - min(loads) <= min(edges[i] for i in part) or len(part) == 1
-        for load, part in zip(loads, found, strict=True)
+        for load, part in zip(loads, chosen, strict=True)
         if part
     )

@@ -19,12 +19,12 @@ CUTOFF = 4.0
 
 def walk(atoms: Atoms, steps: int, size: float) -> list[Frame]:
     rng = np.random.default_rng(0)
-    found = []
+    positions_on_the_way = []
     for _ in range(steps):
         atoms.positions += rng.normal(scale=size, size=atoms.positions.shape)
         (frame,) = frames_of(atoms.copy())
-        found.append(frame)
-    return found
+        positions_on_the_way.append(frame)
+    return positions_on_the_way
 
 
 def assert_same(skin: SkinList, frame: Frame) -> None:

@@ -26,7 +26,7 @@ CUTOFF = 3.0
 
 def structures(folder: Path, count: int = 40) -> Path:
     """Molecules of different size and crystals, some with energy, forces and stress."""
-    found = []
+    atoms_list = []
     for index in range(count):
         atoms = crystal(seed=index) if index % 4 == 0 else cluster(atoms=1 + index % 9, seed=index)
         if index % 3:
@@ -34,10 +34,10 @@ def structures(folder: Path, count: int = 40) -> Path:
             atoms.arrays["REF_forces"] = np.full((len(atoms), 3), float(index))
         if index % 8 == 4:
             atoms.info["REF_stress"] = np.full((3, 3), float(index))
-        found.append(atoms)
+        atoms_list.append(atoms)
     # its atoms lie many cells away from the first
-    found[0].positions += 1e5 * found[0].cell.array[0]
-    return write_xyz(folder / "a.xyz", found)
+    atoms_list[0].positions += 1e5 * atoms_list[0].cell.array[0]
+    return write_xyz(folder / "a.xyz", atoms_list)
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def path(tmp_path: Path) -> Path:
 
 def frames_on_disk(path: Path) -> StoredFrames:
     asked = LabelKeys(*["auto"] * len(LabelKeys._fields))
-    found = stream_frames([str(path)], asked, (), "data", folder=path.parent / "store", workers=0).frames
-    assert isinstance(found, StoredFrames)
-    return found
+    stream = stream_frames([str(path)], asked, (), "data", folder=path.parent / "store", workers=0).frames
+    assert isinstance(stream, StoredFrames)
+    return stream
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
@@ -63,25 +63,25 @@ def assert_equal(one: Batch, other: Batch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_graphs_are_the_same(path: Path, dtype: torch.dtype) -> None:
     expected = [build_graph(frame, CUTOFF, dtype) for frame in read_frames(path, require=()).frames]
-    found = stored_graphs(frames_on_disk(path), CUTOFF, dtype, workers=2 * (dtype == torch.float64))
-    assert len(found) == len(expected) == 40
-    for one, other in zip(expected, found, strict=True):
+    stored = stored_graphs(frames_on_disk(path), CUTOFF, dtype, workers=2 * (dtype == torch.float64))
+    assert len(stored) == len(expected) == 40
+    for one, other in zip(expected, stored, strict=True):
         assert_equal(one, other)
-    assert_equal(found[-3], expected[-3])
-    for one, other in zip(expected[5:20:3], found[5:20:3], strict=True):
+    assert_equal(stored[-3], expected[-3])
+    for one, other in zip(expected[5:20:3], stored[5:20:3], strict=True):
         assert_equal(one, other)
-    for one, other in zip([expected[i] for i in (7, 3, 7)], found.take(np.array([7, 3, 7])), strict=True):
+    for one, other in zip([expected[i] for i in (7, 3, 7)], stored.take(np.array([7, 3, 7])), strict=True):
         assert_equal(one, other)
-    assert np.array_equal(measure_graphs(expected), measure_graphs(found))
+    assert np.array_equal(measure_graphs(expected), measure_graphs(stored))
     for name in ("energy", "forces", "stress"):
-        assert any_label(found, name)
-        assert any_label(found[:1], name) == any_label(expected[:1], name) is False
+        assert any_label(stored, name)
+        assert any_label(stored[:1], name) == any_label(expected[:1], name) is False
 
 
 @pytest.mark.filterwarnings("ignore::forcetune.errors.ForcetuneWarning")
 def test_batches_are_the_same(path: Path) -> None:
     expected = [build_graph(frame, CUTOFF) for frame in read_frames(path, require=()).frames]
-    found = stored_graphs(frames_on_disk(path), CUTOFF, torch.float64)
+    stored = stored_graphs(frames_on_disk(path), CUTOFF, torch.float64)
     replay = [graph.weighted(0.5) for graph in expected[:5]]
     for options in (
         {"batch_size": 7},
@@ -89,7 +89,7 @@ def test_batches_are_the_same(path: Path) -> None:
         {"batch_size": 1, "batch_edges": 400, "shuffle": True},
         {"batch_size": 6, "shuffle": True, "replay": replay, "replay_ratio": 0.5},
     ):
-        loaders = [BatchLoader(graphs, **options) for graphs in (expected, found)]
+        loaders = [BatchLoader(graphs, **options) for graphs in (expected, stored)]
         for epoch in (0, 3):
             for loader in loaders:
                 loader.epoch = epoch

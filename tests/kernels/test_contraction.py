@@ -83,8 +83,8 @@ def test_equals_the_library_with_first_and_second_derivatives(case: tuple[str, s
     form = form_of(module, labelled=labelled)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     expected = derivatives(module(x, one_hot), x, parameters)
-    found = derivatives(ours(module, form, x, [2, 1, 3], [0, 2, 3]), x, parameters)
-    for one, other in zip(found, expected, strict=True):
+    actual = derivatives(ours(module, form, x, [2, 1, 3], [0, 2, 3]), x, parameters)
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() <= EXACT * max(1.0, float(other.detach().abs().max()))
 
 
@@ -100,8 +100,8 @@ def test_any_basis_of_the_couplings() -> None:
     one_hot = torch.ones(3, 1, dtype=torch.float64)
     parameters = list(module.parameters())
     expected = derivatives(module(x, one_hot), x, parameters)
-    found = derivatives(ours(module, form_of(module), x, [3], [0]), x, parameters)
-    for one, other in zip(found, expected, strict=True):
+    actual = derivatives(ours(module, form_of(module), x, [3], [0]), x, parameters)
+    for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() <= EXACT * max(1.0, float(other.detach().abs().max()))
 
 
@@ -145,8 +145,8 @@ def test_higher_orders_are_refused() -> None:
 def test_components_are_put_in_order_and_differentiated_twice() -> None:
     blocks = [torch.randn(3, dim, 2, dtype=torch.float64, requires_grad=True) for dim in (1, 3)]
     order = (2, 0, 3, 1)
-    found = arranged(blocks, order)
+    result = arranged(blocks, order)
     rows = torch.cat(blocks, dim=1)
-    assert torch.equal(found, rows.permute(1, 2, 0)[list(order)])
+    assert torch.equal(result, rows.permute(1, 2, 0)[list(order)])
     assert torch.autograd.gradcheck(lambda *values: arranged(values, order), blocks)
     assert torch.autograd.gradgradcheck(lambda *values: arranged(values, order).sin(), blocks)

@@ -47,8 +47,8 @@ def test_equals_the_plain_sum(name: str, paired: bool, chunk: int, monkeypatch: 
         again = torch.autograd.grad(mixed + out[0].sum(), flat, allow_unused=True, materialize_grads=True)
         return [*out, *gradients, *again]
 
-    found = derivatives(list(convolve(PATHS, plan, *inputs)))
-    for one, other in zip(found, derivatives(plainly(plan, edges, *inputs)), strict=True):
+    actual = derivatives(list(convolve(PATHS, plan, *inputs)))
+    for one, other in zip(actual, derivatives(plainly(plan, edges, *inputs)), strict=True):
         scale = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
         assert torch.allclose(one, other, rtol=0, atol=1e-12 * scale)
 
@@ -81,8 +81,8 @@ def test_linear_layers_by_matrices() -> None:
     weight = torch.randn(3 * 2 * 5 + 2 * 2 * 4, generator=generator)
     blocks = [Block(0, 0, 0, 3, 5, 0, 0.5), Block(1, 1, 0, 2, 4, 30, 2.0)]
     species = [0, 0, 1, 1]
-    found = species_linear(blocks, weight, 2, inputs, ((1, 5), (3, 4)), torch.tensor([0, 1]), [2, 2])
-    for block, x, out in zip(blocks, inputs, found, strict=True):
+    outputs = species_linear(blocks, weight, 2, inputs, ((1, 5), (3, 4)), torch.tensor([0, 1]), [2, 2])
+    for block, x, out in zip(blocks, inputs, outputs, strict=True):
         size = block.fan_in * 2 * block.fan_out
         matrices = weight[block.start : block.start + size].view(block.fan_in, 2, block.fan_out) * block.factor
         expected = torch.stack([x[atom] @ matrices[:, kind] for atom, kind in enumerate(species)])

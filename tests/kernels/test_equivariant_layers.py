@@ -48,21 +48,21 @@ def source_of(layer: nn.Module, constants: dict[str, Tensor] | None = None) -> T
     return TensorSource(stored, constants)
 
 
-def same(found: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
-    assert found.shape == expected.shape
+def same(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
+    assert actual.shape == expected.shape
     if expected.numel():
         scale = max(1.0, float(expected.detach().abs().max()))
-        assert float((found - expected).detach().abs().max()) <= tolerance * scale
+        assert float((actual - expected).detach().abs().max()) <= tolerance * scale
 
 
-def same_gradients(found: Tensor, expected: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
+def same_gradients(actual: Tensor, expected: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Of a function of both outputs, by pairs of inputs or weights."""
     weight = torch.linspace(-1, 2, expected.numel()).view(expected.shape)
     gradients = [
         torch.autograd.grad(
             (value * weight).sum() + value.square().sum(), inputs, allow_unused=True, materialize_grads=True
         )
-        for value, inputs in zip((found, expected), zip(*pairs, strict=True), strict=True)
+        for value, inputs in zip((actual, expected), zip(*pairs, strict=True), strict=True)
     ]
     for one, other in zip(*gradients, strict=True):
         same(one.reshape(other.shape), other, 1e-11)
@@ -95,12 +95,12 @@ def test_linear_layers(irreps_in: str, irreps_out: str, biases: bool) -> None:
         theirs.bias.data.normal_()
     ours = EquivariantLinear(irreps_in, irreps_out, source_of(theirs), biases=biases)
     x = torch.randn(7, theirs.irreps_in.dim, requires_grad=True)
-    found, expected = ours(as_features(x, irreps_in)), theirs(x)
-    same(found.flat, expected)
+    outputs, expected = ours(as_features(x, irreps_in)), theirs(x)
+    same(outputs.flat, expected)
     if expected.requires_grad:
         named, mine = dict(theirs.named_parameters()), dict(ours.named_parameters())
         pairs = [(mine[name], named[name]) for name in named if named[name].numel()]
-        same_gradients(found.flat, expected, [(x, x), *pairs])
+        same_gradients(outputs.flat, expected, [(x, x), *pairs])
     sites = list(ours.sites("a.b"))
     assert [site.name for site in sites] == ["a.b.weight"]
     assert sites[0].numel == ours.weight.numel() and sites[0].kind == "linear"
@@ -139,10 +139,10 @@ def test_linear_layers_for_each_species(irreps_in: str, irreps_out: str, carried
     species = torch.tensor([3, 0, 0, 1, 3, 3])
     step = step_for(species)
     x = torch.randn(6, theirs.irreps_in1.dim, requires_grad=True)
-    found = ours(as_features(x[step.plan.order], irreps_in), step).flat[step.plan.place]
+    outputs = ours(as_features(x[step.plan.order], irreps_in), step).flat[step.plan.place]
     expected = theirs(x, nn.functional.one_hot(species, 4).double())
-    same(found, expected)
-    same_gradients(found, expected, [(x, x), (ours.weight, theirs.weight)])
+    same(outputs, expected)
+    same_gradients(outputs, expected, [(x, x), (ours.weight, theirs.weight)])
     (site,) = ours.sites("skip")
     assert site.kind == "tensor_product" and site.numel == theirs.weight_numel
 
@@ -175,8 +175,8 @@ def test_paths_are_those_of_mace(irreps_in: str, harmonics: str, targets: str) -
 
     arguments = (o3.Irreps(irreps_in), o3.Irreps(harmonics), o3.Irreps(targets))
     irreps_mid, instructions = tp_out_irreps_with_instructions(*arguments)
-    paths, found = channelwise_paths(irreps_in, harmonics, targets)
-    assert found == str(irreps_mid)
+    paths, irreps = channelwise_paths(irreps_in, harmonics, targets)
+    assert irreps == str(irreps_mid)
     assert paths == [TensorPath(*row[:3]) for row in instructions]
     assert all(row[3:] == ("uvu", True) for row in instructions)
 
@@ -207,16 +207,16 @@ def test_messages_are_those_of_a_tensor_product_over_edges(
     weights = torch.randn(plan.n_pairs, ours.weight_numel, requires_grad=True)
     x = torch.randn(len(atoms), theirs.irreps_in1.dim, requires_grad=True)
     step = Step(plan, Phase(), spherical, weights, None, torch.zeros(len(atoms), 1))
-    found = ours(step, weights, as_features(x[plan.order], irreps_in), True)
-    assert found.layout == layout_for(parse_irreps(ours.irreps_out))
+    outputs = ours(step, weights, as_features(x[plan.order], irreps_in), True)
+    assert outputs.layout == layout_for(parse_irreps(ours.irreps_out))
 
     sender, receiver = edges
     directions = positions[receiver] - positions[sender]
     angles = o3.spherical_harmonics(list(range(highest + 1)), directions, True, "component")
     messages = theirs(x[sender], angles, weights[plan.edge_pair])
     expected = torch.zeros(len(atoms), messages.shape[1]).index_add(0, receiver, messages)
-    same(found.flat[plan.place], expected)
-    same_gradients(found.flat[plan.place], expected, [(x, x), (weights, weights), (positions, positions)])
+    same(outputs.flat[plan.place], expected)
+    same_gradients(outputs.flat[plan.place], expected, [(x, x), (weights, weights), (positions, positions)])
 
 
 # ---- gates ----------------------------------------------------------------------------------------------------------
@@ -235,9 +235,9 @@ def test_gates_are_those_of_e3nn(irreps: str) -> None:
     ours = GatedActivation(irreps)
     assert ours.irreps_in == str(theirs.irreps_in) and ours.irreps_out == str(theirs.irreps_out)
     x = torch.randn(5, theirs.irreps_in.dim, requires_grad=True)
-    found, expected = ours(as_features(x, ours.irreps_in)).flat, theirs(x)
-    same(found, expected)
-    same_gradients(found, expected, [(x, x)])
+    outputs, expected = ours(as_features(x, ours.irreps_in)).flat, theirs(x)
+    same(outputs, expected)
+    same_gradients(outputs, expected, [(x, x)])
 
 
 @pytest.mark.parametrize("irreps", ["3x1o", "3x1o+4x0e", "2x0e+2x0e+3x1o", "2x0o+2x0e+3x1o"])
@@ -250,8 +250,8 @@ def test_other_gates_are_refused(irreps: str) -> None:
 
 
 def lengths_for(count: int = 40, cutoff: float = 4.0) -> Tensor:
-    found = torch.linspace(0.4, cutoff + 0.3, count).unsqueeze(1)
-    return torch.cat([found, torch.tensor([[cutoff]])]).requires_grad_()
+    lengths = torch.linspace(0.4, cutoff + 0.3, count).unsqueeze(1)
+    return torch.cat([lengths, torch.tensor([[cutoff]])]).requires_grad_()
 
 
 @pytest.mark.parametrize("name", ["bessel", "gaussian", "chebyshev", "cutoff"])
@@ -276,12 +276,12 @@ def test_radial_bases(name: str, fresh: bool) -> None:
         "cutoff": lambda: radial.PolynomialCutoff(4.0, 5, source),
     }[name]()
     x = lengths_for()
-    found, expected = ours(x), theirs(x)
-    same(found, expected)
+    outputs, expected = ours(x), theirs(x)
+    same(outputs, expected)
     if expected.requires_grad:
-        same_gradients(found, expected, [(x, x)])
+        same_gradients(outputs, expected, [(x, x)])
     else:
-        assert name == "chebyshev" and not found.requires_grad
+        assert name == "chebyshev" and not outputs.requires_grad
     assert {key: value.shape for key, value in ours.state_dict().items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }
@@ -302,11 +302,11 @@ def test_radial_functions_of_elements(name: str, fresh: bool) -> None:
     attributes = nn.functional.one_hot(torch.arange(5), 5).double()
     first, second = table[edges[0]], table[edges[1]]
     expected = theirs(x, attributes, edges, table)
-    found = ours(x, first, second)
+    outputs = ours(x, first, second)
     if name == "ZBLBasis":  # mace adds them up at the receivers
-        found = torch.zeros(5).index_add(0, edges[1], found[:, 0])
-    same(found.reshape(expected.shape), expected)
-    same_gradients(found.reshape(expected.shape), expected, [(x, x)])
+        outputs = torch.zeros(5).index_add(0, edges[1], outputs[:, 0])
+    same(outputs.reshape(expected.shape), expected)
+    same_gradients(outputs.reshape(expected.shape), expected, [(x, x)])
     assert {key: value.shape for key, value in ours.state_dict().items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }
@@ -317,9 +317,9 @@ def test_soft_transform_of_earlier_versions() -> None:
     stored = {"a": torch.tensor(0.2), "b": torch.tensor(3.0), "covalent_radii": radial.RADII}
     x = lengths_for(20, 3.0)
     first, second = torch.full((21,), 6), torch.full((21,), 8)
-    found = radial.SoftTransform(TensorSource(stored))(x, first, second)
+    outputs = radial.SoftTransform(TensorSource(stored))(x, first, second)
     s = x / ((radial.RADII[6] + radial.RADII[8]) / 4)
-    same(found, x + 0.5 * (1 - torch.tanh(s + 0.2 * s**3)))
+    same(outputs, x + 0.5 * (1 - torch.tanh(s + 0.2 * s**3)))
 
 
 @pytest.mark.parametrize("widths", [(6, 8), (6, 16, 8), (6, 16, 12, 9)])
@@ -335,9 +335,9 @@ def test_radial_networks(widths: tuple[int, ...]) -> None:
         ours = kind(widths, source_of(theirs))
         named, mine = dict(theirs.named_parameters()), dict(ours.named_parameters())
         assert list(named) == list(mine)
-        found, expected = ours(x), theirs(x)
-        same(found, expected)
-        same_gradients(found, expected, [(x, x), *((mine[name], named[name]) for name in named)])
+        outputs, expected = ours(x), theirs(x)
+        same(outputs, expected)
+        same_gradients(outputs, expected, [(x, x), *((mine[name], named[name]) for name in named)])
 
 
 def test_networks_say_whether_they_train() -> None:

@@ -37,17 +37,17 @@ def features() -> tuple[torch.Tensor, Features]:
     ],
 )
 def test_slices_are_those_of_the_flat_vector(part: slice, known: bool) -> None:
-    flat, found = features()
-    assert not known or torch.equal(found.flat, flat)
-    assert torch.equal(found[..., part], flat[..., part])
-    assert torch.equal(found[:, part], flat[:, part])
+    flat, parts = features()
+    assert not known or torch.equal(parts.flat, flat)
+    assert torch.equal(parts[..., part], flat[..., part])
+    assert torch.equal(parts[:, part], flat[:, part])
 
 
 def test_what_is_known_without_the_flat_vector_makes_none() -> None:
-    _, found = features()
-    assert (found.ndim, found.shape, len(found), found.layout) == (2, (4, 11), 4, LAYOUT)
-    assert found[..., 0:3].shape == (4, 3) and found[..., 3:9].shape == (4, 6)
-    assert found._flat is None
+    _, parts = features()
+    assert (parts.ndim, parts.shape, len(parts), parts.layout) == (2, (4, 11), 4, LAYOUT)
+    assert parts[..., 0:3].shape == (4, 3) and parts[..., 3:9].shape == (4, 6)
+    assert parts._flat is None
 
 
 def test_layers_hand_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

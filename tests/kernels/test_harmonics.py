@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from forcetune.backbones.mace.blocks import ACTIVATIONS
 from forcetune.backbones.mace.library import import_mace
-from forcetune.backbones.mace.network import ACTIVATIONS
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.harmonics import (
     HIGHEST_ORDER,
@@ -66,14 +66,14 @@ def test_harmonics_and_their_slopes_are_those_of_e3nn(highest: int) -> None:
     vectors = (3 * torch.randn(50, 3, generator=generator, dtype=torch.float64)).requires_grad_()
     axes = torch.cat([torch.eye(3, dtype=torch.float64), -torch.eye(3, dtype=torch.float64)])
     vectors = torch.cat([vectors.detach(), axes]).requires_grad_()
-    found = SphericalHarmonics(highest)(vectors, torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
+    actual = SphericalHarmonics(highest)(vectors, torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
     orders = list(range(highest + 1))
     expected = o3.spherical_harmonics(orders, vectors, normalize=True, normalization="component")
-    assert found.shape == expected.shape == (56, (highest + 1) ** 2)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-11)
+    assert actual.shape == expected.shape == (56, (highest + 1) ** 2)
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-11)
     if highest:
-        weight = torch.linspace(-1, 2, found.numel(), dtype=torch.float64).view(found.shape)
-        slopes = [torch.autograd.grad((value * weight).sum(), vectors)[0] for value in (found, expected)]
+        weight = torch.linspace(-1, 2, actual.numel(), dtype=torch.float64).view(actual.shape)
+        slopes = [torch.autograd.grad((value * weight).sum(), vectors)[0] for value in (actual, expected)]
         assert torch.allclose(*slopes, rtol=0, atol=1e-9)
 
 
@@ -102,8 +102,8 @@ def test_activations_are_normalised_as_by_e3nn(name: str) -> None:
 
     theirs = normalize2mom(ACTIVATIONS[name])
     x = torch.linspace(-3, 3, 50, dtype=torch.float64)
-    found = ACTIVATIONS[name](x) * second_moment_factor(ACTIVATIONS[name])
-    assert torch.allclose(found, theirs(x), rtol=1e-13, atol=0)
+    actual = ACTIVATIONS[name](x) * second_moment_factor(ACTIVATIONS[name])
+    assert torch.allclose(actual, theirs(x), rtol=1e-13, atol=0)
 
 
 def test_a_factor_near_one_is_one() -> None:

@@ -33,11 +33,11 @@ MACE: dict[str, dict[str, Any]] = {
 def results(model: NetworkBackbone, batch: Batch) -> list[torch.Tensor]:
     """Energies, forces and stress, and the gradients of a loss by everything that is trained."""
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    found = model.predict(batch, stress=True, create_graph=True)
-    assert found.stress is not None
-    loss = found.energy.square().mean() + found.forces.square().sum() + found.stress.square().sum()
+    prediction = model.predict(batch, stress=True, create_graph=True)
+    assert prediction.stress is not None
+    loss = prediction.energy.square().mean() + prediction.forces.square().sum() + prediction.stress.square().sum()
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [found.energy, found.forces, found.stress, *(grad for grad in grads if grad is not None)]
+    return [prediction.energy, prediction.forces, prediction.stress, *(grad for grad in grads if grad is not None)]
 
 
 def assert_equal(model: NetworkBackbone, batch: Batch) -> None:

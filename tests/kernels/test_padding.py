@@ -38,9 +38,9 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
         batches = [[len(graphs) - 1], *[random.choice(len(graphs), frames, replace=False) for _ in range(12)]]
         for chosen in batches:
             batch = collate([graphs[index] for index in chosen])
-            found = fitted(batch, layout, model.elements)
-            assert found is not None
-            full, plan = found
+            padded = fitted(batch, layout, model.elements)
+            assert padded is not None
+            full, plan = padded
             shapes.add(tuple(tensor.shape for tensor in [*tensors_of(full), *tensors_of(plan)]))
             assert (full.n_graphs, full.n_atoms, full.n_edges) == (layout.n_graphs, layout.n_atoms, layout.n_edges)
             expected = model.predict(batch, stress=True)

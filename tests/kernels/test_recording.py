@@ -14,13 +14,13 @@ CONSTANT = torch.arange(12, dtype=torch.float64).reshape(3, 4)
 
 
 def written_in_place(x: torch.Tensor, y: torch.Tensor) -> Tensors:
-    found = torch.empty(6, 4, dtype=x.dtype)
-    torch.mm(x, y.detach().T @ x, out=found[:3])
-    found[3:] = 2.0
-    found[4].add_(x[0], alpha=3)
+    result = torch.empty(6, 4, dtype=x.dtype)
+    torch.mm(x, y.detach().T @ x, out=result[:3])
+    result[3:] = 2.0
+    result[4].add_(x[0], alpha=3)
     unused = torch.zeros(2)
     unused.add_(1)
-    return [found, found.t().contiguous()]
+    return [result, result.t().contiguous()]
 
 
 def several_results(x: torch.Tensor, y: torch.Tensor) -> Tensors:
@@ -47,8 +47,8 @@ def plain_arguments(x: torch.Tensor, y: torch.Tensor) -> Tensors:
 
 def places(x: torch.Tensor, y: torch.Tensor) -> Tensors:
     rows = torch.argsort(x[:, 0])
-    found = x[rows][:, rows]
-    return [found, x[:, None], torch.zeros(5, 4, dtype=x.dtype).index_add(0, rows, y), x.index_select(1, rows)]
+    result = x[rows][:, rows]
+    return [result, x[:, None], torch.zeros(5, 4, dtype=x.dtype).index_add(0, rows, y), x.index_select(1, rows)]
 
 
 def second_derivatives(x: torch.Tensor, y: torch.Tensor) -> Tensors:
@@ -80,12 +80,12 @@ def test_what_was_recorded_gives_the_same_for_other_values(function: Callable[..
         return function(x, y)
 
     x, y = values_of(0)
-    found = record(with_leaf, [x], [y.requires_grad_()])
-    assert found.operations > 0 and all(found.used)
+    recording = record(with_leaf, [x], [y.requires_grad_()])
+    assert recording.operations > 0 and all(recording.used)
     for seed in (1, 2, 1, 0):
         values = values_of(seed)
         with torch.no_grad():
-            mine = found(*values)
+            mine = recording(*values)
         expected = function(values[0], values[1].requires_grad_())
         assert len(mine) == len(expected)
         for one, two in zip(mine, expected, strict=True):
@@ -129,9 +129,9 @@ def by_mask(x: torch.Tensor, y: torch.Tensor) -> Tensors:
 
 
 def by_masked_writing(x: torch.Tensor, y: torch.Tensor) -> Tensors:
-    found = y.clone()
-    found[x > 0] = 1.0
-    return [found]
+    result = y.clone()
+    result[x > 0] = 1.0
+    return [result]
 
 
 def by_a_list(x: torch.Tensor, y: torch.Tensor) -> Tensors:
@@ -170,9 +170,9 @@ def test_what_the_interpreter_does_not_know_is_told() -> None:
     def with_a_truth_value(x: torch.Tensor, y: torch.Tensor) -> Tensors:
         return [torch.full_like(y, True) * (x * True)]
 
-    found = record(with_a_truth_value, *([value] for value in values_of(0)))
+    recording = record(with_a_truth_value, *([value] for value in values_of(0)))
     with pytest.raises(CompileError, match="its recording fails"):
-        found(*values_of(1))
+        recording(*values_of(1))
 
 
 def test_errors_of_the_step_are_told() -> None:

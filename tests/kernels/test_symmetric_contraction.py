@@ -41,9 +41,9 @@ def test_couplings_are_those_of_mace(irreps: str, highest: int, target: str) -> 
         arguments = {"irreps_in": o3.Irreps(irreps), "irreps_out": o3.Irreps(target), "correlation": order}
         with default_dtype(torch.float64):
             expected = library.U_matrix_real(**arguments, use_cueq_cg=False, dtype=torch.float64)[-1]
-        found = product_couplings(irreps, target, order)
-        assert found.shape == expected.shape, order
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12), order
+        couplings = product_couplings(irreps, target, order)
+        assert couplings.shape == expected.shape, order
+        assert torch.allclose(couplings, expected, rtol=0, atol=1e-12), order
 
 
 def their_layer(irreps_in: str, irreps_out: str, order: int, n_species: int) -> Any:
@@ -94,17 +94,17 @@ def test_the_layer_is_that_of_mace(irreps_in: str, irreps_out: str, order: int, 
         dim = 2 * int(part.split("x")[1][:-1]) + 1
         blocks.append(x[step.plan.order][:, :, start : start + dim].transpose(1, 2))
         start += dim
-    found = ours(Features(blocks, geometric=True, trains=True), step).flat[step.plan.place]
+    outputs = ours(Features(blocks, geometric=True, trains=True), step).flat[step.plan.place]
     one_hot = torch.ones(6, 1) if agnostic else nn.functional.one_hot(species, 4)
     expected = theirs(x, one_hot.double())
-    assert torch.allclose(found, expected, rtol=0, atol=1e-11 * float(expected.detach().abs().max()))
-    weight = torch.linspace(-1, 2, found.numel(), dtype=torch.float64).view(found.shape)
+    assert torch.allclose(outputs, expected, rtol=0, atol=1e-11 * float(expected.detach().abs().max()))
+    weight = torch.linspace(-1, 2, outputs.numel(), dtype=torch.float64).view(outputs.shape)
     named = {name: value for name, value in theirs.named_parameters() if value.requires_grad}
     mine = {name: value for name, value in ours.named_parameters() if value.requires_grad}
     assert named.keys() == mine.keys()
     gradients = [
         torch.autograd.grad((value * weight).sum() + value.square().sum(), [x, *parameters.values()])
-        for value, parameters in ((found, mine), (expected, named))
+        for value, parameters in ((outputs, mine), (expected, named))
     ]
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-11 * max(1.0, float(other.abs().max())))
@@ -130,9 +130,9 @@ def test_kept_coefficients_stay_with_their_layer() -> None:
     step = step_for(torch.tensor([0, 1, 3]))
     x = features_of(torch.randn(3, 8, dtype=torch.float64), ((1, 2), (3, 2)))
     expected = layer(x, step).flat
-    kept = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
+    folded = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
     again = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
-    assert all(one is other for one, other in zip(kept, again, strict=True))
+    assert all(one is other for one, other in zip(folded, again, strict=True))
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x, step).flat, expected)
         for parameter in other.parameters():

@@ -66,8 +66,8 @@ def test_weights_are_drawn_again_and_everything_else_is_kept() -> None:
 
 def test_constants_are_found_by_layer() -> None:
     source = TensorSource({}, {"a.tp._w3j_1_1_0": torch.ones(3, 3, 1)})
-    found = source.within("a").within("tp").constant("_w3j_1_1_0")
-    assert found is not None and found.dtype == torch.float64
+    coupling = source.within("a").within("tp").constant("_w3j_1_1_0")
+    assert coupling is not None and coupling.dtype == torch.float64
     assert source.constant("_w3j_1_1_0") is None
 
 

@@ -43,9 +43,9 @@ def magnetic(
     model: str = "scale-shift", layer: str = "exchange", name: str = "readout", scale: float = 0.05
 ) -> MaceBackbone:
     """A model with an adapter and a layer, all of them at random."""
-    found = backbone(**MODELS[model])
-    perturb(attach(found, replace(method(name), magnetism=LAYERS[layer])), scale)
-    return found
+    actual = backbone(**MODELS[model])
+    perturb(attach(actual, replace(method(name), magnetism=LAYERS[layer])), scale)
+    return actual
 
 
 def spins_of(atoms: Atoms, seed: int = 7) -> FloatArray:
@@ -72,10 +72,10 @@ def same(one: torch.Tensor | None, other: Any) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
 def test_space_and_spins_rotate_together(model: str, layer: str) -> None:
-    found = magnetic(model, layer)
+    actual = magnetic(model, layer)
     for atoms in (cluster(), crystal()):
         spins = spins_of(atoms)
-        before = predict(found, frame_with(atoms, spins))
+        before = predict(actual, frame_with(atoms, spins))
         assert before.moments is not None
         assert before.fields is not None
         assert before.stress is not None
@@ -85,7 +85,7 @@ def test_space_and_spins_rotate_together(model: str, layer: str) -> None:
             turned.set_cell(atoms.cell.array @ (inverts * rotation).T)
             turned.positions = atoms.positions @ (inverts * rotation).T + [0.3, -0.2, 0.7]
             # spins are axial: the inversion leaves them
-            after = predict(found, frame_with(turned, spins @ rotation.T))
+            after = predict(actual, frame_with(turned, spins @ rotation.T))
             same(after.energy, before.energy)
             same(after.forces, before.forces @ (inverts * rotation).T)
             same(after.moments, before.moments @ rotation.T)
@@ -95,9 +95,9 @@ def test_space_and_spins_rotate_together(model: str, layer: str) -> None:
 
 @pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
 def test_time_reversal(layer: str) -> None:
-    found = magnetic(layer=layer)
+    model = magnetic(layer=layer)
     spins = spins_of(crystal())
-    before, after = (predict(found, frame_with(crystal(), sign * spins)) for sign in (1, -1))
+    before, after = (predict(model, frame_with(crystal(), sign * spins)) for sign in (1, -1))
     assert before.moments is not None
     assert before.fields is not None
     same(after.energy, before.energy)
@@ -111,8 +111,8 @@ def test_spins_alone_rotate_only_without_spin_orbit_terms() -> None:
     rotation = Rotation.random(random_state=9).as_matrix()
     energies = {}
     for layer in ("exchange", "spin–orbit"):
-        found = magnetic(layer=layer)
-        before, after = (predict(found, frame_with(crystal(), s)) for s in (spins, spins @ rotation.T))
+        model = magnetic(layer=layer)
+        before, after = (predict(model, frame_with(crystal(), s)) for s in (spins, spins @ rotation.T))
         energies[layer] = float((after.energy - before.energy).abs())
         if layer == "exchange":
             assert before.moments is not None
@@ -124,11 +124,11 @@ def test_spins_alone_rotate_only_without_spin_orbit_terms() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_order_of_atoms_and_company_in_a_batch_do_not_matter(layer: str) -> None:
-    found = magnetic(layer=layer)
+    model = magnetic(layer=layer)
     atoms, order = crystal(), np.random.default_rng(1).permutation(8)
     spins = spins_of(atoms)
-    before = predict(found, frame_with(atoms, spins))
-    other = predict(found, frame_with(cluster(), spins_of(cluster())), frame_with(atoms[order], spins[order]))
+    before = predict(model, frame_with(atoms, spins))
+    other = predict(model, frame_with(cluster(), spins_of(cluster())), frame_with(atoms[order], spins[order]))
     assert other.moments is not None
     assert before.moments is not None
     same(other.energy[1:], before.energy)
@@ -139,12 +139,12 @@ def test_order_of_atoms_and_company_in_a_batch_do_not_matter(layer: str) -> None
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
 def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> None:
-    found = magnetic(model, layer)
+    actual = magnetic(model, layer)
     atoms = crystal()
     spins = spins_of(atoms)
-    told = predict(found, frame_with(atoms, spins))
-    assert told.fields is not None
-    assert told.stress is not None
+    prediction = predict(actual, frame_with(atoms, spins))
+    assert prediction.fields is not None
+    assert prediction.stress is not None
     step = 2e-4
 
     def energy(
@@ -153,7 +153,7 @@ def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> Non
         there = atoms.copy()
         there.positions += moved
         there.set_cell(there.cell.array @ (np.eye(3) + strain), scale_atoms=True)
-        return float(predict(found, frame_with(there, spins + turned)).energy)
+        return float(predict(actual, frame_with(there, spins + turned)).energy)
 
     def slope(name: str, direction: FloatArray) -> float:
         """Fourth order in the step."""
@@ -163,19 +163,19 @@ def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> Non
     for atom, axis in ((0, 0), (3, 1), (7, 2)):
         change = np.zeros((8, 3))
         change[atom, axis] = 1.0
-        assert float(told.forces[atom, axis]) == pytest.approx(-slope("moved", change), rel=1e-7, abs=1e-9)
-        assert float(told.fields[atom, axis]) == pytest.approx(-slope("turned", change), rel=1e-7, abs=1e-9)
+        assert float(prediction.forces[atom, axis]) == pytest.approx(-slope("moved", change), rel=1e-7, abs=1e-9)
+        assert float(prediction.fields[atom, axis]) == pytest.approx(-slope("turned", change), rel=1e-7, abs=1e-9)
     for row, column in ((0, 0), (1, 2)):
         strain = np.zeros((3, 3))
         strain[row, column] += 0.5
         strain[column, row] += 0.5
         stress = slope("strain", strain) / atoms.get_volume()
-        assert float(told.stress[0, row, column]) == pytest.approx(stress, rel=1e-7, abs=1e-10)
+        assert float(prediction.stress[0, row, column]) == pytest.approx(stress, rel=1e-7, abs=1e-10)
 
 
 def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> None:
-    found = magnetic(layer="spin–orbit")
-    part = require_adapter(found).magnetic
+    model = magnetic(layer="spin–orbit")
+    part = require_adapter(model).magnetic
     assert part is not None
     layer = part.layer
     assert isinstance(layer, SpinLayer)
@@ -192,8 +192,8 @@ def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> 
     pair = Atoms("O2H", [[0, 0, 0], [1.9, 0, 0], [0.95, 0, 2.0]])
     straight = Atoms("O2H", [[0, 0, 0], [1.9, 0, 0], [30.0, 0, 0]])
     for atoms, allowed in ((pair, True), (straight, False)):
-        one = predict(found, frame_with(atoms, spins))
-        other = predict(found, frame_with(atoms, spins[[1, 0, 2]]))
+        one = predict(model, frame_with(atoms, spins))
+        other = predict(model, frame_with(atoms, spins[[1, 0, 2]]))
         difference = float((one.energy - other.energy).abs())
         # exchanging the two spins changes the sign of their cross product
         assert (difference > 1e-6) is allowed
@@ -203,63 +203,63 @@ def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> 
 
 @pytest.mark.parametrize("name", sorted(METHODS_FOR_MACE))
 def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: str) -> None:
-    found = backbone()
+    model = backbone()
     frame = frame_with(crystal(), spins_of(crystal()))
-    plain = predict(found, frame)
+    plain = predict(model, frame)
     without = None
     for layer in (None, LAYERS["spin–orbit"]):
-        attach(found, replace(method(name), magnetism=layer), seed=3)
-        told = predict(found, frame)
+        attach(model, replace(method(name), magnetism=layer), seed=3)
+        prediction = predict(model, frame)
         if layer is None:
-            without = told
-        detach(found)
+            without = prediction
+        detach(model)
     assert without is not None
-    same(told.energy, without.energy)
-    same(told.forces, without.forces)
-    same(told.moments, frame.spins)
-    after = predict(found, frame)
+    same(prediction.energy, without.energy)
+    same(prediction.forces, without.forces)
+    same(prediction.moments, frame.spins)
+    after = predict(model, frame)
     assert torch.equal(after.energy, plain.energy)
     assert after.moments is None
-    assert found.extension is None
+    assert model.extension is None
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ["mmea", "sparse", "full"])
 def test_adapters_with_a_layer_are_saved_and_loaded(tmp_path: Path, layer: str, name: str) -> None:
-    found = magnetic(layer=layer, name=name)
+    model = magnetic(layer=layer, name=name)
     frame = frame_with(crystal(), spins_of(crystal()))
-    told = predict(found, frame)
-    save_adapter(found, tmp_path / "adapter")
-    with disable_adapter(found):
-        assert predict(found, frame).moments is None
-    detach(found)
-    load_adapter(found, tmp_path / "adapter")
-    again = predict(found, frame)
-    assert torch.equal(again.energy, told.energy)
-    assert torch.equal(again.forces, told.forces)
+    prediction = predict(model, frame)
+    save_adapter(model, tmp_path / "adapter")
+    with disable_adapter(model):
+        assert predict(model, frame).moments is None
+    detach(model)
+    load_adapter(model, tmp_path / "adapter")
+    again = predict(model, frame)
+    assert torch.equal(again.energy, prediction.energy)
+    assert torch.equal(again.forces, prediction.forces)
     assert again.moments is not None
-    assert torch.equal(again.moments, torch.as_tensor(told.moments))
+    assert torch.equal(again.moments, torch.as_tensor(prediction.moments))
     with pytest.raises(InputError, match="magnetic layer"):
-        merge_weights(found)
-    detach(found)
+        merge_weights(model)
+    detach(model)
     with pytest.raises(InputError, match="magnetic layer"):
-        forcetune.combine(found, {"one": tmp_path / "adapter"})
-    assert get_adapter(found) is None
+        forcetune.combine(model, {"one": tmp_path / "adapter"})
+    assert get_adapter(model) is None
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_changes_by_our_network_and_every_gradient_is_the_librarys(model: str) -> None:
     results = []
     for make in (library, backbone):
-        found = make(**MODELS[model])
-        perturb(attach(found, replace(method("mmea"), magnetism=LAYERS["spin–orbit"])), 0.1)
-        batch = collate(build_graphs(found, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
-        told = found.predict(batch, stress=True, create_graph=True)
-        assert told.stress is not None
-        assert told.moments is not None
-        loss = told.energy.square().sum() + told.forces.square().sum() + told.stress.square().sum()
-        (loss + told.moments.pow(3).sum()).backward()
-        results.append((told.detached(), [p.grad for p in require_adapter(found).parameters()]))
+        actual = make(**MODELS[model])
+        perturb(attach(actual, replace(method("mmea"), magnetism=LAYERS["spin–orbit"])), 0.1)
+        batch = collate(build_graphs(actual, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
+        prediction = actual.predict(batch, stress=True, create_graph=True)
+        assert prediction.stress is not None
+        assert prediction.moments is not None
+        loss = prediction.energy.square().sum() + prediction.forces.square().sum() + prediction.stress.square().sum()
+        (loss + prediction.moments.pow(3).sum()).backward()
+        results.append((prediction.detached(), [p.grad for p in require_adapter(actual).parameters()]))
     (slow, slow_grads), (fast_found, fast_grads) = results
     for one, other in zip(fast_found[:4], slow[:4], strict=True):
         same(one, other)
@@ -280,22 +280,22 @@ def test_every_coefficient_of_the_spin_orbit_terms_learns() -> None:
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
-        found = model.predict(batch, create_graph=True)
-        assert found.moments is not None
-        ((found.energy - plain - 1.0).square().sum() + (found.moments - 1.0).square().sum()).backward()
+        prediction = model.predict(batch, create_graph=True)
+        assert prediction.moments is not None
+        ((prediction.energy - plain - 1.0).square().sum() + (prediction.moments - 1.0).square().sum()).backward()
         optimizer.step()
     largest = dict(zip(layer.layer.names, last.weight.grad.abs().amax(dim=1).tolist(), strict=True))
     assert min(largest.values()) > 0, largest
 
 
 def test_every_pair_is_counted_once() -> None:
-    found = backbone()
-    (graph,) = build_graphs(found, frames_of(crystal()))
+    model = backbone()
+    (graph,) = build_graphs(model, frames_of(crystal()))
     half = select_half(graph)
     assert 2 * len(half) == graph.n_edges
-    kept = _keys(graph)[half.numpy()]
-    reverse = np.concatenate((kept[:, [1, 0]], -kept[:, 2:]), axis=1)
-    assert len({*map(tuple, kept), *map(tuple, reverse)}) == graph.n_edges
+    pair_keys = _keys(graph)[half.numpy()]
+    reverse = np.concatenate((pair_keys[:, [1, 0]], -pair_keys[:, 2:]), axis=1)
+    assert len({*map(tuple, pair_keys), *map(tuple, reverse)}) == graph.n_edges
 
 
 def _keys(graph: Batch) -> np.ndarray:
@@ -303,14 +303,14 @@ def _keys(graph: Batch) -> np.ndarray:
 
 
 def test_no_spins_means_no_moments_and_no_magnetic_energy() -> None:
-    found = magnetic(layer="spin–orbit", name="readout")
+    model = magnetic(layer="spin–orbit", name="readout")
     (frame,) = frames_of(crystal())
-    told = predict(found, frame)
-    same(told.moments, np.zeros((8, 3)))
-    part = require_adapter(found)
-    found.extension = None
-    same(predict(found, frame).energy, told.energy)
-    found.extension = part.magnetic
+    prediction = predict(model, frame)
+    same(prediction.moments, np.zeros((8, 3)))
+    part = require_adapter(model)
+    model.extension = None
+    same(predict(model, frame).energy, prediction.energy)
+    model.extension = part.magnetic
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,13 @@ def test_the_spin_lattice_model_has_known_answers() -> None:
     np.testing.assert_allclose(state.moments, MOMENT * up, atol=1e-10)
     atoms = shaken(np.random.default_rng(3))
     spins = directions(atoms, "random", np.random.default_rng(4))
-    told, step = solve(atoms, spins), 1e-4
+    solution, step = solve(atoms, spins), 1e-4
     moved = []
     for sign in (1, -1):
         there = atoms.copy()
         there.positions[5, 1] += sign * step
         moved.append(solve(there, spins).energy)
-    assert told.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
+    assert solution.forces[5, 1] == pytest.approx(-(moved[0] - moved[1]) / (2 * step), rel=1e-7)
 
 
 def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     (first,) = read_frames(tmp_path / "0.xyz", **asked).frames
     np.testing.assert_allclose(first.moments, vectors)
     np.testing.assert_allclose(first.spins, vectors[::-1])
-    found = read_frames(tmp_path / "1.xyz", **asked)
-    np.testing.assert_allclose(found.frames[0].moments, vectors * [0, 0, 1])
-    np.testing.assert_allclose(found.frames[0].spins, [[0, 0, 2.0], [0, 0, -2.0]])
-    assert (found.keys.moments, found.keys.spins) == ("magmoms", "initial_magmoms")
+    result = read_frames(tmp_path / "1.xyz", **asked)
+    np.testing.assert_allclose(result.frames[0].moments, vectors * [0, 0, 1])
+    np.testing.assert_allclose(result.frames[0].spins, [[0, 0, 2.0], [0, 0, -2.0]])
+    assert (result.keys.moments, result.keys.spins) == ("magmoms", "initial_magmoms")
     in_memory = frames_from_atoms([three], **asked)
     assert in_memory.keys.moments == "calculator"
     np.testing.assert_allclose(in_memory.frames[0].moments, vectors * [0, 0, 1])
@@ -104,31 +104,31 @@ def test_moments_and_spins_are_read_from_every_shape(tmp_path: Path) -> None:
     with pytest.warns(ForcetuneWarning, match="read only with a magnetic layer"):
         assert read_frames(tmp_path / "0.xyz").frames[0].moments is None
 
-    (turned,) = with_spins(found.frames, "directions")
+    (turned,) = with_spins(result.frames, "directions")
     np.testing.assert_allclose(turned.spins, [[0, 0, 1.0], [0, 0, 0]])  # a moment of 0.01 has no direction
-    (kept,) = with_spins(found.frames, "moments")
-    assert kept.spins is not None
-    np.testing.assert_allclose(kept.spins, found.frames[0].moments)
+    (frame,) = with_spins(result.frames, "moments")
+    assert frame.spins is not None
+    np.testing.assert_allclose(frame.spins, result.frames[0].moments)
 
 
 def test_from_frames_to_ase(iron: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "run"
     settings = [f"--set={name}={value}" for name, value in SETTINGS.items()]
-    code, told, _ = command(
+    code, output, _ = command(
         *("fit", iron / "train.xyz", "--model", iron / "iron.model", "--method", "sparse", "--magnetic"),
         *("--valid", iron / "valid.xyz", "--test", iron / "test.xyz", "--epochs", 4, "--out", out, *settings),
     )
     assert code == 0
-    assert "Moments MAE" in told
+    assert "Moments MAE" in output
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["rotation_error"]["energy_mev_per_atom"] < 1e-6
     assert results["parameters"]["coverage"][-1]["kind"] == "magnetism"
     assert "moment_mae_mub" not in results["errors"]["test"]["before"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Parity plot of moments" in page
-    code, told, _ = command("evaluate", out, iron / "test.xyz", "--json")
+    code, output, _ = command("evaluate", out, iron / "test.xyz", "--json")
     assert code == 0
-    assert json.loads(told) == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
+    assert json.loads(output) == pytest.approx(results["errors"]["test"]["after"], rel=1e-9)
     plain = json.loads(command("evaluate", iron / "iron.model", iron / "test.xyz", "--json")[1])
     assert "moment_mae_mub" not in plain
 
@@ -175,13 +175,13 @@ def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, m
     monkeypatch.undo()
     again = forcetune.resume(tmp_path / "cut")
     assert again.after == whole.after
-    one, two = ((found.adapter / "adapter_model.safetensors").read_bytes() for found in (whole, again))
+    one, two = ((run.adapter / "adapter_model.safetensors").read_bytes() for run in (whole, again))
     assert one == two
 
 
 def test_what_a_magnetic_run_is_trained_on_by_default() -> None:
-    given = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}}
-    config = RunConfig.model_validate(given | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
+    options = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}}
+    config = RunConfig.model_validate(options | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
     training = config.with_defaults_of(0.005, "adam").training
     usual = training.loss
     assert (usual.energy, usual.forces, usual.stress, usual.moments) == (1, 1, None, 1)
@@ -211,22 +211,22 @@ def test_stress_counts_as_the_others_where_frames_have_it(iron: Path, tmp_path: 
 
     first = fit(iron, tmp_path / "with", 2, **settings)
     assert weights(first) == (None, None)
-    given = {"model": iron / "iron.model", "method": "readout", "epochs": 2, "valid": 4}
+    options = {"model": iron / "iron.model", "method": "readout", "epochs": 2, "valid": 4}
     train = without_stress(tmp_path / "train.xyz", iron / "train.xyz")
-    bare = forcetune.fit(train, out=tmp_path / "bare", settings=SETTINGS | settings, **given)
+    bare = forcetune.fit(train, out=tmp_path / "bare", settings=SETTINGS | settings, **options)
     assert weights(bare) == (None, None)
     # what the labels of one run decided is decided again for other frames
-    given = {"config": bare.folder / "config.yaml", "valid": 4}
-    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **given)) == (None, None)
+    options = {"config": bare.folder / "config.yaml", "valid": 4}
+    assert weights(forcetune.fit(iron / "train.xyz", out=tmp_path / "other", **options)) == (None, None)
     asked = {"training.loss.stress": 1.0}
     with pytest.raises(InputError, match="no training frame has stress labels"):
-        forcetune.fit(out=tmp_path / "no", settings=asked, **given)
+        forcetune.fit(out=tmp_path / "no", settings=asked, **options)
 
 
 @pytest.mark.parametrize("rate", [None, 0.02])
 def test_the_layer_has_a_learning_rate_of_its_own(iron: Path, rate: float | None) -> None:
-    found = forcetune.load(iron / "iron.model")
-    adapter = attach(found, replace(forcetune.method("full"), magnetism=Magnetism(inputs="unit")))
+    model = forcetune.load(iron / "iron.model")
+    adapter = attach(model, replace(forcetune.method("full"), magnetism=Magnetism(inputs="unit")))
     optimizer = make_optimizer(adapter, TrainingConfig(), 0.04, 10, first_rate=rate)
     layer = {id(parameter) for parameter in adapter.magnetic.parameters()} if adapter.magnetic else set()
     for group in optimizer.param_groups:
@@ -259,9 +259,9 @@ def test_an_ensemble_takes_the_state_and_means_the_moments(iron: Path, tmp_path:
     assert atoms.get_potential_energy() == pytest.approx((single[0][0] + single[1][0]) / 2, abs=1e-10)
     np.testing.assert_allclose(atoms.get_magnetic_moments(), (single[0][1] + single[1][1]) / 2, atol=1e-12)
     np.testing.assert_allclose(atoms.calc.results["effective_field"], (single[0][2] + single[1][2]) / 2, atol=1e-12)
-    code, told, _ = command("evaluate", runs[0].folder, iron / "test.xyz", "--ensemble", runs[1].folder, "--json")
+    code, out, _ = command("evaluate", runs[0].folder, iron / "test.xyz", "--ensemble", runs[1].folder, "--json")
     assert code == 0
-    errors = json.loads(told)
+    errors = json.loads(out)
     own = [run.after["test"].energy_mae_mev for run in runs]
     assert errors["energy_mae_mev"] <= max(own) * 1.0001
     assert errors["moment_mae_mub"] is not None
@@ -279,24 +279,24 @@ def test_keys_of_magnetic_labels_can_be_named_wherever_frames_are_read(
         atoms.arrays["m"] = atoms.arrays.pop("REF_magmoms")
         atoms.arrays["s"] = atoms.arrays.pop("REF_spins")
     ase.io.write(tmp_path / "other.xyz", frames, format="extxyz")
-    code, _, told = command("evaluate", run.folder, tmp_path / "other.xyz", "--json")
-    assert (code, "other.xyz" in told) == (2, True)
+    code, _, err = command("evaluate", run.folder, tmp_path / "other.xyz", "--json")
+    assert (code, "other.xyz" in err) == (2, True)
     keys = ("--moments-key", "m", "--spins-key", "s")
-    code, told, _ = command("evaluate", run.folder, tmp_path / "other.xyz", "--json", *keys)
+    code, out, _ = command("evaluate", run.folder, tmp_path / "other.xyz", "--json", *keys)
     assert code == 0
-    assert json.loads(told)["moment_mae_mub"] == pytest.approx(run.after["test"].to_json()["moment_mae_mub"], rel=1e-6)
-    code, _, told = command("evaluate", iron / "iron.model", tmp_path / "other.xyz", *keys)
-    assert (code, "no magnetic layer" in told) == (2, True)
+    assert json.loads(out)["moment_mae_mub"] == pytest.approx(run.after["test"].to_json()["moment_mae_mub"], rel=1e-6)
+    code, _, err = command("evaluate", iron / "iron.model", tmp_path / "other.xyz", *keys)
+    assert (code, "no magnetic layer" in err) == (2, True)
     # two states of one structure are no duplicates for the doctor, whatever the key
     twice = [frames[0], frames[0].copy()]
     twice[1].info, twice[1].calc = dict(frames[0].info), frames[0].calc
     twice[1].arrays["s"] = directions(twice[1], "random", np.random.default_rng(5))
     ase.io.write(tmp_path / "twice.xyz", twice, format="extxyz")
-    for key, found in (("s", False), ("none", True)):
+    for key, has_spins in (("s", False), ("none", True)):
         arguments = ("--model", iron / "iron.model", "--spins-key", key, "--json")
-        told = command("doctor", tmp_path / "twice.xyz", *arguments)[1]
-        codes = {one["code"] for one in json.loads(told)["findings"]}
-        assert any(code.startswith("duplicate") for code in codes) == found, codes
+        out = command("doctor", tmp_path / "twice.xyz", *arguments)[1]
+        codes = {one["code"] for one in json.loads(out)["findings"]}
+        assert any(code.startswith("duplicate") for code in codes) == has_spins, codes
 
 
 @pytest.mark.forgetting
@@ -342,13 +342,13 @@ def test_collinear_data_without_directions_of_their_own(iron: Path, tmp_path: Pa
     )
     config = json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["method"]["magnetism"]["inputs"] == "directions"
-    found = []
+    collinear = []
     for length in (1.0, 2.5):
         atoms = frames[0].copy()
         atoms.calc = forcetune.calculator(run.folder)
         atoms.set_initial_magnetic_moments(length * frames[0].arrays["magmoms"])
-        found.append(atoms.get_potential_energy())
-    assert found[0] == pytest.approx(found[1], abs=1e-12)
+        collinear.append(atoms.get_potential_energy())
+    assert collinear[0] == pytest.approx(collinear[1], abs=1e-12)
 
 
 Damage = Callable[[list[Any]], None]
@@ -385,10 +385,10 @@ def test_bad_magnetic_data_stop_at_the_door(
     ase.io.write(tmp_path / "bad.xyz", frames, format="extxyz")
     out = tmp_path / "run"
     arguments = ("--model", iron / "iron.model", "--magnetic", "--epochs", 2, "--out", out, "--set", "data.doctor=off")
-    code, _, told = command("fit", tmp_path / "bad.xyz", *arguments)
+    code, _, err = command("fit", tmp_path / "bad.xyz", *arguments)
     assert code == 2
     for word in ("bad.xyz", *words):
-        assert word in told
+        assert word in err
     assert not out.exists()
 
 
@@ -404,9 +404,9 @@ def test_spins_relax_to_lower_energy_with_positions_kept(iron: Path, tmp_path: P
     atoms.set_initial_magnetic_moments(2.2 * spins)
     atoms.calc = forcetune.calculator(run.folder)
     before = atoms.positions.copy()
-    found = forcetune.relax_spins(atoms, torque=1e-5)
-    assert found.converged
-    assert found.energy_after < found.energy_before - 1e-4
+    relaxation = forcetune.relax_spins(atoms, torque=1e-5)
+    assert relaxation.converged
+    assert relaxation.energy_after < relaxation.energy_before - 1e-4
     np.testing.assert_array_equal(atoms.positions, before)
     np.testing.assert_allclose(np.linalg.norm(atoms.get_initial_magnetic_moments(), axis=1), 2.2)
     field, final = atoms.calc.results["effective_field"], atoms.get_initial_magnetic_moments() / 2.2
@@ -443,8 +443,8 @@ def test_states_of_one_structure_are_no_copies() -> None:
         atoms = labelled(cell((2, 2, 2)), directions(cell((2, 2, 2)), kind, np.random.default_rng(len(frames))))
         frames += frames_from_atoms([atoms], moments_key="auto", spins_key="auto").frames
     frames.append(frames[1])
-    (found,) = check_duplicates(frames, [measure_shape(frame) for frame in frames], trained_on=True)
-    assert (found.code, len(found.frames)) == ("duplicate-frames", 1)
+    (finding,) = check_duplicates(frames, [measure_shape(frame) for frame in frames], trained_on=True)
+    assert (finding.code, len(finding.frames)) == ("duplicate-frames", 1)
 
 
 def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path: Path) -> None:
@@ -456,8 +456,8 @@ def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path:
     signs = np.where(np.arange(16) % 3 == 0, -1.0, 1.0)
     state = 2.2 * signs[:, None] * axis
     atoms.set_initial_magnetic_moments(state)
-    found = forcetune.exchange_parameters(atoms, sites=[0, 5])
-    assert len(found.first) == 30
+    exchange = forcetune.exchange_parameters(atoms, sites=[0, 5])
+    assert len(exchange.first) == 30
     sides = (np.array([0.0, 1.0, 0.0]), np.array([0.8, 0.0, -0.6]))
     step = 1e-3
 
@@ -469,13 +469,13 @@ def test_exchange_parameters_are_what_small_rotations_cost(iron: Path, tmp_path:
         return atoms.get_potential_energy()
 
     for place in (0, 7, 20):
-        i, j = int(found.first[place]), int(found.second[place])
+        i, j = int(exchange.first[place]), int(exchange.second[place])
         mixed = 0.0
         for side in sides:
             corners = [a * b * energy({i: a * step * side, j: b * step * side}) for a in (1, -1) for b in (1, -1)]
             mixed += sum(corners) / (4 * step**2)
-        assert found.coupling[place] == pytest.approx(-0.5 * mixed, rel=1e-3, abs=1e-7)
-        assert found.distance[place] == pytest.approx(atoms.get_distance(i, j, mic=True))
+        assert exchange.coupling[place] == pytest.approx(-0.5 * mixed, rel=1e-3, abs=1e-7)
+        assert exchange.distance[place] == pytest.approx(atoms.get_distance(i, j, mic=True))
     atoms.set_initial_magnetic_moments(np.random.default_rng(0).standard_normal((16, 3)))
     with pytest.raises(InputError, match="collinear"):
         forcetune.exchange_parameters(atoms)

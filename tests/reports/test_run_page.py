@@ -250,9 +250,9 @@ def test_names_are_unique_and_references_resolve(run: Path) -> None:
     names = [value for name, value in page.attributes if name == "id"]
     assert len(names) == len(set(names))
     text = (run / "report.html").read_text(encoding="utf-8")
-    assert {found for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text) for found in pair if found} <= set(
-        names
-    )
+    assert {
+        actual for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text) for actual in pair if actual
+    } <= set(names)
 
 
 def test_same_run_same_page(run: Path) -> None:

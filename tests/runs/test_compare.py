@@ -40,9 +40,9 @@ def test_a_script_without_a_guard_compares_in_processes(tmp_path: Path, way: str
     write_model(tmp_path / "m.model")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     arguments = [sys.executable, "-W", "ignore", "script.py" if way == "file" else "-"]
-    given = None if way == "file" else SCRIPT
+    script = None if way == "file" else SCRIPT
     ended = subprocess.run(
-        arguments, cwd=tmp_path, input=given, capture_output=True, text=True, timeout=900, check=False
+        arguments, cwd=tmp_path, input=script, capture_output=True, text=True, timeout=900, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "started").read_text(encoding="utf-8") == "x"
@@ -54,20 +54,20 @@ def test_a_script_without_a_guard_compares_in_processes(tmp_path: Path, way: str
             "output": {"run": str(tmp_path / "one"), "forgetting": False},
         }
     )
-    found = forcetune.compare(config, ["readout", "gain"])
-    losses = [row.valid_loss.mean for row in found.comparison.methods]
+    run = forcetune.compare(config, ["readout", "gain"])
+    losses = [row.valid_loss.mean for row in run.comparison.methods]
     assert ast.literal_eval((tmp_path / "losses").read_text(encoding="utf-8")) == pytest.approx(losses, rel=1e-6)
 
 
 def test_a_process_that_is_killed_leaves_the_other_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "as_they_end", _as_if_one_was_killed)
-    given = {
+    options = {
         "data": {"train": [str(write_labelled(tmp_path / "a.xyz", 8))], "valid": 4},
         "model": {"model": str(write_model(tmp_path / "m.model"))},
         "training": {"epochs": 1},
         "output": {"run": str(tmp_path / "compared")},
     }
-    config = forcetune.load_config(given=given)
+    config = forcetune.load_config(given=options)
     with pytest.raises(ForcetuneError, match=r"gain-1: a worker process was killed .* The other runs are kept"):
         forcetune.compare(config, ["readout", "gain"], processes=2)
     assert (tmp_path / "compared" / "readout-1" / "results.json").is_file()
@@ -82,9 +82,9 @@ def _as_if_one_was_killed(work: Any, jobs: Any, workers: int, *, option: str) ->
 
 def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> None:
     out = tmp_path / "compared"
-    given = [forcetune.demo_file("train"), "--methods", "readout,elora", "--out", out, "--epochs", 2, "--valid", 10]
-    given += ["--set", "training.batch_size=20"]
-    code, text, _ = command("compare", *given, "--seeds", 2)
+    arguments = [forcetune.demo_file("train"), "--methods", "readout,elora", "--out", out, "--epochs", 2, "--valid", 10]
+    arguments += ["--set", "training.batch_size=20"]
+    code, text, _ = command("compare", *arguments, "--seeds", 2)
     assert code == 0
     assert "zero-shot" in text and "lowest validation loss" in text and "over 2 seeds" in text
     runs = sorted(path.name for path in out.iterdir() if path.is_dir())
@@ -98,9 +98,9 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> Non
             json.loads((out / f"{method['name']}-{seed}" / "results.json").read_text(encoding="utf-8"))
             for seed in method["seeds"]
         ]
-        found = [one["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] for one in results]
+        actual = [one["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] for one in results]
         errors = method["errors"]["forces_mae_mev_per_ang"]
-        assert errors["values"] == found and errors["mean"] == pytest.approx(sum(found) / 2)
+        assert errors["values"] == actual and errors["mean"] == pytest.approx(sum(actual) / 2)
         assert method["steps"] == 4 and method["trainable"] == results[0]["parameters"]["trainable"]
         assert method["epochs_to_target"]["mean"] <= 2
     rates = {method["name"]: method["learning_rate"] for method in stored["methods"]}
@@ -110,17 +110,17 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> Non
 
     # finished runs are not repeated, a new method joins them, another option repeats all
     before = (out / "elora-1" / "results.json").stat().st_mtime_ns
-    code, text, told = command("compare", *given, "--methods", "readout,elora,gain", "--json")
-    assert code == 0 and "2 of 3 runs are finished already" in told
+    code, text, err = command("compare", *arguments, "--methods", "readout,elora,gain", "--json")
+    assert code == 0 and "2 of 3 runs are finished already" in err
     assert [method["name"] for method in json.loads(text)["methods"]] == ["readout", "elora", "gain"]
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns == before
     (out / "elora-1" / "results.json").unlink()  # as if it had died: it goes on from its last epoch
-    assert command("compare", *given, "--methods", "elora")[0] == 0
+    assert command("compare", *arguments, "--methods", "elora")[0] == 0
     again = json.loads((out / "elora-1" / "results.json").read_text(encoding="utf-8"))
     elora = next(method for method in stored["methods"] if method["name"] == "elora")
     first = elora["errors"]["forces_mae_mev_per_ang"]["values"][0]
     assert again["errors"]["valid"]["after"]["forces_mae_mev_per_ang"] == first
-    assert command("compare", *given, "--methods", "elora", "--set", "training.loss.energy=2")[0] == 0
+    assert command("compare", *arguments, "--methods", "elora", "--set", "training.loss.energy=2")[0] == 0
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns > before
 
 
@@ -147,12 +147,12 @@ def test_bad_input(tmp_path: Path, command: Command) -> None:
         (["--methods", "elora", "--set", "data.energy_key=nothing"], "nothing"),
         (["--methods", "readout,full", "--set", "method.rank=4"], "none of the methods readout, full has this option"),
     ):
-        code, _, told = command("compare", frames, "--out", out, *options)
-        assert code == 2 and message in told and not out.exists()
+        code, _, err = command("compare", frames, "--out", out, *options)
+        assert code == 2 and message in err and not out.exists()
     out.mkdir()
     (out / "thesis.tex").write_text("precious")
-    code, _, told = command("compare", frames, "--out", out, "--methods", "elora")
-    assert code == 2 and "thesis.tex: is not of a comparison" in told
+    code, _, err = command("compare", frames, "--out", out, "--methods", "elora")
+    assert code == 2 and "thesis.tex: is not of a comparison" in err
     (tmp_path / "unfinished").mkdir()
     with pytest.raises(InputError):
         read_comparison({"elora": {1: tmp_path / "unfinished"}})
@@ -160,25 +160,25 @@ def test_bad_input(tmp_path: Path, command: Command) -> None:
 
 def test_options_are_searched_and_then_used(tmp_path: Path, command: Command) -> None:
     out = tmp_path / "out"
-    given = ["compare", forcetune.demo_file("train"), "--methods", "readout", "--out", out, "--epochs", 2]
-    given += ["--valid", 10, "--set", "training.batch_size=20", "--json"]
-    code, text, _ = command(*given, "--search", 4)
+    arguments = ["compare", forcetune.demo_file("train"), "--methods", "readout", "--out", out, "--epochs", 2]
+    arguments += ["--valid", 10, "--set", "training.batch_size=20", "--json"]
+    code, text, _ = command(*arguments, "--search", 4)
     assert code == 0
-    found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["search"]["readout"]
-    assert len(found["trials"]) == 4
-    first = found["trials"][0]
+    content = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["search"]["readout"]
+    assert len(content["trials"]) == 4
+    first = content["trials"][0]
     assert first["training.learning_rate"] == 5e-3 and first["training.loss.forces"] == 1000 and not first["pruned"]
-    best = min((trial for trial in found["trials"] if not trial["pruned"]), key=lambda trial: trial["score"])
-    assert found["score"] == best["score"]
-    assert found["settings"] == {key: best[key] for key in ("training.learning_rate", "training.loss.forces")}
+    best = min((trial for trial in content["trials"] if not trial["pruned"]), key=lambda trial: trial["score"])
+    assert content["score"] == best["score"]
+    assert content["settings"] == {key: best[key] for key in ("training.learning_rate", "training.loss.forces")}
     results = json.loads((out / "readout-1" / "results.json").read_text(encoding="utf-8"))
-    assert results["training"]["learning_rate"] == found["settings"]["training.learning_rate"]
-    assert json.loads(text)["methods"][0]["learning_rate"] == found["settings"]["training.learning_rate"]
+    assert results["training"]["learning_rate"] == content["settings"]["training.learning_rate"]
+    assert json.loads(text)["methods"][0]["learning_rate"] == content["settings"]["training.learning_rate"]
     # the journal holds what was tried: nothing is tried again, and the run stands
     before = (out / "readout-1" / "results.json").stat().st_mtime_ns
-    assert command(*given, "--search", 4)[0] == 0
+    assert command(*arguments, "--search", 4)[0] == 0
     assert (out / "readout-1" / "results.json").stat().st_mtime_ns == before
-    code, _, told = command(
-        *given, "--search", 4, "--set", "training.learning_rate=0.01", "--set", "training.loss.forces=10"
+    code, _, err = command(
+        *arguments, "--search", 4, "--set", "training.learning_rate=0.01", "--set", "training.loss.forces=10"
     )
-    assert code == 2 and "all given for readout" in told
+    assert code == 2 and "all given for readout" in err

@@ -31,8 +31,8 @@ def test_short_demo_tells_what_it_did(tmp_path: Path, command: Command) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Energy conservation" in page and "Test hot" in page
 
-    code, _, told = command("demo", "--out", out)
-    assert code == 2 and "is not empty" in told
+    code, _, err = command("demo", "--out", out)
+    assert code == 2 and "is not empty" in err
 
 
 @pytest.mark.slow
@@ -46,17 +46,22 @@ def test_demo_brings_the_forces_to_a_third_and_conserves_energy(tmp_path: Path, 
 
 def test_data_of_the_demo_are_complete_and_never_overlap() -> None:
     frames = {part: ase.io.read(forcetune.demo_file(part), ":") for part in ("train", "valid", "test", "hot")}
-    assert {part: len(found) for part, found in frames.items()} == {"train": 50, "valid": 50, "test": 200, "hot": 50}
-    places = [atoms.positions.tobytes() for found in frames.values() for atoms in found]
+    assert {part: len(structures) for part, structures in frames.items()} == {
+        "train": 50,
+        "valid": 50,
+        "test": 200,
+        "hot": 50,
+    }
+    places = [atoms.positions.tobytes() for structures in frames.values() for atoms in structures]
     assert len(set(places)) == len(places)
     assert sum(forcetune.demo_file(part).stat().st_size for part in frames) < 250_000
 
 
 def test_fit_without_a_model_starts_from_mini_and_says_so(tmp_path: Path, command: Command) -> None:
-    given = ["fit", forcetune.demo_file("train"), "--method", "readout", "--epochs", 1, "--out"]
-    code, _, told = command(*given, tmp_path / "run")
-    assert code == 0 and "no model named: starting from mini" in told
-    assert "no model named" not in command(*given, tmp_path / "two", "--model", "mini")[2]
+    arguments = ["fit", forcetune.demo_file("train"), "--method", "readout", "--epochs", 1, "--out"]
+    code, _, err = command(*arguments, tmp_path / "run")
+    assert code == 0 and "no model named: starting from mini" in err
+    assert "no model named" not in command(*arguments, tmp_path / "two", "--model", "mini")[2]
 
 
 def run_example(name: str, *arguments: object) -> str:

@@ -16,9 +16,9 @@ from systems import labelled, write_labelled, write_model
 def test_aspirin_starts_within_tens_of_mev_per_atom(reference_data: Path, tmp_path: Path) -> None:
     aspirin = reference_data / "rmd17" / "aspirin"
     model = write_model(tmp_path / "random.model")
-    given = {"model": model, "method": "readout", "valid": 0.5, "epochs": 1, "out": tmp_path / "run"}
+    options = {"model": model, "method": "readout", "valid": 0.5, "epochs": 1, "out": tmp_path / "run"}
     with pytest.warns(ForcetuneWarning, match="forces-unrelated"):  # random weights know no chemistry
-        run = forcetune.fit(aspirin / "train.xyz", **given)
+        run = forcetune.fit(aspirin / "train.xyz", **options)
     references = run.results["reference_energies"]
     assert references["offset_before_mev_per_atom"] > 100_000
     assert references["offset_after_mev_per_atom"] < 50

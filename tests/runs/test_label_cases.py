@@ -48,15 +48,15 @@ def doctor(data: Any, model: Backbone) -> Checkup:
 
 
 def changed(structures: Sequence[Atoms], change: Callable[[Atoms], Any]) -> list[Atoms]:
-    found = [atoms.copy() for atoms in structures]
-    for atoms in found:
+    copies = [atoms.copy() for atoms in structures]
+    for atoms in copies:
         change(atoms)
-    return found
+    return copies
 
 
 def fit(command: Command, data: Path, run: Path, *more: object, model: object = "mini") -> tuple[int, str, str]:
-    given = ("--model", model, "--method", "readout", "--epochs", 1, "--valid", 1, "--out", run)
-    return command("fit", data, *given, *more)
+    arguments = ("--model", model, "--method", "readout", "--epochs", 1, "--valid", 1, "--out", run)
+    return command("fit", data, *arguments, *more)
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def test_stress_is_trained_on_where_there_is_some(command: Command, crystals: li
     data = write(tmp_path / "a.xyz", crystals)
     code, _, err = fit(command, data, tmp_path / "run")
     assert code == 0, err
-    assert "stress: trained on with weight 1e+06, beside 1000 of forces" in err and "training.loss.stress" in err
-    assert results(tmp_path / "run")["training"]["loss"]["stress"] == 1e6
+    assert "stress: trained on with weight 100000, beside 1000 of forces" in err and "training.loss.stress" in err
+    assert results(tmp_path / "run")["training"]["loss"]["stress"] == 1e5
     # the run's own configuration leaves the choice to the data again
     assert "stress: null" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
 
@@ -150,11 +150,11 @@ def test_the_gradient_of_the_loss_follows_stress(crystals: list[Atoms], tmp_path
     paths = [write(tmp_path / "a.xyz", crystals), write(tmp_path / "b.xyz", other)]
 
     def forces(path: Path, name: str, **settings: Any) -> float:
-        given = {"training.batch_size": 9, "data.doctor": "off", "output.forgetting": False, **settings}
-        run = forcetune.fit(path, method="readout", valid=1, epochs=1, out=tmp_path / name, settings=given)
-        found = run.after["train"].forces_mae_mev_per_ang
-        assert found is not None
-        return found
+        options = {"training.batch_size": 9, "data.doctor": "off", "output.forgetting": False, **settings}
+        run = forcetune.fit(path, method="readout", valid=1, epochs=1, out=tmp_path / name, settings=options)
+        errors = run.after["train"].forces_mae_mev_per_ang
+        assert errors is not None
+        return errors
 
     assert forces(paths[0], "one") != pytest.approx(forces(paths[1], "two"), rel=1e-6)
 
@@ -176,8 +176,8 @@ def test_doctor_and_fit_name_sign_and_order(
     change: Callable[[Atoms], None], code: str, command: Command, mini: Backbone, crystals: list[Atoms], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "a.xyz", changed(crystals, change))
-    found = {item.code: item.severity for item in doctor(data, mini).findings if item.severity == "error"}
-    assert found == {code: "error"}
+    severities = {item.code: item.severity for item in doctor(data, mini).findings if item.severity == "error"}
+    assert severities == {code: "error"}
     status, _, err = fit(command, data, tmp_path / "run")
     assert status == 2
     assert f"[{code}]" in err and str(data) in err
@@ -197,9 +197,9 @@ def test_every_order_is_recognised(order: tuple[str, ...], sign: float) -> None:
     components = dict(zip(("xx", "yy", "zz", "yz", "xz", "xy"), model[:, *VOIGT].T, strict=True))
     written = sign * np.stack([components[name] for name in order], axis=1)
     label = written[:, np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])]
-    found = find_order(label, model)
-    assert found is not None and found.text == ORDERS[order]
-    assert found.after == pytest.approx(sign) and abs(found.before) < 0.7
+    actual = find_order(label, model)
+    assert actual is not None and actual.text == ORDERS[order]
+    assert actual.after == pytest.approx(sign) and abs(actual.before) < 0.7
 
 
 def test_stress_in_the_right_order_has_no_other() -> None:
@@ -215,10 +215,10 @@ def test_stress_in_the_right_order_has_no_other() -> None:
 def test_a_pressure_of_the_other_sign_is_no_wrong_sign(mini: Backbone, crystals: list[Atoms]) -> None:
     """Two theories may differ in the sign of the pressure of all frames."""
     frames = frames_from_atoms(crystals).frames
-    found = LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames)))
-    assert found.stress is not None
+    labelled = LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames)))
+    assert labelled.stress is not None
     offset = 0.2 * np.eye(3)
-    moved = replace(found, stress=found.stress - offset, stress_label=found.stress + offset)
+    moved = replace(labelled, stress=labelled.stress - offset, stress_label=labelled.stress + offset)
     assert "stress-sign" not in {item.code for item in diagnose(moved)}
 
 
@@ -257,8 +257,8 @@ def test_labels_that_half_of_the_frames_lack(
     for key in ("energy_mae_mev_per_atom", "forces_mae_mev_per_ang", "stress_mae_mev_per_ang3"):
         assert errors[key] == pytest.approx(0, abs=1e-3)
     if stream == "off":
-        found = doctor(data, mini)
-        assert found.n_errors == 0 and (f"{label}-missing" in found.codes)
+        checkup = doctor(data, mini)
+        assert checkup.n_errors == 0 and (f"{label}-missing" in checkup.codes)
 
 
 @pytest.mark.parametrize("label", ["energy", "forces"])
@@ -275,10 +275,10 @@ def test_none_trains_on_the_other_label_alone(label: str, command: Command, tmp_
         code, _, err = fit(command, data, run, f"--{label}-key", "none", model=model)
         assert code == 0, err
         assert f"no {label} (data.{label}_key=none)" in err
-        found = results(run)
-        assert found["training"]["loss"][label] == 0
+        content = results(run)
+        assert content["training"]["loss"][label] == 0
         key = {"energy": "energy_mae_mev_per_atom", "forces": "forces_mae_mev_per_ang"}[label]
-        assert found["errors"]["valid"]["after"][key] is None
+        assert content["errors"]["valid"]["after"][key] is None
         assert (run / "report.html").is_file()
     code, out, err = command("evaluate", tmp_path / "run0", tmp_path / "0.xyz", f"--{label}-key", "none", "--json")
     assert code == 0, err
@@ -294,14 +294,14 @@ def test_training_counts_each_label_by_itself(tmp_path: Path) -> None:
         atoms.info |= {"REF_energy": 1e3, "config_weight": 0.0}
     adapters = []
     for name, frames in (("one", plain), ("two", [*plain[:4], *noise, *plain[4:]])):
-        given = {"data.doctor": "off", "output.forgetting": False}
+        settings = {"data.doctor": "off", "output.forgetting": False}
         data = write(tmp_path / f"{name}.xyz", frames)
         options = {"model": str(model), "method": "readout", "valid": 2, "epochs": 2, "out": tmp_path / name}
         if name == "two":
             with pytest.warns(ForcetuneWarning, match="4 of 14 frames have config_weight 0 and are left out"):
-                run = forcetune.fit(data, settings=given, **options)
+                run = forcetune.fit(data, settings=settings, **options)
         else:
-            run = forcetune.fit(data, settings=given, **options)
+            run = forcetune.fit(data, settings=settings, **options)
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
 
@@ -317,9 +317,13 @@ def with_isolated(model: Backbone, shifts: dict[int, float]) -> list[Atoms]:
 
 def test_isolated_atoms_that_do_not_fit_are_told(command: Command, mini: Backbone, tmp_path: Path) -> None:
     data = write(tmp_path / "a.xyz", with_isolated(mini, {1: -5.0, 6: -6.0, 7: -6.5, 8: -7.0}))
-    found = next(item for item in doctor(data, mini).findings if item.code == "isolated-energies")
-    assert found.severity == "warning"
-    assert "H −15.7" in found.message and "(model −10.7" in found.message and "--references isolated" in found.message
+    finding = next(item for item in doctor(data, mini).findings if item.code == "isolated-energies")
+    assert finding.severity == "warning"
+    assert (
+        "H −15.7" in finding.message
+        and "(model −10.7" in finding.message
+        and "--references isolated" in finding.message
+    )
     code, _, err = fit(command, data, tmp_path / "run")
     assert code == 0, err
     assert "warning: Isolated atoms have H −15.7" in err and "--references isolated" in err
@@ -341,8 +345,8 @@ def test_isolated_atoms_that_fit_are_advised(command: Command, mini: Backbone, t
     assert code == 0, err
     assert "Isolated atoms have H −10.71 (model −10.71)" in err and "--references isolated takes them" in err
     assert "warning" not in err
-    found = next(item for item in doctor(data, mini).findings if item.code == "isolated-energies")
-    assert found.severity == "note"
+    finding = next(item for item in doctor(data, mini).findings if item.code == "isolated-energies")
+    assert finding.severity == "note"
 
 
 def test_charge_and_spin_are_named_where_energies_fall_into_two_groups(mini: Backbone) -> None:
@@ -351,18 +355,18 @@ def test_charge_and_spin_are_named_where_energies_fall_into_two_groups(mini: Bac
         atoms.info |= {"charge": 1, "spin": 2, "REF_energy": atoms.info["REF_energy"] + 9.5}
     for atoms in mixed[1::2]:
         atoms.info |= {"charge": 0, "spin": 1}
-    found = {item.code: item.message for item in doctor(mixed, mini).findings}
+    messages = {item.code: item.message for item in doctor(mixed, mini).findings}
     groups = ("charge 1 (the others 0) and spin 2 (the others 1)", "charge 0 (the others 1) and spin 1 (the others 2)")
-    assert any(group in found["energy-levels"] for group in groups)
-    assert "'charge' and 'spin' are not read" in found["labels-unread"]
+    assert any(group in messages["energy-levels"] for group in groups)
+    assert "'charge' and 'spin' are not read" in messages["labels-unread"]
 
 
 def test_groups_without_charges_are_told_as_before(mini: Backbone) -> None:
     mixed = labelled_by(mini, 12)
     for atoms in mixed[::2]:
         atoms.info["REF_energy"] += 9.5
-    found = {item.code: item.message for item in doctor(mixed, mini).findings}
-    assert "settings, units or molecules are mixed" in found["energy-levels"]
+    messages = {item.code: item.message for item in doctor(mixed, mini).findings}
+    assert "settings, units or molecules are mixed" in messages["energy-levels"]
 
 
 # ---- a weak model is believed as far as it agrees ------------------------------------------------------------------
@@ -372,15 +376,15 @@ def weakened(model: Backbone, structures: list[Atoms], noise: float, energies: s
     """Right labels, and a model whose forces follow them as far as noise lets them and whose energies do not at all."""
     rng = np.random.default_rng(6)
     frames = frames_from_atoms(structures).frames
-    found = LabelledPredictions.of(frames, predict(model, build_graphs(model, frames)))
-    forces = [own + noise * own.std() * rng.standard_normal(own.shape) for own in found.forces]
-    spread = float(np.std(found.energy))
+    labelled = LabelledPredictions.of(frames, predict(model, build_graphs(model, frames)))
+    forces = [own + noise * own.std() * rng.standard_normal(own.shape) for own in labelled.forces]
+    spread = float(np.std(labelled.energy))
     moved = {
-        "unrelated": found.energy.mean() + spread * rng.standard_normal(len(found.energy)),
-        "opposite": 2 * found.energy.mean() - found.energy,
-        "small": found.energy.mean() + 5 * (found.energy - found.energy.mean()),
+        "unrelated": labelled.energy.mean() + spread * rng.standard_normal(len(labelled.energy)),
+        "opposite": 2 * labelled.energy.mean() - labelled.energy,
+        "small": labelled.energy.mean() + 5 * (labelled.energy - labelled.energy.mean()),
     }[energies]
-    return replace(found, forces=forces, energy=moved)
+    return replace(labelled, forces=forces, energy=moved)
 
 
 @pytest.mark.parametrize("energies", ["unrelated", "opposite", "small"])
@@ -406,8 +410,8 @@ def test_energies_are_judged_by_a_good_model(mini: Backbone) -> None:
 def test_liquid_water_is_no_alarm(part: str, reference_data: Path, mini: Backbone) -> None:
     """Right labels, which mini's forces follow with 0.68 and its energies not at all."""
     frames = read_frames(reference_data / "water" / f"water_deepmd_{part}.xyz").frames[::4][:30]
-    found = diagnose(LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames))))
-    assert [str(item) for item in found] == []
+    findings = diagnose(LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames))))
+    assert [str(item) for item in findings] == []
 
 
 def test_energies_in_single_precision_repeat_by_chance() -> None:
@@ -421,8 +425,8 @@ def test_energies_in_single_precision_repeat_by_chance() -> None:
         frames.append(moved)
     energies = [atoms.info["REF_energy"] for atoms in frames]
     assert len(set(energies)) < len(energies) - 3
-    found = frames_from_atoms(frames).frames
-    shapes = [measure_shape(frame) for frame in found]
-    assert "energy-repeated" not in {item.code for item in check_labels(found, shapes)}
-    written = [replace(frame, energy=found[k // 8 * 8].energy) for k, frame in enumerate(found)]
+    read = frames_from_atoms(frames).frames
+    shapes = [measure_shape(frame) for frame in read]
+    assert "energy-repeated" not in {item.code for item in check_labels(read, shapes)}
+    written = [replace(frame, energy=read[k // 8 * 8].energy) for k, frame in enumerate(read)]
     assert "energy-repeated" in {item.code for item in check_labels(written, shapes)}

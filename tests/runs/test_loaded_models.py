@@ -39,9 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(data: Path, model: Any, out: Path, **settings: Any) -> forcetune.Run:
-    given = {"training.batch_size": 4, "training.threads": 1, "method.rank": 2}
+    options = {"training.batch_size": 4, "training.threads": 1, "method.rank": 2}
     named = {key.replace("__", "."): value for key, value in settings.items()}
-    return forcetune.fit(data, model=model, method="elora", valid=3, epochs=2, out=out, settings=given | named)
+    return forcetune.fit(data, model=model, method="elora", valid=3, epochs=2, out=out, settings=options | named)
 
 
 def opened(run: Path, data: Path, command: Command, *, by_all: bool = True) -> float:
@@ -114,8 +114,8 @@ def test_a_model_that_no_file_gives_is_kept_in_the_run(
     assert (run.folder / BASE_NAME).is_file()
     moved = run.folder.rename(tmp_path / "run")
     error = opened(moved, data, command, by_all=make is of_no_file)
-    found = forcetune.evaluate(backbone, data).forces_mae_mev_per_ang
-    assert error == pytest.approx(found, rel=1e-10 if backbone.dtype == torch.float64 else 1e-4)
+    actual = forcetune.evaluate(backbone, data).forces_mae_mev_per_ang
+    assert error == pytest.approx(actual, rel=1e-10 if backbone.dtype == torch.float64 else 1e-4)
     stored = load(str(moved / BASE_NAME))
     assert stored.reference_energies == pytest.approx(before, rel=1e-14)
     detach(backbone)
@@ -174,27 +174,27 @@ def test_everything_else_takes_a_loaded_model_as_its_path(data: Path, model: Pat
     run = fit(data, model, tmp_path / "run").folder
     second = fit(data, model, tmp_path / "second", training__seed=7).folder
     whole = load(model)  # knows nitrogen, too
-    for given in (model, whole):
+    for one_model in (model, whole):
         atoms = labelled(1)[0]
-        atoms.calc = forcetune.calculator(given, adapter=run)
-        found: list[Any] = [atoms.get_potential_energy()]
-        atoms.calc = forcetune.calculator(given)
-        found.append(atoms.get_potential_energy())
-        found.append(forcetune.evaluate(given, data).forces_mae_mev_per_ang)
-        found.append(forcetune.evaluate(given, data, adapter=run).forces_mae_mev_per_ang)
-        found.append(forcetune.evaluate(run, data, base=given).forces_mae_mev_per_ang)
-        found.append(forcetune.evaluate_ensemble([run, second], data, base=given)["forces_mae_mev_per_ang"])
-        found.append(inspect(run, against=second, model=given).changes.paths[0].relative)
-        merged = forcetune.merge(run, tmp_path / "tuned.model", model=given)
-        found.append(forcetune.evaluate(merged.path, data).forces_mae_mev_per_ang)
-        checked = forcetune.doctor(data, model=given)
-        found.append([checked.facts["agreement"]["train"]["forces"], checked.facts["model"]])
-        found.append([row["trainable"] for row in forcetune.compare_methods(given, elements=["H", "C", "O"])])
-        if given is model:
-            expected = found
-    assert found[:-2] == pytest.approx(expected[:-2], rel=1e-11)
-    assert found[-2][0]["correlation"] == pytest.approx(expected[-2][0]["correlation"], rel=1e-9)
-    assert found[-2][1] == expected[-2][1] and found[-1] == expected[-1]
+        atoms.calc = forcetune.calculator(one_model, adapter=run)
+        energies: list[Any] = [atoms.get_potential_energy()]
+        atoms.calc = forcetune.calculator(one_model)
+        energies.append(atoms.get_potential_energy())
+        energies.append(forcetune.evaluate(one_model, data).forces_mae_mev_per_ang)
+        energies.append(forcetune.evaluate(one_model, data, adapter=run).forces_mae_mev_per_ang)
+        energies.append(forcetune.evaluate(run, data, base=one_model).forces_mae_mev_per_ang)
+        energies.append(forcetune.evaluate_ensemble([run, second], data, base=one_model)["forces_mae_mev_per_ang"])
+        energies.append(inspect(run, against=second, model=one_model).changes.paths[0].relative)
+        merged = forcetune.merge(run, tmp_path / "tuned.model", model=one_model)
+        energies.append(forcetune.evaluate(merged.path, data).forces_mae_mev_per_ang)
+        checked = forcetune.doctor(data, model=one_model)
+        energies.append([checked.facts["agreement"]["train"]["forces"], checked.facts["model"]])
+        energies.append([row["trainable"] for row in forcetune.compare_methods(one_model, elements=["H", "C", "O"])])
+        if one_model is model:
+            expected = energies
+    assert energies[:-2] == pytest.approx(expected[:-2], rel=1e-11)
+    assert energies[-2][0]["correlation"] == pytest.approx(expected[-2][0]["correlation"], rel=1e-9)
+    assert energies[-2][1] == expected[-2][1] and energies[-1] == expected[-1]
     assert get_adapter(whole) is None and whole.elements == (1, 6, 7, 8)
     assert torch.equal(next(whole.model.parameters()), next(load(model).model.parameters()))
 
@@ -219,27 +219,27 @@ def test_a_model_with_an_adapter_is_refused_where_another_would_be_put_on_it(
 
 
 def test_comparisons_of_a_loaded_model(data: Path, model: Path, tmp_path: Path) -> None:
-    def compare(given: Any, name: str) -> forcetune.runs.compare.ComparisonRun:  # pyright: ignore
+    def compare(a_model: Any, name: str) -> forcetune.runs.compare.ComparisonRun:  # pyright: ignore
         sections = {
             "data": {"train": [str(data)], "valid": 3},
             "training": {"epochs": 1},
             "output": {"run": str(tmp_path / name)},
         }
-        return forcetune.compare(forcetune.load_config(given=sections), ["readout", "gain"], model=given)
+        return forcetune.compare(forcetune.load_config(given=sections), ["readout", "gain"], model=a_model)
 
     backbone = load(model)
     one, other = compare(model, "one"), compare(backbone, "other")
     assert get_adapter(backbone) is None
-    values = [[row.valid_loss.mean for row in found.comparison.methods] for found in (one, other)]
+    values = [[row.valid_loss.mean for row in comparison_run.comparison.methods] for comparison_run in (one, other)]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
     memory = MaceBackbone.from_module(make_mace(seed=4))
     for _ in range(2):  # the second time all runs are finished already
-        found = compare(memory, "memory")
+        comparison_run = compare(memory, "memory")
         assert (tmp_path / "memory" / "comparison.model").is_file()
         stamp = (tmp_path / "memory" / "gain-1" / "results.json").stat().st_mtime_ns
         assert forcetune.evaluate(tmp_path / "memory" / "gain-1", data).forces_mae_mev_per_ang is not None
-    found = compare(memory, "memory")
-    assert (found.folder / "gain-1" / "results.json").stat().st_mtime_ns == stamp
+    comparison_run = compare(memory, "memory")
+    assert (comparison_run.folder / "gain-1" / "results.json").stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize("name", SEVENNETS)

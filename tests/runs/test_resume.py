@@ -171,8 +171,8 @@ def test_what_cannot_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(InputError, match="is no run folder"):
         forcetune.resume(tmp_path)
     done = fit(tmp_path / "done", **{"method.name": "readout", "training.epochs": 2}).folder
-    code, _, told = command("resume", done)
-    assert code == 2 and "this run is finished" in told
+    code, _, err = command("resume", done)
+    assert code == 2 and "this run is finished" in err
 
     (done / "results.json").unlink()
     state = torch.load(done / run_folder.CHECKPOINT, weights_only=True)
@@ -234,25 +234,25 @@ def test_a_configuration_that_changed_meanwhile(
     die_at_the_second_checkpoint(monkeypatch, tmp_path / "cut", **{"method.name": "elora", "method.rank": 2})
     config = tmp_path / "cut" / "config.yaml"
     edit(config, f"epochs: {EPOCHS}\n", "epochs: 1\n")
-    code, _, told = command("resume", tmp_path / "cut")
+    code, _, err = command("resume", tmp_path / "cut")
     assert code == 2
-    assert "config.yaml: training.epochs is 1, but 2 epochs are behind the run; set it to 2 to end the run" in told
-    assert "Traceback" not in told and "of 1" not in told
+    assert "config.yaml: training.epochs is 1, but 2 epochs are behind the run; set it to 2 to end the run" in err
+    assert "Traceback" not in err and "of 1" not in err
     edit(config, "epochs: 1\n", "epochs: 4\n")
     edit(config, "rank: 2\n", "rank: 3\n")
-    code, _, told = command("resume", tmp_path / "cut")
-    assert code == 2 and "its checkpoint does not fit config.yaml, which has changed since" in told
+    code, _, err = command("resume", tmp_path / "cut")
+    assert code == 2 and "its checkpoint does not fit config.yaml, which has changed since" in err
     edit(config, "rank: 3\n", "rank: 2\n")
     assert not (tmp_path / "cut" / "results.json").exists()
-    code, _, told = command("resume", tmp_path / "cut")
-    assert code == 0 and "going on after epoch 2 of 4" in told
+    code, _, err = command("resume", tmp_path / "cut")
+    assert code == 0 and "going on after epoch 2 of 4" in err
     assert len(content(tmp_path / "cut")["metrics"]) == 4
 
 
 def test_a_run_that_is_ended_where_it_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     die_at_the_second_checkpoint(monkeypatch, tmp_path / "cut", **{"method.name": "readout"})
     edit(tmp_path / "cut" / "config.yaml", f"epochs: {EPOCHS}\n", "epochs: 2\n")
-    code, _, told = command("resume", tmp_path / "cut")
-    assert code == 0 and "training ended after epoch 2: making the results" in told
+    code, _, err = command("resume", tmp_path / "cut")
+    assert code == 0 and "training ended after epoch 2: making the results" in err
     done = content(tmp_path / "cut")
     assert (done["status"], len(done["metrics"])) == ("finished", 2)

@@ -46,12 +46,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def fit(out: Path, mode: str, **more: Any) -> Run:
     frames, model = out.parent / "frames.xyz", out.parent / "small.model"
     if not model.exists():
-        found = labelled(24)
+        structures = labelled(24)
         for index in range(0, 24, 3):
-            found[index] = cluster((1, 6, 8), atoms=3 + index // 3, seed=index)
-            found[index].info["REF_energy"] = -100.0 * len(found[index])
-            found[index].arrays["REF_forces"] = np.random.default_rng(index).standard_normal((len(found[index]), 3))
-        write_xyz(frames, found)
+            structures[index] = cluster((1, 6, 8), atoms=3 + index // 3, seed=index)
+            structures[index].info["REF_energy"] = -100.0 * len(structures[index])
+            structures[index].arrays["REF_forces"] = np.random.default_rng(index).standard_normal(
+                (len(structures[index]), 3)
+            )
+        write_xyz(frames, structures)
         write_model(model)
     if "replay.ratio" in more:
         more["replay.data"] = [str(write_labelled(out.parent / "replay.xyz", 9, seed=8))]
@@ -85,12 +87,12 @@ def assert_equal(one: Path, other: Path) -> None:
         assert np.allclose(ours[name], theirs[name], rtol=1e-10, atol=1e-12, equal_nan=True), name
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (one, other)]
     assert results[0]["reference_energies"] == results[1]["reference_energies"]
-    for split, found in results[0]["errors"].items():
+    for split, figures in results[0]["errors"].items():
         for when in ("before", "after"):
-            assert results[1]["errors"][split][when] == pytest.approx(found[when], rel=1e-10), (split, when)
-    for split, found in results[0]["data"].items():
-        assert not found.pop("streamed") and results[1]["data"][split].pop("streamed")
-        assert found == results[1]["data"][split]
+            assert results[1]["errors"][split][when] == pytest.approx(figures[when], rel=1e-10), (split, when)
+    for split, figures in results[0]["data"].items():
+        assert not figures.pop("streamed") and results[1]["data"][split].pop("streamed")
+        assert figures == results[1]["data"][split]
 
 
 NAMES = [name if index < 3 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(OPTIONS)]
@@ -111,8 +113,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """With the store that it made, and without."""
     options = OPTIONS["edges a batch"]
     fit(tmp_path / "off", "off", **options)
-    for kept in (True, False):
-        folder = tmp_path / f"kept-{kept}"
+    for keeps_store in (True, False):
+        folder = tmp_path / f"kept-{keeps_store}"
 
         def dying(place: Path, state: dict[str, Any]) -> None:
             run_folder.write_checkpoint(place, state)
@@ -124,7 +126,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             with pytest.raises(PowerLossError):
                 fit(folder, "on", **options)
         with monkeypatch.context() as patch:
-            if kept:
+            if keeps_store:
                 patch.setattr(streaming, "_read", None)  # nothing is read again
             else:
                 shutil.rmtree(tmp_path / "store")
@@ -147,12 +149,12 @@ def test_large_sets_are_shown_and_examined_in_part(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(telling, "SHOWN", 5)
     monkeypatch.setattr(checkup, "SAMPLE_OF_STREAM", 10)
     whole = fit(tmp_path / "off", "off", **{"method.name": "readout"})
-    with pytest.warns(ForcetuneWarning) as told:
+    with pytest.warns(ForcetuneWarning) as warned:
         run = fit(tmp_path / "on", "on", **{"method.name": "readout", "data.doctor": "on"})
-    texts = [str(warning.message) for warning in told]
+    texts = [str(warning.message) for warning in warned]
     assert any("errors of the training frames are those of 5 of 18" in text for text in texts)
     assert any("only on 10 of 18 (train)" in text for text in texts)
-    assert [found.n_frames for found in (run.before["train"], run.after["train"])] == [5, 5]
+    assert [errors.n_frames for errors in (run.before["train"], run.after["train"])] == [5, 5]
     # of the other sets every frame counts
     for split in ("before", "after"):
         ours, theirs = getattr(run, split)["valid"], getattr(whole, split)["valid"]
@@ -178,14 +180,14 @@ def test_graphs_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         run_folder.write_checkpoint(place, state)
 
     monkeypatch.setattr(fitting, "write_checkpoint", counting)
-    kept = {}
+    sizes = {}
     for mode in ("off", "on"):
         others = alive()
         counts.clear()
         fit(tmp_path / mode, mode, **{"method.name": "readout"})
-        kept[mode] = max(counts) - others
-    assert kept["off"] >= 24
-    assert kept["on"] <= 3
+        sizes[mode] = max(counts) - others
+    assert sizes["off"] >= 24
+    assert sizes["on"] <= 3
 
 
 def test_bad_frames_end_a_streamed_run_before_anything_is_written(tmp_path: Path, command: Command) -> None:
@@ -193,11 +195,11 @@ def test_bad_frames_end_a_streamed_run_before_anything_is_written(tmp_path: Path
     frames[17].arrays["REF_forces"][0, 0] = np.nan
     path, model = write_xyz(tmp_path / "a.xyz", frames), write_model(tmp_path / "small.model")
     options = ("--set", "data.stream=on", "--set", f"data.store={tmp_path / 'store'}", "--set", "data.workers=2")
-    code, _, told = command("fit", path, "--model", model, "--out", tmp_path / "run", *options)
-    assert code == 2 and f"{path}, frame 17: the forces of atom 0 under 'REF_forces' is nan" in told
+    code, _, err = command("fit", path, "--model", model, "--out", tmp_path / "run", *options)
+    assert code == 2 and f"{path}, frame 17: the forces of atom 0 under 'REF_forces' is nan" in err
     assert not (tmp_path / "run").exists() and not list((tmp_path / "store").iterdir())
     frames[17].arrays["REF_forces"][0, 0] = 0.0
     frames[18].symbols[0] = "Xe"
     write_xyz(path, frames)
-    code, _, told = command("fit", path, "--model", "mini", "--out", tmp_path / "run", *options)
-    assert code == 2 and "Xe" in told and not (tmp_path / "run").exists()
+    code, _, err = command("fit", path, "--model", "mini", "--out", tmp_path / "run", *options)
+    assert code == 2 and "Xe" in err and not (tmp_path / "run").exists()

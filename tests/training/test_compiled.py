@@ -47,7 +47,7 @@ def tuned(name: str, **options: Any) -> MaceBackbone:
 def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
     """Random labels; some are missing."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    frames_with_labels = []
     for index, graph in enumerate(graphs):
         forces = torch.randn(graph.forces.shape, generator=generator, dtype=torch.float64).to(graph.forces)
         stress = torch.randn(graph.stress.shape, generator=generator, dtype=torch.float64).to(graph.stress)
@@ -56,8 +56,8 @@ def with_labels(graphs: Sequence[Batch], seed: int = 0) -> list[Batch]:
         energy = torch.randn(1, generator=generator, dtype=torch.float64) if index % 3 else graph.energy
         labels = {"energy": energy, "forces": forces, "stress": stress}
         own = 0.5 + torch.rand(1, 4, generator=generator, dtype=torch.float64)
-        found.append(replace(graph, **labels, weight=graph.weight + index % 2, file_weights=own))
-    return found
+        frames_with_labels.append(replace(graph, **labels, weight=graph.weight + index % 2, file_weights=own))
+    return frames_with_labels
 
 
 def step_of(
@@ -173,15 +173,15 @@ def test_a_graph_of_one_batch_only_is_found_out(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CompileError, match="off the eager one"):
         other.loss(collate(graphs[2:4]))
 
-    def decides(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
-        return original(config, found, batch, **more) * float(batch.forces.nan_to_num().abs().max())
+    def decides(config: Any, prediction: Any, batch: Batch, **more: Any) -> torch.Tensor:
+        return original(config, prediction, batch, **more) * float(batch.forces.nan_to_num().abs().max())
 
     monkeypatch.setattr(replay_head, "compute_loss", decides)
     with pytest.raises(CompileError, match="depends on values"):
         step_of(model, graphs, LossConfig(), 2).loss(collate(graphs[:2]))
 
-    def chooses(config: Any, found: Any, batch: Batch, **more: Any) -> torch.Tensor:
-        return original(config, found, batch, **more) + found.energy[~torch.isnan(batch.energy)].sum()
+    def chooses(config: Any, prediction: Any, batch: Batch, **more: Any) -> torch.Tensor:
+        return original(config, prediction, batch, **more) + prediction.energy[~torch.isnan(batch.energy)].sum()
 
     monkeypatch.setattr(replay_head, "compute_loss", chooses)
     with pytest.raises(CompileError, match="depends on values"):
@@ -218,10 +218,10 @@ def test_stages_are_compiled_where_they_are_long_enough(monkeypatch: pytest.Monk
     graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     config = TrainingConfig.model_validate({"batch_size": 3, "epochs": 6, "second_stage": {"start": 5}})
     loader = BatchLoader(graphs, 3)
-    found = CompiledTraining(model, None, config, loader, list(require_adapter(model).parameters()))
+    actual = CompiledTraining(model, None, config, loader, list(require_adapter(model).parameters()))
     batch = collate(graphs[:3])
-    assert found.loss(config.second_stage.loss, batch) is None and found.operations == 0
-    assert found.loss(config.loss, batch) is not None and found.operations > 100
+    assert actual.loss(config.second_stage.loss, batch) is None and actual.operations == 0
+    assert actual.loss(config.loss, batch) is not None and actual.operations > 100
 
 
 def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:
@@ -243,19 +243,21 @@ def test_training_goes_the_same_way(tmp_path: Path, two_threads: None) -> None:
 
 def test_a_run_says_how_its_steps_were(tmp_path: Path, command: Command) -> None:
     frames, model = write_labelled(tmp_path / "frames.xyz", 12), write_model(tmp_path / "small.model", **SMALL)
-    given = ("fit", frames, "--model", model, "--valid", "4", "--epochs", "2", "--method", "readout")
-    code, _, told = command(*given, "--out", tmp_path / "on", "--compile", "on")
-    assert code == 0 and "eager" not in told
+    arguments = ("fit", frames, "--model", model, "--valid", "4", "--epochs", "2", "--method", "readout")
+    code, _, err = command(*arguments, "--out", tmp_path / "on", "--compile", "on")
+    assert code == 0 and "eager" not in err
     training = json.loads((tmp_path / "on" / "results.json").read_text())["training"]
     assert training["traced_operations"] > 100 and training["untraced"] is None
-    code, _, told = command(*given, "--out", tmp_path / "auto")
-    assert code == 0 and "eager" not in told
+    code, _, err = command(*arguments, "--out", tmp_path / "auto")
+    assert code == 0 and "eager" not in err
     training = json.loads((tmp_path / "auto" / "results.json").read_text())["training"]
     assert training["traced_operations"] == 0 and "before compiling pays" in training["untraced"]
-    code, _, told = command(*given, "--out", tmp_path / "packed", "--compile", "on", "--set", "training.batch_atoms=40")
-    assert code == 0 and "training steps are eager, not compiled (training.compile): its batches are packed" in told
-    code, _, told = command(*given, "--out", tmp_path / "no", "--compile", "yes")
-    assert code == 2 and "compile" in told
+    code, _, err = command(
+        *arguments, "--out", tmp_path / "packed", "--compile", "on", "--set", "training.batch_atoms=40"
+    )
+    assert code == 0 and "training steps are eager, not compiled (training.compile): its batches are packed" in err
+    code, _, err = command(*arguments, "--out", tmp_path / "no", "--compile", "yes")
+    assert code == 2 and "compile" in err
 
 
 def test_steps_that_turn_out_uncompilable_go_on_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +269,6 @@ def test_steps_that_turn_out_uncompilable_go_on_eagerly(tmp_path: Path, monkeypa
     settings = {"training.compile": "on", "method.name": "readout"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = forcetune.fit(frames, model=model, valid=4, epochs=2, out=tmp_path / "run", settings=settings)
+        run = forcetune.fit(frames, model=model, valid=4, epochs=2, out=tmp_path / "run", settings=settings)
     assert any(w.category is ForcetuneWarning and "no recording today" in str(w.message) for w in caught)
-    assert found.results["status"] == "finished" and "no recording today" in found.results["training"]["untraced"]
+    assert run.results["status"] == "finished" and "no recording today" in run.results["training"]["untraced"]

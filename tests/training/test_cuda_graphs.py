@@ -63,9 +63,9 @@ class Everything(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, found))
-        return found
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
 
 
 class Played:
@@ -150,9 +150,9 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     config = LossConfig(energy_per_atom=True, stress=1.0)
     layout = layout_of(graphs, 3, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     batch = collate(graphs[:3])
-    found = fitted(batch, layout, model.elements)
-    assert found is not None
-    full, plan = found[0].to("meta"), found[1]
+    padded = fitted(batch, layout, model.elements)
+    assert padded is not None
+    full, plan = padded[0].to("meta"), padded[1]
     plan = replace(
         plan_with(plan, [value.to("meta") for value in tensors_of(plan)]),
         present=plan.present.to("meta"),

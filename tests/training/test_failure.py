@@ -42,22 +42,22 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def batch_of(model: Any, *structures: Atoms) -> Batch:
     """With labels of zeros; structures without a cell have no stress."""
-    found = collate(build_graphs(model, frames_of(*structures)))
-    missing = torch.linalg.det(found.cell).abs() == 0
+    batch = collate(build_graphs(model, frames_of(*structures)))
+    missing = torch.linalg.det(batch.cell).abs() == 0
     return replace(
-        found,
-        energy=torch.zeros_like(found.energy),
-        forces=torch.zeros_like(found.forces),
-        stress=torch.where(missing[:, None, None], torch.nan, torch.zeros_like(found.stress)),
-        spins=torch.zeros_like(found.spins),
-        moments=torch.zeros_like(found.moments),
+        batch,
+        energy=torch.zeros_like(batch.energy),
+        forces=torch.zeros_like(batch.forces),
+        stress=torch.where(missing[:, None, None], torch.nan, torch.zeros_like(batch.stress)),
+        spins=torch.zeros_like(batch.spins),
+        moments=torch.zeros_like(batch.moments),
     )
 
 
 def gradients(model: Any, parameters: list[Any], config: LossConfig, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     loss = compute_loss(config, model.predict(batch, stress=True, create_graph=True), batch)
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, slopes, strict=True)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,18 +97,18 @@ def test_magnetic_layers_without_spins_have_finite_gradients(layer: Any, fast: b
     adapter = attach(model, replace(method("elora"), magnetism=options))
     perturb(adapter)
     config = LossConfig(stress=100.0, moments=1.0)
-    loss, found = gradients(model, list(adapter.parameters()), config, batch_of(model, MOLECULE, CRYSTAL, ATOM))
-    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in found)
+    loss, slopes = gradients(model, list(adapter.parameters()), config, batch_of(model, MOLECULE, CRYSTAL, ATOM))
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in slopes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stress_is_that_of_the_library(kind: str) -> None:
     model = backbone(**KINDS[kind])
     expected = evaluate(make_mace(**KINDS[kind]), CRYSTAL).stress
-    found = model.predict(batch_of(model, MOLECULE, CRYSTAL), stress=True).stress
-    assert found is not None
-    assert (found[0] == 0).all()
-    torch.testing.assert_close(found[1], expected, rtol=1e-12, atol=1e-15)
+    stress = model.predict(batch_of(model, MOLECULE, CRYSTAL), stress=True).stress
+    assert stress is not None
+    assert (stress[0] == 0).all()
+    torch.testing.assert_close(stress[1], expected, rtol=1e-12, atol=1e-15)
 
 
 def mixed(path: Path) -> Path:

@@ -16,7 +16,7 @@ from systems import backbone, cluster, frames_of
 
 def moved_elements(adapter: Adapter, weights: dict[str, torch.Tensor], count: int) -> dict[str, list[bool]]:
     """Which elements' weights an adapter changes, for every site with a slice for each."""
-    found: dict[str, list[bool]] = {}
+    moved: dict[str, list[bool]] = {}
     for site in adapter.sites:
         weight = weights[site.name]
         change = (adapter.effective_weight(site, weight) - weight).detach().reshape(-1)
@@ -24,8 +24,8 @@ def moved_elements(adapter: Adapter, weights: dict[str, torch.Tensor], count: in
             if path.by_element is not None and path.by_element[1] == count:
                 by_element = change[path.start : path.start + path.size].view(path.by_element).abs().sum((0, 2))
                 if bool(by_element.any()):
-                    found[f"{site.name}/{path.name}"] = (by_element > 0).tolist()
-    return found
+                    moved[f"{site.name}/{path.name}"] = (by_element > 0).tolist()
+    return moved
 
 
 @pytest.mark.parametrize("name", ["elora", "sparse"])
@@ -38,8 +38,8 @@ def test_elements_that_are_absent_from_the_data_keep_their_weights(name: str) ->
     optimizer = torch.optim.Adam(adapter.parameters(), lr=0.05)
     for _ in range(3):
         optimizer.zero_grad()
-        found = model.predict(collate(graphs), create_graph=True)
-        (found.energy.square().sum() + found.forces.square().sum()).backward()
+        prediction = model.predict(collate(graphs), create_graph=True)
+        (prediction.energy.square().sum() + prediction.forces.square().sum()).backward()
         optimizer.step()
     moved = moved_elements(adapter, dict(model.model.named_parameters()), 4)
     kinds = {place.split(".")[0] for place in moved}

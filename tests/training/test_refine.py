@@ -37,13 +37,15 @@ def test_lowers_the_training_loss_and_never_raises_the_validation_loss(graphs: l
     model.set_reference_energies({1: -500.0, 6: -500.0, 8: -500.0})
     config = TrainingConfig.model_validate({"refine": 8})
     seen: list[int] = []
-    found = refine(model, config, graphs[:8], graphs[8:], progress=seen.append)
-    assert found.train_loss_after < found.train_loss_before
-    assert found.valid_loss_after < found.valid_loss_before
-    assert 0 < found.best_iteration <= found.iterations <= 8 and seen == list(range(1, found.iterations + 1))
+    refinement = refine(model, config, graphs[:8], graphs[8:], progress=seen.append)
+    assert refinement.train_loss_after < refinement.train_loss_before
+    assert refinement.valid_loss_after < refinement.valid_loss_before
+    assert 0 < refinement.best_iteration <= refinement.iterations <= 8 and seen == list(
+        range(1, refinement.iterations + 1)
+    )
     # the parameters left are those of the best iteration
     again = refine(model, TrainingConfig.model_validate({"refine": 1}), graphs[:8], graphs[8:])
-    assert again.valid_loss_before == pytest.approx(found.valid_loss_after, rel=1e-9)
+    assert again.valid_loss_before == pytest.approx(refinement.valid_loss_after, rel=1e-9)
 
 
 def test_the_loss_is_that_of_all_frames_at_once_whatever_their_labels(graphs: list[Batch]) -> None:
@@ -55,8 +57,8 @@ def test_the_loss_is_that_of_all_frames_at_once_whatever_their_labels(graphs: li
     ]
     config = TrainingConfig.model_validate({"refine": 1})
     expected = compute_loss(config.loss, model.predict(collate(sparse)).detached(), collate(sparse))
-    found = refine(model, config, sparse, graphs[:2])
-    assert found.train_loss_before == pytest.approx(float(expected), rel=1e-10)
+    refinement = refine(model, config, sparse, graphs[:2])
+    assert refinement.train_loss_before == pytest.approx(float(expected), rel=1e-10)
 
 
 def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) -> None:
@@ -66,10 +68,10 @@ def test_an_adapter_that_only_gets_worse_is_left_as_it_was(graphs: list[Batch]) 
     # validation labels that the untouched model meets exactly
     perfect = []
     for graph in graphs[4:6]:
-        found = model.predict(graph).detached()
-        perfect.append(replace(graph, energy=found.energy, forces=found.forces))
-    found = refine(model, TrainingConfig.model_validate({"refine": 20}), graphs[:4], perfect)
-    assert found.best_iteration == 0 and found.iterations == 5 and found.valid_loss_after == found.valid_loss_before
+        result = model.predict(graph).detached()
+        perfect.append(replace(graph, energy=result.energy, forces=result.forces))
+    result = refine(model, TrainingConfig.model_validate({"refine": 20}), graphs[:4], perfect)
+    assert result.best_iteration == 0 and result.iterations == 5 and result.valid_loss_after == result.valid_loss_before
     assert all(torch.equal(value, before[name]) for name, value in require_adapter(model).state_dict().items())
 
 
@@ -85,8 +87,8 @@ def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(
         )
 
     peace = fit("peace")
-    told = peace.results["training"]["refinement"]
-    assert told["valid_loss_after"] <= told["valid_loss_before"]
+    refinement = peace.results["training"]["refinement"]
+    assert refinement["valid_loss_after"] <= refinement["valid_loss_before"]
     real = fitting.refine
 
     def dies(*arguments: Any, **options: Any) -> Any:
@@ -98,8 +100,8 @@ def test_a_run_refines_and_one_that_died_meanwhile_ends_the_same(
         fit("killed")
     monkeypatch.undo()
     again = forcetune.resume(tmp_path / "killed")
-    assert again.results["training"]["refinement"] == told
-    one, other = (load_file(found.adapter / "adapter_model.safetensors") for found in (peace, again))
+    assert again.results["training"]["refinement"] == refinement
+    one, other = (load_file(actual.adapter / "adapter_model.safetensors") for actual in (peace, again))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     page = (tmp_path / "peace" / "report.html").read_text(encoding="utf-8")
     assert "refinement" in page

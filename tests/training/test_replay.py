@@ -34,7 +34,7 @@ ZERO = {1: -13.0, 6: -1030.0, 8: -2040.0}
 def other_molecules(path: Path, count: int = 10, *, labels: bool = True) -> Path:
     """Shaken molecules of several compositions; energies of a level of theory with a zero of its own."""
     rng = np.random.default_rng(4)
-    found = []
+    structures = []
     for index in range(count):
         atoms = molecule(["CH4", "H2O", "CH3CH2OH", "H2CO"][index % 4])
         shift = 0.05 * rng.standard_normal(atoms.positions.shape)
@@ -42,17 +42,17 @@ def other_molecules(path: Path, count: int = 10, *, labels: bool = True) -> Path
         if labels:
             atoms.info["energy"] = float((shift**2).sum()) + sum(ZERO[int(z)] for z in atoms.numbers)
             atoms.arrays["forces"] = -2 * shift
-        found.append(atoms)
-    write(path, found, format="extxyz")
+        structures.append(atoms)
+    write(path, structures, format="extxyz")
     return path
 
 
 def prepared(config: ReplayConfig) -> tuple[Replay, Any]:
     model = backbone(elements=(1, 6, 8))
-    found = read_replay(config, DATA)
-    assert found is not None
+    replay = read_replay(config, DATA)
+    assert replay is not None
     references = {z: energy + 7.0 * z for z, energy in model.reference_energies.items()}
-    return prepare_replay(found, config, TrainingConfig(), model, references), model
+    return prepare_replay(replay, config, TrainingConfig(), model, references), model
 
 
 def test_labels_of_the_base_are_its_interaction_energy_at_the_zero_of_the_run(tmp_path: Path) -> None:
@@ -65,12 +65,12 @@ def test_labels_of_the_base_are_its_interaction_energy_at_the_zero_of_the_run(tm
         expected = own.energy[index] + 7.0 * frame.numbers.sum()
         assert frame.energy == pytest.approx(expected, abs=1e-9)
     batch = collate(replay.graphs)
-    found = model.predict(batch)
+    prediction = model.predict(batch)
     moved = torch.zeros(batch.n_graphs, dtype=torch.float64).index_add(
         0, batch.graph_index, 7.0 * batch.numbers.double()
     )
-    assert torch.allclose(found.energy + moved, batch.energy, atol=1e-9)
-    assert torch.allclose(found.forces, batch.forces, atol=1e-9)
+    assert torch.allclose(prediction.energy + moved, batch.energy, atol=1e-9)
+    assert torch.allclose(prediction.forces, batch.forces, atol=1e-9)
     assert batch.weight.tolist() == 8 * [3.0]
 
 
@@ -114,14 +114,14 @@ def test_a_head_of_its_own_is_for_replay_frames_alone_and_starts_at_nothing(tmp_
         for parameter in replay.head.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     with replay_head(model, replay.head):
-        found = model.predict(batch, create_graph=True)
-        compute_loss(LossConfig(), found, batch).backward()
+        prediction = model.predict(batch, create_graph=True)
+        compute_loss(LossConfig(), prediction, batch).backward()
     assert model.extension is None
     of_replay = batch.replayed[batch.graph_index]
-    assert torch.allclose(found.energy[~batch.replayed], plain.energy[~batch.replayed], rtol=0, atol=1e-10)
-    assert torch.allclose(found.forces[~of_replay], plain.forces[~of_replay], rtol=0, atol=1e-10)
-    assert (found.energy - plain.energy)[batch.replayed].abs().min() > 0.01
-    assert (found.forces - plain.forces)[of_replay].abs().max() > 0.01
+    assert torch.allclose(prediction.energy[~batch.replayed], plain.energy[~batch.replayed], rtol=0, atol=1e-10)
+    assert torch.allclose(prediction.forces[~of_replay], plain.forces[~of_replay], rtol=0, atol=1e-10)
+    assert (prediction.energy - plain.energy)[batch.replayed].abs().min() > 0.01
+    assert (prediction.forces - plain.forces)[of_replay].abs().max() > 0.01
     assert all(parameter.grad is not None for parameter in replay.head.parameters())
     # forces are the slope of the energy that the head is part of
     step = torch.zeros_like(batch.positions)
@@ -129,7 +129,7 @@ def test_a_head_of_its_own_is_for_replay_frames_alone_and_starts_at_nothing(tmp_
     step[atom, 1] = 1e-4
     with replay_head(model, replay.head):
         ends = [model.predict(replace(batch, positions=batch.positions + sign * step)).energy.sum() for sign in (1, -1)]
-    assert float(found.forces[atom, 1]) == pytest.approx(float((ends[1] - ends[0]).detach() / 2e-4), abs=1e-6)
+    assert float(prediction.forces[atom, 1]) == pytest.approx(float((ends[1] - ends[0]).detach() / 2e-4), abs=1e-6)
 
 
 def test_another_level_of_theory_disturbs_less_with_a_head_of_its_own(tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_another_level_of_theory_disturbs_less_with_a_head_of_its_own(tmp_path: 
 
 
 def test_some_frames_are_held_out_and_too_few_are_refused(tmp_path: Path) -> None:
-    found = read_replay(ReplayConfig(data=[str(other_molecules(tmp_path / "a.xyz", 300))]), DATA)
-    assert found is not None and (len(found.frames), len(found.held)) == (250, MOST_HELD)
-    indices = [frame.origin.index for frame in (*found.frames, *found.held)]
+    replay = read_replay(ReplayConfig(data=[str(other_molecules(tmp_path / "a.xyz", 300))]), DATA)
+    assert replay is not None and (len(replay.frames), len(replay.held)) == (250, MOST_HELD)
+    indices = [frame.origin.index for frame in (*replay.frames, *replay.held)]
     assert sorted(indices) == list(range(300))
     with pytest.raises(InputError, match=r"b\.xyz: replay needs at least 2 frames"):
         read_replay(ReplayConfig(data=[str(other_molecules(tmp_path / "b.xyz", 1))]), DATA)
@@ -194,8 +194,8 @@ def test_weights_of_graphs_weigh_the_loss(tmp_path: Path) -> None:
     config = LossConfig(forces=0.0)
     single = [float(compute_loss(config, model.predict(graph).detached(), graph)) for graph in graphs]
     batch = collate([graphs[0], graphs[1].weighted(0.5), graphs[2].weighted(2.0)])
-    found = float(compute_loss(config, model.predict(batch).detached(), batch))
-    assert found == pytest.approx((single[0] + 0.5 * single[1] + 2 * single[2]) / 3.5, rel=1e-10)
+    loss = float(compute_loss(config, model.predict(batch).detached(), batch))
+    assert loss == pytest.approx((single[0] + 0.5 * single[1] + 2 * single[2]) / 3.5, rel=1e-10)
 
 
 @pytest.mark.forgetting
@@ -215,9 +215,9 @@ def test_replay_keeps_the_model_near_to_its_base(tmp_path: Path) -> None:
             out=tmp_path / name,
             settings={"replay.data": [str(others)], "replay.weight": weight, "training.seed": 3},
         )
-        found = run.results["forgetting"]["distance"]
-        assert (found["source"], found["n_frames"]) == ("replay frames", 4)
-        moved[name] = found["forces_mev_per_ang"]
+        distance = run.results["forgetting"]["distance"]
+        assert (distance["source"], distance["n_frames"]) == ("replay frames", 4)
+        moved[name] = distance["forces_mev_per_ang"]
         assert run.results["replay"]["labels"] == "base"
         assert "<h3>Replay</h3>" in (run.folder / "report.html").read_text(encoding="utf-8")
     assert moved["heavy"] < 0.7 * moved["light"]
@@ -234,6 +234,6 @@ def test_bad_replay_is_said_before_anything_is_written(tmp_path: Path, command: 
         ("replay.weight=0", "replay.weight"),
         (f"replay.data=[{frames}]", ""),
     ):
-        code, _, told = command(*run, "--set", setting)
-        assert (code, message in told) == ((2, True) if message else (0, True)), told
+        code, _, err = command(*run, "--set", setting)
+        assert (code, message in err) == ((2, True) if message else (0, True)), err
         assert (tmp_path / "run").exists() == (not message)

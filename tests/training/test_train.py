@@ -30,12 +30,12 @@ from systems import backbone, labelled
 @pytest.fixture(scope="module")
 def model() -> MaceBackbone:
     """A small model with reference energies that fit the labels."""
-    found = backbone(elements=(1, 6, 8))
+    tuned = backbone(elements=(1, 6, 8))
     frames = frames_from_atoms(labelled(12)).frames
-    energies = predict(found, build_graphs(found, frames)).energy
-    fitted = reference_energies("estimate", frames, [], energies, found.reference_energies)
-    found.set_reference_energies(fitted.energies)
-    return found
+    energies = predict(tuned, build_graphs(tuned, frames)).energy
+    fitted = reference_energies("estimate", frames, [], energies, tuned.reference_energies)
+    tuned.set_reference_energies(fitted.energies)
+    return tuned
 
 
 def run(
@@ -132,12 +132,12 @@ def test_early_stopping_of_the_first_stage_begins_the_second(
     stages: str,
     ended: str,
 ) -> None:
-    validate, told = FineTuning._validation, iter(losses)
-    monkeypatch.setattr(FineTuning, "_validation", lambda self, *given: (next(told), validate(self, *given)[1]))
+    validate, script = FineTuning._validation, iter(losses)
+    monkeypatch.setattr(FineTuning, "_validation", lambda self, *given: (next(script), validate(self, *given)[1]))
     outcome, saved, _ = run(model, tmp_path, "readout", schedule={"name": "cosine"}, early_stopping=2, **options)
     table = rows(tmp_path)
     assert "".join(row["stage"] for row in table) == stages
-    assert next(told, None) is None
+    assert next(script, None) is None
     assert outcome.status == ended
     assert outcome.epochs_done == len(stages)
     second = [index for index, stage in enumerate(stages) if stage == "2"]

@@ -22,23 +22,23 @@ SETTINGS = {"training.batch_size": "3", "output.adapter_dtype": "float64", "outp
 
 def frames(path: Path) -> Path:
     """Two kinds of molecules, so that parts of a batch differ in how many force components they hold."""
-    found = labelled(9)
+    structures = labelled(9)
     rng = np.random.default_rng(8)
     for _ in range(6):
         atoms = molecule("H2O")
         atoms.positions += 0.05 * rng.standard_normal((3, 3))
         atoms.info["REF_energy"] = -2000.0 + float(rng.standard_normal())
         atoms.arrays["REF_forces"] = rng.standard_normal((3, 3))
-        found.append(atoms)
-    write(path, found, format="extxyz")
+        structures.append(atoms)
+    write(path, structures, format="extxyz")
     return path
 
 
 def fit(folder: Path, data: Path, model: Path, processes: int, *more: str, resume: bool = False) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "forcetune"]
     options = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
-    given = [str(data), "--model", str(model), "--valid", "5", "--epochs", "3", "--out", str(folder), *options, *more]
-    command = ["resume", str(folder)] if resume else ["fit", "--set", "data.doctor=off", *given]
+    words = [str(data), "--model", str(model), "--valid", "5", "--epochs", "3", "--out", str(folder), *options, *more]
+    command = ["resume", str(folder)] if resume else ["fit", "--set", "data.doctor=off", *words]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else ["-m", "forcetune"]), *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -65,8 +65,8 @@ def assert_same(one: Path, other: Path) -> None:
         for key in ("train_loss", "valid_loss", "valid_forces_mae_mev_per_ang"):
             assert float(second[key]) == pytest.approx(float(first[key]), rel=1e-10)
     errors = [json.loads((folder / "results.json").read_text(encoding="utf-8"))["errors"] for folder in (one, other)]
-    for split, found in errors[0].items():
-        expected = found["after"]["forces_mae_mev_per_ang"]
+    for split, figures in errors[0].items():
+        expected = figures["after"]["forces_mae_mev_per_ang"]
         assert errors[1][split]["after"]["forces_mae_mev_per_ang"] == pytest.approx(expected, rel=1e-9)
 
 

@@ -41,8 +41,8 @@ def leftovers(target: Path) -> list[str]:
 def test_complete_download_reports_progress_and_leaves_only_the_file(server: Loopback, target: Path) -> None:
     server.contents["/a.model"] = Content(BODY)
     seen: list[tuple[int, int | None]] = []
-    found = download(f"{server.url}/a.model", target, progress=lambda done, total: seen.append((done, total)))
-    assert found == digest(BODY)
+    actual = download(f"{server.url}/a.model", target, progress=lambda done, total: seen.append((done, total)))
+    assert actual == digest(BODY)
     assert target.read_bytes() == BODY
     assert leftovers(target) == []
     assert seen[0] == (0, len(BODY))
@@ -312,9 +312,9 @@ def test_malformed_addresses(url: str, target: Path) -> None:
 def test_two_at_once_download_once(server: Loopback, target: Path) -> None:
     server.contents["/a.model"] = Content(BODY)
     server.hold.clear()
-    found: list[str] = []
+    digests: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(download(f"{server.url}/a.model", target))) for _ in range(4)
+        threading.Thread(target=lambda: digests.append(download(f"{server.url}/a.model", target))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -323,7 +323,7 @@ def test_two_at_once_download_once(server: Loopback, target: Path) -> None:
     server.hold.set()
     for thread in threads:
         thread.join(20)
-    assert found == [digest(BODY)] * 4
+    assert digests == [digest(BODY)] * 4
     assert len(server.requests) == 1
     assert leftovers(target) == []
 

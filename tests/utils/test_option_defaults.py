@@ -23,11 +23,11 @@ def resolved(config: RunConfig) -> RunConfig:
     return config.with_defaults_of(method.learning_rate, method.optimizer)
 
 
-def stored(path: Path, *, record: bool = True, **given: Any) -> Path:
+def stored(path: Path, *, record: bool = True, **options: Any) -> Path:
     """The ``config.yaml`` of a run; without the record as versions before it wrote it."""
-    resolved(load_config(given=LEAST, overrides={key.replace("__", "."): value for key, value in given.items()})).save(
-        path
-    )
+    resolved(
+        load_config(given=LEAST, overrides={key.replace("__", "."): value for key, value in options.items()})
+    ).save(path)
     if not record:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         del content["defaults"]
@@ -63,8 +63,8 @@ def test_another_method_has_its_own_optimizer_and_rate(
 
 @pytest.mark.parametrize("record", [True, False])
 def test_what_was_given_stays(tmp_path: Path, record: bool) -> None:
-    given = {"training__learning_rate": 7e-4, "training__ema": None}
-    path = stored(tmp_path / "config.yaml", record=record, method__name="mmea", **given)
+    options = {"training__learning_rate": 7e-4, "training__ema": None}
+    path = stored(tmp_path / "config.yaml", record=record, method__name="mmea", **options)
     assert chosen(load_config(path, given={"method": {"name": "sparse"}})) == ("schedulefree", 7e-4, None)
     assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 7e-4, None)
     now = {"method": {"name": "full"}, "training": {"learning_rate": 2e-3}}
@@ -106,8 +106,14 @@ def test_a_default_that_changed_since_repeats_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("record", [True, False])
 def test_the_loss_follows_the_magnetic_layer(tmp_path: Path, record: bool) -> None:
     def loss(config: RunConfig) -> tuple[Any, ...]:
-        found = resolved(config).training.loss
-        return found.energy, found.forces, found.moments, found.form, found.energy_per_atom
+        loss_config = resolved(config).training.loss
+        return (
+            loss_config.energy,
+            loss_config.forces,
+            loss_config.moments,
+            loss_config.form,
+            loss_config.energy_per_atom,
+        )
 
     plain = stored(tmp_path / "plain.yaml", record=record)
     assert loss(load_config(plain)) == (1.0, 1000.0, 0.0, "mse", False)
@@ -165,11 +171,11 @@ def test_fit_and_compare_start_from_the_configuration_of_a_run(tmp_path: Path, c
     two, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("two", "both/sparse-1"))
     assert two.read_bytes() == other.read_bytes()
     # the same command finds its runs
-    _, _, told = command("compare", "--config", config, "--methods", "full,sparse", "--out", tmp_path / "both")
-    assert "2 of 2 runs are finished already" in told
+    _, _, err = command("compare", "--config", config, "--methods", "full,sparse", "--out", tmp_path / "both")
+    assert "2 of 2 runs are finished already" in err
 
 
 def test_the_demo_has_options_for_every_optimizer(tmp_path: Path, command: Command) -> None:
-    given = ("--out", tmp_path / "demo", "--picoseconds", 0.01, "--set", "training.epochs=2")
-    assert command("demo", "--method", "sparse", *given)[0] == 0
+    arguments = ("--out", tmp_path / "demo", "--picoseconds", 0.01, "--set", "training.epochs=2")
+    assert command("demo", "--method", "sparse", *arguments)[0] == 0
     assert settings_of(tmp_path / "demo") == ("schedulefree", 1e-2)

@@ -19,10 +19,10 @@ from forcetune.utils.processes import WorkerDiedError, as_they_end, map_in_order
 
 
 def files(folder: Path, number: int) -> list[Path]:
-    found = [folder / str(index) for index in range(number)]
-    for file in found:
+    paths = [folder / str(index) for index in range(number)]
+    for file in paths:
         file.write_text(file.name * 1000, encoding="utf-8")
-    return found
+    return paths
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -104,8 +104,8 @@ def test_numbers_of_workers() -> None:
 
 
 def test_results_as_they_end_and_a_death_that_leaves_the_others_alone() -> None:
-    found = dict(as_they_end(abs, [-1, -2, 3], 2, option="processes"))
-    assert found == {-1: 1, -2: 2, 3: 3}
+    results = dict(as_they_end(abs, [-1, -2, 3], 2, option="processes"))
+    assert results == {-1: 1, -2: 2, 3: 3}
     died = dict(as_they_end(os._exit, [7, 8], 2, option="processes"))
     assert all(
         isinstance(error, WorkerDiedError) and f"exit status {task}" in str(error) for task, error in died.items()

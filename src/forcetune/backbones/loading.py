@@ -28,11 +28,12 @@ def backbone_class(library: str) -> Any:
     Raises:
         InputError: the library's extra is not installed.
     """
-    found = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
-    if library not in found:
-        raise InputError(f"no backbone for {library!r} is installed; known here: {', '.join(sorted(found)) or 'none'}.")
+    entries = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if library not in entries:
+        known = ", ".join(sorted(entries)) or "none"
+        raise InputError(f"no backbone for {library!r} is installed; known here: {known}.")
     try:
-        return found[library].load()
+        return entries[library].load()
     except ModuleNotFoundError as error:
         raise InputError(
             f"{error.name} is not installed; install forcetune with the extra: pip install 'forcetune[{library}]'."
@@ -101,12 +102,12 @@ def load(
             f"a model is a name, a path or what forcetune.load returned, and no {type(model).__name__}; an own module "
             "of the library is saved by torch.save(model, 'own.model') and named by its path."
         )
-    found = resolve(str(model))
-    backbone = backbone_class(found.library).load(
-        found.path,
-        name=found.name,
-        licence=found.licence,
-        sha256=found.sha256,
+    resolved = resolve(str(model))
+    backbone = backbone_class(resolved.library).load(
+        resolved.path,
+        name=resolved.name,
+        licence=resolved.licence,
+        sha256=resolved.sha256,
         source=str(model),
         head=head,
         elements=elements,

@@ -117,14 +117,14 @@ class NetworkBackbone:
             plan = self._plans.plan(batch.edge_index, batch.unit_shifts, species)
         with torch.enable_grad():
             if self.extension is None:
-                found = self._differentiated(plan, batch, stress, create_graph)
+                prediction = self._differentiated(plan, batch, stress, create_graph)
             else:
-                found = self._extended(self.extension, plan, batch, stress, create_graph)
+                prediction = self._extended(self.extension, plan, batch, stress, create_graph)
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        energies = None if found.energies is None else per_atom + found.energies
-        return found._replace(energy=total + found.energy.double(), energies=energies)
+        energies = None if prediction.energies is None else per_atom + prediction.energies
+        return prediction._replace(energy=total + prediction.energy.double(), energies=energies)
 
     def place(self, batch: Batch) -> Batch:
         """The same batch where the model is; what the model needs to know of its integers is read before it moves.
@@ -203,7 +203,7 @@ class NetworkBackbone:
         phase = Phase()
         graph_index = batch.graph_index[plan.order]
         vectors = _vectors(plan, batch.positions, batch.cell, batch)
-        # somebody who differentiates with respect to the positions keeps the whole graph
+        # a caller who differentiates with respect to the positions needs the whole graph
         own = not batch.positions.requires_grad
         if own:
             vectors = vectors.detach().requires_grad_()
@@ -253,7 +253,7 @@ class NetworkBackbone:
         extra = extension(scalars, moved[receiver] - moved[sender] + shifts, batch)
         if extra.energy is not None:
             energy = energy + extra.energy
-        # the kernels leave out what nobody waits for: weights now, the geometry afterwards
+        # the kernels leave out the gradients that are not asked for: by weights now, by the geometry afterwards
         with phase.forces():
             slopes = torch.autograd.grad(
                 energy.sum(), leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
@@ -293,13 +293,13 @@ def network_sites(model: nn.Module, layers_behind: Callable[[str], int]) -> tupl
         elif isinstance(module, nn.Linear):
             path = WeightPath("out->in", 0, tuple(module.weight.shape), transposed=True)
             sites.append(Site(f"{name}.weight", name, "weight", name, "radial_mlp", (path,)))
-    found = {site.name for site in sites}
+    names = {site.name for site in sites}
     for name, module in modules:
         if isinstance(module, nn.ParameterList):
             continue  # of weights that no layer declares, as no coupling has them
         for parameter, tensor in module.named_parameters(recurse=False):
             full = f"{name}.{parameter}".lstrip(".")
-            if full not in found:
+            if full not in names:
                 whole = WeightPath("all", 0, tuple(tensor.shape) or (1,))
                 kind = "radial_basis" if "bessel" in parameter or "gaussian" in parameter else "other"
                 sites.append(Site(full, name, parameter, name, kind, (whole,)))
@@ -318,5 +318,5 @@ def per_volume(strain: Tensor, cell: Tensor) -> Tensor:
     """Derivatives by the strain over the volumes; graphs without a cell have no stress."""
     volume = torch.linalg.det(cell).abs().view(-1, 1, 1)
     # a quotient by 0 would spoil the gradients of all others
-    found = strain / torch.where(volume > 0, volume, torch.inf)
-    return torch.where(found.abs() < 1e10, found, torch.zeros_like(found))
+    stress = strain / torch.where(volume > 0, volume, torch.inf)
+    return torch.where(stress.abs() < 1e10, stress, torch.zeros_like(stress))

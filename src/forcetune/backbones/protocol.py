@@ -59,7 +59,7 @@ class Extra(NamedTuple):
     Attributes:
         energy: (graphs,), eV, or None.
         moments: as in :class:`Prediction`.
-        energies: (atoms,), eV, shares of the energy; None where there is no energy or nobody knows them.
+        energies: (atoms,), eV, shares of the energy; None where there is no energy, or only its sum is known.
     """
 
     energy: Tensor | None

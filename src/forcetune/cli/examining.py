@@ -14,18 +14,19 @@ from forcetune import config as configuration
 from forcetune.cli.app import app
 from forcetune.cli.options import (
     Device,
-    Dtype,
     EnergyKey,
     ForcesKey,
     Head,
     Json,
     Model,
     MomentsKey,
+    PredictionDtype,
     Rank,
     SpinsKey,
     StressKey,
     Trust,
     TypeMap,
+    UntrainedHead,
     about,
     split_names,
     without_none,
@@ -51,9 +52,9 @@ def evaluate(
     moments_key: MomentsKey = None,
     spins_key: SpinsKey = None,
     type_map: TypeMap = None,
-    head: Head = None,
+    head: UntrainedHead = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: PredictionDtype = None,
     trust: Trust = False,
 ) -> None:
     """Errors of a model, or of base + adapter, on labelled frames."""

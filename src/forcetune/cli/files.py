@@ -13,10 +13,12 @@ from rich.table import Table
 
 from forcetune.cli.app import app, errors_to
 from forcetune.cli.options import (
-    Dtype,
-    Head,
+    ExportedDtype,
     Json,
+    MergedDtype,
     Trust,
+    UntrainedHead,
+    finite,
 )
 from forcetune.errors import InputError
 
@@ -33,7 +35,7 @@ def merge(
         str | None,
         typer.Option(help="Name of the modality that method `modality` adds; that of the run's folder if not given."),
     ] = None,
-    dtype: Dtype = None,
+    dtype: MergedDtype = None,
     trust: Trust = False,
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Where gates do not merge: the nearest plain model, within --bound.")
@@ -42,6 +44,7 @@ def merge(
         float | None,
         typer.Option(
             min=0,
+            callback=finite,
             help="With --approximate: largest mean absolute difference of forces on test frames, meV/Å; by default a "
             "fifth of the run's own error, or 5 where the frames have no labels.",
         ),
@@ -131,8 +134,8 @@ def export(
         str | None,
         typer.Option(help="Interpreter that has the library whose converter is called; by default forcetune's own."),
     ] = None,
-    head: Head = None,
-    dtype: Dtype = None,
+    head: UntrainedHead = None,
+    dtype: ExportedDtype = None,
     trust: Trust = False,
 ) -> None:
     """Write base + adapter for a program that simulates, after comparing; without arguments, list the targets."""

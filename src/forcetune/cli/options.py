@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from forcetune import config as configuration
+from forcetune.utils.parsing import read_number
 
 
 def about(section: type[BaseModel], field: str, *, default: bool = True) -> str:
@@ -26,6 +28,32 @@ Trust = Annotated[bool, typer.Option("--trust", help=about(configuration.ModelCo
 Head = Annotated[str | None, typer.Option("--head", help=about(configuration.ModelConfig, "head"))]
 Device = Annotated[str | None, typer.Option("--device", help=about(configuration.ModelConfig, "device"))]
 Dtype = Annotated[str | None, typer.Option("--dtype", help=about(configuration.ModelConfig, "dtype"))]
+UntrainedHead = Annotated[
+    str | None,
+    typer.Option("--head", help="Head, or modality, of a model that has several; an adapter knows that of its base."),
+]
+PredictionDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Precision to predict in, float64 or float32; by default that of the training, or float64 without an "
+        "adapter.",
+    ),
+]
+MergedDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Precision of the written model, float64 or float32; by default that of the base's own file."
+    ),
+]
+ExportedDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Precision of what is written, float64 or float32; by default that of the training, or float64 without "
+        "an adapter.",
+    ),
+]
 EnergyKey = Annotated[str | None, typer.Option("--energy-key", help=about(configuration.DataConfig, "energy_key"))]
 ForcesKey = Annotated[str | None, typer.Option("--forces-key", help=about(configuration.DataConfig, "forces_key"))]
 StressKey = Annotated[str | None, typer.Option("--stress-key", help=about(configuration.DataConfig, "stress_key"))]
@@ -41,12 +69,21 @@ def read_valid(texts: Sequence[str] | None) -> list[str] | float | int | None:
     if not texts:
         return None
     if len(texts) == 1:
-        for number in (int, float):
-            try:
-                return number(texts[0])
-            except ValueError:
-                continue
+        number = read_number(texts[0])
+        if number is not None:
+            return number
     return list(texts)
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of options that are numbers.
+
+    Raises:
+        typer.BadParameter: an infinite number, or none.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 def split_names(text: str | None) -> list[str]:

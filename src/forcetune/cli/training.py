@@ -23,6 +23,7 @@ from forcetune.cli.options import (
     StressKey,
     TypeMap,
     about,
+    finite,
     read_valid,
     split_names,
 )
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 def demo(
     out: Annotated[str, typer.Option(help=about(configuration.OutputConfig, "run", default=False))] = "demo",
     method: Annotated[str, typer.Option(help=about(configuration.MethodConfig, "name", default=False))] = "mmea",
-    picoseconds: Annotated[float, typer.Option(min=0.01, help="Length of the dynamics.")] = 2.0,
+    picoseconds: Annotated[float, typer.Option(min=0.01, callback=finite, help="Length of the dynamics.")] = 2.0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help=about(configuration.OutputConfig, "overwrite"))
     ] = False,

@@ -13,11 +13,11 @@ from forcetune.config.run import RunConfig, plain_defaults
 from forcetune.config.section import explain
 from forcetune.errors import InputError
 from forcetune.utils.option_defaults import get_value, leaf_names, remove_value, set_value, take_record, with_unset
-from forcetune.utils.parsing import parse_yaml, short
+from forcetune.utils.parsing import parse_yaml, read_number, short
 
 
 def parse_setting(text: str) -> tuple[list[str], Any]:
-    """Parse ``section.key=value``; the value is read as YAML.
+    """Parse ``section.key=value``; the value is read as YAML 1.2.
 
     Raises:
         InputError: no ``=``, or a value that is no YAML.
@@ -28,7 +28,8 @@ def parse_setting(text: str) -> tuple[list[str], Any]:
             f"--set {short(text)}: write it as section.key=value, for example training.learning_rate=1e-3."
         )
     try:
-        return _section_and_key(name), _number(parse_yaml(value))
+        number = read_number(value.strip())
+        return _section_and_key(name), parse_yaml(value) if number is None else number
     except yaml.YAMLError as error:
         raise InputError(f"--set {short(text)}: the value is not valid YAML.") from error
 
@@ -43,16 +44,6 @@ def _section_and_key(name: str) -> list[str]:
     if len(keys) > 8:
         raise InputError(f"setting {short(name)}: name a section and a key, as in training.epochs.")
     return keys
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as a string; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def load_config(

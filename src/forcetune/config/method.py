@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from forcetune.config.section import Section, as_word
+from forcetune.utils.parsing import read_number
 
 LARGEST_RANK = 1024
 LARGEST_CHANNELS = 4096
@@ -43,14 +44,31 @@ class MethodConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_unset_options(cls, section: Any) -> Any:
-        """Options at null are not set; the configurations of earlier runs have all that there were."""
+        """Options at null are not set; the configurations of earlier runs have all that there were.
+
+        Methods take numbers as numbers only, and ``1e-3`` is still text when it comes from a YAML file.
+        """
         if not isinstance(section, dict):
             return section
-        return {name: value for name, value in section.items() if value is not None or name in cls.model_fields}
+        return {
+            name: value if name in cls.model_fields and name != "table" else _with_numbers(value)
+            for name, value in section.items()
+            if value is not None or name in cls.model_fields
+        }
 
     def options(self) -> dict[str, Any]:
         """The method's own options."""
         return dict(self.model_extra or {})
+
+
+def _with_numbers(value: Any) -> Any:
+    """Options of a method, where no text is a number: words that are numbers in YAML 1.2 are read as these."""
+    if isinstance(value, str):
+        number = read_number(value)
+        return value if number is None else number
+    if isinstance(value, dict):
+        return {name: _with_numbers(part) for name, part in value.items()}
+    return [_with_numbers(part) for part in value] if isinstance(value, list) else value
 
 
 class MagnetismConfig(Section):

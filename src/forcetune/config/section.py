@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
-from forcetune.utils.parsing import short
+from forcetune.utils.parsing import read_number, short
 
 LARGEST_SEED = 2**63 - 1
 
@@ -27,10 +34,35 @@ Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
 ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, no unknown keys."""
+def check_numbers(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Wraps the check of an option: text counts as a number only where YAML 1.2 reads one.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Raises:
+        ValueError: it is a number to Python alone, such as ``1_000`` or ``infinity``.
+    """
+    result = validate(value)
+    _check_text_of_numbers(value, result)
+    return result
+
+
+def _check_text_of_numbers(value: Any, result: Any) -> None:
+    if isinstance(value, str) and isinstance(result, int | float) and not isinstance(result, bool):
+        if read_number(value.strip()) is None:
+            raise ValueError(f"{short(value)} is not a number; write it with digits, such as 1000, 0.001 or 1e-3")
+    elif isinstance(value, dict) and isinstance(result, dict):
+        for key in value.keys() & result.keys():
+            _check_text_of_numbers(value[key], result[key])
+    elif isinstance(value, list) and isinstance(result, list):
+        for one, other in zip(value, result, strict=False):
+            _check_text_of_numbers(one, other)
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys, no infinite numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    _numbers = field_validator("*", mode="wrap")(check_numbers)
 
 
 def explain(error: ValidationError) -> str:

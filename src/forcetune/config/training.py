@@ -20,7 +20,7 @@ class LossConfig(Section):
     stress: float | None = Field(
         default=None,
         ge=0,
-        description="Weight of the stress term. When not given: 1000 times that of the forces (10 times for huber and "
+        description="Weight of the stress term. When not given: 100 times that of the forces (10 times for huber and "
         "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
     )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")

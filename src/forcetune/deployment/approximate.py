@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,19 @@ import numpy as np
 from forcetune.adapters.attach import attach, check_mergeable, detach, fold_weights, merge_weights, require_adapter
 from forcetune.adapters.methods import Method, elora, full
 from forcetune.backbones.protocol import Backbone
-from forcetune.config import DataConfig, LossConfig, RunConfig, TrainingConfig, load_config
+from forcetune.config import LossConfig, TrainingConfig
+from forcetune.deployment.approximation_frames import (
+    ApproximationFrames,
+    label_frames,
+    read_frames,
+    with_shaken_copies,
+)
 from forcetune.deployment.gate_regression import GateRegression
 from forcetune.deployment.loading import deploy_copy
 from forcetune.deployment.merge import Merged, check_merged_output, write_plain
 from forcetune.deployment.parity import probe_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors, Predictions, build_graphs, predict
-from forcetune.frames.dataset import read_dataset
 from forcetune.frames.frame import Frame
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import any_label
@@ -43,15 +48,6 @@ from forcetune.utils.files import write_text
 
 ITERATIONS = 40
 """Of L-BFGS, at most."""
-
-COPIES = 1
-"""Shaken copies of each frame."""
-
-SHAKEN = 0.05
-"""Å; standard deviation of each coordinate of a shaken copy."""
-
-STRAINED = 0.01
-"""Standard deviation of the strain of a shaken copy with a cell."""
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1.0)
 """λ, relative to the mean square of a layer's inputs. A small one fits features, and may spoil their derivatives."""
@@ -175,44 +171,70 @@ def merge_approximately(
     gated = deploy_copy(model, run, trust=trust).backbone
     _check_needed(gated, run)
     check_merged_output(Path(output), gated.base)
-    frames = _frames_of(run, train, test)
+    frames = read_frames(run, train, test)
     fold_weights(gated)
     plain = deploy_copy(model, run, trust=trust).backbone
     _drop_gates(plain)
-    labelled = _labelled_by(gated, _shaken(frames.train, seed))
+    method = full() if rank is None else elora(rank=rank)
+    fit = _fit(gated, plain, frames, method, iterations, seed, progress)
+    before = fit.wanted.errors()
+    error = before.forces_mae_mev_per_ang
+    allowed = bound if bound is not None else UNLABELLED_BOUND if error is None else SHARE * error
+    if not fit.distilled.forces_mev_per_ang <= allowed:
+        raise InputError(_too_far(run, before, fit.distilled, fit.dropped, allowed))
+    probes = probe_frames(plain.elements, plain.cutoff)
+    approximation = Approximation(
+        merged=write_plain(plain, output, predict(plain, build_graphs(plain, probes), stress=True), probes),
+        n_train=len(frames.train),
+        n_test=len(frames.test),
+        test_files=frames.test_files,
+        regressed=fit.regressed,
+        distilled=fit.distilled,
+        dropped=fit.dropped,
+        before=before,
+        after=fit.predictions.errors(),
+        bound=allowed,
+        iterations=fit.iterations,
+        method=method.name,
+    )
+    write_text(note_path(output), json.dumps(approximation.to_json(), indent=1) + "\n")
+    return approximation
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """Predictions for test frames, with gates (``wanted``) and fitted, and how far each step is off."""
+
+    wanted: Predictions
+    predictions: Predictions
+    dropped: Difference
+    regressed: Difference
+    distilled: Difference
+    iterations: int
+
+
+def _fit(
+    gated: Backbone,
+    plain: Backbone,
+    frames: ApproximationFrames,
+    method: Method,
+    iterations: int,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> _Fit:
+    """Both steps: changes the weights and reference energies of ``plain``."""
+    labelled = label_frames(gated, with_shaken_copies(frames.train, seed))
     wanted, measured = predict(gated, build_graphs(gated, frames.test), stress=True), _Measured(plain, frames.test)
     dropped = Difference.between(wanted, measured.predictions())
     training, held = _parted(build_graphs(plain, labelled))
     _regress(gated, plain, training, held)
     _align_references(plain, [*training, *held])
     regressed = Difference.between(wanted, measured.predictions())
-    method = full() if rank is None else elora(rank=rank)
     best = _distill(plain, training, held, method, iterations, seed, progress)
     _align_references(plain, [*training, *held])
-    after = measured.predictions()
-    distilled = Difference.between(wanted, after)
-    error = wanted.errors().forces_mae_mev_per_ang
-    allowed = bound if bound is not None else UNLABELLED_BOUND if error is None else SHARE * error
-    if not distilled.forces_mev_per_ang <= allowed:
-        raise InputError(_too_far(run, wanted.errors(), distilled, dropped, allowed))
-    probes = probe_frames(plain.elements, plain.cutoff)
-    merged = write_plain(plain, output, predict(plain, build_graphs(plain, probes), stress=True), probes)
-    approximation = Approximation(
-        merged=merged,
-        n_train=len(frames.train),
-        n_test=len(frames.test),
-        test_files=frames.test_files,
-        regressed=regressed,
-        distilled=distilled,
-        dropped=dropped,
-        before=wanted.errors(),
-        after=after.errors(),
-        bound=allowed,
-        iterations=best,
-        method=method.name,
-    )
-    write_text(note_path(output), json.dumps(approximation.to_json(), indent=1) + "\n")
-    return approximation
+    predictions = measured.predictions()
+    distilled = Difference.between(wanted, predictions)
+    return _Fit(wanted, predictions, dropped, regressed, distilled, best)
 
 
 def _too_far(run: str | Path, error: Errors, distilled: Difference, dropped: Difference, allowed: float) -> str:
@@ -247,90 +269,6 @@ def _drop_gates(backbone: Backbone) -> None:
     fold_weights(backbone)
     detach(backbone)
     backbone.set_reference_energies(tuned)
-
-
-# ---- frames ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Frames:
-    train: list[Frame]
-    test: list[Frame]
-    test_files: tuple[str, ...]
-
-
-def _frames_of(run: str | Path, train: Any, test: Any) -> _Frames:
-    """
-    Raises:
-        InputError: there is no configuration and no frames were named, or too few are left.
-    """
-    named = _named(train), _named(test)
-    data = _data_of(run)
-    if data is None:
-        if named[0] is None:
-            raise InputError(f"{run}: the adapter alone has no frames to find a plain model on; name some with --data.")
-        data = DataConfig(train=named[0])
-    changes: dict[str, Any] = {"train": named[0] or data.train, "test": data.test if named[1] is None else named[1]}
-    if named[0] is not None:
-        changes["valid"] = 0.1
-    dataset = read_dataset(data.model_copy(update=changes))
-    training = [*dataset.train.frames, *dataset.valid.frames]
-    tests = [frame for part in dataset.tests.values() for frame in part.frames]
-    files = tuple(file for part in dataset.tests.values() for file in part.files)
-    if not tests:
-        tests, training = training[::5], [frame for index, frame in enumerate(training) if index % 5]
-    if not training or not tests:
-        raise InputError(f"{run}: too few frames to find a plain model on and to measure it; name some with --data.")
-    return _Frames(training, tests, files)
-
-
-def _named(value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    return [str(value)] if isinstance(value, (str, Path)) else [str(item) for item in value]
-
-
-def _data_of(run: str | Path) -> DataConfig | None:
-    """The frames of the run around an adapter; None where it stands alone."""
-    for folder in (Path(run), Path(run).parent):
-        if (folder / "config.yaml").is_file():
-            config: RunConfig = load_config(folder / "config.yaml")
-            return config.data
-    return None
-
-
-def _shaken(frames: Sequence[Frame], seed: int) -> list[Frame]:
-    """The frames, and copies with displaced atoms and strained cells."""
-    rng = np.random.default_rng(seed)
-    copies = list(frames)
-    for frame in frames:
-        for _ in range(COPIES):
-            moved = frame.positions + SHAKEN * rng.standard_normal(frame.positions.shape)
-            cell = frame.cell
-            if frame.pbc.all():
-                strain = STRAINED * rng.standard_normal((3, 3))
-                change = np.eye(3) + (strain + strain.T) / 2
-                moved, cell = moved @ change, cell @ change
-            copies.append(replace(frame, positions=moved, cell=cell))
-    return copies
-
-
-def _labelled_by(backbone: Backbone, frames: Sequence[Frame]) -> list[Frame]:
-    """The frames with what a model predicts as their labels, all of the same weight."""
-    prediction = predict(backbone, build_graphs(backbone, frames), stress=True)
-    forces = np.split(prediction.forces, np.cumsum(prediction.atoms)[:-1])
-    assert prediction.stress is not None
-    weights = dict.fromkeys(("energy_weight", "forces_weight", "stress_weight"), 1.0)
-    return [
-        replace(
-            frame,
-            energy=float(prediction.energy[index]),
-            forces=forces[index],
-            stress=prediction.stress[index] if frame.has_volume else None,
-            **weights,
-        )
-        for index, frame in enumerate(frames)
-    ]
 
 
 class _Measured:

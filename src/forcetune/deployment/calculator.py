@@ -114,24 +114,24 @@ class ForcetuneCalculator(Calculator):
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
         if self.magnetism is not None and self.magnetism.layer == "spin":
             batch.spins.requires_grad_()
-            found = self.backbone.predict(batch, stress=stress).detached()
+            prediction = self.backbone.predict(batch, stress=stress).detached()
         else:
             if self.compiled.backbone is not self.backbone:
                 self.compiled = CompiledPrediction(self.backbone, wanted=self.compile == "auto")
-            found = self.compiled.predict(batch, stress=stress)
-        energy = float(found.energy)
+            prediction = self.compiled.predict(batch, stress=stress)
+        energy = float(prediction.energy)
         results: dict[str, Any] = {"energy": energy, "free_energy": energy}
-        results["forces"] = found.forces.double().cpu().numpy()
-        if found.stress is not None:
-            tensor = found.stress[0].double().cpu().numpy()
+        results["forces"] = prediction.forces.double().cpu().numpy()
+        if prediction.stress is not None:
+            tensor = prediction.stress[0].double().cpu().numpy()
             results["stress"] = tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-        if found.energies is not None:
-            results["energies"] = found.energies.double().cpu().numpy()
-        if found.moments is not None:
-            moments = found.moments.double().cpu().numpy()
+        if prediction.energies is not None:
+            results["energies"] = prediction.energies.double().cpu().numpy()
+        if prediction.moments is not None:
+            moments = prediction.moments.double().cpu().numpy()
             results["magmoms"] = moments[:, 0] if moments.shape[1] == 1 else moments
-        if found.fields is not None:
-            results["effective_field"] = found.fields.double().cpu().numpy()
+        if prediction.fields is not None:
+            results["effective_field"] = prediction.fields.double().cpu().numpy()
         return results
 
 
@@ -147,14 +147,14 @@ class EnsembleCalculator(ForcetuneCalculator):
         self.ensemble = ensemble
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
-        found = []
+        members = []
         for index in range(len(self.ensemble.members)):
             with self.ensemble.member(index):
-                found.append(super()._results(batch, stress))
-        results: dict[str, Any] = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+                members.append(super()._results(batch, stress))
+        results: dict[str, Any] = {name: np.mean([one[name] for one in members], axis=0) for name in members[0]}
         results |= {name: float(results[name]) for name in ("energy", "free_energy")}
-        results["energy_std"] = float(spread([np.asarray(one["energy"]) for one in found]))
-        results["forces_std"] = spread([one["forces"] for one in found])
+        results["energy_std"] = float(spread([np.asarray(one["energy"]) for one in members]))
+        results["forces_std"] = spread([one["forces"] for one in members])
         return results
 
 
@@ -177,10 +177,10 @@ def _check_places(atoms: Atoms) -> None:
 
 def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
     """(atoms, 3) the state that a magnetic layer is given for the initial magnetic moments of ``atoms``."""
-    given = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
-    if given.ndim == 1:
-        given = given[:, None] * np.array([0.0, 0.0, 1.0])
-    return directions(given) if magnetism.takes_directions else given
+    moments = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
+    if moments.ndim == 1:
+        moments = moments[:, None] * np.array([0.0, 0.0, 1.0])
+    return directions(moments) if magnetism.takes_directions else moments
 
 
 def frame_of(atoms: Atoms) -> Frame:

@@ -68,11 +68,11 @@ class CompiledPrediction:
         """Of one structure, without gradients; as :meth:`Backbone.predict`."""
         if self.eager_reason is None:
             try:
-                found = self._played(batch, stress)
+                prediction = self._played(batch, stress)
             except CompileError as error:
-                self.eager_reason, self.recording, found = str(error), None, None
-            if found is not None:
-                return found
+                self.eager_reason, self.recording, prediction = str(error), None, None
+            if prediction is not None:
+                return prediction
         return self._eager(batch, stress)
 
     def _eager(self, batch: Batch, stress: bool) -> Prediction:
@@ -105,25 +105,26 @@ class CompiledPrediction:
         if self.recording is None:
             self.recording, self._checks = self._record(*fit, inputs, stress), CHECKED
         energy, forces, *others = self.recording(*inputs)
-        found = Prediction(
+        prediction = Prediction(
             energy[:1],
             forces[: batch.n_atoms],
             others[0][:1] if stress else None,
             energies=others[-1][: batch.n_atoms] if len(others) > stress else None,
         )
         if self._checks:
-            self._check(found, self._eager(batch, stress), batch)
+            self._check(prediction, self._eager(batch, stress), batch)
             self._checks -= 1
-        return found
+        return prediction
 
     def _record(self, full: Batch, plan: Any, inputs: list[Tensor], stress: bool) -> Recording:
         n_batch = len(tensors_of(full))
 
         def step(*values: Tensor) -> list[Tensor | None]:
             with with_plan(self.backbone, plan_with(plan, values[n_batch:])):
-                found = self.backbone.predict(Batch(*values[:n_batch]), stress=stress)
-            further = [*([found.stress] if stress else []), *([] if found.energies is None else [found.energies])]
-            return [found.energy, found.forces, *further]
+                prediction = self.backbone.predict(Batch(*values[:n_batch]), stress=stress)
+            stresses = [prediction.stress] if stress else []
+            energies = [] if prediction.energies is None else [prediction.energies]
+            return [prediction.energy, prediction.forces, *stresses, *energies]
 
         return record(step, inputs, [])
 
@@ -155,7 +156,7 @@ class CompiledPrediction:
         enabled = adapter is not None and adapter.enabled
         weights: list[Any] = [weights.get(name) for weights, name in self._weights]
         states = [None if weight is None else (weight.data_ptr(), weight._version) for weight in weights]
-        # addresses tell weights apart for as long as nobody else can get them
+        # addresses tell weights apart for as long as no others can get them
         self._held = weights
         return (*self._owners, enabled, tuple(backbone.reference_energies.values()), states)
 
@@ -167,9 +168,9 @@ def _places_of(weights: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 def _again(backbone: Backbone, eager_reason: str | None) -> CompiledPrediction:
-    found = CompiledPrediction(backbone)
-    found.eager_reason = eager_reason
-    return found
+    compiled = CompiledPrediction(backbone)
+    compiled.eager_reason = eager_reason
+    return compiled
 
 
 def _is_covered(backbone: Backbone) -> bool:

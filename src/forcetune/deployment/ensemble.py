@@ -57,11 +57,11 @@ class Ensemble:
         self, graphs: Sequence[Batch], *, stress: bool | None = None, progress: Callable[[int], None] | None = None
     ) -> tuple[Predictions, ...]:
         """Predictions of every member, as :func:`forcetune.evaluation.metrics.predict`."""
-        found = []
+        predictions = []
         for index in range(len(self.members)):
             with self.member(index) as backbone:
-                found.append(predict(backbone, graphs, stress=stress, progress=progress))
-        return tuple(found)
+                predictions.append(predict(backbone, graphs, stress=stress, progress=progress))
+        return tuple(predictions)
 
 
 def member_folders(paths: Sequence[str | Path]) -> tuple[Path, ...]:
@@ -74,10 +74,10 @@ def member_folders(paths: Sequence[str | Path]) -> tuple[Path, ...]:
     for path in paths:
         place = locate_adapter(path)
         inside = sorted(place.iterdir()) if (place / "comparison.json").is_file() else [place]
-        found = [folder for folder in map(adapter_folder, inside) if folder is not None]
-        if not found:
+        adapters = [folder for folder in map(adapter_folder, inside) if folder is not None]
+        if not adapters:
             raise InputError(f"{path}: holds no adapter; name run folders, adapter folders or a comparison.")
-        folders.update({folder.resolve(): folder for folder in found})
+        folders.update({folder.resolve(): folder for folder in adapters})
     if len(folders) < 2:
         raise InputError("an ensemble needs at least two different adapters; name further runs.")
     return tuple(folders.values())
@@ -145,10 +145,10 @@ def _check_same_state(members: Sequence[tuple[Path, AdapterConfig, Adapter, dict
         first, second = adapter.method.magnetism, another.method.magnetism
         kinds = [None if m is None else (m.layer, m.inputs, m.takes_directions) for m in (first, second)]
         if kinds[0] != kinds[1]:
-            told = ["no magnetic layer" if m is None else f"{m.layer} layer on {m.inputs}" for m in (first, second)]
+            has = ["no magnetic layer" if m is None else f"{m.layer} layer on {m.inputs}" for m in (first, second)]
             raise InputError(
-                f"{one} and {other}: an ensemble needs members that take one magnetic state, but they have {told[0]} "
-                f"and {told[1]}. Train all members with the same magnetism.layer and magnetism.inputs."
+                f"{one} and {other}: an ensemble needs members that take one magnetic state, but they have {has[0]} "
+                f"and {has[1]}. Train all members with the same magnetism.layer and magnetism.inputs."
             )
 
 
@@ -217,19 +217,19 @@ def _rank_correlation(one: FloatArray, other: FloatArray) -> float | None:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def describe_ensemble(ensemble: Ensemble, found: Sequence[Predictions]) -> dict[str, Any]:
+def describe_ensemble(ensemble: Ensemble, predictions: Sequence[Predictions]) -> dict[str, Any]:
     """Errors of the mean, and how well the spread predicts them, as ``forcetune evaluate --json`` prints them."""
-    mean = mean_of(found)
+    mean = mean_of(predictions)
     figures = {
         "energy_per_atom": calibration(
-            spread([one.energy / one.atoms for one in found]), (mean.energy - mean.energy_label) / mean.atoms
+            spread([one.energy / one.atoms for one in predictions]), (mean.energy - mean.energy_label) / mean.atoms
         ),
-        "forces": calibration(spread([one.forces for one in found]), mean.forces - mean.forces_label),
+        "forces": calibration(spread([one.forces for one in predictions]), mean.forces - mean.forces_label),
     }
     return mean.errors().to_json() | {
         "ensemble": {
             "members": [str(folder) for folder, *_ in ensemble.members],
-            "forces_mae_of_members_mev_per_ang": [one.errors().forces_mae_mev_per_ang for one in found],
+            "forces_mae_of_members_mev_per_ang": [one.errors().forces_mae_mev_per_ang for one in predictions],
             **{name: None if one is None else asdict(one) for name, one in figures.items()},
         }
     }

@@ -78,13 +78,13 @@ def _structures(dataset: Dataset, held: Sequence[Frame]) -> tuple[str, list[Fram
     generator = np.random.default_rng(0)
     known = set(dataset.elements)
     tuned_on = {tuple(np.sort(frame.numbers)) for part in dataset.splits.values() for frame in part.frames}
-    found = [
+    molecules = [
         atoms
         for atoms in map(molecule, g2.names)
         if len(atoms) > 2 and known.issuperset(atoms.numbers) and tuple(np.sort(atoms.numbers)) not in tuned_on
     ]
-    if len(found) >= LEAST_MOLECULES:
-        chosen = [found[int(i)] for i in np.linspace(0, len(found) - 1, min(MOST_MOLECULES, len(found)))]
+    if len(molecules) >= LEAST_MOLECULES:
+        chosen = [molecules[int(i)] for i in np.linspace(0, len(molecules) - 1, min(MOST_MOLECULES, len(molecules)))]
         return "molecules", [_shaken(frame_of(atoms), 0.05, generator) for atoms in chosen]
     frames = dataset.valid.frames[:10]
     return "shaken validation frames", [_shaken(frame, 0.2, generator) for frame in frames]
@@ -122,7 +122,7 @@ def _dimers(backbone: Backbone, elements: Sequence[int]) -> tuple[Dimer, ...]:
         for distance in DISTANCES * (covalent_radii[one] + covalent_radii[other]):
             frames.append(frame_of(Atoms([one, other], [(0, 0, 0), (0, 0, distance)])))
     base, tuned = _both(backbone, frames)
-    found = []
+    curves = []
     for index, (one, other) in enumerate(pairs):
         rows = slice(index * len(DISTANCES), (index + 1) * len(DISTANCES))
         radii = covalent_radii[one] + covalent_radii[other]
@@ -133,7 +133,7 @@ def _dimers(backbone: Backbone, elements: Sequence[int]) -> tuple[Dimer, ...]:
             outside = tuned.energy[rows][(1 - 1e-9) * holes[1] <= radii * DISTANCES]
             barrier = float(outside.max() - outside.min())
         symbols = f"{chemical_symbols[one]}–{chemical_symbols[other]}"
-        found.append(
+        curves.append(
             Dimer(
                 pair=symbols,
                 closest_ang=float(DISTANCES[0] * radii),
@@ -144,7 +144,7 @@ def _dimers(backbone: Backbone, elements: Sequence[int]) -> tuple[Dimer, ...]:
                 tuned_barrier_ev=barrier,
             )
         )
-    return tuple(found)
+    return tuple(curves)
 
 
 def _hole(forces: np.ndarray, radii: float) -> float | None:

@@ -232,6 +232,6 @@ def _file_of(source: str) -> Path | None:
 
 def _reference_differences(backbone: Backbone, written: Backbone) -> tuple[float, float]:
     """The largest difference of reference energies, eV, and the largest that rounding explains."""
-    wanted, found = backbone.reference_energies, written.reference_energies
+    wanted, energies = backbone.reference_energies, written.reference_energies
     largest = max((abs(energy) for energy in wanted.values()), default=0.0)
-    return max(abs(found[z] - wanted[z]) for z in wanted), torch.finfo(written.stored_dtype).eps * largest
+    return max(abs(energies[z] - wanted[z]) for z in wanted), torch.finfo(written.stored_dtype).eps * largest

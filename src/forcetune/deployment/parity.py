@@ -32,7 +32,7 @@ def relative_differences(
         references, written: energies of isolated atoms of both, eV.
         precision: of the total energies of ``after``.
     """
-    one, other = (_interaction(found, energies) for found, energies in ((before, references), (after, written)))
+    one, other = _interaction(before, references), _interaction(after, written)
     # total energies are rounded numbers, too
     rounding = 4 * float(np.finfo(precision).eps) * np.abs(before.energy).max()
     energy = max(np.abs(other - one).max() - rounding, 0.0) / max(np.abs(one).max(), 1e-12)
@@ -43,11 +43,11 @@ def relative_differences(
     return float(energy), float(forces)
 
 
-def _interaction(found: Predictions, references: Mapping[int, float]) -> FloatArray:
+def _interaction(predictions: Predictions, references: Mapping[int, float]) -> FloatArray:
     """(frames,) energies, eV, without those of the isolated atoms."""
-    ends = np.cumsum(found.atoms)
-    offsets = [math.fsum(references[int(z)] for z in part) for part in np.split(found.numbers, ends[:-1])]
-    return found.energy - np.array(offsets)
+    ends = np.cumsum(predictions.atoms)
+    offsets = [math.fsum(references[int(z)] for z in part) for part in np.split(predictions.numbers, ends[:-1])]
+    return predictions.energy - np.array(offsets)
 
 
 def probe_frames(elements: tuple[int, ...], cutoff: float, seed: int = 0) -> list[Frame]:

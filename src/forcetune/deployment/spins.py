@@ -84,16 +84,16 @@ def exchange_parameters(atoms: Atoms, sites: Sequence[int] | None = None) -> Exc
     chosen = np.flatnonzero(lengths) if sites is None else np.asarray(sites, dtype=np.int64)
     rows = []
     for site in chosen:
-        found = torch.zeros(len(atoms), dtype=fields.dtype, device=fields.device)
+        torque = torch.zeros(len(atoms), dtype=fields.dtype, device=fields.device)
         for direction in torch.as_tensor(across).to(fields):
             (slope,) = torch.autograd.grad(fields[site] @ direction, batch.spins, retain_graph=True)
-            found += 0.5 * unit[site] * unit * (slope @ direction)
-        rows.append(found.detach().double().cpu().numpy())
+            torque += 0.5 * unit[site] * unit * (slope @ direction)
+        rows.append(torque.detach().double().cpu().numpy())
     first = np.repeat(chosen, len(atoms))
     second = np.tile(np.arange(len(atoms)), len(chosen))
-    kept = first != second
+    distinct = first != second
     distance = np.concatenate([atoms.get_distances(int(site), range(len(atoms)), mic=True) for site in chosen])
-    return Exchange(first[kept], second[kept], distance[kept], np.concatenate(rows)[kept])
+    return Exchange(first[distinct], second[distinct], distance[distinct], np.concatenate(rows)[distinct])
 
 
 def _magnetic_state(atoms: Atoms) -> tuple[ForcetuneCalculator, FloatArray]:
@@ -154,9 +154,9 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
     # a spin of another length is the same state: the gradient along it is zero
     first = (start[spinning] / lengths[spinning, None]).ravel()
     before, _ = energy(first)
-    found = minimize(
+    optimum = minimize(
         energy, first, jac=True, method="L-BFGS-B", options={"maxfun": evaluations, "gtol": torque, "ftol": 0.0}
     )
-    after, _ = energy(found.x)
-    left = float(np.abs(across(state(found.x)[0])).max())
-    return SpinRelaxation(before, after, left, int(found.nfev) + 2, left <= torque)
+    after, _ = energy(optimum.x)
+    left = float(np.abs(across(state(optimum.x)[0])).max())
+    return SpinRelaxation(before, after, left, int(optimum.nfev) + 2, left <= torque)

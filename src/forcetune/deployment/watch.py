@@ -231,7 +231,7 @@ def watch(
         )
     if forces_std is None and frames is None and largest_force is None:
         raise InputError("nothing to look for: give forces_std, frames or largest_force.")
-    made = Watch(
+    watcher = Watch(
         forces_std=forces_std,
         frames=frames,
         novelty=novelty,
@@ -240,4 +240,4 @@ def watch(
         stop=stop,
         every=every,
     )
-    return WatchedCalculator(calculator, made)
+    return WatchedCalculator(calculator, watcher)

@@ -57,7 +57,7 @@ Sources = str | Path | Sequence[str | Path] | Sequence[Atoms]
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """What was found, errors first, and the facts that every report has.
+    """Findings, errors first, and the facts that every report has.
 
     Attributes:
         findings: in order of severity.
@@ -82,7 +82,7 @@ class Checkup:
 
     @property
     def codes(self) -> set[str]:
-        """Codes of everything found."""
+        """Codes of all findings."""
         return {finding.code for finding in self.findings}
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def doctor(
         type_map: the same.
         batch_size: frames a batch, for the estimate of memory; by default that of a fit.
         head, device, trust: as :func:`forcetune.load`.
-        console: where progress is told; standard error by default.
+        console: where progress is printed; standard error by default.
 
     Raises:
         InputError: the model cannot be loaded. Whatever is wrong with the data is a finding.
@@ -173,7 +173,7 @@ def check_frames(
         progress: called after each frame.
 
     Raises:
-        InputError: an error was found; the message has all of them.
+        InputError: there is an error in them; the message has all of them.
     """
     sampled, untold = _in_memory(sets, quiet)
     findings = examine_frames(sampled, cutoff=cutoff, progress=progress).findings
@@ -343,7 +343,7 @@ def _isolated(frames: Sequence[Frame], compared: LabelledPredictions | None, bac
 
 
 def _without_copies(findings: Sequence[Finding]) -> list[Finding]:
-    """A frame that stands out with and without the model is told once, by the finding with more frames."""
+    """A frame that stands out with and without the model is reported once, by the finding with more frames."""
     best: dict[tuple[str, str | None], Finding] = {}
     distinct = []
     for finding in findings:

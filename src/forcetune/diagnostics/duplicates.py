@@ -137,10 +137,10 @@ def _near(
     def table(shapes: Sequence[Shape | None], members: list[int]) -> np.ndarray:
         return np.stack([shape.descriptor for k in members if (shape := shapes[k]) is not None])
 
-    asked = min(NEIGHBOURS + within, len(left))
+    count = min(NEIGHBOURS + within, len(left))
     tree = KDTree(table(first_shapes, left))
-    distances, places = tree.query(table(second_shapes, right), k=asked, distance_upper_bound=RADIUS)
-    distances, places = distances.reshape(len(right), asked), places.reshape(len(right), asked)
+    distances, places = tree.query(table(second_shapes, right), k=count, distance_upper_bound=RADIUS)
+    distances, places = distances.reshape(len(right), count), places.reshape(len(right), count)
     for row, k in enumerate(right):
         for distance, place in zip(distances[row], places[row], strict=True):
             if np.isinf(distance) or (within and left[place] >= k):

@@ -1,4 +1,4 @@
-"""What an examination of data found, as one page that needs nothing but itself."""
+"""Findings of an examination of data, as one page that needs nothing but itself."""
 
 from __future__ import annotations
 

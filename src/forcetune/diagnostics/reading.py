@@ -1,4 +1,4 @@
-"""Reading that goes on after a problem: every file and frame that can be read is read, the rest is told."""
+"""Reading that goes on after a problem: every file and frame that can be read is read, the rest is reported."""
 
 from __future__ import annotations
 

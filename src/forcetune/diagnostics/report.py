@@ -1,4 +1,4 @@
-"""What an examination of data found, as a list for the terminal."""
+"""Findings of an examination of data, as a list for the terminal."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _NAMED_ORDERS = {
 }
 _OTHERS = [("xx", "yy", "zz", *rest) for rest in permutations(ASE_ORDER[3:]) if rest != ASE_ORDER[3:]]
 ORDERS: dict[tuple[str, ...], str] = {order: " ".join(order) for order in _OTHERS} | _NAMED_ORDERS
-"""Orders in which six components may have been written, and how they are told."""
+"""Orders in which six components may have been written, and how they are named."""
 
 _ROWS, _COLUMNS = [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]
 _FULL = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])

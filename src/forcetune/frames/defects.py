@@ -46,7 +46,7 @@ def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator
 
 @contextmanager
 def refusing(path: Path) -> Iterator[None]:
-    """Within this context whatever another library raises for a file of many frames is told in one sentence.
+    """Within this context whatever another library raises for a file of many frames is reported in one sentence.
 
     Raises:
         InputError: anything but an error of ours was raised.

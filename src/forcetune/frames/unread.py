@@ -1,4 +1,4 @@
-"""Names in a file that look like labels and are not read, so that they are told and not passed over in silence."""
+"""Names in a file that look like labels and are not read, so that they are named and not passed over in silence."""
 
 from __future__ import annotations
 

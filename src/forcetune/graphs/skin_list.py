@@ -55,10 +55,10 @@ class SkinList:
         if not follows:
             return find_edges(frame, self.cutoff)
         try:
-            found = find_edges(frame, self.cutoff + self.skin)
+            edges = find_edges(frame, self.cutoff + self.skin)
         except InputError:  # perhaps only as there would be too many of them
             return find_edges(frame, self.cutoff)
-        self._candidates = _Candidates(frame, *found)
+        self._candidates = _Candidates(frame, *edges)
         return self._chosen(self._candidates, frame)
 
     def _covers(self, candidates: _Candidates, frame: Frame) -> bool:

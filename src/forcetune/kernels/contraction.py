@@ -132,7 +132,7 @@ class _Setting:
     trains: bool
 
     def wanted(self, needs: Sequence[bool]) -> tuple[bool, ...]:
-        """Which gradients by x and the coefficients somebody waits for."""
+        """Which gradients by x and the coefficients are asked for."""
         of_x = self.phase.wants(geometric=True, trains=self.trains)
         of_weights = self.phase.wants(geometric=False, trains=True)
         return (needs[0] and of_x, *(need and of_weights for need in needs[1:]))
@@ -153,10 +153,10 @@ class _Polynomial(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *coefficients = ctx.saved_tensors
         needs = ctx.setting.wanted(ctx.needs_input_grad[1:])
-        found = _PolynomialBackward.apply(
+        gradients = _PolynomialBackward.apply(
             ctx.setting, ctx.intermediates, needs, grads[0].contiguous(), x, *coefficients
         )
-        return (None, *found)  # pyright: ignore[reportGeneralTypeIssues]
+        return (None, *gradients)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 class _PolynomialBackward(torch.autograd.Function):

@@ -63,13 +63,13 @@ class Paths:
 
     def parts(self, chunk: Chunk, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Each path's part of its output, (receivers, dim_out, channels)."""
-        found: dict[int, Tensor] = {}
+        parts: dict[int, Tensor] = {}
         for group, output in enumerate(outputs):
             own = sorted((path.column, index) for index, path in enumerate(self.paths) if path.group == group)
             members = [index for _, index in own]
             widths = [self.paths[index].channels for index in members]
-            found.update(zip(members, output[chunk.start : chunk.stop].split(widths, dim=2), strict=True))
-        return [found[index] for index in range(len(self.paths))]
+            parts.update(zip(members, output[chunk.start : chunk.stop].split(widths, dim=2), strict=True))
+        return [parts[index] for index in range(len(self.paths))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class _Setting:
     trains: tuple[bool, bool]
 
     def wanted(self, needs: Sequence[bool]) -> list[bool]:
-        """Which gradients by R, T and x somebody waits for."""
+        """Which gradients by R, T and x are asked for."""
         n_angular = len(self.paths.paths)
         radial = self.phase.wants(geometric=True, trains=self.trains[0])
         angular = self.phase.wants(geometric=True, trains=False)
@@ -161,7 +161,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             for tangent, tensor in zip(tangents, (radial, *rest), strict=True)
         ]
         missing = tuple(tangent is None for tangent in tangents)
-        found = _double_backward(
+        gradients = _double_backward(
             setting,
             tuple(needs),
             grads,
@@ -169,7 +169,7 @@ class _ConvolutionBackward(torch.autograd.Function):
             _Inputs(setting, moved[0], tuple(moved[1:])),
             missing,
         )
-        return (None, None, None, *found)
+        return (None, None, None, *gradients)
 
     backward: Any = staticmethod(once_differentiable(_twice))
 
@@ -201,12 +201,12 @@ class _Inputs:
 
     def angles(self, chunk: Chunk) -> list[Tensor]:
         """T of every path, (receivers, width · dim_in, dim_out), 0 where there is no edge."""
-        found: dict[int, Tensor] = {}
+        angles: dict[int, Tensor] = {}
         for members, widths, table in self.angular:
             shape = (chunk.receivers, chunk.width * table.shape[1], table.shape[2])
             own = table.index_select(0, chunk.oriented).view(shape)
-            found.update(zip(members, own.split(widths, dim=2), strict=True))
-        return [found[index] for index in range(len(found))]
+            angles.update(zip(members, own.split(widths, dim=2), strict=True))
+        return [angles[index] for index in range(len(angles))]
 
 
 def _products(path: Path, chunk: Chunk, radial: Tensor, features: Tensor) -> Tensor:

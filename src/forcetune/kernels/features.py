@@ -55,9 +55,9 @@ class Features:
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, tuple) and len(key) == 2 and key[0] in (Ellipsis, slice(None)):
-            found = self._slice(key[1])
-            if found is not None:
-                return found
+            part = self._slice(key[1])
+            if part is not None:
+                return part
         return self.flat[key]
 
     def _slice(self, wanted: Any) -> Tensor | None:

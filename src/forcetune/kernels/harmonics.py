@@ -34,7 +34,7 @@ def harmonic_polynomials(order: int) -> tuple[dict[Monomial, float], ...]:
     Returns:
         For m = −l … l the coefficient of each monomial (powers of x, y, z).
     """
-    found = []
+    polynomials = []
     for m in range(-order, order + 1):
         size = abs(m)
         norm = math.sqrt((2 * order + 1) * math.factorial(order - size) / math.factorial(order + size))
@@ -44,18 +44,18 @@ def harmonic_polynomials(order: int) -> tuple[dict[Monomial, float], ...]:
             for (first, second), azimuthal in _azimuthal(m).items():
                 # polar axis y, azimuth from z towards x
                 polynomial[(second, power, first)] += norm * polar * azimuthal
-        found.append({key: value for key, value in polynomial.items() if value})
-    return tuple(found)
+        polynomials.append({key: value for key, value in polynomial.items() if value})
+    return tuple(polynomials)
 
 
 def _associated_legendre(order: int, m: int) -> dict[int, float]:
     """d^m P_l / dz^m by powers of z (without the power of sin θ, which is part of the azimuthal polynomial)."""
-    found: dict[int, float] = {}
+    coefficients: dict[int, float] = {}
     for k in range((order - m) // 2 + 1):
         power = order - 2 * k
         value = (-1) ** k * math.comb(order, k) * math.comb(2 * order - 2 * k, order) / 2**order
-        found[power - m] = value * math.factorial(power) / math.factorial(power - m)
-    return found
+        coefficients[power - m] = value * math.factorial(power) / math.factorial(power - m)
+    return coefficients
 
 
 def _azimuthal(m: int) -> dict[tuple[int, int], float]:
@@ -119,8 +119,8 @@ class SphericalHarmonics(nn.Module):
         for lower, axes in self._steps:
             index, axis = lower.on(unit.device), axes.on(unit.device)
             powers.append(powers[-1].index_select(1, index) * unit.index_select(1, axis))
-        found = torch.cat(powers, dim=1) @ self._matrix.like(unit)
-        return found * lengths.pow(self._powers.like(unit)) if self.solid else found
+        harmonics = torch.cat(powers, dim=1) @ self._matrix.like(unit)
+        return harmonics * lengths.pow(self._powers.like(unit)) if self.solid else harmonics
 
 
 def reflection_labels(irreps: tuple[Block, ...]) -> list[int]:
@@ -169,11 +169,11 @@ def clebsch_gordan_3j(first: int, second: int, third: int) -> Tensor:
     Raises:
         ValueError: the orders do not couple, or are too high.
     """
-    found = wigner_3j(first, second, third)
+    coupling = wigner_3j(first, second, third)
     bases = [1j**order * _real_from_complex(order) for order in (first, second, third)]
     table = _complex_table(first, second, third)
     real = torch.einsum("abc,ia,jb,kc->ijk", table, bases[0], bases[1], bases[2].conj()).real
-    return found * torch.sign((found * real).sum())
+    return coupling * torch.sign((coupling * real).sum())
 
 
 def _complex_table(first: int, second: int, third: int) -> Tensor:

@@ -125,10 +125,10 @@ class EquivariantLinear(nn.Module):
 
     def ungated(self, features: Features) -> Features:
         """The layer alone."""
-        found = equivariant_linear(self.blocks, self.weight, features.blocks, self.layout)
+        blocks = equivariant_linear(self.blocks, self.weight, features.blocks, self.layout)
         for target, start, stop in self.biased:
-            found[target] = found[target] + self.bias[start:stop]
-        return Features(found, geometric=features.geometric, trains=features.trains or can_train(self))
+            blocks[target] = blocks[target] + self.bias[start:stop]
+        return Features(blocks, geometric=features.geometric, trains=features.trains or can_train(self))
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
@@ -194,10 +194,10 @@ class SpeciesLinear(nn.Module):
 
     def forward(self, features: Features, step: Step) -> Features:
         plan = step.plan
-        found = species_linear(
+        blocks = species_linear(
             self.blocks, self.weight, self.n_species, features.blocks, self.layout, plan.present, plan.counts
         )
-        return Features(found, geometric=features.geometric, trains=features.trains or can_train(self))
+        return Features(blocks, geometric=features.geometric, trains=features.trains or can_train(self))
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(
@@ -212,7 +212,7 @@ class SpeciesLinear(nn.Module):
         yield Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, self.irreps_in, self.irreps_out)
 
 
-def take_coupling(source: TensorSource, first: int, second: int, third: int, kept: dict[str, Tensor]) -> Tensor:
+def take_coupling(source: TensorSource, first: int, second: int, third: int, couplings: dict[str, Tensor]) -> Tensor:
     """A 3j symbol in float64, as the file has it where it does; noted in ``kept`` by its name.
 
     Raises:
@@ -225,8 +225,8 @@ def take_coupling(source: TensorSource, first: int, second: int, third: int, kep
         same = stored.shape == computed.shape
         if not same or not torch.allclose(stored * torch.sign((stored * computed).sum()), computed, atol=1e-5):
             raise UnfitError(f"its constant {name} has other values than a coupling of these orders")
-    kept[name] = computed if stored is None else stored
-    return kept[name]
+    couplings[name] = computed if stored is None else stored
+    return couplings[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,16 +251,16 @@ def channelwise_paths(irreps_in: str, harmonics: str, targets: str) -> tuple[lis
     """
     inputs, angular = parse_irreps(irreps_in), parse_irreps(harmonics)
     wanted = {block.irrep for block in parse_irreps(targets)}
-    found: list[tuple[int, bool, int, int, int]] = []
+    paths: list[tuple[int, bool, int, int, int]] = []
     for i, block in enumerate(inputs):
         for j, harmonic in enumerate(angular):
             even = (block.parity == "e") == (harmonic.parity == "e")
             for order in range(abs(block.order - harmonic.order), block.order + harmonic.order + 1):
                 if f"{order}{'e' if even else 'o'}" in wanted:
-                    found.append((order, even, len(found), i, j))
-    found.sort()
-    outputs = "+".join(f"{inputs[i].multiplicity}x{order}{'e' if even else 'o'}" for order, even, _, i, _ in found)
-    return [TensorPath(i, j, k) for k, (_, _, _, i, j) in enumerate(found)], outputs
+                    paths.append((order, even, len(paths), i, j))
+    paths.sort()
+    outputs = "+".join(f"{inputs[i].multiplicity}x{order}{'e' if even else 'o'}" for order, even, _, i, _ in paths)
+    return [TensorPath(i, j, k) for k, (_, _, _, i, j) in enumerate(paths)], outputs
 
 
 class Convolution(nn.Module):
@@ -325,11 +325,11 @@ class Convolution(nn.Module):
             "trains": (trains, features.trains),
         }
         if takes_compiled(self.kernels, radial):
-            found = compiled.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
+            blocks = compiled.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
         else:
             parts = angular.split(self.widths, dim=1)
-            found = convolve(self.structure, step.plan, radial, parts, features.blocks, **options)
-        return Features(found, geometric=True, trains=trains or features.trains)
+            blocks = convolve(self.structure, step.plan, radial, parts, features.blocks, **options)
+        return Features(blocks, geometric=True, trains=trains or features.trains)
 
 
 class GatedActivation(nn.Module):

@@ -58,18 +58,18 @@ def equivariant_linear(
     Returns:
         (atoms, dim, channels) of each output irrep.
     """
-    found: list[Tensor | None] = [None] * len(outputs)
+    sums: list[Tensor | None] = [None] * len(outputs)
     for block, piece in zip(blocks, _pieces(weight, [block.start for block in blocks]), strict=True):
         matrix = piece.view(block.fan_in, block.fan_out) * block.factor
         x = inputs[block.source]
         if block.fan_in != x.shape[2]:
             x = x[:, :, block.row : block.row + block.fan_in]
         part = (x.reshape(-1, block.fan_in) @ matrix).view(*x.shape[:2], block.fan_out)
-        before = found[block.target]
-        found[block.target] = part if before is None else before + part
+        before = sums[block.target]
+        sums[block.target] = part if before is None else before + part
     atoms = len(inputs[0])
     return [
-        inputs[0].new_zeros(atoms, *shape) if part is None else part for part, shape in zip(found, outputs, strict=True)
+        inputs[0].new_zeros(atoms, *shape) if part is None else part for part, shape in zip(sums, outputs, strict=True)
     ]
 
 
@@ -96,7 +96,7 @@ def species_linear(
     Returns:
         (atoms, dim, channels) of each output irrep.
     """
-    found: list[Tensor | None] = [None] * len(outputs)
+    sums: list[Tensor | None] = [None] * len(outputs)
     for block, flat in zip(blocks, _pieces(weight, [block.start for block in blocks]), strict=True):
         x = inputs[block.source]
         whole = flat.view(block.fan_in, n_species, block.fan_out)
@@ -106,9 +106,9 @@ def species_linear(
             for piece, matrix in zip(x.split(list(counts)), chosen.unbind(0), strict=True)
         ]
         part = parts[0] if len(parts) == 1 else torch.cat(parts)
-        before = found[block.target]
-        found[block.target] = part if before is None else before + part
+        before = sums[block.target]
+        sums[block.target] = part if before is None else before + part
     atoms = len(inputs[0])
     return [
-        inputs[0].new_zeros(atoms, *shape) if part is None else part for part, shape in zip(found, outputs, strict=True)
+        inputs[0].new_zeros(atoms, *shape) if part is None else part for part, shape in zip(sums, outputs, strict=True)
     ]

@@ -121,10 +121,10 @@ def best_chunks(degree: np.ndarray, limit: int, cost: int = CHUNK_COST) -> tuple
         widths = np.maximum.accumulate(degree[start : start + limit])
         slots = widths * np.arange(1, len(widths) + 1)
         allowed = max(1, int(np.searchsorted(slots, limit, side="right")))
-        found = least[start] + slots[:allowed] + cost
+        costs = least[start] + slots[:allowed] + cost
         stops = slice(start + 1, start + 1 + allowed)
-        better = found < least[stops]
-        least[stops] = np.where(better, found, least[stops])
+        better = costs < least[stops]
+        least[stops] = np.where(better, costs, least[stops])
         begins[stops] = np.where(better, start, begins[stops])
     chunks: list[tuple[int, int, int]] = []
     stop = n
@@ -201,9 +201,9 @@ def _filler(batch: Batch, numbers: np.ndarray, n_graphs: int, n_edges: int, cuto
 
 def tensors_of(value: Batch | Plan) -> list[Tensor]:
     """What differs between batches in one layout: tensors in the order of the fields, those of chunks last."""
-    found = [getattr(value, name) for name in _varying(value)]
+    tensors = [getattr(value, name) for name in _varying(value)]
     chunks = value.chunks if isinstance(value, Plan) else ()
-    return found + [item for chunk in chunks for item in (chunk.pairs, chunk.oriented, chunk.senders)]
+    return tensors + [item for chunk in chunks for item in (chunk.pairs, chunk.oriented, chunk.senders)]
 
 
 def plan_with(plan: Plan, tensors: Sequence[Tensor]) -> Plan:

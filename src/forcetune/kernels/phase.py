@@ -13,9 +13,9 @@ from torch import Tensor
 class Phase:
     """Shared by the kernels of one forward pass, read when they are differentiated.
 
-    An autograd function is told which of its inputs can have gradients, not which gradients somebody waits for.
-    While forces are computed nobody waits for those by the weights, and when a loss is differentiated by the weights
-    nobody waits for those by the geometry.
+    An autograd function knows which of its inputs can have gradients, not which gradients are asked for.
+    While forces are computed those by the weights are not, and when a loss is differentiated by the weights
+    those by the geometry are not.
 
     Attributes:
         geometry: gradients by distances, directions and all that depends on them are wanted.
@@ -29,7 +29,7 @@ class Phase:
         self.weights = True
 
     def wants(self, *, geometric: bool, trains: bool) -> bool:
-        """Whether somebody waits for the gradient by something that depends on the geometry, or on weights."""
+        """Whether the gradient by something that depends on the geometry, or on weights, is asked for."""
         return (self.geometry and geometric) or (self.weights and trains)
 
     @contextmanager

@@ -182,14 +182,14 @@ def _segment(
                 row, column = (place[part] for part in splits[key])
                 if start <= column < stop:
                     for component in np.flatnonzero(np.abs(value).max(axis=1) > _ZERO):
-                        found = entries.setdefault((int(component), row), [])
-                        found.append((column - start, first, value[component]))
+                        row_terms = entries.setdefault((int(component), row), [])
+                        row_terms.append((column - start, first, value[component]))
             first += coupling.shape[-1]
         matrix = np.zeros((first, len(entries), stop - start))
-        for number, ((component, row), found) in enumerate(sorted(entries.items())):
+        for number, ((component, row), row_terms) in enumerate(sorted(entries.items())):
             rows.append(row)
             targets.append(sum(dims[:index]) + component)
-            for column, offset, value in found:
+            for column, offset, value in row_terms:
                 matrix[offset : offset + len(value), number, column] += value
         basis.append(Constant(torch.from_numpy(matrix.reshape(first, len(entries) * (stop - start)))))
     return Segment(start, stop, tuple(rows), tuple(targets), tuple(basis))

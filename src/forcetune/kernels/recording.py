@@ -95,18 +95,18 @@ def record(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -
     used: list[bool] = []
 
     def present(*values: Tensor) -> list[Tensor]:
-        found = step(*values)
-        used[:] = [value is not None for value in found]
-        return [value.detach() for value in found if value is not None]
+        results = step(*values)
+        used[:] = [value is not None for value in results]
+        return [value.detach() for value in results if value is not None]
 
     gpu = _gpu_of(parameters)
     own = inputs if gpu is None else [value.detach().to(gpu, copy=True) for value in inputs]
     operations = Operations((*own, *parameters))
     try:
         with operations, _Watch(operations):
-            found = present(*own, *parameters)
+            results = present(*own, *parameters)
         if gpu is None:
-            run: Any = _C._create_function_from_graph("step", operations.graph(found))
+            run: Any = _C._create_function_from_graph("step", operations.graph(results))
         else:
             run = _CudaGraph(present, own, parameters)
     except CompileError:
@@ -162,8 +162,8 @@ class Operations(TorchDispatchMode):
             return result
         schema, name = func._schema, func._schema.name.split("::")[-1]
         values = _arguments(schema, args, kwargs or {})
-        given = [self._mapped(value) for value in values]
-        used = [place.index for place in _places_in(given)]
+        mapped = [self._mapped(value) for value in values]
+        used = [place.index for place in _places_in(mapped)]
         fixed = bool(used) and all(index in self._fixed for index in used)
         if not isinstance(result, Tensor | list | tuple | None):
             if not fixed:
@@ -172,7 +172,7 @@ class Operations(TorchDispatchMode):
         chooses = name in _DEPENDS_ON_VALUES or (name in ("index", "index_put", "index_put_") and _by_mask(args[1]))
         if chooses and not fixed:
             raise CompileError(f"its step depends on values ({name})")
-        call = _Call(func, given, self._results(result))
+        call = _Call(func, mapped, self._results(result))
         self.calls.append(call)
         if schema.is_mutable:
             self._overwritten(schema, values)
@@ -200,12 +200,12 @@ class Operations(TorchDispatchMode):
         return place
 
     def _place(self, value: Tensor) -> _Place:
-        found = self._known.get(value)
-        if found is None:
-            found = self._new(value)
-            self.constants[found.index] = value.detach()
-            self._fixed[found.index] = _memory_of(value)
-        return found
+        place = self._known.get(value)
+        if place is None:
+            place = self._new(value)
+            self.constants[place.index] = value.detach()
+            self._fixed[place.index] = _memory_of(value)
+        return place
 
     def _mapped(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -222,14 +222,14 @@ class Operations(TorchDispatchMode):
     def _needed(self, results: Sequence[_Place]) -> list[_Call]:
         """Calls that the results depend on, and all that write into tensors; constants are not computed again."""
         needed = {place.index for place in results}
-        found = []
+        calls = []
         for call in reversed(self.calls):
-            made = [place.index for place in _places_in(call.results)]
+            outputs = [place.index for place in _places_in(call.results)]
             writes = call.operation._schema.is_mutable
-            if writes or any(index in needed and index not in self._fixed for index in made):
-                found.append(call)
+            if writes or any(index in needed and index not in self._fixed for index in outputs):
+                calls.append(call)
                 needed.update(place.index for place in _places_in(call.given))
-        return found[::-1]
+        return calls[::-1]
 
     def graph(self, results: Sequence[Tensor]) -> Any:
         """What was written down, from the inputs to these results, as TorchScript's interpreter takes it."""
@@ -297,10 +297,10 @@ class _Graph:
 
     def _add(self, call: _Call) -> None:
         schema = call.operation._schema
-        given = [
+        inputs = [
             self._value(value, argument.type) for value, argument in zip(call.given, schema.arguments, strict=True)
         ]
-        node = self.graph.create(schema.name, given, len(schema.returns))
+        node = self.graph.create(schema.name, inputs, len(schema.returns))
         self.graph.insertNode(node)
         results = call.results if len(schema.returns) > 1 else [call.results] if schema.returns else []
         for output, result, returned in zip(node.outputs(), results, schema.returns, strict=True):

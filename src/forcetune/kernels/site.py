@@ -1,4 +1,4 @@
-"""What an adapter is told of a learnable weight: where it is, and its equivariant meaning."""
+"""What an adapter knows of a learnable weight: where it is, and its equivariant meaning."""
 
 from __future__ import annotations
 

@@ -40,9 +40,10 @@ def product_couplings(irreps_in: str, irrep_out: str, order: int) -> Tensor:
         none. The couplings span, and for more than two factors repeat, the symmetric ones.
     """
     (target,) = parse_irreps(irrep_out)
-    found = [table for irrep, table in _products(irreps_in, order, order == 4) if irrep == target.irrep]
+    tables = [table for irrep, table in _products(irreps_in, order, order == 4) if irrep == target.irrep]
     size = sum(block.dim for block in parse_irreps(irreps_in))
-    stacked = torch.stack(found, dim=-1) if found else torch.zeros(target.dim, *order * [size], 1, dtype=torch.float64)
+    none = torch.zeros(target.dim, *order * [size], 1, dtype=torch.float64)
+    stacked = torch.stack(tables, dim=-1) if tables else none
     return stacked if target.dim > 1 else stacked.squeeze(0)
 
 
@@ -57,7 +58,7 @@ def _products(irreps_in: str, order: int, natural_only: bool) -> tuple[tuple[str
     blocks = [block._replace(multiplicity=1, start=0) for block in parse_irreps(irreps_in)]
     starts = [sum(block.dim for block in blocks[:index]) for index in range(len(blocks))]
     size = sum(block.dim for block in blocks)
-    found: list[tuple[Block, Tensor]] = []
+    products: list[tuple[Block, Tensor]] = []
     if order == 1:
         identity = torch.eye(size, dtype=torch.float64)
         return tuple((block.irrep, identity[s : s + block.dim]) for block, s in zip(blocks, starts, strict=True))
@@ -73,9 +74,9 @@ def _products(irreps_in: str, order: int, natural_only: bool) -> tuple[tuple[str
                 joined = torch.einsum("jk,ijl->ikl", left.flatten(1), coupling)
                 whole = torch.zeros(2 * result + 1, *order * [size], dtype=torch.float64)
                 whole[..., start : start + block.dim] = joined.view(2 * result + 1, *(order - 1) * [size], block.dim)
-                found.append((Block(1, result, parity, 0), whole))
-    found.sort(key=lambda entry: (entry[0].order, entry[0].parity == "e"))
-    return tuple((block.irrep, table) for block, table in found)
+                products.append((Block(1, result, parity, 0), whole))
+    products.sort(key=lambda entry: (entry[0].order, entry[0].parity == "e"))
+    return tuple((block.irrep, table) for block, table in products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +176,12 @@ class Coefficients:
         flat = [weight for orders in weights for weight in orders]
         if any(weight.requires_grad for weight in flat):
             return self._folded(weights, None if agnostic else present, lanes)
-        kept = self._kept.get(lanes)  # other threads may put theirs in its place
-        if kept is None or not kept.belongs_to(flat, present):
+        folded = self._kept.get(lanes)  # other threads may put theirs in its place
+        if folded is None or not folded.belongs_to(flat, present):
             with torch.no_grad():
                 coefficients = self._folded(weights, None if agnostic else present, lanes)
-            self._kept[lanes] = kept = _Folded(flat, [_state(weight) for weight in flat], present, coefficients)
-        return kept.coefficients
+            self._kept[lanes] = folded = _Folded(flat, [_state(weight) for weight in flat], present, coefficients)
+        return folded.coefficients
 
     def _folded(self, weights: list[list[Tensor]], present: Tensor | None, lanes: int) -> list[Tensor]:
         joined = [torch.cat(orders, dim=1) if len(orders) > 1 else orders[0] for orders in weights]
@@ -268,10 +269,10 @@ class SymmetricContraction(nn.Module):
         counts = plan.counts if len(coefficients[0]) == len(plan.counts) else (plan.n_atoms,)
         trains = features.trains or can_train(self)
         if lanes:
-            found = compiled.polynomial(
+            blocks = compiled.polynomial(
                 kept.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains
             )
-            return Features(found, geometric=True, trains=trains)
+            return Features(blocks, geometric=True, trains=trains)
         x = arranged(features.blocks, kept.form.order)
         out = polynomial(kept.form, x, coefficients, counts, phase=step.phase, trains=features.trains)
         parts = [part.permute(2, 0, 1) for part in out.split(kept.form.dims)]

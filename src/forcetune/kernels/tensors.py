@@ -75,32 +75,33 @@ class TensorSource:
             value = draw if isinstance(draw, Tensor) else draw(tuple(shape or ()))
             value = value.double() if value.is_floating_point() else value
             return nn.Parameter(value) if parameter else value
-        found = self._stored.get(full)
-        if found is None:
+        tensor = self._stored.get(full)
+        if tensor is None:
             raise UnfitError(f"it has no {full}")
-        if shape is not None and tuple(found.shape) != tuple(shape):
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise UnfitError(
-                f"the shape of {full} differs from what its architecture needs: {tuple(found.shape)} and {tuple(shape)}"
+                f"the shape of {full} differs from what its architecture needs: {tuple(tensor.shape)} and "
+                f"{tuple(shape)}"
             )
         self._taken.add(full)
-        if self._redraw and isinstance(found, nn.Parameter) and callable(draw):
-            return nn.Parameter(draw(tuple(found.shape)).to(found.dtype))
-        return found
+        if self._redraw and isinstance(tensor, nn.Parameter) and callable(draw):
+            return nn.Parameter(draw(tuple(tensor.shape)).to(tensor.dtype))
+        return tensor
 
     def optional(self, name: str) -> Tensor | None:
         """The stored tensor of a name, if there is one; its shape is the caller's concern."""
-        found = None if self._stored is None else self._stored.get(f"{self._prefix}{name}")
-        if found is not None:
+        tensor = None if self._stored is None else self._stored.get(f"{self._prefix}{name}")
+        if tensor is not None:
             self._taken.add(f"{self._prefix}{name}")
-        return found
+        return tensor
 
     def constant(self, name: str) -> Tensor | None:
         """A coupling coefficient that the file carries, in float64."""
-        found = self._constants.get(f"{self._prefix}{name}")
-        return None if found is None else found.detach().to(device="cpu", dtype=torch.float64)
+        tensor = self._constants.get(f"{self._prefix}{name}")
+        return None if tensor is None else tensor.detach().to(device="cpu", dtype=torch.float64)
 
     def left_over(self) -> list[str]:
-        """Names of stored tensors that nobody has taken."""
+        """Names of stored tensors that have not been taken."""
         return [] if self._stored is None else sorted(set(self._stored) - self._taken)
 
 

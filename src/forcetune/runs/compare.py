@@ -80,52 +80,36 @@ def compare(
         model: instead of the one in ``config``: name, path or loaded backbone, which stays as it is; one that its file
             does not give is stored in the folder.
         inputs: further files that the configuration came from; a folder with one of them is refused.
-        console: where progress is told; standard error by default.
+        console: where progress is printed; standard error by default.
 
     Raises:
         InputError: an unknown method, a name twice, an option no method has, bad data, or a folder of something else.
         ForcetuneError: a run failed; the others are kept.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    if not methods or len(set(methods)) != len(methods):
-        raise InputError(f"--methods {','.join(methods)}: name every method once.")
-    _check_options(config, methods)
-    if config.method.table is not None:
-        raise InputError("method.table: a comparison is of named methods; leave the table out, or fit it by itself.")
+    _check_methods(config, methods)
     folder = Path(config.output.run)
     config, stored = _with_model(config, model, folder)
-    first = {name: _config_of(config, name, config.training.seed, folder, processes) for name in methods}
-    for one in first.values():
-        build_method(one.method)
-        if search is not None:
-            check_search(one)
+    first = [_config_of(config, name, config.training.seed, folder, processes) for name in methods]
+    _check_runs(first, searches=search is not None)
     _check_inputs(config, inputs, folder)
-    dataset = read_dataset(config.data)  # bad data are met before the first run
-    if config.data.doctor == "on":
-        check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
+    _check_data(config)
     _check_folder(folder)
     config.save(folder / MARK_NAME)
     if stored is not None:
         store_base(stored, folder / MODEL_NAME)
     searched: dict[str, Searched] = {}
     if search is not None:
-        searched = _search_all(first.values(), folder, search, processes, console)
-        for name in methods:
-            chosen = ", ".join(f"{key}={value:g}" for key, value in searched[name].settings.items())
-            console.print(f"{name}: {chosen}, the best of {len(searched[name].trials)} trials", highlight=False)
-    plan = {
+        searched = _search_all(first, folder, search, processes, console)
+    configs = {
         name: {
             seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {})
             for seed in _seeds(config, seeds)
         }
         for name in methods
     }
-    everything = [one for by_seed in plan.values() for one in by_seed.values()]
-    missing = [one for one in everything if not _is_finished(one)]
-    if len(missing) < len(everything):
-        console.print(f"{len(everything) - len(missing)} of {len(everything)} runs are finished already")
-    _run_all(missing, processes, console)
-    runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in plan.items()}
+    _run_all([one for by_seed in configs.values() for one in by_seed.values()], processes, console)
+    runs = {name: {seed: Path(one.output.run) for seed, one in by_seed.items()} for name, by_seed in configs.items()}
     comparison = read_comparison(runs)
     content = comparison.to_json()
     if searched:
@@ -138,17 +122,44 @@ def _seeds(config: RunConfig, count: int) -> range:
     return range(config.training.seed, config.training.seed + count)
 
 
-def _check_options(config: RunConfig, methods: Sequence[str]) -> None:
+def _check_methods(config: RunConfig, methods: Sequence[str]) -> None:
     """
     Raises:
-        InputError: a method is unknown, or an option is known to none of the methods.
+        InputError: a method is unknown or named twice, none is named, there is a table, or an option is known to none
+            of the methods.
     """
+    if not methods or len(set(methods)) != len(methods):
+        raise InputError(f"--methods {','.join(methods)}: name every method once.")
     for name in methods:
         if name not in METHODS:
             raise InputError(f"there is no method {name!r}; methods are {', '.join(METHODS)}.")
     for option in config.method.options():
         if not any(option in option_names(METHODS[name]) for name in methods):
             raise InputError(f"method.{option}: none of the methods {', '.join(methods)} has this option.")
+    if config.method.table is not None:
+        raise InputError("method.table: a comparison is of named methods; leave the table out, or fit it by itself.")
+
+
+def _check_runs(configs: Iterable[RunConfig], *, searches: bool) -> None:
+    """
+    Raises:
+        InputError: a method has no use for its options, or a search has nothing to choose by.
+    """
+    for config in configs:
+        build_method(config.method)
+        if searches:
+            check_search(config)
+
+
+def _check_data(config: RunConfig) -> None:
+    """Read all frames before the first run.
+
+    Raises:
+        InputError: they cannot be read, or the doctor sees an error in them.
+    """
+    dataset = read_dataset(config.data)
+    if config.data.doctor == "on":
+        check_frames({name: part.frames for name, part in dataset.splits.items()}, quiet=True)
 
 
 def _config_of(
@@ -240,9 +251,9 @@ def _in_processes(
 
 
 def _search_all(
-    configs: Iterable[RunConfig], folder: Path, trials: int, processes: int, console: Console
+    configs: Sequence[RunConfig], folder: Path, trials: int, processes: int, console: Console
 ) -> dict[str, Searched]:
-    """What the searches found, by method.
+    """The options that the searches chose, by method.
 
     Raises:
         WorkerDiedError: a process died.
@@ -253,10 +264,22 @@ def _search_all(
         if isinstance(result, WorkerDiedError):
             raise result
         searched[result.method] = result
+    for config in configs:
+        result = searched[config.method.name]
+        chosen = ", ".join(f"{key}={value:g}" for key, value in result.settings.items())
+        console.print(f"{result.method}: {chosen}, the best of {len(result.trials)} trials", highlight=False)
     return searched
 
 
-def _run_all(missing: Sequence[RunConfig], processes: int, console: Console) -> None:
+def _run_all(configs: Sequence[RunConfig], processes: int, console: Console) -> None:
+    """Carry out the runs that are not finished.
+
+    Raises:
+        ForcetuneError: some failed; the others are kept.
+    """
+    missing = [config for config in configs if not _is_finished(config)]
+    if len(missing) < len(configs):
+        console.print(f"{len(configs) - len(missing)} of {len(configs)} runs are finished already")
     failures = []
     for config, failure in _in_processes(_run_one, missing, processes, console, "runs"):
         if isinstance(failure, WorkerDiedError):

@@ -75,7 +75,7 @@ def demo(
         picoseconds: length of the dynamics.
         overwrite: replace an existing run folder.
         settings: options by dotted name that come before the demo's own.
-        console: where progress is told; standard error by default.
+        console: where progress is printed; standard error by default.
 
     Raises:
         InputError: the run folder is taken, or an option is wrong.

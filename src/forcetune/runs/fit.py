@@ -93,7 +93,7 @@ def run_fit(
     Args:
         config: what to do.
         backbone: a loaded model to use instead of loading the one named in ``config``.
-        console: where progress is told; standard error by default.
+        console: where progress is printed; standard error by default.
         observe: called with epoch and validation errors after every validation; what it raises ends the run.
         inputs: further files that the configuration came from; a run folder with one of them is not overwritten.
 
@@ -114,7 +114,7 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
 
     Args:
         run: its folder.
-        console: where progress is told; standard error by default.
+        console: where progress is printed; standard error by default.
 
     Raises:
         InputError: not a run folder, the run is finished, or its data or model changed meanwhile.

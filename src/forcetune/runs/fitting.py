@@ -180,8 +180,8 @@ class Fitting:
     def _finish(self, start: PreparedRun, state: dict[str, Any] | None) -> Run:
         """Training and everything after it."""
         outcome = self._train(start, state)
-        asked = self.config.training.refine is not None and outcome.status != "interrupted"
-        refinement = self._refine(start) if asked else None
+        refines = self.config.training.refine is not None and outcome.status != "interrupted"
+        refinement = self._refine(start) if refines else None
         after = self._best(start)
         arrays = [
             {name: shown(split_predictions) for name, split_predictions in by_split.items()}

@@ -184,7 +184,7 @@ class Preparation:
     def _settle_weights(self, graphs: Sequence[Batch]) -> None:
         """Weights of the loss for the labels there are, and a line about what is not trained on."""
         data = self.config.data
-        # energies and forces that are missing although no key is `none` are a mistake, which is told later
+        # energies and forces that are missing although no key is `none` are a mistake, which is reported later
         labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
         if any_label(graphs, "stress"):
             labelled.add("stress")

@@ -31,7 +31,7 @@ FIRST = 3
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         method: name.

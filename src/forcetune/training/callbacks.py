@@ -1,4 +1,4 @@
-"""What is told of a training: the table of metrics, checkpoints, and a bar with the time left."""
+"""What is reported of a training: the table of metrics, checkpoints, and a bar with the time left."""
 
 from __future__ import annotations
 

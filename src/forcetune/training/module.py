@@ -34,7 +34,7 @@ _COUNTERS = (
 
 
 class Observer:
-    """What is told of a training while it runs; every method may be left out."""
+    """What is reported of a training while it runs; every method may be left out."""
 
     def on_start(self, training: FineTuning) -> None:
         """Before the first step."""

@@ -52,62 +52,83 @@ def refine(
     adapter = require_adapter(backbone)
     loss = config.loss if config.second_stage.start is None else config.second_stage.loss
     parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
-    batches = _Weighted(training, replay, backbone, batch_atoms)
-    head = None if replay is None else replay.head
-
-    validating = evaluation_batches(validation, backbone.device, batch_atoms)
-
-    wholes = _label_weights(backbone, loss, batches)
-
-    def closure() -> Tensor:
-        """The loss of all frames, batch by batch, with its gradient."""
-        optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=backbone.device)
-        for batch in batches:
-            # means over the labels of all batches, not of this one
-            of_terms = iter(wholes)
-            part = objective(backbone, head, loss, batch, total=lambda _, of_terms=of_terms: next(of_terms))
-            part.backward()
-            total += part.detach()
-        return total
-
-    def valid_loss() -> float:
-        pairs = ((b, backbone.predict(b, stress=loss.stress_weight > 0).detached()) for b in validating)
-        if isinstance(validation, StoredGraphs):
-            sums = LossSums(loss)
-            for batch, validation_loss in pairs:
-                sums.add(validation_loss, batch)
-            return sums.loss()
-        batch, validation_loss = gather(list(pairs))
-        return float(compute_loss(loss, validation_loss, batch))
-
-    def kept() -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in parameters]
-
     # by default a single iteration has one evaluation, which leaves the line search none
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=1, max_eval=1 + EVALUATIONS, history_size=HISTORY, line_search_fn="strong_wolfe"
     )
-    before = valid_loss()
+    training_loss = _TrainingLoss(backbone, loss, _Weighted(training, replay, backbone, batch_atoms), replay)
+    validation_loss = _ValidationLoss(backbone, loss, validation, batch_atoms)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        return training_loss.differentiate()
+
+    before = validation_loss.compute()
     losses: list[float] = []
-    best, best_loss, best_iteration, iteration = kept(), before, 0, 0
+    best, best_loss, best_iteration, iteration = _copies(parameters), before, 0, 0
     while iteration < (config.refine or 0) and iteration - best_iteration < PATIENCE:
         losses.append(float(optimizer.step(closure)))  # pyright: ignore[reportArgumentType]
         iteration += 1
-        validation_loss = valid_loss()
-        if not math.isfinite(validation_loss):
+        current = validation_loss.compute()
+        if not math.isfinite(current):
             break
-        if validation_loss < best_loss:
-            best, best_loss, best_iteration = kept(), validation_loss, iteration
+        if current < best_loss:
+            best, best_loss, best_iteration = _copies(parameters), current, iteration
         if progress is not None:
             progress(iteration)
     with torch.no_grad():
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
-    # a step tells the loss that it began with
+    # a step returns the loss that it began with
     after = losses[best_iteration] if best_iteration < len(losses) else float(closure())
     optimizer.zero_grad()
     return Refinement(iteration, best_iteration, losses[0], after, before, best_loss)
+
+
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+class _TrainingLoss:
+    """The loss of all training frames, batch by batch."""
+
+    def __init__(self, backbone: Backbone, loss: LossConfig, batches: Iterable[Batch], replay: Replay | None) -> None:
+        self.backbone, self.loss, self.batches = backbone, loss, batches
+        self.head = None if replay is None else replay.head
+        self.label_weights = _label_weights(backbone, loss, batches)
+
+    def differentiate(self) -> Tensor:
+        """The loss; its gradient is added to those of the parameters."""
+        total = torch.zeros((), dtype=torch.float64, device=self.backbone.device)
+        for batch in self.batches:
+            # means over the labels of all batches, not of this one
+            of_terms = iter(self.label_weights)
+            part = objective(
+                self.backbone, self.head, self.loss, batch, total=lambda _, of_terms=of_terms: next(of_terms)
+            )
+            part.backward()
+            total += part.detach()
+        return total
+
+
+class _ValidationLoss:
+    """The loss of all validation frames; of streamed ones as sums, otherwise of all predictions at once."""
+
+    def __init__(self, backbone: Backbone, loss: LossConfig, validation: Sequence[Batch], atoms: int) -> None:
+        self.backbone, self.loss = backbone, loss
+        self.batches = evaluation_batches(validation, backbone.device, atoms)
+        self.streams = isinstance(validation, StoredGraphs)
+
+    def compute(self) -> float:
+        stress = self.loss.stress_weight > 0
+        pairs = ((batch, self.backbone.predict(batch, stress=stress).detached()) for batch in self.batches)
+        if self.streams:
+            sums = LossSums(self.loss)
+            for batch, prediction in pairs:
+                sums.add(prediction, batch)
+            return sums.loss()
+        batch, prediction = gather(list(pairs))
+        return float(compute_loss(self.loss, prediction, batch))
 
 
 def _label_weights(backbone: Backbone, loss: LossConfig, batches: Iterable[Batch]) -> list[Tensor]:

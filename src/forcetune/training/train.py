@@ -54,7 +54,7 @@ def train(
         state: of an earlier training that is to go on, as ``save_state`` was given it.
         save_state: called after every epoch that was validated.
         observe: called with epoch and errors of every validation; what it raises ends the training.
-        console: where progress is told; standard error by default.
+        console: where progress is printed; standard error by default.
         replay: graphs that every epoch has some of between those of ``training``.
         frame_name: what to call the frame of a number among ``training``, for messages.
 
@@ -75,12 +75,17 @@ def train(
     observers: list[Observer] = [MetricsTable(folder), ProgressBar(console), *trackers]
     if save_state is not None:
         observers.append(Checkpoint(save_state))
+    return _run_timed(module, valid_loader, observers)
+
+
+def _run_timed(module: FineTuning, validation: BatchLoader, observers: Sequence[Observer]) -> TrainingOutcome:
+    """Train what is left to train."""
     began, steps_before = time.monotonic(), module.steps_done
     if module.is_over:
         status = _status(module)
     else:
         module.compile_steps(module.tell)
-        status = _run(module, valid_loader, observers)
+        status = _run(module, validation, observers)
     seconds = time.monotonic() - began
     return TrainingOutcome(
         status=status,

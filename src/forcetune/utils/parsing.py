@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ import yaml
 
 MOST_YAML_NODES = 100_000
 """Values of a configuration, aliases written out."""
+_LONGEST_NUMBER = 400
 
+_NUMBER = re.compile(
+    r"(?P<integer>[-+]?[0-9]+)|(?P<prefixed>0o[0-7]+|0x[0-9a-fA-F]+)|[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+)
 _LEAST_UNPACKED = 256 * 2**20
 _RATIO = 200
 
@@ -29,14 +34,47 @@ def short(value: Any, depth: int = 0) -> str:
     return repr(value)[:60] if value is None or isinstance(value, int | float) else type(value).__name__
 
 
+def read_number(text: str) -> int | float | None:
+    """The number that a text is in YAML 1.2's core schema, infinities left out; None where it is none.
+
+    Python and YAML 1.1 read more than people mean: ``1_000``, ``infinity``, ``1:30``, and ``010`` as 8.
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None or len(text) > _LONGEST_NUMBER:
+        return None
+    if match["integer"]:
+        return int(text)
+    return int(text, 0) if match["prefixed"] else float(text)
+
+
 class _Reader(yaml.SafeLoader):
-    """Counts what is read; an alias counts as often as what it stands for."""
+    """Counts what is read; an alias counts as often as what it stands for.
+
+    Numbers are what YAML 1.1 and YAML 1.2 agree on. The rest stays text (:func:`read_number`), so that a name such as
+    ``1e-3`` that was written without quotes stays a name.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
             _count(node, {}, 0)
         return node
+
+
+for _tag, _pattern, _first in (
+    ("int", r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*([eE][-+][0-9]+)?|\.[0-9]+([eE][-+][0-9]+)?|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
+        "-+.0123456789",
+    ),
+):
+    _Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -37,13 +37,13 @@ def test_same_numbers_as_the_librarys_calculator(
     model = make(**options)
     theirs = MACECalculator(models=[make_mace(**options)], device="cpu", default_dtype="float64")  # pyright: ignore[reportArgumentType]
     for atoms in (cluster(), crystal(), Atoms("O", cell=[9, 9, 9], pbc=True)):
-        found = predict(model, build_graphs(model, frames_of(atoms)), stress=True)
+        prediction = predict(model, build_graphs(model, frames_of(atoms)), stress=True)
         atoms.calc = theirs
-        assert found.energy[0] == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
-        np.testing.assert_allclose(found.forces, atoms.get_forces(), rtol=0, atol=1e-11)
+        assert prediction.energy[0] == pytest.approx(atoms.get_potential_energy(), rel=1e-12)
+        np.testing.assert_allclose(prediction.forces, atoms.get_forces(), rtol=0, atol=1e-11)
         if atoms.pbc.all():
-            assert found.stress is not None
-            np.testing.assert_allclose(found.stress[0], atoms.get_stress(voigt=False), rtol=0, atol=1e-11)
+            assert prediction.stress is not None
+            np.testing.assert_allclose(prediction.stress[0], atoms.get_stress(voigt=False), rtol=0, atol=1e-11)
 
 
 def test_it_follows_the_protocol() -> None:
@@ -120,9 +120,11 @@ def test_an_unknown_element_is_an_error_and_no_number(
     numbers = known.numbers.clone()
     numbers[int(known.ptr[1]) + 2] = number
     for stress in (False, True):
-        with pytest.raises(InputError, match=f"does not know the {named}.*structure 1, atom 2.*it has H, C, O") as told:
+        with pytest.raises(
+            InputError, match=f"does not know the {named}.*structure 1, atom 2.*it has H, C, O"
+        ) as caught:
             model.predict(replace(known, numbers=numbers), stress=stress)
-        assert str(told.value).count(".") == 2
+        assert str(caught.value).count(".") == 2
     assert model.predict(known).energy.isfinite().all()
 
 

@@ -179,9 +179,9 @@ def test_models_that_compute_something_else_are_refused(case: str, tmp_path: Pat
     with pytest.raises(InputError, match=rf"a\.model cannot be rebuilt: .*{words}.*--trust") as caught:
         load(tmp_path / "a.model", device="cpu")
     assert caught.value.exit_code == 2
-    found = MaceBackbone.from_module(model)
-    assert isinstance(found, LibraryMace) and found.model is model
-    assert found.reason in str(caught.value)
+    actual = MaceBackbone.from_module(model)
+    assert isinstance(actual, LibraryMace) and actual.model is model
+    assert actual.reason in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["joint_embedding", "embedding_readout"])

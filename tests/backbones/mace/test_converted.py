@@ -51,19 +51,19 @@ def test_a_file_is_refused_whether_it_is_trusted_or_not(
     torch.save(converted, path)
     name, back, _ = way_back(converted)
     data = write_labelled(tmp_path / "a.xyz", 4)
-    given = ["--trust"] if trust else []
+    words = ["--trust"] if trust else []
     commands = (
         ("evaluate", path, data),
         ("methods", "--model", path),
         ("fit", data, "--model", path, "--valid", 2, "--epochs", 1, "--out", tmp_path / "run"),
     )
     for arguments in commands:
-        code, _, told = command(*arguments, *given)
+        code, _, err = command(*arguments, *words)
         assert code == 2
-        (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert f"was converted to {name}" in line
         assert f"`{back} {path} --return_model --output_model plain.model`" in line
-        assert f"writes {tmp_path / 'fast.plain.model'}" in line and "Traceback" not in told
+        assert f"writes {tmp_path / 'fast.plain.model'}" in line and "Traceback" not in err
         assert "--trust" not in line and line.endswith("use that file.") and line.count(". ") == 0
     assert not (tmp_path / "run").exists()
 

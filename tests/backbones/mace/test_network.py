@@ -39,9 +39,9 @@ def mace_model(name: str) -> nn.Module:
 
 
 def ours(name: str) -> MaceBackbone:
-    found = MaceBackbone.from_module(mace_model(name))
-    assert isinstance(found, MaceBackbone) and isinstance(found.model, MaceNetwork)
-    return found
+    model = MaceBackbone.from_module(mace_model(name))
+    assert isinstance(model, MaceBackbone) and isinstance(model.model, MaceNetwork)
+    return model
 
 
 def theirs(name: str) -> Oracle:
@@ -67,13 +67,14 @@ def mixed(tuned: NetworkBackbone) -> Batch:
 
 def everything(tuned: NetworkBackbone, batch: Batch, *, stress: bool = True) -> dict[str, Tensor]:
     """Predictions, and the gradient of a loss of them by every trainable parameter."""
-    found = tuned.predict(batch, stress=stress, create_graph=True)
-    weight = torch.linspace(-1, 2, found.forces.numel(), dtype=found.forces.dtype).view(found.forces.shape)
-    loss = 1e-3 * found.energy.square().sum() + (found.forces * weight).sum() + found.forces.square().sum()
-    result = {"energy": found.energy.detach(), "forces": found.forces.detach()}
-    if found.stress is not None:
-        loss = loss + found.stress.square().sum() + found.stress[:, 0, 1].sum()
-        result["stress"] = found.stress.detach()
+    prediction = tuned.predict(batch, stress=stress, create_graph=True)
+    forces = prediction.forces
+    weight = torch.linspace(-1, 2, forces.numel(), dtype=forces.dtype).view(forces.shape)
+    loss = 1e-3 * prediction.energy.square().sum() + (forces * weight).sum() + forces.square().sum()
+    result = {"energy": prediction.energy.detach(), "forces": prediction.forces.detach()}
+    if prediction.stress is not None:
+        loss = loss + prediction.stress.square().sum() + prediction.stress[:, 0, 1].sum()
+        result["stress"] = prediction.stress.detach()
     named = {name: parameter for name, parameter in tuned.model.named_parameters() if parameter.requires_grad}
     with default_dtype(tuned.dtype):
         gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
@@ -82,23 +83,23 @@ def everything(tuned: NetworkBackbone, batch: Batch, *, stress: bool = True) -> 
 
 def features_of_atoms(tuned: NetworkBackbone, batch: Batch) -> Tensor:
     """Of all layers side by side, as mace gives them."""
-    kept: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: Any, output: Any) -> None:
         if isinstance(output, dict):
-            kept.append(output["node_feats"].detach())
+            outputs.append(output["node_feats"].detach())
         else:
             plan, (_, layers) = arguments[0], output
-            kept.append(torch.cat([layer.flat for layer in layers], dim=1).detach()[plan.place])
+            outputs.append(torch.cat([layer.flat for layer in layers], dim=1).detach()[plan.place])
 
     handle = tuned.model.register_forward_hook(keep)
     tuned.predict(batch)
     handle.remove()
-    return kept[0]
+    return outputs[0]
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
-    assert found.keys() == expected.keys()
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = EXACT) -> None:
+    assert actual.keys() == expected.keys()
     values = ("energy", "forces", "stress")
     largest = max((float(t.abs().max()) for name, t in expected.items() if name not in values and t.numel()), default=1)
     for name, other in expected.items():
@@ -107,8 +108,8 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
         # a gradient that symmetry makes 0 is rounding in both
         floor = 1e-6 * largest if name not in values else 1e-6
         scale = max(float(other.detach().abs().max()), floor)
-        assert torch.isfinite(found[name]).all(), name
-        assert (found[name] - other).abs().max() <= tolerance * scale, name
+        assert torch.isfinite(actual[name]).all(), name
+        assert (actual[name] - other).abs().max() <= tolerance * scale, name
 
 
 # scratch and freeze train what full does, lora what elora does, sparse-h what sparse does
@@ -126,8 +127,8 @@ def test_equals_mace(name: str) -> None:
     same(everything(tuned, batch), expected)
     plain = tuned.predict(batch, stress=True)
     assert plain.stress is not None and not plain.forces.requires_grad and not plain.energy.requires_grad
-    found = {"energy": plain.energy, "forces": plain.forces, "stress": plain.stress}
-    same(found, {key: expected[key] for key in found})
+    actual = {"energy": plain.energy, "forces": plain.forces, "stress": plain.stress}
+    same(actual, {key: expected[key] for key in actual})
     same(
         {"features": features_of_atoms(tuned, batch)},
         {"features": features_of_atoms(reference, batch)},
@@ -204,12 +205,12 @@ def test_small_and_odd_batches(name: str, adapted: bool) -> None:
 def test_atoms_that_do_not_interact_have_no_forces() -> None:
     tuned = ours("scale-shift")
     batch = batch_for(tuned, Atoms("O"), Atoms("CH", [[0, 0, 0], [0, 0, 15.0]]))
-    found = tuned.predict(batch, stress=True)
-    assert batch.n_edges == 0 and found.stress is not None
-    assert torch.equal(found.forces, torch.zeros(3, 3, dtype=torch.float64))
-    assert torch.equal(found.stress, torch.zeros(2, 3, 3, dtype=torch.float64))
+    prediction = tuned.predict(batch, stress=True)
+    assert batch.n_edges == 0 and prediction.stress is not None
+    assert torch.equal(prediction.forces, torch.zeros(3, 3, dtype=torch.float64))
+    assert torch.equal(prediction.stress, torch.zeros(2, 3, 3, dtype=torch.float64))
     alone = tuned.predict(batch_for(tuned, Atoms("C"), Atoms("H"))).energy
-    assert float(found.energy[1]) == pytest.approx(float(alone.sum()), rel=1e-14)
+    assert float(prediction.energy[1]) == pytest.approx(float(alone.sum()), rel=1e-14)
 
 
 def test_edges_in_any_order_and_without_their_reverse() -> None:
@@ -290,12 +291,12 @@ def test_single_precision(name: str) -> None:
     single = MaceBackbone.from_module(tuned.model, dtype=torch.float32)
     batch = mixed(tuned)
     expected = everything(tuned, batch)
-    found = everything(single, batch.to(dtype=torch.float32))
-    assert found["forces"].dtype == torch.float32 and found["energy"].dtype == torch.float64
+    results = everything(single, batch.to(dtype=torch.float32))
+    assert results["forces"].dtype == torch.float32 and results["energy"].dtype == torch.float64
     floor = 1e-2 * max(float(t.abs().max()) for key, t in expected.items() if "." in key)
     for key, other in expected.items():
         scale = max(float(other.abs().max()), floor if "." in key else 0.0)
-        assert (found[key].double() - other).abs().max() <= SINGLE * scale, key
+        assert (results[key].double() - other).abs().max() <= SINGLE * scale, key
 
 
 @pytest.mark.parametrize("way", ["in place", "other memory", "another parameter"])
@@ -358,8 +359,8 @@ def test_copies_and_pickles(name: str) -> None:
     assert torch.equal(tuned.predict(batch).forces, expected.forces)
     network = pickle.loads(pickle.dumps(tuned.model))
     detach(tuned)
-    found = MaceBackbone.from_module(network)  # leaves the adapter out
-    assert torch.equal(found.predict(batch).forces, tuned.predict(batch).forces)
+    model = MaceBackbone.from_module(network)  # leaves the adapter out
+    assert torch.equal(model.predict(batch).forces, tuned.predict(batch).forces)
 
 
 def test_merged_models_are_those_of_mace(tmp_path: Path) -> None:
@@ -372,8 +373,9 @@ def test_merged_models_are_those_of_mace(tmp_path: Path) -> None:
     merged = MaceBackbone.load(tmp_path / "merged.model")
     pickled = oracle(torch.load(tmp_path / "merged.model", weights_only=False))
     for other in (tuned, merged, pickled):
-        found = other.predict(batch)
-        same({"energy": found.energy, "forces": found.forces}, {"energy": adapted.energy, "forces": adapted.forces})
+        prediction = other.predict(batch)
+        actual = {"energy": prediction.energy, "forces": prediction.forces}
+        same(actual, {"energy": adapted.energy, "forces": adapted.forces})
 
 
 @pytest.mark.parametrize("name", ["scale-shift", "plain", "biased readout", "nonlinear residual"])
@@ -381,8 +383,9 @@ def test_one_head_of_several(name: str) -> None:
     model = make_mace(**ARCHITECTURES[name], heads=("one", "two", "three"))
     tuned, reference = MaceBackbone.from_module(model, head="two"), oracle(model, head="two")
     batch = batch_for(tuned, crystal(), cluster())
-    found, expected = tuned.predict(batch), reference.predict(batch)
-    same({"energy": found.energy, "forces": found.forces}, {"energy": expected.energy, "forces": expected.forces})
+    prediction, expected = tuned.predict(batch), reference.predict(batch)
+    actual = {"energy": prediction.energy, "forces": prediction.forces}
+    same(actual, {"energy": expected.energy, "forces": expected.forces})
     assert tuned.reference_energies == reference.reference_energies
 
 
@@ -391,17 +394,17 @@ def test_forces_are_differentiated_by_positions() -> None:
     batch = batch_for(tuned, cluster())
     batch.positions.requires_grad_()
     forces = tuned.predict(batch, create_graph=True).forces
-    (found,) = torch.autograd.grad(forces.square().sum(), batch.positions)
+    (gradient,) = torch.autograd.grad(forces.square().sum(), batch.positions)
     data = reference._inputs(batch, reference._species[batch.numbers])
     data["positions"].requires_grad_()
     forces = reference.model(data, training=True)["forces"]
     (expected,) = torch.autograd.grad(forces.square().sum(), data["positions"])
-    same({"second": found}, {"second": expected})
+    same({"second": gradient}, {"second": expected})
 
 
 def hessian_product(tuned: NetworkBackbone, batch: Batch) -> dict[str, Tensor]:
     """Energy, forces, stress, and the derivative of a weighted sum of the forces by the positions."""
-    found = tuned.predict(batch, stress=True)
+    prediction = tuned.predict(batch, stress=True)
     if isinstance(tuned, Oracle):
         data = tuned._inputs(batch, tuned._species[batch.numbers])
         positions = data["positions"].requires_grad_()
@@ -412,8 +415,8 @@ def hessian_product(tuned: NetworkBackbone, batch: Batch) -> dict[str, Tensor]:
         forces = tuned.predict(Batch(**fields | {"positions": positions}), create_graph=True).forces
     weight = torch.linspace(-1, 2, forces.numel(), dtype=forces.dtype).view(forces.shape)
     (second,) = torch.autograd.grad((forces * weight).sum(), [positions])
-    assert found.stress is not None
-    return {"energy": found.energy, "forces": found.forces, "stress": found.stress, "second": second}
+    assert prediction.stress is not None
+    return {"energy": prediction.energy, "forces": prediction.forces, "stress": prediction.stress, "second": second}
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ def write(path: Path, **options: Any) -> Any:
 
 def predicted(backbone: MaceBackbone, atoms: Atoms) -> Evaluation:
     graph = build_graph(frames_of(atoms)[0], backbone.cutoff, backbone.dtype)
-    found = backbone.predict(graph, stress=True).detached()
-    assert found.stress is not None
-    return Evaluation(found.energy[0], found.forces, found.stress[0])
+    prediction = backbone.predict(graph, stress=True).detached()
+    assert prediction.stress is not None
+    return Evaluation(prediction.energy[0], prediction.forces, prediction.stress[0])
 
 
 def trained(path: Path, elements: Sequence[int] | None = None, head: str | None = None) -> MaceBackbone:

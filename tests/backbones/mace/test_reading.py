@@ -43,8 +43,8 @@ def predicted(model: NetworkBackbone, elements: tuple[int, ...] = (1, 6, 7, 8)) 
     return model.predict(collate(build_graphs(model, frames_of(structure(elements)))), stress=True).detached()
 
 
-def assert_same(found: Prediction, expected: Prediction, tolerance: float = EXACT) -> None:
-    for name, one, other in zip(Prediction._fields, found[:3], expected[:3], strict=False):
+def assert_same(actual: Prediction, expected: Prediction, tolerance: float = EXACT) -> None:
+    for name, one, other in zip(Prediction._fields, actual[:3], expected[:3], strict=False):
         assert one is not None and other is not None
         assert torch.isfinite(one).all()
         assert float((one - other).abs().max()) <= tolerance * float(other.abs().max()), name
@@ -68,9 +68,9 @@ def test_a_file_is_read_as_torch_loads_it(kind: str, dtype: torch.dtype, tmp_pat
     stored = pickled.state_dict()
     assert all(tensor.dtype == stored[name].dtype for name, tensor in content.tensors.items())
     assert parameters(content) == {name for name, _ in pickled.named_parameters()}
-    found = load(tmp_path / "a.model", device="cpu")
-    assert_same(predicted(found), predicted(MaceBackbone.from_module(model)), 1e-15)
-    assert_same(predicted(found), predicted(oracle(pickled)))
+    actual = load(tmp_path / "a.model", device="cpu")
+    assert_same(predicted(actual), predicted(MaceBackbone.from_module(model)), 1e-15)
+    assert_same(predicted(actual), predicted(oracle(pickled)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "nonlinear, all options", "scale-shift"])
@@ -103,8 +103,8 @@ def test_several_heads_survive_both_kinds_of_file(suffix: str, tmp_path: Path) -
     write_model(read_module(model), tmp_path / f"a.{suffix}")
     content = read_content(tmp_path / f"a.{suffix}")
     assert content.fingerprint == read_module(model).fingerprint and content.dtype == torch.float32
-    found = load(tmp_path / f"a.{suffix}", head="two", device="cpu")
-    assert_same(predicted(found), predicted(oracle(model, head="two")))
+    actual = load(tmp_path / f"a.{suffix}", head="two", device="cpu")
+    assert_same(predicted(actual), predicted(oracle(model, head="two")))
 
 
 def test_basis_of_the_contraction_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,27 +124,27 @@ def test_basis_of_the_contraction_follows_the_file(tmp_path: Path, monkeypatch: 
         patch.setattr(library, "U_matrix_real", reduced)
         model: Any = make_mace(correlation=3, hidden_irreps="4x0e+4x1o")
     torch.save(model, tmp_path / "a.model")
-    found: Any = load(tmp_path / "a.model", device="cpu")
-    assert found.model.products[0].symmetric_contractions.contractions[0].weights_max.shape[1] < 23
-    assert_same(predicted(found), predicted(oracle(model)))
-    found.save(tmp_path / "b.model")
-    assert_same(predicted(oracle(torch.load(tmp_path / "b.model", weights_only=False))), predicted(found))
+    actual: Any = load(tmp_path / "a.model", device="cpu")
+    assert actual.model.products[0].symmetric_contractions.contractions[0].weights_max.shape[1] < 23
+    assert_same(predicted(actual), predicted(oracle(model)))
+    actual.save(tmp_path / "b.model")
+    assert_same(predicted(oracle(torch.load(tmp_path / "b.model", weights_only=False))), predicted(actual))
     assert library.U_matrix_real is full
 
 
 def test_a_model_turned_from_float32_keeps_its_rounded_constants(tmp_path: Path) -> None:
     model = make_mace(dtype=torch.float32, max_ell=3).double()
     torch.save(model, tmp_path / "a.model")
-    found = load(tmp_path / "a.model", device="cpu")
+    actual = load(tmp_path / "a.model", device="cpu")
     expected = predicted(oracle(model))
-    assert_same(predicted(found), expected)
+    assert_same(predicted(actual), expected)
     for name in ("b.model", "b.safetensors"):
-        found.save(tmp_path / name)
+        actual.save(tmp_path / name)
         assert_same(predicted(load(tmp_path / name, device="cpu")), expected)
     assert_same(predicted(oracle(torch.load(tmp_path / "b.model", weights_only=False))), expected)
     exact = predicted(MaceBackbone.from_module(make_mace(dtype=torch.float32, max_ell=3)))
     assert read_module(model).fingerprint == read_module(make_mace(dtype=torch.float32, max_ell=3)).fingerprint
-    assert_same(predicted(found), exact, 1e-5)
+    assert_same(predicted(actual), exact, 1e-5)
 
 
 def test_charges_that_earlier_versions_rounded_stay_so(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_charges_that_earlier_versions_rounded_stay_so(tmp_path: Path) -> None:
     write_plain(replace(model.content, rounded_charges=True), tmp_path / "rounded.safetensors")
     rounded = load(tmp_path / "rounded.safetensors", device="cpu")
     close = frames_of(Atoms("NO", [[0, 0, 0], [0.3, 0.4, 0.5]]))  # closer than their radii, where charges count
-    one, other = (found.predict(collate(build_graphs(found, close))).forces for found in (rounded, model))
+    one, other = (actual.predict(collate(build_graphs(actual, close))).forces for actual in (rounded, model))
     assert 0 < float((one - other).abs().max()) < 1e-6 * float(other.abs().max())
     rounded.save(tmp_path / "again.safetensors")
     assert_same(predicted(load(tmp_path / "again.safetensors", device="cpu")), predicted(rounded), 1e-15)
@@ -221,20 +221,20 @@ def test_models_of_older_versions(age: Callable[[Any], None], irreps: str, tmp_p
     assert content.architecture.heads == ("Default",)
     assert content.fingerprint == read_module(pickled).fingerprint
     assert content.tensors["radial_embedding.cutoff_fn.p"].dtype == pickled.radial_embedding.cutoff_fn.p.dtype
-    found = load(tmp_path / "a.model", device="cpu")
-    assert_same(predicted(found), predicted(oracle(pickled)))
+    actual = load(tmp_path / "a.model", device="cpu")
+    assert_same(predicted(actual), predicted(oracle(pickled)))
     for name in ("b.model", "b.safetensors"):
-        found.save(tmp_path / name)
-        assert_same(predicted(load(tmp_path / name, device="cpu")), predicted(found), 1e-15)
-    assert_same(predicted(oracle(torch.load(tmp_path / "b.model", weights_only=False))), predicted(found))
+        actual.save(tmp_path / name)
+        assert_same(predicted(load(tmp_path / name, device="cpu")), predicted(actual), 1e-15)
+    assert_same(predicted(oracle(torch.load(tmp_path / "b.model", weights_only=False))), predicted(actual))
 
 
 def test_what_torch_compile_gives_is_read_as_what_is_in_it(tmp_path: Path) -> None:
     model = make_mace()
     compiled = torch.compile(model)
-    found = MaceBackbone.from_module(compiled)  # pyright: ignore[reportArgumentType]
-    assert isinstance(found, MaceBackbone)
-    assert_same(predicted(found), predicted(oracle(model)))
+    actual = MaceBackbone.from_module(compiled)  # pyright: ignore[reportArgumentType]
+    assert isinstance(actual, MaceBackbone)
+    assert_same(predicted(actual), predicted(oracle(model)))
 
 
 def test_reading_leaves_the_random_state_and_the_default_dtype(tmp_path: Path) -> None:
@@ -372,10 +372,10 @@ def test_adapters_are_not_written(suffix: str, tmp_path: Path) -> None:
     perturb(attach(model, method("mmea")))
     assert float((predicted(model).forces - expected.forces).abs().max()) > 1e-6
     model.save(tmp_path / f"a.{suffix}")
-    found: Any = load(tmp_path / f"a.{suffix}", device="cpu")
-    assert not hasattr(found.model, "forcetune_adapter")
-    assert_same(predicted(found), expected, 1e-15)
-    assert found.base.fingerprint == backbone().base.fingerprint
+    actual: Any = load(tmp_path / f"a.{suffix}", device="cpu")
+    assert not hasattr(actual.model, "forcetune_adapter")
+    assert_same(predicted(actual), expected, 1e-15)
+    assert actual.base.fingerprint == backbone().base.fingerprint
 
 
 def test_saved_model_is_read_by_the_calculator_of_mace_alone(tmp_path: Path) -> None:

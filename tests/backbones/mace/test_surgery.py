@@ -52,15 +52,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def predicted(model: MaceContent | NetworkBackbone, elements: tuple[int, ...] = (1, 6, 7, 8)) -> Prediction:
-    found = model
+    backbone = model
     if isinstance(model, MaceContent):
-        found = MaceBackbone(build_network(model), Base("cut", "", "", "unknown"))
-    assert isinstance(found, NetworkBackbone)
-    return found.predict(collate(build_graphs(found, frames_of(structure(elements)))), stress=True).detached()
+        backbone = MaceBackbone(build_network(model), Base("cut", "", "", "unknown"))
+    assert isinstance(backbone, NetworkBackbone)
+    return backbone.predict(collate(build_graphs(backbone, frames_of(structure(elements)))), stress=True).detached()
 
 
-def assert_same(found: Prediction, expected: Prediction, tolerance: float = 1e-12) -> None:
-    for name, one, other in zip(Prediction._fields, found[:3], expected[:3], strict=False):
+def assert_same(actual: Prediction, expected: Prediction, tolerance: float = 1e-12) -> None:
+    for name, one, other in zip(Prediction._fields, actual[:3], expected[:3], strict=False):
         assert one is not None and other is not None
         assert float((one - other).abs().max()) <= tolerance * max(1.0, float(other.abs().max())), name
 

@@ -63,9 +63,9 @@ class Activation(nn.Module):
 def record_of(module: nn.Module, folder: Path) -> Record:
     """As a file of torch.save has it."""
     torch.save(fx.symbolic_trace(module), folder / "traced.pt")
-    found = read_inert(folder / "traced.pt")
-    assert isinstance(found, Record) and found.name == "reduce_graph_module"
-    return found
+    record = read_inert(folder / "traced.pt")
+    assert isinstance(record, Record) and record.name == "reduce_graph_module"
+    return record
 
 
 def activation_of(node: Node) -> Node:
@@ -156,10 +156,10 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_prepared_models_are_read_back(kind: str, tmp_path: Path) -> None:
     model = prepared(**KINDS[kind])
     torch.save(model, tmp_path / "prepared.model")
-    found = MaceBackbone.load(tmp_path / "prepared.model")
-    assert isinstance(found, MaceBackbone)
-    graphs = collate(build_graphs(found, frames_of(structure((1, 6, 7, 8)))))
-    mine, theirs = found.predict(graphs).detached(), oracle(model).predict(graphs).detached()
+    actual = MaceBackbone.load(tmp_path / "prepared.model")
+    assert isinstance(actual, MaceBackbone)
+    graphs = collate(build_graphs(actual, frames_of(structure((1, 6, 7, 8)))))
+    mine, theirs = actual.predict(graphs).detached(), oracle(model).predict(graphs).detached()
     torch.testing.assert_close(mine.energy, theirs.energy, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mine.forces, theirs.forces, rtol=1e-11, atol=1e-11)
 

@@ -31,13 +31,13 @@ def predictions(model: NetworkBackbone) -> Predictions:
 
 def trusted(path: Path, **options: Any) -> LibraryMace:
     with pytest.warns(ForcetuneWarning, match="it is loaded as pickled code, as --trust allows"):
-        found = load(path, trust=True, device="cpu", **options)
-    assert isinstance(found, LibraryMace) and isinstance(found, Backbone)
-    return found
+        model = load(path, trust=True, device="cpu", **options)
+    assert isinstance(model, LibraryMace) and isinstance(model, Backbone)
+    return model
 
 
-def same(found: Predictions, expected: Predictions, tolerance: float = 1e-10) -> None:
-    for one, other in ((found.energy, expected.energy), (found.forces, expected.forces)):
+def same(actual: Predictions, expected: Predictions, tolerance: float = 1e-10) -> None:
+    for one, other in ((actual.energy, expected.energy), (actual.forces, expected.forces)):
         assert np.abs(one - other).max() <= tolerance * np.abs(other).max()
 
 
@@ -47,13 +47,13 @@ def test_trust_lets_mace_compute(tmp_path: Path) -> None:
         InputError, match=r"RealAgnosticAttResidualInteractionBlock.*--trust runs its code and lets mace"
     ):
         load(path)
-    found = trusted(path)
-    same(predictions(found), predictions(oracle(make_mace(**UNKNOWN))), 1e-14)
-    assert found.paired is None and found.elements == (1, 6, 7, 8) and "AttResidual" in found.reason
+    model = trusted(path)
+    same(predictions(model), predictions(oracle(make_mace(**UNKNOWN))), 1e-14)
+    assert model.paired is None and model.elements == (1, 6, 7, 8) and "AttResidual" in model.reason
     single = trusted(path, dtype="float32")
-    same(predictions(single), predictions(found), 1e-4)
+    same(predictions(single), predictions(model), 1e-4)
     with pytest.raises(InputError, match="cannot be trained from scratch"):
-        found.fresh_weights(0)
+        model.fresh_weights(0)
 
 
 def test_trust_is_not_needed_for_what_forcetune_computes(tmp_path: Path) -> None:
@@ -63,23 +63,23 @@ def test_trust_is_not_needed_for_what_forcetune_computes(tmp_path: Path) -> None
 @pytest.mark.parametrize("options", [UNKNOWN, UNKNOWN | {"hidden_irreps": "4x0e+4x0o+4x1o"}])
 def test_adapters_train_merge_and_are_written(options: dict[str, Any], tmp_path: Path) -> None:
     """Also with weights that mace holds at zero, and that cannot be copied."""
-    found = trusted(write_model(tmp_path / "a.model", **options))
-    before = predictions(found)
-    adapter = attach(found, method("elora"))
+    model = trusted(write_model(tmp_path / "a.model", **options))
+    before = predictions(model)
+    adapter = attach(model, method("elora"))
     perturb(adapter)
-    tuned = predictions(found)
+    tuned = predictions(model)
     assert np.abs(tuned.forces - before.forces).max() > 1e-6
-    batch = build_graphs(found, frames_of(cluster()))[0]
-    found.predict(batch, create_graph=True).forces.square().sum().backward()
+    batch = build_graphs(model, frames_of(cluster()))[0]
+    model.predict(batch, create_graph=True).forces.square().sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
     with pytest.raises(ForcetuneError, match="while an adapter is attached"):
-        found.save(tmp_path / "b.model")
-    merge_weights(found)
-    found.save(tmp_path / "b.model")
-    same(predictions(found.read_back(tmp_path / "b.model")), tuned)
-    attach(found, method("mmea"))
-    detach(found)
-    same(predictions(found), tuned)
+        model.save(tmp_path / "b.model")
+    merge_weights(model)
+    model.save(tmp_path / "b.model")
+    same(predictions(model.read_back(tmp_path / "b.model")), tuned)
+    attach(model, method("mmea"))
+    detach(model)
+    same(predictions(model), tuned)
 
 
 def test_heads_and_elements_of_trusted_models(tmp_path: Path) -> None:
@@ -111,6 +111,6 @@ def test_what_is_no_potential_of_mace_is_refused(tmp_path: Path) -> None:
 def test_unknown_elements_are_named() -> None:
     from ase import Atoms
 
-    found = oracle(make_mace())
+    model = oracle(make_mace())
     with pytest.raises(InputError, match="element Au is unknown to"):
-        found.predict(build_graphs(found, frames_of(Atoms("Au")))[0])
+        model.predict(build_graphs(model, frames_of(Atoms("Au")))[0])

@@ -23,8 +23,9 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.frames.frame import Frame, Origin
 from forcetune.graphs.graph import build_graph
-from genuine import FOLDER_VARIABLE, Genuine, Structure, UnavailableError, Versions
+from genuine import FOLDER_VARIABLE, Genuine, Structure, Versions
 from genuine_models import QUICK_VERSIONS, VERSIONS, cases
+from oracle_install import UnavailableError
 from systems import perturb
 from terminal import Command
 
@@ -84,11 +85,11 @@ def assert_parity(
         crystal = bool(structure.pbc.all())
         graph = build_graph(as_frame(structure, index), backbone.cutoff, backbone.dtype)
         predicted = backbone.predict(graph, stress=crystal).detached()
-        found = {"energy": predicted.energy[0], "forces": predicted.forces}
+        actual = {"energy": predicted.energy[0], "forces": predicted.forces}
         if crystal:
             assert predicted.stress is not None
-            found["stress"] = predicted.stress[0]
-        for quantity, value in found.items():
+            actual["stress"] = predicted.stress[0]
+        for quantity, value in actual.items():
             expected = model.results.get(index, quantity, head=head, double=double)
             assert expected is not None
             what = f"{quantity} of {model.recipe.name} of {model.version}, structure {index}, head {head},"
@@ -159,9 +160,9 @@ def test_merged_readouts_of_mixed_heads_are_what_their_version_computes(
     results = versions.evaluate("0.3.14", tmp_path / "tuned.model", model)
     assert abs(float(expected.energy) - float(model.results.arrays["2/1/energy"])) > 1e-3
     for quantity, value in (("energy", expected.energy[0]), ("forces", expected.forces)):
-        found = results.get(2, quantity, head=1)
-        assert found is not None
-        assert_close(found, value.numpy(), TOLERANCE, quantity)
+        quantity_value = results.get(2, quantity, head=1)
+        assert quantity_value is not None
+        assert_close(quantity_value, value.numpy(), TOLERANCE, quantity)
 
 
 @pytest.mark.slow
@@ -285,9 +286,9 @@ def test_merged_file_opens_in_the_version_of_its_base(
     for reader in (version, None):
         results = versions.evaluate(reader, tmp_path / "tuned.model", model)
         for quantity, value in expected.items():
-            found = results.get(2, quantity)
-            assert found is not None
-            assert_close(found, value, TOLERANCE_FLOAT32 if float32 else TOLERANCE, f"{quantity} in {reader}")
+            actual = results.get(2, quantity)
+            assert actual is not None
+            assert_close(actual, value, TOLERANCE_FLOAT32 if float32 else TOLERANCE, f"{quantity} in {reader}")
     whole = forcetune.load(str(tmp_path / "tuned.model"))
     base = forcetune.load(str(model.path))
     assert whole.elements == base.elements

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 
 from nequip_oracle import NequIPs, open_folder
-from sevennet_oracle import UnavailableError, skip_or_raise
+from oracle_install import UnavailableError
+from sevennet_oracle import skip_or_raise
 
 
 @pytest.fixture(scope="session")
 def nequips(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> NequIPs:
     """nequip in processes of its own; tests that need it are skipped where pip cannot get it."""
-    found = open_folder(pytestconfig, tmp_path_factory.mktemp("nequip"))
+    versions = open_folder(pytestconfig, tmp_path_factory.mktemp("nequip"))
     try:
-        found.install()
+        versions.install()
     except UnavailableError as error:
         skip_or_raise(error)
-    return found
+    return versions

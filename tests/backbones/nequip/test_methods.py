@@ -119,8 +119,8 @@ def test_sparse_wraps_what_was_derived(counts: dict[str, dict[str, object]]) -> 
 
 def test_low_rank_is_what_was_derived(counts: dict[str, dict[str, object]]) -> None:
     """Rank 16 in every path; paths whose matrices are no larger than their factors are trained as they are."""
-    found = counts["elora"]["trainable"]
-    assert found == _low_rank(ALL)
+    count = counts["elora"]["trainable"]
+    assert count == _low_rank(ALL)
 
 
 def test_gates_with_the_species_leave_self_connections_alone() -> None:
@@ -151,9 +151,9 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path, name: str) -> None:
     detach(model)
     again = NequIPBackbone.load(file, elements=[1, 6, 8])
     load_adapter(again, tmp_path / "adapter")
-    found = predict(again, batches, stress=True)
-    assert np.array_equal(found.energy, expected.energy)
-    assert np.array_equal(found.forces, expected.forces)
+    prediction = predict(again, batches, stress=True)
+    assert np.array_equal(prediction.energy, expected.energy)
+    assert np.array_equal(prediction.forces, expected.forces)
     assert require_adapter(again).method.name == name
 
 
@@ -165,8 +165,8 @@ def test_cut_models_keep_what_they_compute() -> None:
     model.set_reference_energies({1: -13.587123456789})
     cut = model.cut_to([1, 6, 8])
     assert cut.elements == (1, 6, 8)
-    found = predict(cut, build_graphs(cut, frames))
-    assert np.abs(found.forces - before.forces).max() < 1e-12
+    prediction = predict(cut, build_graphs(cut, frames))
+    assert np.abs(prediction.forces - before.forces).max() < 1e-12
     assert cut.reference_energies[1] == -13.587123456789
     assert model.fingerprint() != model.base.fingerprint
 

@@ -43,9 +43,9 @@ def batch_of(backbone: NequIPBackbone, atoms: Atoms) -> Batch:
     return collate(build_graphs(backbone, [frame_of(atoms)]))
 
 
-def compare(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def compare(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
     """Within a share of the largest number, or of 1 where all are smaller."""
-    assert np.abs(found - expected).max() <= tolerance * max(1.0, float(np.abs(expected).max()))
+    assert np.abs(actual - expected).max() <= tolerance * max(1.0, float(np.abs(expected).max()))
 
 
 def assert_parity(backbone: NequIPBackbone, results: Results, systems: Sequence[Atoms], tolerance: float) -> None:
@@ -54,12 +54,12 @@ def assert_parity(backbone: NequIPBackbone, results: Results, systems: Sequence[
     for index, atoms in enumerate(systems):
         if not set(atoms.numbers) <= set(backbone.elements):
             continue
-        found = backbone.predict(batch_of(backbone, atoms), stress=True).detached()
-        compare(found.energy.numpy(), results[f"{index}/energy"].reshape(1), tolerance)
-        compare(found.forces.double().numpy(), results[f"{index}/forces"], tolerance)
+        prediction = backbone.predict(batch_of(backbone, atoms), stress=True).detached()
+        compare(prediction.energy.numpy(), results[f"{index}/energy"].reshape(1), tolerance)
+        compare(prediction.forces.double().numpy(), results[f"{index}/forces"], tolerance)
         if atoms.pbc.all():
-            assert found.stress is not None
-            compare(found.stress[0].double().numpy()[VOIGT], results[f"{index}/stress"], tolerance)
+            assert prediction.stress is not None
+            compare(prediction.stress[0].double().numpy()[VOIGT], results[f"{index}/stress"], tolerance)
         compared += 1
     assert compared
 
@@ -69,11 +69,11 @@ def gradients(backbone: NequIPBackbone, systems: Sequence[Atoms]) -> dict[str, T
     parameters = dict(backbone.model.named_parameters())
     loss = torch.zeros((), dtype=torch.float64)
     for atoms in systems:
-        found = backbone.predict(batch_of(backbone, atoms), stress=True, create_graph=True)
-        loss = loss + 1e-3 * found.energy.square().sum() + found.forces.square().sum()
+        prediction = backbone.predict(batch_of(backbone, atoms), stress=True, create_graph=True)
+        loss = loss + 1e-3 * prediction.energy.square().sum() + prediction.forces.square().sum()
         if atoms.pbc.all():
-            assert found.stress is not None
-            loss = loss + found.stress[0][VOIGT].square().sum()
+            assert prediction.stress is not None
+            loss = loss + prediction.stress[0][VOIGT].square().sum()
     values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, values, strict=True))
 
@@ -81,11 +81,11 @@ def gradients(backbone: NequIPBackbone, systems: Sequence[Atoms]) -> dict[str, T
 def assert_equal_gradients(backbone: NequIPBackbone, results: Results, systems: Sequence[Atoms]) -> None:
     """Each parameter's gradient is nequip's; scales and shifts are not trained here."""
     expected = {network_name(key[5:]): torch.from_numpy(results[key]) for key in results if key.startswith("grad/")}
-    found = gradients(backbone, systems)
-    assert set(expected) - set(found) <= {SHIFTS, SCALES}
+    actual = gradients(backbone, systems)
+    assert set(expected) - set(actual) <= {SHIFTS, SCALES}
     table = list(backbone.content.architecture.elements)
     largest = max(float(value.abs().max()) for value in expected.values())
-    for name, value in found.items():
+    for name, value in actual.items():
         wanted = expected[name]
         wanted = wanted[[table.index(z) for z in backbone.elements]] if name == EMBEDDING else wanted
         scale = max(float(wanted.abs().max()), 1e-6 * largest)
@@ -122,7 +122,7 @@ def test_forces_and_stress_are_derivatives_of_the_energy(name: str) -> None:
     backbone = backbone_of(RECIPES[name])
     step = 1e-4
     for atoms in (cluster(), crystal()):
-        found = backbone.predict(batch_of(backbone, atoms), stress=True).detached()
+        prediction = backbone.predict(batch_of(backbone, atoms), stress=True).detached()
 
         def energy(moved: Atoms) -> float:
             return float(backbone.predict(batch_of(backbone, moved)).energy.detach())
@@ -134,9 +134,9 @@ def test_forces_and_stress_are_derivatives_of_the_energy(name: str) -> None:
                 moved.positions[atom, axis] += sign * step
                 energies.append(energy(moved))
             numerical = -(energies[0] - energies[1]) / (2 * step)
-            assert float(found.forces[atom, axis]) == pytest.approx(numerical, rel=1e-6, abs=1e-7)
+            assert float(prediction.forces[atom, axis]) == pytest.approx(numerical, rel=1e-6, abs=1e-7)
         if atoms.pbc.all():
-            assert found.stress is not None
+            assert prediction.stress is not None
             strained = []
             for sign in (1, -1):
                 strain = np.eye(3)
@@ -145,7 +145,7 @@ def test_forces_and_stress_are_derivatives_of_the_energy(name: str) -> None:
                 moved.set_cell(atoms.cell.array @ strain, scale_atoms=True)
                 strained.append(energy(moved))
             numerical = (strained[0] - strained[1]) / (2 * step) / atoms.get_volume()
-            assert float(found.stress[0, 0, 1]) == pytest.approx(numerical, rel=1e-6, abs=1e-7)
+            assert float(prediction.stress[0, 0, 1]) == pytest.approx(numerical, rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", ["parity", "features by order", "all by hand"])

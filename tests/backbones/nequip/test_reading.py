@@ -75,9 +75,9 @@ def test_what_is_not_computed_is_refused_by_name(
         NequIPBackbone.load(file)
     assert words in str(caught.value)
     assert "cannot be rebuilt" in str(caught.value)
-    code, _, told = command("methods", "--model", file)
+    code, _, err = command("methods", "--model", file)
     assert code == 2
-    assert words[:20] in told
+    assert words[:20] in err
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ def test_code_in_a_package_does_not_run(nequips: NequIPs, tmp_path: Path) -> Non
         return program + content if name.endswith(".py") else content
 
     file = repacked(made.package, tmp_path / "poisoned.nequip.zip", poison)
-    found, honest = NequIPBackbone.load(file, trust=True), NequIPBackbone.load(made.package)
-    assert found.base.fingerprint == honest.base.fingerprint
+    trusted, honest = NequIPBackbone.load(file, trust=True), NequIPBackbone.load(made.package)
+    assert trusted.base.fingerprint == honest.base.fingerprint
     assert not mark.exists()
 
     def replace(name: str, content: bytes) -> bytes:

@@ -44,12 +44,12 @@ def tuned(base: Path, folder: Path, name: str, *, elements: Sequence[int] = (1, 
 def predicted(base: Path, adapter: Path | None, systems: Sequence[Atoms]) -> list[Any]:
     """Energies and forces of forcetune's calculator, in float64."""
     calculator = forcetune.calculator(base, adapter=adapter, dtype="float64")
-    found = []
+    predictions = []
     for atoms in systems:
         atoms.calc = calculator
-        found.append((atoms.get_potential_energy(), atoms.get_forces()))
+        predictions.append((atoms.get_potential_energy(), atoms.get_forces()))
         atoms.calc = None
-    return found
+    return predictions
 
 
 def assert_close(results: Results, expected: Sequence[Any], tolerance: float) -> None:
@@ -111,8 +111,8 @@ def test_averages_are_written_as_well(tmp_path: Path) -> None:
     adapter = tuned(base, tmp_path / "adapter", "elora")
     merge(adapter, tmp_path / "tuned.ckpt", model=base)
     state = opened(tmp_path / "tuned.ckpt")["state_dict"]
-    found = NequIPBackbone.load(tmp_path / "tuned.ckpt")
-    weight = found.model.type_embed.embed_module.weight.detach()
+    model = NequIPBackbone.load(tmp_path / "tuned.ckpt")
+    weight = model.model.type_embed.embed_module.weight.detach()
     assert torch.equal(state["ema.ema_weight_0"], weight)
     # only the rows that were trained; the others keep what they were, each of its own
     assert torch.equal(state[f"{MODEL}func.{EMBEDDING}"][0], weight[0])

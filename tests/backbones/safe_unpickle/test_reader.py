@@ -45,10 +45,10 @@ def test_plain_values_come_out_as_themselves(tmp_path: Path) -> None:
         "array": np.arange(6, dtype=">i4").reshape(2, 3),
     }
     torch.save(content, tmp_path / "a.pt")
-    found = read_inert(tmp_path / "a.pt")
-    assert np.array_equal(found.pop("array"), content.pop("array"))
-    assert found == content
-    assert type(found["ordered"]) is collections.OrderedDict
+    actual = read_inert(tmp_path / "a.pt")
+    assert np.array_equal(actual.pop("array"), content.pop("array"))
+    assert actual == content
+    assert type(actual["ordered"]) is collections.OrderedDict
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.bool, torch.uint16])
@@ -56,9 +56,9 @@ def test_tensors_come_out_with_shape_and_strides(dtype: torch.dtype, tmp_path: P
     base = torch.arange(24).reshape(2, 3, 4).to(dtype)
     content = [base, base.transpose(0, 2), base[1, :, 1:3], base[0, 0, 0], torch.empty(0, 3, dtype=dtype)]
     torch.save(content, tmp_path / "a.pt")
-    for found, expected in zip(read_inert(tmp_path / "a.pt"), content, strict=True):
-        assert torch.equal(found, expected)
-        assert found.dtype == expected.dtype and found.stride() == expected.stride()
+    for tensor, expected in zip(read_inert(tmp_path / "a.pt"), content, strict=True):
+        assert torch.equal(tensor, expected)
+        assert tensor.dtype == expected.dtype and tensor.stride() == expected.stride()
 
 
 def test_parameters_keep_their_kind_and_shared_memory(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_parameters_keep_their_kind_and_shared_memory(tmp_path: Path) -> None:
 
 def test_objects_come_out_as_records(tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.Linear(2, 3), nn.SiLU()), tmp_path / "a.pt")
-    found = read_inert(tmp_path / "a.pt")
-    assert isinstance(found, Record)
-    assert (found.module, found.name) == ("torch.nn.modules.container", "Sequential")
-    linear = found.state["_modules"]["0"]
+    content = read_inert(tmp_path / "a.pt")
+    assert isinstance(content, Record)
+    assert (content.module, content.name) == ("torch.nn.modules.container", "Sequential")
+    linear = content.state["_modules"]["0"]
     assert linear.state["_parameters"]["weight"].shape == (3, 2)
     torch.save([os.path.join, collections.deque([1, 2], 5)], tmp_path / "b.pt")
     function, queue = read_inert(tmp_path / "b.pt")
@@ -101,10 +101,10 @@ def test_nothing_is_called(protocol: int, tmp_path: Path) -> None:
         "getattr": _Call(getattr, _Call(__import__, "os"), "system"),
         "blob": _Call(torch.jit.load, io.BytesIO(b"")),
     }
-    found = read_inert(_pickled(tmp_path / "a.pt", pickle.dumps(content, protocol)))
+    actual = read_inert(_pickled(tmp_path / "a.pt", pickle.dumps(content, protocol)))
     assert not marker.exists()
-    assert isinstance(found["system"], Record) and found["system"].args == (command,)
-    assert found["eval"][0].name == "eval"
+    assert isinstance(actual["system"], Record) and actual["system"].args == (command,)
+    assert actual["eval"][0].name == "eval"
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

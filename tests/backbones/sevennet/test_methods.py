@@ -185,9 +185,9 @@ def test_adapters_are_saved_and_loaded(tmp_path: Path, recipe: str, name: str) -
     detach(model)
     again = SevenNetBackbone.load(file, head=head, elements=[1, 6, 8])
     load_adapter(again, tmp_path / "adapter")
-    found = predict(again, batches, stress=True)
-    assert np.array_equal(found.energy, expected.energy)
-    assert np.array_equal(found.forces, expected.forces)
+    prediction = predict(again, batches, stress=True)
+    assert np.array_equal(prediction.energy, expected.energy)
+    assert np.array_equal(prediction.forces, expected.forces)
     assert require_adapter(again).method.name == name
 
 
@@ -207,8 +207,8 @@ def test_cut_and_folded_models_keep_what_they_compute() -> None:
     model.set_reference_energies({1: -13.587123456789})
     cut = model.cut_to([1, 6, 8])
     assert cut.elements == (1, 6, 8)
-    found = predict(cut, build_graphs(cut, frames_of(cluster((1, 6, 8)))))
-    assert np.array_equal(found.forces, before.forces)
+    prediction = predict(cut, build_graphs(cut, frames_of(cluster((1, 6, 8)))))
+    assert np.array_equal(prediction.forces, before.forces)
     assert cut.reference_energies[1] == -13.587123456789
     assert cut.stored_dtype == torch.float32
     assert model.fingerprint() != model.base.fingerprint

@@ -60,13 +60,13 @@ def assert_parity(
     for index, atoms in enumerate(systems):
         if not set(atoms.numbers) <= set(backbone.elements):
             continue
-        found = backbone.predict(batch_of(backbone, atoms), stress=True).detached()
-        assert abs(float(found.energy) - float(results[f"{index}/energy"])) <= tolerance, atoms
-        forces = found.forces.double().numpy()
+        prediction = backbone.predict(batch_of(backbone, atoms), stress=True).detached()
+        assert abs(float(prediction.energy) - float(results[f"{index}/energy"])) <= tolerance, atoms
+        forces = prediction.forces.double().numpy()
         assert np.abs(forces - results[f"{index}/forces"]).max() <= tolerance, atoms
         if atoms.pbc.all():
-            assert found.stress is not None
-            stress = found.stress[0].double().numpy()[VOIGT]
+            assert prediction.stress is not None
+            stress = prediction.stress[0].double().numpy()[VOIGT]
             assert np.abs(stress - results[f"{index}/stress"]).max() <= tolerance, atoms
         compared += 1
     assert compared
@@ -77,11 +77,11 @@ def gradients(backbone: SevenNetBackbone, systems: Sequence[Atoms]) -> dict[str,
     parameters = dict(backbone.model.named_parameters())
     loss = torch.zeros((), dtype=torch.float64)
     for atoms in systems:
-        found = backbone.predict(batch_of(backbone, atoms), stress=True, create_graph=True)
-        loss = loss + 1e-3 * found.energy.square().sum() + found.forces.square().sum()
+        prediction = backbone.predict(batch_of(backbone, atoms), stress=True, create_graph=True)
+        loss = loss + 1e-3 * prediction.energy.square().sum() + prediction.forces.square().sum()
         if atoms.pbc.all():
-            assert found.stress is not None
-            loss = loss + found.stress[0][VOIGT].square().sum()
+            assert prediction.stress is not None
+            loss = loss + prediction.stress[0][VOIGT].square().sum()
     values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(parameters, values, strict=True))
 
@@ -99,12 +99,12 @@ def assert_equal_gradients(backbone: SevenNetBackbone, results: Results, systems
         for key, value in Cut(replace(content, tensors=stored), backbone.elements, head).tensors().items()
     }
     largest = max(float(value.abs().max()) for value in stored.values())
-    found = gradients(backbone, systems)
-    for name, value in found.items():
+    actual = gradients(backbone, systems)
+    for name, value in actual.items():
         scale = max(float(expected[name].abs().max()), 1e-6 * largest)
         assert float((value - expected[name].view(value.shape)).abs().max()) <= EXACT * scale, name
     if content.architecture.modalities:
-        assert any(name.endswith(".modality") for name in found)
+        assert any(name.endswith(".modality") for name in actual)
 
 
 # ---- published models ------------------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def published(sevennets: SevenNets) -> dict[tuple[str, str | None], Results]:
     cases = [(name, head) for name, model in PUBLISHED.items() for head in model.modalities]
     systems = universal_structures()
     requests = [Request(sevennets.published(PUBLISHED[name].folder), head, systems) for name, head in cases]
-    found = sevennets.compute("evaluate", requests, gradients=True)
-    return dict(zip(cases, found, strict=True))
+    results = sevennets.compute("evaluate", requests, gradients=True)
+    return dict(zip(cases, results, strict=True))
 
 
 @pytest.mark.parametrize(("name", "head"), [(name, head) for name, m in PUBLISHED.items() for head in m.modalities])

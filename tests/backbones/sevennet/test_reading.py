@@ -58,10 +58,10 @@ def test_what_is_not_computed_is_refused_by_name(
     tmp_path: Path, command: Command, key: str, value: Any, words: str
 ) -> None:
     file = written(tmp_path, changed(key, value))
-    code, _, told = command("methods", "--model", file)
+    code, _, err = command("methods", "--model", file)
     assert code == 2
-    assert words in told
-    assert f"{file} cannot be rebuilt" in told or "cannot be rebuilt" in told
+    assert words in err
+    assert f"{file} cannot be rebuilt" in err or "cannot be rebuilt" in err
 
 
 def test_checkpoints_converted_for_an_accelerator_are_refused_by_what_they_hold(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ STRANGE: tuple[Any, ...] = (
 
 def readings(folder: Path, name: str) -> list[tuple[str, Any, float]]:
     """Each option with each strange value: a model that computes, or a sentence; and how long that took."""
-    found = []
+    result = []
     for key in ORIGINAL[name]["config"]:
         for value in STRANGE:
             start = time.monotonic()
@@ -119,8 +119,8 @@ def readings(folder: Path, name: str) -> list[tuple[str, Any, float]]:
                 predict(model, build_graphs(model, frames), stress=True)
             except InputError as error:
                 assert len(str(error)) < 500 + len(str(file))
-            found.append((key, value, time.monotonic() - start))
-    return found
+            result.append((key, value, time.monotonic() - start))
+    return result
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -47,11 +47,11 @@ def tuned(base: Path, folder: Path, name: str, *, head: str | None = None, **opt
 def predicted(base: Path | str, adapter: Path | None, systems: Sequence[Atoms], head: str | None = None) -> list[Any]:
     """Energies and forces of forcetune's calculator, in float64."""
     calculator = forcetune.calculator(base, adapter=adapter, head=None if adapter else head, dtype="float64")
-    found = []
+    predictions = []
     for atoms in systems:
         atoms.calc = calculator
-        found.append((atoms.get_potential_energy(), atoms.get_forces()))
-    return found
+        predictions.append((atoms.get_potential_energy(), atoms.get_forces()))
+    return predictions
 
 
 def assert_close(results: Results, expected: Sequence[Any], tolerance: float, of_forces: float | None = None) -> None:
@@ -133,18 +133,18 @@ def test_other_precisions(tmp_path: Path) -> None:
 def test_a_tuned_modality_is_replaced_and_the_others_keep_their_rows(tmp_path: Path, command: Command) -> None:
     base = write_checkpoint(tmp_path / "base.pth", RECIPES["modalities, all by modality"])
     adapter = tuned(base, tmp_path / "adapter", "elora", head="b", elements=(1, 6, 8))
-    code, told, _ = command("merge", adapter, "-o", tmp_path / "tuned.pth", "--model", base)
+    code, out, _ = command("merge", adapter, "-o", tmp_path / "tuned.pth", "--model", base)
     assert code == 0
-    assert "modality b was replaced" in told
+    assert "modality b was replaced" in out
     one, other = (opened(path)["model_state_dict"] for path in (base, tmp_path / "tuned.pth"))
     widths = {"0_self_interaction_1.linear.weight": 4, "onehot_to_feature_x.linear.weight": 4}
     for key, width in widths.items():
         rows = [state[key][-3 * width :].view(3, width) for state in (one, other)]
         assert torch.equal(rows[0][[0, 2]], rows[1][[0, 2]])
         assert not torch.equal(rows[0][1], rows[1][1])
-    code, _, told = command("merge", adapter, "-o", tmp_path / "more.pth", "--model", base, "--modality", "mine")
+    code, _, err = command("merge", adapter, "-o", tmp_path / "more.pth", "--model", base, "--modality", "mine")
     assert code == 2
-    assert "method elora has changed layers that all modalities share" in told
+    assert "method elora has changed layers that all modalities share" in err
     assert not (tmp_path / "more.pth").exists()
 
 
@@ -173,12 +173,12 @@ def test_a_new_modality_leaves_the_others_what_they_were(tmp_path: Path, name: s
             assert energy == pytest.approx(expected, rel=2e-6, abs=2e-6)
             np.testing.assert_allclose(forces, its, rtol=0, atol=2e-6 * max(1.0, np.abs(its).max()))
     # elements that were not trained keep the reference energies of the modality that the new one began with
-    started, found = (
+    started, actual = (
         SevenNetBackbone.load(path, head=label).reference_energies
         for path, label in ((base, "b"), (tmp_path / "tuned.pth", "my functional"))
     )
-    assert {z: found[z] for z in found if z not in E0} == {z: started[z] for z in started if z not in E0}
-    assert {z: found[z] for z in elements if z in E0} == {z: E0[z] for z in elements if z in E0}
+    assert {z: actual[z] for z in actual if z not in E0} == {z: started[z] for z in started if z not in E0}
+    assert {z: actual[z] for z in elements if z in E0} == {z: E0[z] for z in elements if z in E0}
 
 
 def test_names_of_new_modalities(tmp_path: Path, command: Command) -> None:
@@ -187,21 +187,21 @@ def test_names_of_new_modalities(tmp_path: Path, command: Command) -> None:
     output = tmp_path / "tuned.pth"
 
     def run(*more: object) -> tuple[int, str]:
-        code, told, failed = command("merge", tmp_path / "a", "-o", output, "--model", base, *more)
-        return code, told + failed
+        code, out, failed = command("merge", tmp_path / "a", "-o", output, "--model", base, *more)
+        return code, out + failed
 
-    code, told = run()  # the folder has the name of a modality
+    code, out = run()  # the folder has the name of a modality
     assert code == 0
-    assert "modality forcetune was added; the others are what they were" in told
-    code, told = run("--modality", "PBE-D4")
+    assert "modality forcetune was added; the others are what they were" in out
+    code, out = run("--modality", "PBE-D4")
     assert code == 0
     assert SevenNetBackbone.load(output, head="PBE-D4").modalities == ("a", "b", "PBE-D4")
-    code, told = run("--modality", "a")
+    code, out = run("--modality", "a")
     assert code == 2
-    assert "has the modality a already; name the new one with --modality" in told
-    code, told = run("--modality", "b")
+    assert "has the modality a already; name the new one with --modality" in out
+    code, out = run("--modality", "b")
     assert code == 0
-    assert "modality b was replaced" in told
+    assert "modality b was replaced" in out
     assert SevenNetBackbone.load(output, head="b").modalities == ("a", "b")
     plain = write_checkpoint(tmp_path / "plain.pth", RECIPES["parity, fully connected"])
     tuned(plain, tmp_path / "plain" / "adapter", "elora")
@@ -216,9 +216,9 @@ def test_modalities_that_would_change_are_found(tmp_path: Path, monkeypatch: pyt
     whole = modalities._with_row
 
     def careless(values: Tensor, start: int, layer: ModalLinear, row: Tensor) -> Tensor:
-        found = whole(values, start, layer, row)
-        found[start : start + len(row)] += 0.1
-        return found
+        values_written = whole(values, start, layer, row)
+        values_written[start : start + len(row)] += 0.1
+        return values_written
 
     monkeypatch.setattr(modalities, "_with_row", careless)
     with pytest.raises(ForcetuneError, match="modality a would no longer be what it was"):
@@ -238,7 +238,7 @@ def test_modalities_that_would_change_are_found(tmp_path: Path, monkeypatch: pyt
 def metals(count: int, seed: int) -> list[Atoms]:
     """Shaken alloys with labels of effective medium theory."""
     rng = np.random.default_rng(seed)
-    found = []
+    structures = []
     for _ in range(count):
         atoms = bulk("Cu", cubic=True)
         atoms.symbols[:] = rng.choice(["Cu", "Ni", "Al"], 4)
@@ -249,8 +249,8 @@ def metals(count: int, seed: int) -> list[Atoms]:
         atoms.info["REF_energy"] = atoms.get_potential_energy() - 40.0
         atoms.arrays["REF_forces"] = atoms.get_forces()
         atoms.calc = None
-        found.append(atoms)
-    return found
+        structures.append(atoms)
+    return structures
 
 
 def fitted(folder: Path, base: Path, name: str, head: str | None) -> Path:
@@ -295,17 +295,17 @@ def assert_other_elements_and_modalities_are_untouched(base: Path, merged: Path,
     table = list(whole.content.architecture.type_map)
     assert len(table) == 89
     trained = [table.index(z) for z in (13, 28, 29)]
-    kept = [row for row in range(89) if row not in trained]
-    rows = [found["onehot_to_feature_x.linear.weight"].view(89, -1) for found in (state, written)]
-    assert torch.equal(rows[0][kept], rows[1][kept])
-    shifts = [found["rescale_atomic_energy.shift"] for found in (state, written)]
+    untouched = [row for row in range(89) if row not in trained]
+    rows = [checkpoint["onehot_to_feature_x.linear.weight"].view(89, -1) for checkpoint in (state, written)]
+    assert torch.equal(rows[0][untouched], rows[1][untouched])
+    shifts = [checkpoint["rescale_atomic_energy.shift"] for checkpoint in (state, written)]
     if head is None:
-        assert torch.equal(shifts[0][kept], shifts[1][kept])
+        assert torch.equal(shifts[0][untouched], shifts[1][untouched])
         return
     chosen = whole.modalities.index(head)
-    assert torch.equal(shifts[0][chosen][kept], shifts[1][chosen][kept])
+    assert torch.equal(shifts[0][chosen][untouched], shifts[1][chosen][untouched])
     assert torch.equal(shifts[0][1 - chosen], shifts[1][1 - chosen])
-    modal = [found["reduce_input_to_hidden.linear.weight"][-128:].view(2, 64) for found in (state, written)]
+    modal = [checkpoint["reduce_input_to_hidden.linear.weight"][-128:].view(2, 64) for checkpoint in (state, written)]
     assert torch.equal(modal[0][1 - chosen], modal[1][1 - chosen])
     assert not torch.equal(modal[0][chosen], modal[1][chosen])
 
@@ -343,9 +343,9 @@ def test_merged_models_are_deployed_by_sevenn(
     merge(run, tmp_path / "tuned.pth")
     version = SevenNetBackbone.load(base, head=head).content.config["version"]
     check_in_sevenn(sevennets, run, base, tmp_path / "tuned.pth", head, version)
-    (found,) = sevennets.compute("deploy", [Request(tmp_path / "tuned.pth", head, SYSTEMS)])
-    assert int(found["parallel"]) == 5
-    assert_close(found, predicted(base, run, SYSTEMS), 1e-6)
+    (results,) = sevennets.compute("deploy", [Request(tmp_path / "tuned.pth", head, SYSTEMS)])
+    assert int(results["parallel"]) == 5
+    assert_close(results, predicted(base, run, SYSTEMS), 1e-6)
 
 
 @pytest.mark.slow
@@ -387,27 +387,27 @@ def test_merged_models_of_each_version_in_the_newest(
         merge(tmp_path / "modality", tmp_path / "added.pth", model=base, modality="mine")
         requests.append(Request(tmp_path / "added.pth", "mine", systems))
         requests.append(Request(tmp_path / "added.pth", recipe.modalities[0], systems))
-    found = sevennets.compute("evaluate", requests)
-    assert_close(found[0], predicted(base, adapter, systems), 2e-6)
-    assert_close(found[0], predicted(tmp_path / "tuned.pth", None, systems, head), 1e-9)
+    results = sevennets.compute("evaluate", requests)
+    assert_close(results[0], predicted(base, adapter, systems), 2e-6)
+    assert_close(results[0], predicted(tmp_path / "tuned.pth", None, systems, head), 1e-9)
     if recipe.modalities:
-        assert_close(found[1], predicted(base, tmp_path / "modality", systems), 2e-6)
-        assert_close(found[2], predicted(base, None, systems, recipe.modalities[0]), 2e-6)
+        assert_close(results[1], predicted(base, tmp_path / "modality", systems), 2e-6)
+        assert_close(results[2], predicted(base, None, systems, recipe.modalities[0]), 2e-6)
 
 
 def test_unchanged_models_are_written_as_they_were(sevennets: SevenNets, tmp_path: Path) -> None:
     """Bit for bit the same tensors, under the same names, for every published model."""
     for model in PUBLISHED.values():
         base = sevennets.published(model.folder)
-        found = SevenNetBackbone.load(base, head=model.modalities[0], elements=[1, 8, 26])
-        found.save_into_source(tmp_path / "same.pth")
+        actual = SevenNetBackbone.load(base, head=model.modalities[0], elements=[1, 8, 26])
+        actual.save_into_source(tmp_path / "same.pth")
         written = opened(tmp_path / "same.pth")
-        state = found.content.state
+        state = actual.content.state
         assert list(written["model_state_dict"]) == list(state)
         for key, tensor in written["model_state_dict"].items():
             assert torch.equal(tensor, state[key].cpu()), key
         again = SevenNetBackbone.load(tmp_path / "same.pth", head=model.modalities[0])
-        assert again.base.fingerprint == found.base.fingerprint
+        assert again.base.fingerprint == actual.base.fingerprint
         frames = frames_of(bulk("Fe"))
-        one, other = (predict(b, build_graphs(b, frames)) for b in (found, again))
+        one, other = (predict(b, build_graphs(b, frames)) for b in (actual, again))
         assert one.energy[0] == pytest.approx(other.energy[0], abs=1e-9)

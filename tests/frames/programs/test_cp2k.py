@@ -20,9 +20,9 @@ GIGAPASCAL = 1 / 160.21766208
 def test_output(modern: bool, tmp_path: Path) -> None:
     path = write_cp2k_output(tmp_path / "cp2k.out", modern=modern)
     with pytest.warns(ForcetuneNote, match="from Hartree to eV, forces from Hartree/Bohr"):
-        found = read_frames(path, require=("energy", "forces", "stress"))
+        result = read_frames(path, require=("energy", "forces", "stress"))
     energy, forces, stress = labels()
-    (frame,) = found.frames
+    (frame,) = result.frames
     assert frame.energy == pytest.approx(HARTREE * energy, rel=1e-7) and frame.pbc.all()
     np.testing.assert_allclose(frame.forces, PER_BOHR * forces, rtol=1e-6)
     np.testing.assert_allclose(frame.stress, -GIGAPASCAL * stress, rtol=1e-6)
@@ -47,8 +47,8 @@ def test_outputs_that_cannot_be_used(tmp_path: Path) -> None:
 def test_trajectory(tmp_path: Path) -> None:
     path = write_cp2k_trajectory(tmp_path)
     with pytest.warns(ForcetuneNote, match="a trajectory of CP2K: energies from Hartree"):
-        found = read_frames(path, require=("energy", "forces", "stress"))
-    for step, frame in enumerate(found.frames):
+        result = read_frames(path, require=("energy", "forces", "stress"))
+    for step, frame in enumerate(result.frames):
         energy, forces, stress = labels(step)
         assert frame.energy == pytest.approx(HARTREE * energy, rel=1e-7)
         np.testing.assert_allclose(frame.forces, PER_BOHR * forces, rtol=1e-6)

@@ -25,13 +25,13 @@ def write_system(folder: Path, frames: int = 5, *, sets: int = 2, text: bool = F
     folder.mkdir(parents=True)
     (folder / "type.raw").write_text("0\n0\n1\n1\n")
     (folder / "type_map.raw").write_text("Na\nCl\n")
-    found = [labels(k) for k in range(frames)]
+    frame_labels = [labels(k) for k in range(frames)]
     arrays = {
         "coord": np.stack([salt(k).positions.ravel() for k in range(frames)]),
         "box": np.stack([salt(k).cell.array.ravel() for k in range(frames)]),
-        "energy": np.array([one[0] for one in found]),
-        "force": np.stack([one[1].ravel() for one in found]),
-        "virial": np.stack([one[2].ravel() for one in found]),
+        "energy": np.array([one[0] for one in frame_labels]),
+        "force": np.stack([one[1].ravel() for one in frame_labels]),
+        "virial": np.stack([one[2].ravel() for one in frame_labels]),
         **more,
     }
     for number, rows in enumerate(np.array_split(np.arange(frames), sets)):
@@ -48,9 +48,9 @@ def write_system(folder: Path, frames: int = 5, *, sets: int = 2, text: bool = F
 def test_numbers(tmp_path: Path) -> None:
     path = write_system(tmp_path / "salt", dipole=np.zeros((5, 3)))
     with pytest.warns(ForcetuneNote, match=r"stress = −virial / volume.*Not used: dipole\.npy\."):
-        found = read_frames(path, require=("energy", "forces", "stress"))
-    assert len(found) == 5 and found.files == (str(path),)
-    for index, frame in enumerate(found.frames):
+        result = read_frames(path, require=("energy", "forces", "stress"))
+    assert len(result) == 5 and result.files == (str(path),)
+    for index, frame in enumerate(result.frames):
         energy, forces, virial = labels(index)
         assert frame.energy == energy
         np.testing.assert_array_equal(frame.forces, forces)
@@ -70,8 +70,8 @@ def test_spins_are_moments(tmp_path: Path) -> None:
     spins = np.random.default_rng(0).normal(size=(5, 12))
     path = write_system(tmp_path / "salt", spin=spins, force_mag=spins)
     with pytest.warns(ForcetuneNote, match=r"Not used: force_mag\.npy"):
-        found = read_frames(path, moments_key="auto")
-    np.testing.assert_array_equal(found.frames[3].moments, spins[3].reshape(4, 3))
+        result = read_frames(path, moments_key="auto")
+    np.testing.assert_array_equal(result.frames[3].moments, spins[3].reshape(4, 3))
 
 
 def test_mixed_frames_of_any_composition(tmp_path: Path) -> None:
@@ -201,11 +201,11 @@ def test_at_the_command_line(tmp_path: Path, command: Command) -> None:
 
 def test_published_systems(reference_data: Path) -> None:
     formats = reference_data / "formats"
-    found = read_frames(formats / "deepmd_nio_spin", moments_key="auto", require=("energy", "forces"))
-    assert len(found) == 60 and found.elements == (8, 28) and found.keys.moments == "magmoms"
+    result = read_frames(formats / "deepmd_nio_spin", moments_key="auto", require=("energy", "forces"))
+    assert len(result) == 60 and result.elements == (8, 28) and result.keys.moments == "magmoms"
     published = ase.io.read(reference_data / "magnetic" / "NiO_spin_train.xyz", ":")
     by_energy = {round(atoms.info["REF_energy"], 6): atoms for atoms in published}
-    for frame in found.frames:
+    for frame in result.frames:
         assert frame.energy is not None
         atoms = by_energy[round(frame.energy, 6)]
         assert isinstance(atoms, Atoms)
@@ -219,8 +219,8 @@ def test_published_systems(reference_data: Path) -> None:
 
 
 def test_the_reported_case(case_files: Path) -> None:
-    found = read_frames(case_files / "deepmd_npy", require=("energy", "forces"))
-    assert len(found) == 16 and found.elements == (1, 6, 8)
+    result = read_frames(case_files / "deepmd_npy", require=("energy", "forces"))
+    assert len(result) == 16 and result.elements == (1, 6, 8)
 
 
 def test_as_dpdata_reads_it(tmp_path: Path, reference_data: Path) -> None:

@@ -42,10 +42,10 @@ def write_mlearn(path: Path, **more: Any) -> Path:
 
 def test_maml(tmp_path: Path) -> None:
     with pytest.warns(ForcetuneNote, match="from kbar of pressure to eV/Å³ of tension"):
-        found = read_frames(write_mlearn(tmp_path / "a.json"), require=("energy", "forces", "stress"))
-    assert found.keys == LabelKeys("energy", "forces", "stress")
+        result = read_frames(write_mlearn(tmp_path / "a.json"), require=("energy", "forces", "stress"))
+    assert result.keys == LabelKeys("energy", "forces", "stress")
     energy, forces, stress = labels()
-    (frame,) = found.frames
+    (frame,) = result.frames
     assert frame.energy == energy and frame.pbc.all()
     np.testing.assert_array_equal(frame.forces, forces)
     np.testing.assert_allclose(frame.stress, -KILOBAR * stress, rtol=1e-6)
@@ -70,9 +70,9 @@ def test_order_of_components_in_mlearn(element: str, group: str, swapped: bool, 
 
 @pytest.mark.parametrize("element", ["Ni", "Si"])
 def test_published_mlearn(element: str, reference_data: Path) -> None:
-    found = read_frames(reference_data / "formats" / "mlearn_json" / f"{element}_test.json")
+    result = read_frames(reference_data / "formats" / "mlearn_json" / f"{element}_test.json")
     right = ase.io.read(reference_data / "crystals" / f"mlearn_{element}_test.xyz", ":")
-    for frame, atoms in zip(found.frames, right, strict=True):
+    for frame, atoms in zip(result.frames, right, strict=True):
         assert isinstance(atoms, Atoms)
         assert frame.energy == atoms.info["REF_energy"]
         np.testing.assert_array_equal(frame.forces, atoms.arrays["REF_forces"])
@@ -101,9 +101,9 @@ def test_fitsnap(style: str | None, unit: float, tmp_path: Path) -> None:
     text = json.dumps(fitsnap(**({} if style is None else {"StressStyle": style}), EnergyStyle="electronvolt"))
     path.write_text(f"# A comment\n{text}\n")
     with pytest.warns(ForcetuneNote, match=r"units by its styles.*Not used: Charges\."):
-        found = read_frames(path, moments_key="auto", require=("energy", "forces", "stress"))
+        result = read_frames(path, moments_key="auto", require=("energy", "forces", "stress"))
     energy, forces, stress = labels()
-    (frame,) = found.frames
+    (frame,) = result.frames
     assert frame.energy == energy
     np.testing.assert_array_equal(frame.forces, forces)
     np.testing.assert_allclose(frame.stress, -unit * stress, rtol=1e-6)
@@ -123,11 +123,11 @@ def test_fitsnap_in_other_units(tmp_path: Path) -> None:
 
 
 def test_published_fitsnap(reference_data: Path) -> None:
-    found = read_frames(sorted((reference_data / "formats" / "fitsnap_json_fe").glob("*.json")), moments_key="auto")
+    result = read_frames(sorted((reference_data / "formats" / "fitsnap_json_fe").glob("*.json")), moments_key="auto")
     right = ase.io.read(reference_data / "magnetic" / "Fe_magmom_train.xyz", ":")
     by_energy = {atoms.info["REF_energy"]: atoms for atoms in right}
-    shared = [frame for frame in found.frames if frame.energy in by_energy]
-    assert len(found) == 5 and len(shared) == 2
+    shared = [frame for frame in result.frames if frame.energy in by_energy]
+    assert len(result) == 5 and len(shared) == 2
     for frame in shared:
         atoms = by_energy[frame.energy]
         np.testing.assert_allclose(frame.stress, np.reshape(atoms.info["REF_stress"], (3, 3)), rtol=1e-6)
@@ -145,9 +145,9 @@ def test_json_that_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def arrays(frames: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    found = [labels(k, 3) for k in range(frames)]
+    frame_labels = [labels(k, 3) for k in range(frames)]
     places = np.random.default_rng(0).normal(size=(frames, 3, 3))
-    return places, np.array([one[0] for one in found]), np.stack([one[1] for one in found])
+    return places, np.array([one[0] for one in frame_labels]), np.stack([one[1] for one in frame_labels])
 
 
 def test_sgdml(tmp_path: Path) -> None:
@@ -155,9 +155,9 @@ def test_sgdml(tmp_path: Path) -> None:
     about = {"name": "water", "theory": "none", "type": "d", "md5": "0"}
     np.savez(tmp_path / "a.npz", R=places, E=energies[:, None], F=forces, z=[8, 1, 1], **about)
     with pytest.warns(ForcetuneNote, match="from kcal/mol and Å"):
-        found = read_frames(tmp_path / "a.npz", require=("energy", "forces"))
-    assert len(found) == 3 and found.elements == (1, 8) and not found.frames[0].pbc.any()
-    for frame, place, energy, force in zip(found.frames, places, energies, forces, strict=True):
+        result = read_frames(tmp_path / "a.npz", require=("energy", "forces"))
+    assert len(result) == 3 and result.elements == (1, 8) and not result.frames[0].pbc.any()
+    for frame, place, energy, force in zip(result.frames, places, energies, forces, strict=True):
         assert frame.energy == pytest.approx(KCAL * energy, rel=1e-8)
         np.testing.assert_allclose(frame.forces, KCAL * force, rtol=1e-8)
         np.testing.assert_array_equal(frame.positions, place)
@@ -194,9 +194,9 @@ def test_rmd17(tmp_path: Path) -> None:
         old_indices=np.arange(3),
     )
     with pytest.warns(ForcetuneNote, match="Not used: old_indices"):
-        found = read_frames(tmp_path / "a.npz", require=("energy", "forces"))
-    assert found.frames[2].energy == pytest.approx(KCAL * energies[2], rel=1e-8)
-    np.testing.assert_allclose(found.frames[2].forces, KCAL * forces[2], rtol=1e-8)
+        result = read_frames(tmp_path / "a.npz", require=("energy", "forces"))
+    assert result.frames[2].energy == pytest.approx(KCAL * energies[2], rel=1e-8)
+    np.testing.assert_allclose(result.frames[2].forces, KCAL * forces[2], rtol=1e-8)
 
 
 def test_archives_that_are_refused(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def configuration(seed: int = 0, *, direct: bool = False, vectors: int = 3) -> s
 def test_numbers(tmp_path: Path) -> None:
     path = tmp_path / "train.cfg"
     path.write_text(configuration(0) + configuration(1, direct=True))
-    found = read_frames(path, require=("energy", "forces", "stress"), type_map=["Na", "Cl"])
-    for index, frame in enumerate(found.frames):
+    result = read_frames(path, require=("energy", "forces", "stress"), type_map=["Na", "Cl"])
+    for index, frame in enumerate(result.frames):
         energy, forces, virial = labels(index)
         assert frame.energy == pytest.approx(energy, abs=1e-10) and frame.pbc.all()
         np.testing.assert_array_equal(frame.numbers, [11, 11, 17, 17])

@@ -17,9 +17,9 @@ HARTREE, PER_BOHR = 27.211386246, 51.422067476
 def test_single_point(tmp_path: Path) -> None:
     path = write_orca(tmp_path / "water.out")
     with pytest.warns(ForcetuneNote, match="ORCA's output: energies from Hartree to eV, forces from gradients"):
-        found = read_frames(path, require=("energy", "forces"))
+        result = read_frames(path, require=("energy", "forces"))
     energy, gradient, _ = labels(0, 3)
-    (frame,) = found.frames
+    (frame,) = result.frames
     assert frame.energy == pytest.approx(HARTREE * energy, rel=1e-7) and not frame.pbc.any()
     np.testing.assert_allclose(frame.forces, -PER_BOHR * gradient, rtol=1e-6)
     np.testing.assert_array_equal(frame.numbers, [8, 1, 1])
@@ -29,10 +29,10 @@ def test_single_point(tmp_path: Path) -> None:
 def test_optimisation(tmp_path: Path) -> None:
     path = write_orca(tmp_path / "water.log", steps=4, last_gradient=False)
     with pytest.warns(ForcetuneWarning, match=r"1 of 4 geometries have an energy and no gradient \(first 3,"):
-        found = read_frames(path, require=("energy", "forces"))
-    energies = [frame.energy for frame in found.frames]
+        result = read_frames(path, require=("energy", "forces"))
+    energies = [frame.energy for frame in result.frames]
     assert energies == pytest.approx([HARTREE * labels(step, 3)[0] for step in range(3)], rel=1e-7)
-    np.testing.assert_allclose(found.frames[2].positions, ORCA_WATER + 0.02, atol=1e-6)
+    np.testing.assert_allclose(result.frames[2].positions, ORCA_WATER + 0.02, atol=1e-6)
 
 
 def test_energies_alone(tmp_path: Path) -> None:

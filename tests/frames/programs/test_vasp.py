@@ -25,9 +25,9 @@ WRITERS = {"OUTCAR": write_outcar, "vasprun.xml": write_vasprun}
 def test_numbers(name: str, tmp_path: Path) -> None:
     path = WRITERS[name](tmp_path / name, [True, True])
     with pytest.warns(ForcetuneNote, match="free energy.*kbar of pressure"):
-        found = read_frames(path, require=("energy", "forces", "stress"))
-    assert found.keys == LabelKeys("energy", "forces", "stress")
-    for step, frame in enumerate(found.frames):
+        result = read_frames(path, require=("energy", "forces", "stress"))
+    assert result.keys == LabelKeys("energy", "forces", "stress")
+    for step, frame in enumerate(result.frames):
         energy, forces, stress = labels(step)
         assert frame.energy == pytest.approx(energy, abs=1e-8)
         np.testing.assert_allclose(frame.forces, forces, rtol=0, atol=1e-8)
@@ -53,8 +53,8 @@ def test_as_ase_reads_it(name: str, tmp_path: Path) -> None:
 def test_steps_that_did_not_converge_are_left_out(name: str, tmp_path: Path) -> None:
     path = WRITERS[name](tmp_path / name, [True, False, True, False])
     with pytest.warns(ForcetuneWarning, match=r"did not converge to EDIFF in 2 of 4 steps \(1, 3, counted from 0\)"):
-        found = read_frames(path)
-    assert [frame.energy for frame in found.frames] == pytest.approx([labels(0)[0], labels(2)[0]])
+        result = read_frames(path)
+    assert [frame.energy for frame in result.frames] == pytest.approx([labels(0)[0], labels(2)[0]])
     alone = WRITERS[name](tmp_path / f"bad-{name}", [False])
     with pytest.raises(InputError, match=rf"bad-{name}: the electronic loop did not converge.*its only step.*NELM"):
         read_frames(alone)
@@ -84,14 +84,14 @@ def test_published_outcars(reference_data: Path) -> None:
     """HfO2 with SCAN, from SevenNet's examples."""
     paths = sorted((reference_data / "formats" / "outcar_hfo2_scan").glob("*/OUTCAR*"))
     assert len(paths) == 10
-    found = read_frames(paths, require=("energy", "forces", "stress"))
-    for path, frame in zip(paths, found.frames, strict=True):
+    result = read_frames(paths, require=("energy", "forces", "stress"))
+    for path, frame in zip(paths, result.frames, strict=True):
         atoms = ase.io.read(path)
         assert isinstance(atoms, Atoms)
         assert frame.energy == atoms.get_potential_energy(force_consistent=True)
         np.testing.assert_array_equal(frame.forces, atoms.get_forces())
         np.testing.assert_allclose(frame.stress, atoms.get_stress(voigt=False), rtol=0, atol=1e-15)
-    assert found.frames[0].energy == pytest.approx(-2759.11555469)
+    assert result.frames[0].energy == pytest.approx(-2759.11555469)
 
 
 def test_as_dpdata_reads_it(reference_data: Path) -> None:

@@ -51,9 +51,9 @@ def test_frames_of_all_materials(tmp_path: Path) -> None:
     }
     path = write(tmp_path / "some.json", materials)
     assert is_mptrj(path)
-    found = read_frames(path, moments_key="auto", require=("energy", "forces"))
-    assert [len(one) for one in found.frames] == [2, 2, 1]
-    first = found.frames[0]
+    result = read_frames(path, moments_key="auto", require=("energy", "forces"))
+    assert [len(one) for one in result.frames] == [2, 2, 1]
+    first = result.frames[0]
     assert first.energy == -16.5
     assert first.stress is not None
     np.testing.assert_allclose(first.stress, -np.array(frame()["stress"]) / 1602.1766208)
@@ -66,8 +66,8 @@ def test_frames_of_all_materials(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::forcetune.errors.ForcetuneWarning")
 def test_moments_may_be_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "some.json", {"mp-1": {"a": frame(), "b": frame(magnetic=False)}})
-    found = read_frames(path, moments_key="auto")
-    assert [one.moments is None for one in found.frames] == [False, True]
+    result = read_frames(path, moments_key="auto")
+    assert [one.moments is None for one in result.frames] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_other_json_is_not_taken_for_it(tmp_path: Path) -> None:
 def test_data_sets_are_listed_and_fetched(
     tmp_path: Path, command: Command, server: Loopback, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, told, _ = command("datasets", "--json")
+    code, out, _ = command("datasets", "--json")
     assert code == 0
-    assert {one["name"] for one in json.loads(told)} == {"mptrj", "mptrj-json"}
+    assert {one["name"] for one in json.loads(out)} == {"mptrj", "mptrj-json"}
     content = b"not the real one" * 1000
     server.contents["/mp-trj.extxyz.zip"] = Content(content)
     monkeypatch.setenv(published.MIRROR_VARIABLE, server.url)
-    code, _, told = command("datasets", "download", "mptrj", "--folder", tmp_path)
+    code, _, err = command("datasets", "download", "mptrj", "--folder", tmp_path)
     assert code == 2
-    assert "MD5" in told
+    assert "MD5" in err
     assert not (tmp_path / "mp-trj.extxyz.zip").exists()
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     monkeypatch.setattr(published, "_DATASETS", (replace(list_datasets()[0], md5=digest),))

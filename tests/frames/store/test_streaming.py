@@ -47,34 +47,34 @@ def stream(*files: Path, workers: int = 0, require: Any = NEEDED, **keys: str) -
 
 def mixed(count: int = 300) -> list[Atoms]:
     """Molecules, crystals with stress, and isolated atoms."""
-    found = labelled(count)
+    structures = labelled(count)
     for index in range(0, count, 7):
         atoms = crystal(seed=index)
         atoms.info["REF_energy"] = float(index)
         atoms.arrays["REF_forces"] = np.random.default_rng(index).standard_normal((len(atoms), 3))
-        found[index] = atoms
+        structures[index] = atoms
     for index, symbol in ((5, "H"), (200, "O")):
-        found[index] = Atoms(symbol, info={"REF_energy": -float(index)})
-    return found
+        structures[index] = Atoms(symbol, info={"REF_energy": -float(index)})
+    return structures
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_frames_that_are_read_into_memory(tmp_path: Path, name: str) -> None:
     path = FORMATS[name](tmp_path / name, mixed())
-    expected, found = read_frames(path, require=NEEDED), stream(path, workers=2 * (name == "a.xyz"))
-    assert isinstance(found.frames, StoredFrames)
-    assert (found.keys, found.files, found.sha256) == (expected.keys, expected.files, expected.sha256)
-    assert found.frames.elements == expected.elements
-    assert len(found.frames) == len(expected.frames) == 300
-    for one, other in zip(expected.frames, found.frames, strict=True):
+    expected, result = read_frames(path, require=NEEDED), stream(path, workers=2 * (name == "a.xyz"))
+    assert isinstance(result.frames, StoredFrames)
+    assert (result.keys, result.files, result.sha256) == (expected.keys, expected.files, expected.sha256)
+    assert result.frames.elements == expected.elements
+    assert len(result.frames) == len(expected.frames) == 300
+    for one, other in zip(expected.frames, result.frames, strict=True):
         assert_same(one, other)
         assert one.origin == other.origin
-    assert found.frames.atoms.tolist() == [len(frame) for frame in expected.frames]
-    kept, alone = separate_isolated(found.frames)
+    assert result.frames.atoms.tolist() == [len(frame) for frame in expected.frames]
+    molecules, alone = separate_isolated(result.frames)
     assert [frame.origin.index for frame in alone] == [5, 200]
-    assert len(kept) == 298
-    assert found.frames[-1].origin.index == 299
-    assert [frame.origin.index for frame in found.frames[10:20:5]] == [10, 15]
+    assert len(molecules) == 298
+    assert result.frames[-1].origin.index == 299
+    assert [frame.origin.index for frame in result.frames[10:20:5]] == [10, 15]
 
 
 def test_stresses_and_several_files(tmp_path: Path) -> None:
@@ -83,12 +83,12 @@ def test_stresses_and_several_files(tmp_path: Path) -> None:
         atoms.info |= {"REF_energy": 1.0, "REF_stress": np.arange(9.0).reshape(3, 3)}
         atoms.arrays["REF_forces"] = np.ones((len(atoms), 3))
     files = [write_xyz(tmp_path / f"{name}.xyz", frames[start : start + 2]) for start, name in enumerate("ab")]
-    found, expected = stream(*files), read_frames(files, require=NEEDED)
-    for one, other in zip(expected.frames, found.frames, strict=True):
+    result, expected = stream(*files), read_frames(files, require=NEEDED)
+    for one, other in zip(expected.frames, result.frames, strict=True):
         assert_same(one, other)
         assert str(one.origin) == str(other.origin)
-    assert isinstance(found.frames, StoredFrames)
-    assert found.frames.any_label("stress") and not found.frames[:0].any_label("stress")
+    assert isinstance(result.frames, StoredFrames)
+    assert result.frames.any_label("stress") and not result.frames[:0].any_label("stress")
 
 
 def plain(frames: list[Atoms]) -> None:
@@ -134,13 +134,13 @@ FAULTS = [plain, lacking, not_finite, wrong_shape, no_element, other_key, better
 
 
 def outcome(read: Callable[[], FrameSet]) -> tuple[object, list[str]]:
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            found: object = read().keys
+            result: object = read().keys
         except InputError as error:
-            found = str(error)
-    return found, [str(warning.message) for warning in told if issubclass(warning.category, ForcetuneWarning)]
+            result = str(error)
+    return result, [str(warning.message) for warning in warned if issubclass(warning.category, ForcetuneWarning)]
 
 
 @pytest.mark.parametrize("spoil", FAULTS, ids=[fault.__name__ for fault in FAULTS])
@@ -172,17 +172,17 @@ def test_keys_that_the_first_frames_lack(tmp_path: Path) -> None:
         pytest.warns(ForcetuneWarning, match="energy taken from 'REF_energy'; 'energy' with other"),
         pytest.warns(ForcetuneWarning, match="200 of 300 frames have no energy"),
     ):
-        found = stream(path, require=())
-    assert found.keys.energy == "REF_energy"
-    assert [frame.energy is None for frame in found.frames] == [index < 200 for index in range(300)]
+        result = stream(path, require=())
+    assert result.keys.energy == "REF_energy"
+    assert [frame.energy is None for frame in result.frames] == [index < 200 for index in range(300)]
 
 
 def test_any_number_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of different files are not of different kinds; a message still counts the files."""
     monkeypatch.setattr("forcetune.frames.label_keys._MOST_WITNESSES", 3)
     files = [write_xyz(tmp_path / f"{index}.xyz", labelled(2, seed=index)) for index in range(6)]
-    found = stream(*files)
-    assert [(frame.origin.file, frame.origin.index) for frame in found.frames[9:11]] == [
+    result = stream(*files)
+    assert [(frame.origin.file, frame.origin.index) for frame in result.frames[9:11]] == [
         (str(files[4]), 1),
         (str(files[5]), 0),
     ]
@@ -309,9 +309,9 @@ def test_every_damage_of_a_store_is_told(tmp_path: Path, damage: str) -> None:
     (place,) = (tmp_path / "store").iterdir()
     DAMAGES[damage](place)
     with pytest.raises(ForcetuneError, match="remove this folder"):
-        found = stream(path).frames
-        assert isinstance(found, StoredFrames)
-        assert found.atoms.sum() and list(found)
+        frames = stream(path).frames
+        assert isinstance(frames, StoredFrames)
+        assert frames.atoms.sum() and list(frames)
 
 
 def test_a_store_that_becomes_shorter_while_it_is_open_is_told(tmp_path: Path) -> None:
@@ -359,12 +359,12 @@ def test_the_split_is_the_same(tmp_path: Path, valid: Any) -> None:
     path = write_xyz(tmp_path / "a.xyz", mixed(210))
     other = write_xyz(tmp_path / "b.xyz", labelled(5, seed=4))
     options = {"valid": [str(other)] if valid == "file" else valid, "test": [str(other)]}
-    expected, found = (dataset(path, mode, **options) for mode in ("off", "on"))
-    assert found.streamed and not expected.streamed
-    assert found.elements == expected.elements
-    assert [str(frame.origin) for frame in found.isolated] == [str(frame.origin) for frame in expected.isolated]
+    expected, actual = (dataset(path, mode, **options) for mode in ("off", "on"))
+    assert actual.streamed and not expected.streamed
+    assert actual.elements == expected.elements
+    assert [str(frame.origin) for frame in actual.isolated] == [str(frame.origin) for frame in expected.isolated]
     for name, part in expected.splits.items():
-        other_part = found.splits[name]
+        other_part = actual.splits[name]
         assert (part.sha256, part.keys, part.elements) == (other_part.sha256, other_part.keys, other_part.elements)
         for one, two in zip(part.frames, other_part.frames, strict=True):
             assert_same(one, two)
@@ -430,9 +430,9 @@ def test_a_stress_without_a_cell_is_named_as_in_memory(tmp_path: Path) -> None:
     assert isinstance(streamed, StoredFrames)
     assert streamed.stress_without_cell.tolist() == [False, False, True, False, True, False]
     model = backbone(elements=(1, 6, 8))
-    told = []
+    messages = []
     for frames in (in_memory, streamed):
         with pytest.warns(ForcetuneWarning, match=r"frame 2: has a stress but no cell .* \(2 of 6 frames\)") as caught:
             build_graphs(model, frames)
-        told.append([str(one.message) for one in caught if one.category is ForcetuneWarning])
-    assert told[0] == told[1]
+        messages.append([str(one.message) for one in caught if one.category is ForcetuneWarning])
+    assert messages[0] == messages[1]

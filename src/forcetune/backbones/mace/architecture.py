@@ -174,9 +174,9 @@ def _check_supported(root: Node) -> None:
 
 def _members(root: Node, name: str) -> list[Node]:
     """The modules of a module list."""
-    found = list(root.child(name).children.values())
-    members = [member for member in found if member is not None]
-    if not members or len(members) != len(found):
+    children = list(root.child(name).children.values())
+    members = [member for member in children if member is not None]
+    if not members or len(members) != len(children):
         raise UnfitError(f"its {name} are empty")
     return members
 
@@ -229,13 +229,13 @@ def _readout(root: Node, heads: int) -> dict[str, Any]:
 
 
 def _constants(root: Node) -> tuple[tuple[str, float], ...]:
-    found = (
+    constants = (
         (f"{prefix}{name}", number(node.attributes[name], name))
         for prefix, node in root.walk()
         for name in ("cst", "coeff")
         if name in node.attributes
     )
-    return tuple(sorted(found))
+    return tuple(sorted(constants))
 
 
 def check_sizes(plain: MaceArchitecture, elements: int) -> None:

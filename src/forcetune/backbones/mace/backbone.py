@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from ase.data import chemical_symbols
 from torch import Tensor, nn
 
 from forcetune.backbones.mace.content import MaceContent, build_network, content_from_network
@@ -19,6 +19,7 @@ from forcetune.backbones.mace.surgery import cut_elements, select_head
 from forcetune.backbones.mace.trusted import LibraryMace, library_fingerprint, load_pickled
 from forcetune.backbones.mace.writing import write_model
 from forcetune.backbones.network import NetworkBackbone
+from forcetune.backbones.opening import FileBackbone, build, choose_elements
 from forcetune.backbones.protocol import Base
 from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.kernels.features import Features
@@ -27,8 +28,8 @@ from forcetune.kernels.tensors import TensorSource, UnfitError
 _LOST_REFERENCE = 1e-4  # eV
 
 
-class MaceBackbone(NetworkBackbone):
-    """A MACE or ScaleShiftMACE model with one head.
+class MaceBackbone(FileBackbone):
+    """A MACE or ScaleShiftMACE model with one head, of a ``.model`` file or a ``.safetensors`` file of :meth:`save`.
 
     Attributes:
         model: the network; adapters are attached to it in place.
@@ -39,7 +40,7 @@ class MaceBackbone(NetworkBackbone):
         stored_dtype: precision of the file or module that it was made from.
     """
 
-    library = "mace"
+    library, files = "mace", "MACE"
 
     def __init__(
         self, model: MaceNetwork, base: Base, *, stored_dtype: torch.dtype | None = None, file: Path | None = None
@@ -56,51 +57,24 @@ class MaceBackbone(NetworkBackbone):
         )
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        name: str | None = None,
-        licence: str = "unknown",
-        sha256: str = "",
-        source: str | None = None,
-        head: str | None = None,
-        elements: Sequence[int] | None = None,
-        dtype: torch.dtype = torch.float64,
-        device: str | torch.device = "cpu",
-        trust: bool = False,
+    def read_file(cls, file: Path) -> MaceContent:
+        return read_content(file)
+
+    @classmethod
+    def explain_unfit(cls, file: Path, error: UnfitError) -> str:
+        return (
+            f"{file} cannot be rebuilt: {error}. If you trust where it comes from, --trust runs its code and lets mace "
+            "compute it."
+        )
+
+    @classmethod
+    def run_file(
+        cls, file: Path, error: UnfitError, make_base: Callable[..., Base], options: dict[str, Any]
     ) -> NetworkBackbone:
-        """Read a model without running code from its file.
-
-        Args:
-            path: a ``.model`` file of mace-torch, or a ``.safetensors`` file of :meth:`save`.
-            name, licence, sha256: identity, recorded in adapters.
-            source: the name it is known by; its path where there is none.
-            head: which head of a multi-head model.
-            elements: cut the element table to these atomic numbers; None keeps it.
-            dtype: precision to compute in.
-            device: where to.
-            trust: where forcetune does not compute all of the model, run the file's code and let mace compute it.
-
-        Raises:
-            InputError: the file cannot be read or understood, the head is unknown or missing, an element is unknown.
-        """
-        file, place = Path(path), str(path) if source is None else source
-        chosen = {"head": head, "elements": elements, "dtype": dtype, "device": device}
-        try:
-            content = read_content(file)
-        except UnfitError as error:
-            if not trust:
-                raise InputError(
-                    f"{file} cannot be rebuilt: {error}. If you trust where it comes from, --trust runs its code and "
-                    "lets mace compute it."
-                ) from error
-            warn(f"{file} cannot be rebuilt ({error}); it is loaded as pickled code, as --trust allows.")
-            model = load_pickled(file)
-            base = Base(name or file.stem, sha256, library_fingerprint(model), licence, place, trusted=True)
-            return cls.from_module(model, base=base, **chosen)  # pyright: ignore[reportArgumentType]
-        base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
-        return cls._from_content(content, base, file=file, **chosen)  # pyright: ignore[reportArgumentType]
+        """The model of pickled code, computed by mace."""
+        warn(f"{file} cannot be rebuilt ({error}); it is loaded as pickled code, as --trust allows.")
+        model = load_pickled(file)
+        return cls.from_module(model, base=make_base(library_fingerprint(model), trusted=True), **options)
 
     @classmethod
     def from_module(
@@ -128,20 +102,20 @@ class MaceBackbone(NetworkBackbone):
             base = base or Base(kind, "", library_fingerprint(model), "unknown")
             return LibraryMace(model, base, reason=str(error), head=head, elements=elements, dtype=dtype, device=device)
         base = base or Base(content.architecture.kind, "", content.fingerprint, "unknown")
-        return cls._from_content(content, base, head=head, elements=elements, dtype=dtype, device=device)
+        return cls.from_content(content, base, head=head, elements=elements, dtype=dtype, device=device)
 
     @classmethod
-    def _from_content(
+    def from_content(
         cls,
         content: MaceContent,
         base: Base,
         *,
-        head: str | None,
-        elements: Sequence[int] | None,
-        dtype: torch.dtype,
-        device: str | torch.device,
-        stored_dtype: torch.dtype | None = None,
+        head: str | None = None,
+        elements: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: str | torch.device = "cpu",
         file: Path | None = None,
+        stored_dtype: torch.dtype | None = None,
     ) -> MaceBackbone:
         heads = content.architecture.heads
         if head is None and len(heads) > 1:
@@ -150,19 +124,12 @@ class MaceBackbone(NetworkBackbone):
         content = content.widened(dtype)
         if head is not None:
             content = select_head(content, head)
-        if elements is not None:
-            known = content.architecture.atomic_numbers
-            unknown = sorted(set(elements) - set(known))
-            if unknown:
-                names = ", ".join(chemical_symbols[z] for z in unknown)
-                raise InputError(f"{base.name} does not know the element {names}; choose a model that does.")
-            if len(set(elements)) < len(known):
-                content = cut_elements(content, sorted(set(elements)))
-        try:
-            network = build_network(content)
-        except UnfitError as error:
-            raise InputError(f"{base.name} cannot be rebuilt: {error}.") from error
-        return cls(network.to(dtype=dtype, device=torch.device(device)), base, stored_dtype=stored, file=file)
+        known = content.architecture.atomic_numbers
+        chosen = choose_elements(base, known, elements)
+        if len(chosen) < len(known):
+            content = cut_elements(content, chosen)
+        network = build(base, lambda: build_network(content), dtype, device)
+        return cls(network, base, stored_dtype=stored, file=file)
 
     @property
     def content(self) -> MaceContent:
@@ -175,8 +142,15 @@ class MaceBackbone(NetworkBackbone):
         Raises:
             InputError: it does not know one of them.
         """
-        chosen = {"dtype": self.dtype, "device": self.device, "stored_dtype": self.stored_dtype, "file": self._file}
-        return self._from_content(self.content, self.base, head=None, elements=elements, **chosen)  # pyright: ignore[reportArgumentType]
+        return self.from_content(
+            self.content,
+            self.base,
+            elements=elements,
+            dtype=self.dtype,
+            device=self.device,
+            file=self._file,
+            stored_dtype=self.stored_dtype,
+        )
 
     @property
     def dtype(self) -> torch.dtype:

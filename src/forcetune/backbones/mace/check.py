@@ -13,6 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from forcetune.backbones.mace.blocks import (
+    ACTIVATIONS,
+    Interaction,
+    NonLinearInteraction,
+    NonLinearReadout,
+    Product,
+    harmonics_text,
+)
 from forcetune.backbones.mace.compare import (
     compare_irreps,
     compare_value,
@@ -24,15 +32,7 @@ from forcetune.backbones.mace.compare import (
     same_rows,
 )
 from forcetune.backbones.mace.module_spec import Node, function_name, irreps_text
-from forcetune.backbones.mace.network import (
-    ACTIVATIONS,
-    Interaction,
-    MaceNetwork,
-    NonLinearInteraction,
-    NonLinearReadout,
-    Product,
-    harmonics_text,
-)
+from forcetune.backbones.mace.network import MaceNetwork
 from forcetune.backbones.mace.traced_contraction import CODE, check_traced
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, SpeciesLinear
@@ -73,12 +73,12 @@ def _module(network: nn.Module, path: str, kind: type[nn.Module] | tuple[type[nn
         UnfitError: it has none of this kind there.
     """
     try:
-        found = network.get_submodule(path)
+        module = network.get_submodule(path)
     except AttributeError:
-        found = None
-    if not isinstance(found, kind):
+        module = None
+    if not isinstance(module, kind):
         raise UnfitError(f"{path} is a layer in an unknown place")
-    return found
+    return module
 
 
 def _parent(path: str, levels: int) -> str:
@@ -115,10 +115,10 @@ def _pieces_of(module: EquivariantLinear) -> list[tuple[Any, ...]]:
     ]
 
 
-def _same_pieces(found: list[tuple[Any, ...]], own: list[tuple[Any, ...]]) -> bool:
+def _same_pieces(pieces: list[tuple[Any, ...]], own: list[tuple[Any, ...]]) -> bool:
     """The same matrices, where pieces of one matrix that follow one another count as one."""
     joined: list[tuple[Any, ...]] = []
-    for piece in found:
+    for piece in pieces:
         last = joined[-1] if joined else None
         together = last is not None and (*last[:2], last[3]) == (*piece[:2], piece[3])
         if last is not None and together and math.isclose(last[5], piece[5], rel_tol=1e-9):
@@ -180,9 +180,9 @@ def _radial_layer(node: Node, network: MaceNetwork, where: str) -> None:
 def _sequence(node: Node, network: MaceNetwork, where: str) -> None:
     module = _module(network, where, nn.Sequential)
     expected = {name: type(child).__name__ for name, child in module.named_children()}
-    found = {name: None if child is None else child.kind for name, child in node.children.items()}
-    if found != expected:
-        raise differs(where, "the layers", list(found.values()), list(expected.values()))
+    kinds = {name: None if child is None else child.kind for name, child in node.children.items()}
+    if kinds != expected:
+        raise differs(where, "the layers", list(kinds.values()), list(expected.values()))
 
 
 # ---- activations --------------------------------------------------------------------------------------------------
@@ -209,10 +209,10 @@ def _factor(node: Node) -> float:
 
 
 def _compare_function(node: Node, name: str, expected: Any, where: str) -> None:
-    found = function_name(node.attributes.get(name))
-    if ACTIVATIONS.get(str(found)) is not expected or expected is None:
+    name_in_file = function_name(node.attributes.get(name))
+    if ACTIVATIONS.get(str(name_in_file)) is not expected or expected is None:
         wanted = next((text for text, function in ACTIVATIONS.items() if function is expected), None)
-        raise differs(where, name, found, wanted)
+        raise differs(where, name, name_in_file, wanted)
 
 
 def _functions(node: Node, network: MaceNetwork, where: str) -> None:

@@ -28,13 +28,13 @@ def refuse_unknown(node: Node, known: frozenset[str], where: str) -> None:
         plain = canonical(name, value)
         if name.startswith("_") and name.endswith("_str") and isinstance(plain, str):
             continue  # descriptions for profilers
-        shown = "something" if plain is UNKNOWN else repr(plain)
-        raise UnfitError(f"{where} ({node.kind}) has {name} = {shown}, which forcetune does not know")
+        description = "something" if plain is UNKNOWN else repr(plain)
+        raise UnfitError(f"{where} ({node.kind}) has {name} = {description}, which forcetune does not know")
 
 
-def differs(where: str, what: str, found: object, expected: object) -> UnfitError:
+def differs(where: str, what: str, value: object, expected: object) -> UnfitError:
     """The error that an attribute has another value than the one that is computed with."""
-    return UnfitError(f"{where} has {what} = {found!r} where {expected!r} was expected")
+    return UnfitError(f"{where} has {what} = {value!r} where {expected!r} was expected")
 
 
 def compare_irreps(node: Node, name: str, expected: str | None, where: str) -> None:
@@ -45,9 +45,9 @@ def compare_irreps(node: Node, name: str, expected: str | None, where: str) -> N
     """
     if name not in node.attributes or expected is None:
         return
-    found = irreps_text(node.attributes[name])
-    if merged(found) != merged(expected):
-        raise differs(where, name, found, expected)
+    irreps = irreps_text(node.attributes[name])
+    if merged(irreps) != merged(expected):
+        raise differs(where, name, irreps, expected)
 
 
 def merged(text: str) -> str:
@@ -70,12 +70,12 @@ def compare_value(node: Node, name: str, expected: Any, where: str) -> None:
     """
     if name not in node.attributes:
         return
-    found = canonical(name, node.attributes[name])
-    same = found == expected
-    if isinstance(expected, float) and isinstance(found, (int, float)):
-        same = math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-12)
+    value = canonical(name, node.attributes[name])
+    same = value == expected
+    if isinstance(expected, float) and isinstance(value, (int, float)):
+        same = math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-12)
     if not same:
-        raise differs(where, name, None if found is UNKNOWN else found, expected)
+        raise differs(where, name, None if value is UNKNOWN else value, expected)
 
 
 def instructions(node: Node, where: str) -> list[tuple[Any, ...]]:
@@ -84,8 +84,8 @@ def instructions(node: Node, where: str) -> list[tuple[Any, ...]]:
     Raises:
         UnfitError: they are stored in an unknown way.
     """
-    found = node.attributes.get("instructions")
-    rows = [canonical("instructions", entry) for entry in entries(found)]
+    stored = node.attributes.get("instructions")
+    rows = [canonical("instructions", entry) for entry in entries(stored)]
     if any(not isinstance(row, tuple) for row in rows):
         raise UnfitError(f"{where} stores its paths in an unknown way")
     return rows  # pyright: ignore[reportReturnType]
@@ -98,9 +98,9 @@ def entries(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple)) else ()
 
 
-def same_rows(found: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], tolerance: float) -> bool:
+def same_rows(rows: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], tolerance: float) -> bool:
     """Whether paths of tensor products are the same, their factors within a relative tolerance."""
-    return len(found) == len(expected) and all(
+    return len(rows) == len(expected) and all(
         (*one[:5], tuple(one[6])) == (*other[:5], other[6]) and math.isclose(one[5], other[5], rel_tol=tolerance)
-        for one, other in zip(found, expected, strict=True)
+        for one, other in zip(rows, expected, strict=True)
     )

@@ -42,10 +42,10 @@ class MaceContent:
         Raises:
             UnfitError: it has none, or neither float32 nor float64.
         """
-        found = self.tensors.get("node_embedding.linear.weight")
-        if found is None or found.dtype not in (torch.float32, torch.float64):
+        weight = self.tensors.get("node_embedding.linear.weight")
+        if weight is None or weight.dtype not in (torch.float32, torch.float64):
             raise UnfitError("it is neither in float32 nor in float64")
-        return found.dtype
+        return weight.dtype
 
     def widened(self, dtype: torch.dtype) -> MaceContent:
         """In this precision where it is a higher one than the model's, so that what is computed is not rounded."""

@@ -103,12 +103,12 @@ class _Budget:
 
 
 def _part(state: Mapping[Any, Any], name: str) -> Mapping[str, Any]:
-    found = state.get(name)
-    if found is None:
+    part = state.get(name)
+    if part is None:
         return {}
-    if not isinstance(found, Mapping) or any(not isinstance(key, str) for key in found):
+    if not isinstance(part, Mapping) or any(not isinstance(key, str) for key in part):
         raise UnfitError(f"its {name} is no table of names")
-    return found
+    return part
 
 
 def node_from_record(

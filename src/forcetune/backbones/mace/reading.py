@@ -104,12 +104,12 @@ def _uncompiled(record: Any) -> Any:
 def _check_whole_model(content: Any, file: Path) -> None:
     if isinstance(content, Record):
         return
-    found = f"a {type(content).__name__}"
+    description = f"a {type(content).__name__}"
     if isinstance(content, dict):
         tensors = content and all(isinstance(value, Tensor) for value in content.values())
-        found = "only the tensors of a model (a state dict)" if tensors else "a checkpoint or another table"
+        description = "only the tensors of a model (a state dict)" if tensors else "a checkpoint or another table"
     raise InputError(
-        f"{file} holds {found}; pass the whole model that mace wrote by torch.save(model), mostly *.model."
+        f"{file} holds {description}; pass the whole model that mace wrote by torch.save(model), mostly *.model."
     )
 
 

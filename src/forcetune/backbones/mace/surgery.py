@@ -49,8 +49,8 @@ def cut_elements(content: MaceContent, numbers: Iterable[int]) -> MaceContent:
     wanted = sorted({int(z) for z in numbers})
     unknown = [z for z in wanted if z not in table]
     if unknown or not wanted:
-        found = f"does not know the atomic numbers {', '.join(map(str, unknown))}" if unknown else "needs an element"
-        raise InputError(f"the model {found}; choose among {', '.join(map(str, table))}.")
+        reason = f"does not know the atomic numbers {', '.join(map(str, unknown))}" if unknown else "needs an element"
+        raise InputError(f"the model {reason}; choose among {', '.join(map(str, table))}.")
     keep = torch.tensor([table.index(z) for z in wanted])
     try:
         network = build_network(content)
@@ -76,12 +76,12 @@ def cut_of_tensors(
     keep = torch.tensor([table.index(z) for z in sorted(set(numbers))])
 
     def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = dict(tensors)
+        result = dict(tensors)
         if len(heads) > 1:
-            found |= _one_head(content.architecture, found, heads.index(head))
+            result |= _one_head(content.architecture, result, heads.index(head))
         if len(keep) < len(table):
-            found |= _some_elements(single.architecture, network, found, keep)
-        return found
+            result |= _some_elements(single.architecture, network, result, keep)
+        return result
 
     return cut
 

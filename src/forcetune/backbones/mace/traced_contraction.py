@@ -88,11 +88,11 @@ def check_traced(node: Node, module: SymmetricContraction, n_species: int, agnos
     with torch.no_grad():
         expected = module(Features(parts, geometric=False, trains=False), step).flat
         try:
-            found = _Interpreter(node.all_tensors(), x, kinds.to(dtype)).run(node.attributes[CODE])
+            result = _Interpreter(node.all_tensors(), x, kinds.to(dtype)).run(node.attributes[CODE])
         except (*_ERRORS, MemoryError) as error:
             raise UnfitError(f"{where} was traced in an unknown way ({error})") from error
-        same = isinstance(found, Tensor) and found.shape == expected.shape
-        if not same or not bool((found - expected).abs().max() <= _TOLERANCE[dtype] * expected.abs().max()):
+        same = isinstance(result, Tensor) and result.shape == expected.shape
+        if not same or not bool((result - expected).abs().max() <= _TOLERANCE[dtype] * expected.abs().max()):
             raise UnfitError(f"{where} was traced to compute something else than a symmetric contraction")
 
 
@@ -148,10 +148,10 @@ class _Interpreter:
         raise ValueError(f"an unknown operation, {ast.unparse(value)[:80]}")
 
     def _tensor(self, value: ast.expr) -> Tensor:
-        found = self._value(value)
-        if not isinstance(found, Tensor):
+        tensor = self._value(value)
+        if not isinstance(tensor, Tensor):
             raise TypeError("a number where a tensor should be")
-        return found
+        return tensor
 
     def _called(self, call: ast.Call, function: ast.Attribute) -> Tensor:
         name, options = function.attr, {word.arg: word.value for word in call.keywords}

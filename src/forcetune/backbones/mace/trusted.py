@@ -111,18 +111,18 @@ class LibraryMace(NetworkBackbone):
         self._check_elements(batch)
         species = self._species[batch.numbers]
         if self.extension is not None:
-            found = self._by_library_extended(self.extension, batch, species, stress, create_graph)
+            prediction = self._by_library_extended(self.extension, batch, species, stress, create_graph)
         else:
             with torch.enable_grad():
                 out = self.model(self._inputs(batch, species), training=create_graph, compute_stress=stress)
             own = None if create_graph else self._interaction_of_atoms(out, species)
             stresses = out["stress"] if stress else None
-            found = Prediction(self._interaction_energy(out), out["forces"], stresses, energies=own)
+            prediction = Prediction(self._interaction_energy(out), out["forces"], stresses, energies=own)
         per_atom = self._energies_of_species[species]
         total = torch.zeros(batch.n_graphs, dtype=torch.float64, device=per_atom.device)
         total = total.index_add(0, batch.graph_index, per_atom)
-        energies = None if found.energies is None else per_atom + found.energies
-        return found._replace(energy=total + found.energy.double(), energies=energies)
+        energies = None if prediction.energies is None else per_atom + prediction.energies
+        return prediction._replace(energy=total + prediction.energy.double(), energies=energies)
 
     def _interaction_of_atoms(self, out: Mapping[str, Tensor], species: Tensor) -> Tensor:
         """(atoms,) share of each in the interaction energy, eV, float64."""
@@ -265,13 +265,13 @@ def library_sites(model: nn.Module) -> tuple[Site, ...]:
     modules = [(name, module) for name, module in model.named_modules() if name.split(".")[0] != ADAPTER]
     for name, module in modules:
         sites.extend(_sites_of(name, module))
-    found = {site.name for site in sites}
+    names = {site.name for site in sites}
     for name, module in modules:
         if isinstance(module, nn.ParameterList):
             continue
         for parameter, tensor in module.named_parameters(recurse=False):
             full = f"{name}.{parameter}".lstrip(".")
-            if full not in found:
+            if full not in names:
                 whole = WeightPath("all", 0, tuple(tensor.shape) or (1,))
                 kind = "radial_basis" if "bessel" in parameter or "gaussian" in parameter else "other"
                 sites.append(Site(full, name, parameter, name, kind, (whole,)))

@@ -108,10 +108,10 @@ def elements_from_names(names: Any) -> tuple[int, ...]:
         raise UnfitError(
             f"its atom type {short(unknown[0])} is not named after an element, and which element it is stands nowhere"
         )
-    found = tuple(atomic_numbers[name] for name in names)
-    if len(set(found)) != len(found):
+    elements = tuple(atomic_numbers[name] for name in names)
+    if len(set(elements)) != len(elements):
         raise UnfitError("it has several atom types of one element")
-    return found
+    return elements
 
 
 def check_version(version: Any) -> tuple[int, int]:
@@ -123,10 +123,10 @@ def check_version(version: Any) -> tuple[int, int]:
     parts = str(version).split(".")
     if len(parts) < 2 or not parts[0].isdigit() or not parts[1].isdigit():
         raise UnfitError(f"it was written by nequip {short(version)}, which is not supported")
-    found = int(parts[0]), int(parts[1])
-    if found not in VERSIONS:
+    release = int(parts[0]), int(parts[1])
+    if release not in VERSIONS:
         raise UnfitError(f"it was written by nequip {short(str(version))}; forcetune knows the files of 0.13 to 0.19")
-    return found
+    return release
 
 
 def whole(value: Any, what: str, largest: int = LARGEST, *, smallest: int = 0) -> int:
@@ -195,7 +195,7 @@ def scalar_activation(value: Any, what: str) -> str | None:
     """Name of an activation between layers of scalars; None where there is none.
 
     Raises:
-        UnfitError: nobody knows it.
+        UnfitError: it is unknown.
     """
     if value is None:
         return None

@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from ase.data import chemical_symbols
 from torch import Tensor
 
 from forcetune.backbones.nequip.content import Cut, NequIPContent, couplings_for
 from forcetune.backbones.nequip.network import NequIPNetwork
 from forcetune.backbones.nequip.reading import is_package, read_content
 from forcetune.backbones.nequip.writing import Original, write_content
-from forcetune.backbones.network import NetworkBackbone
+from forcetune.backbones.opening import FileBackbone, build, choose_elements
 from forcetune.backbones.protocol import Base
 from forcetune.errors import InputError
 from forcetune.kernels.features import Features
@@ -23,15 +22,15 @@ from forcetune.kernels.tensors import TensorSource, UnfitError
 NO_HEAD = "Default"
 
 
-class NequIPBackbone(NetworkBackbone):
-    """A NequIP model.
+class NequIPBackbone(FileBackbone):
+    """A NequIP model of a ``.ckpt`` of nequip-train or a ``.nequip.zip`` of nequip-package; it has no heads.
 
     Attributes:
         content: what its file holds.
         stored_dtype: precision of the file.
     """
 
-    library = "nequip"
+    library, files = "nequip", "NequIP"
 
     def __init__(
         self,
@@ -45,47 +44,8 @@ class NequIPBackbone(NetworkBackbone):
         super().__init__(model, base, elements=model.elements, cutoff=content.architecture.cutoff, head=NO_HEAD)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        name: str | None = None,
-        licence: str = "unknown",
-        sha256: str = "",
-        source: str | None = None,
-        head: str | None = None,
-        elements: Sequence[int] | None = None,
-        dtype: torch.dtype = torch.float64,
-        device: str | torch.device = "cpu",
-        trust: bool = False,
-    ) -> NequIPBackbone:
-        """Read a training checkpoint or a package without running code from it.
-
-        Args:
-            path: ``.ckpt`` of nequip-train or ``.nequip.zip`` of nequip-package.
-            name, licence, sha256: identity, recorded in adapters.
-            source: the name it is known by; its path where there is none.
-            head: of no use, as NequIP models have no heads.
-            elements: cut the table of types to these atomic numbers; None keeps it.
-            dtype: precision to compute in.
-            device: where to.
-            trust: of no use: code in a file is never run.
-
-        Raises:
-            InputError: the file cannot be read or understood, a head is asked for, an element is unknown.
-        """
-        file = Path(path)
-        try:
-            content = read_content(file)
-        except UnfitError as error:
-            never = "; code in NequIP files is never run, so --trust does not help" if trust else ""
-            raise InputError(f"{file} cannot be rebuilt: {error}{never}.") from error
-        place = str(path) if source is None else source
-        base = Base(name or file.stem, sha256, content.fingerprint, licence, place)
-        original = Original(file.resolve(), base.fingerprint)
-        return cls.from_content(
-            content, base, head=head, elements=elements, dtype=dtype, device=device, original=original
-        )
+    def read_file(cls, file: Path) -> NequIPContent:
+        return read_content(file)
 
     @classmethod
     def from_content(
@@ -97,22 +57,15 @@ class NequIPBackbone(NetworkBackbone):
         elements: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
+        file: Path | None = None,
         original: Original | None = None,
     ) -> NequIPBackbone:
-        """As :meth:`load`, from what was read."""
         if head not in (None, NO_HEAD):
             raise InputError(f"{base.name} is a NequIP model and has no heads, so none is {head!r}; leave --head out.")
-        known = sorted(content.architecture.elements)
-        wanted = known if elements is None else sorted(set(elements))
-        if unknown := sorted(set(wanted) - set(known)):
-            names = ", ".join(chemical_symbols[z] for z in unknown)
-            raise InputError(f"{base.name} does not know the element {names}; choose a model that does.")
-        try:
-            cut = Cut(content, wanted)
-            network = cut.build()
-        except UnfitError as error:
-            raise InputError(f"{base.name} cannot be rebuilt: {error}.") from error
-        network = network.to(dtype=dtype, device=torch.device(device))
+        cut = Cut(content, choose_elements(base, list(content.architecture.elements), elements))
+        network = build(base, cut.build, dtype, device)
+        if file is not None:
+            original = Original(file.resolve(), base.fingerprint)
         return cls(content, cut, network, base, original)
 
     @property

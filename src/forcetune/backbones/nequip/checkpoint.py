@@ -67,7 +67,7 @@ def content_from_checkpoint(file: InertFile, path: Path) -> NequIPContent:
     if other := [key for key in own if not key.startswith(MODEL)]:
         raise UnfitError(f"it holds several models, or one that is stored in another way ({short(other[0])})")
     names = {key: key.removeprefix(MODEL).removeprefix(_FUNCTION) for key in own}
-    found = sorted_content(
+    result = sorted_content(
         described.architecture,
         {names[key]: value for key, value in own.items()},
         norms=described.norms,
@@ -75,9 +75,9 @@ def content_from_checkpoint(file: InertFile, path: Path) -> NequIPContent:
     )
     places = {short_name: key for key, short_name in names.items()}
     content = NequIPContent(
-        found.architecture,
-        found.tensors,
-        {name: places[key] for name, key in found.names.items()},
+        result.architecture,
+        result.tensors,
+        {name: places[key] for name, key in result.names.items()},
     )
     return with_averages(content, state) if trainer in _AVERAGED else content
 

@@ -259,24 +259,24 @@ def _repulsion(
     options: Mapping[str, Any], elements: tuple[int, ...], version: tuple[int, int], power: float
 ) -> float | None:
     """p of the envelope of the ZBL potential."""
-    found = options.get("pair_potential")
-    if found is None:
+    potential = options.get("pair_potential")
+    if potential is None:
         return None
-    if not isinstance(found, Mapping) or found["_target_"] != "nequip.nn.pair_potential.ZBL":
-        target = found.get("_target_") if isinstance(found, Mapping) else found
+    if not isinstance(potential, Mapping) or potential["_target_"] != "nequip.nn.pair_potential.ZBL":
+        target = potential.get("_target_") if isinstance(potential, Mapping) else potential
         raise UnfitError(f"its pair potential is {short(target)}, and only ZBL is computed")
-    if extra := set(found) - {"_target_", "units", "chemical_species", "polynomial_cutoff_p", "type_names"}:
+    if extra := set(potential) - {"_target_", "units", "chemical_species", "polynomial_cutoff_p", "type_names"}:
         raise UnfitError(f"its ZBL potential has the option {short(sorted(map(str, extra))[0])}")
-    if found["units"] != "metal":
-        raise UnfitError(f"its ZBL potential is in the units {short(found['units'])}, not in eV and Å (metal)")
-    if elements_from_names(found["chemical_species"]) != elements:
+    if potential["units"] != "metal":
+        raise UnfitError(f"its ZBL potential is in the units {short(potential['units'])}, not in eV and Å (metal)")
+    if elements_from_names(potential["chemical_species"]) != elements:
         raise UnfitError("its ZBL potential knows other elements than its types")
     if version <= (0, 16):
         # it had the envelope of the radial basis then
-        if "polynomial_cutoff_p" in found:
+        if "polynomial_cutoff_p" in potential:
             raise UnfitError("its ZBL potential has the option 'polynomial_cutoff_p'")
         return power
-    return positive(found.get("polynomial_cutoff_p", 6.0), "polynomial_cutoff_p of ZBL")
+    return positive(potential.get("polynomial_cutoff_p", 6.0), "polynomial_cutoff_p of ZBL")
 
 
 def _norms(neighbors: Any, types: Any, version: tuple[int, int]) -> Tensor:

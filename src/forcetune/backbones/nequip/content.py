@@ -143,7 +143,7 @@ def _as_it_is(name: str, value: Tensor, trained: frozenset[str]) -> Tensor:
 def couplings_for(architecture: NequIPArchitecture) -> dict[str, Tensor]:
     """3j symbols of all layers, with the signs that nequip's e3nn gives them, by the names that layers ask for."""
     angular = parse_irreps(architecture.harmonics)[-1].order
-    found: dict[str, Tensor] = {}
+    couplings: dict[str, Tensor] = {}
     for layer, (before, after) in enumerate(pairwise(architecture.features)):
         orders = [{block.order for block in parse_irreps(irreps)} for irreps in (before, after)]
         for first in orders[0]:
@@ -151,8 +151,8 @@ def couplings_for(architecture: NequIPArchitecture) -> dict[str, Tensor]:
                 for third in orders[1]:
                     if abs(first - second) <= third <= first + second:
                         name = f"layer{layer}_convnet.conv.tp_scatter.tp._w3j_{first}_{second}_{third}"
-                        found[name] = clebsch_gordan_3j(first, second, third)
-    return found
+                        couplings[name] = clebsch_gordan_3j(first, second, third)
+    return couplings
 
 
 class Cut:
@@ -175,7 +175,7 @@ class Cut:
         Raises:
             UnfitError: a table does not fit the types.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, tensor in self.content.tensors.items():
             value = tensor.detach()
             if name == EMBEDDING or (name.endswith(_NORM) and tensor.ndim == 2 and len(tensor) > 1):
@@ -187,8 +187,8 @@ class Cut:
                     raise UnfitError("its table of cutoffs does not fit its types")
                 value = value.view(self.n_types, self.n_types)[self.rows][:, self.rows].flatten()
             trained = isinstance(tensor, nn.Parameter) and name not in (SHIFTS, SCALES)
-            found[name] = nn.Parameter(value) if trained else value
-        return found
+            tensors[name] = nn.Parameter(value) if trained else value
+        return tensors
 
     def _rows_of(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.ndim != 2 or len(tensor) != self.n_types:

@@ -73,10 +73,10 @@ class ModalLinear(EquivariantLinear):
         register(self, "modality", source.take("modality", (outputs[self.scalars].multiplicity,), torch.zeros))
 
     def forward(self, features: Features) -> Features:
-        found = super().forward(features)
-        blocks = list(found.blocks)
+        outputs = super().forward(features)
+        blocks = list(outputs.blocks)
         blocks[self.scalars] = blocks[self.scalars] + self.modality * self.modality_factor
-        return Features(blocks, geometric=found.geometric, trains=found.trains)
+        return Features(blocks, geometric=outputs.geometric, trains=outputs.trains)
 
     def sites(self, name: str) -> Iterator[Site]:
         yield from super().sites(name)
@@ -145,9 +145,9 @@ def product_irreps(
             even = (block.parity == "e") == (harmonic.parity == "e")
             for order in range(abs(block.order - harmonic.order), block.order + harmonic.order + 1):
                 counts[order, even] = counts.get((order, even), 0) + block.multiplicity * harmonic.multiplicity
-    found = [
+    blocks = [
         Block(count if multiplicity is None else multiplicity, order, "e" if even else "o", 0)
         for (order, even), count in counts.items()
         if order <= highest and (even or not only_even)
     ]
-    return irreps_text(sorted_blocks(found))
+    return irreps_text(sorted_blocks(blocks))

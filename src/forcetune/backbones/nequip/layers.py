@@ -30,8 +30,8 @@ class TypeEmbedding(nn.Module):
         register(self, "weight", source.take("weight", (types, width), torch.randn))
 
     def forward(self, features: Features) -> Features:
-        found = features.blocks[0] @ self.weight
-        return Features([found], geometric=features.geometric, trains=features.trains or can_train(self))
+        embedded = features.blocks[0] @ self.weight
+        return Features([embedded], geometric=features.geometric, trains=features.trains or can_train(self))
 
     def sites(self, name: str) -> Iterator[Site]:
         types, width = self.weight.shape
@@ -92,10 +92,10 @@ class AttributeLinear(nn.Module):
             parts.append((attributes @ piece.view(block.fan_in, self.attributes, block.fan_out)).flatten())
             blocks.append(Block(block.source, block.target, 0, block.fan_in, block.fan_out, start, block.factor))
             start += block.fan_in * present * block.fan_out
-        found = species_linear(
+        outputs = species_linear(
             blocks, torch.cat(parts), present, features.blocks, self.layout, _all_of(plan.present), plan.counts
         )
-        return Features(found, geometric=features.geometric, trains=features.trains or can_train(self))
+        return Features(outputs, geometric=features.geometric, trains=features.trains or can_train(self))
 
     def sites(self, name: str) -> Iterator[Site]:
         paths = tuple(

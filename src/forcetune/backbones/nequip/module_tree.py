@@ -64,10 +64,10 @@ class Node:
 
     def all_tensors(self) -> dict[str, Tensor]:
         """Of all modules below and this one, by dotted name from here."""
-        found = dict(self.tensors)
+        tensors = dict(self.tensors)
         for name, child in self.children.items():
-            found |= {f"{name}.{key}": tensor for key, tensor in child.all_tensors().items()}
-        return found
+            tensors |= {f"{name}.{key}": tensor for key, tensor in child.all_tensors().items()}
+        return tensors
 
 
 def _joined(path: str, name: str) -> str:
@@ -109,14 +109,14 @@ def read_tree(record: Any) -> Node:
 
 
 def _table(state: Mapping[Any, Any], name: str) -> Mapping[str, Any]:
-    found = state.get(name)
-    if isinstance(found, Record):  # an OrderedDict with a state of its own
-        found = found.entries
-    if found is None:
+    table = state.get(name)
+    if isinstance(table, Record):  # an OrderedDict with a state of its own
+        table = table.entries
+    if table is None:
         return {}
-    if not isinstance(found, Mapping) or any(not isinstance(key, str) for key in found):
+    if not isinstance(table, Mapping) or any(not isinstance(key, str) for key in table):
         raise UnfitError(f"its {name} is no table of names")
-    return found
+    return table
 
 
 def _fields(value: Any) -> tuple[Any, ...]:

@@ -139,7 +139,7 @@ class ConvolutionLayer(nn.Module):
         self.residual = architecture.residual[layer]
 
     def forward(self, features: Features, step: Step, attributes: Tensor) -> Features:
-        found = interact(
+        outputs = interact(
             features,
             step,
             self_connection=self.conv.self_connection(step, attributes),
@@ -150,7 +150,7 @@ class ConvolutionLayer(nn.Module):
             after=self.conv.linear_2,
             gate=self.equivariant_nonlin,
         )
-        return features.plus(found) if self.residual else found
+        return features.plus(outputs) if self.residual else outputs
 
 
 class ScaleShift(nn.Module):

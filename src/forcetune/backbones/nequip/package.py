@@ -137,10 +137,10 @@ def _numbers_as_norms(model: Node, architecture: NequIPArchitecture) -> Tensor:
         UnfitError: layers have different ones.
     """
     layers = [model.child(f"layer{index}_convnet.conv") for index in range(architecture.n_layers)]
-    found = {layer.attribute("scatter_norm_factor") for layer in layers}
-    if len(found) != 1:
+    norms = {layer.attribute("scatter_norm_factor") for layer in layers}
+    if len(norms) != 1:
         raise UnfitError("its layers divide by different numbers of neighbors")
-    factor = found.pop()
+    factor = norms.pop()
     number = 1.0 if factor is None else positive(factor, "scatter_norm_factor", 1e6)
     return torch.tensor([[number]], dtype=getattr(torch, architecture.dtype))
 
@@ -162,8 +162,8 @@ def _architecture(model: Node, version: tuple[int, int]) -> NequIPArchitecture:
     cutoff, bessel, power = _radial(model, len(elements))
     harmonics = _harmonics(model.child("spharm"))
     features = [f"{attributes}x0e"]
-    found = [_layer(model.child(name), index, harmonics, features) for index, name in enumerate(layers)]
-    scalar, gate = _one_for_all([each.activations for each in found])
+    layer_contents = [_layer(model.child(name), index, harmonics, features) for index, name in enumerate(layers)]
+    scalar, gate = _one_for_all([each.activations for each in layer_contents])
     hidden, activation = _network(model.child("per_atom_energy_readout.mlp_module"))
     _check_energies(model)
     return NequIPArchitecture(
@@ -174,9 +174,9 @@ def _architecture(model: Node, version: tuple[int, int]) -> NequIPArchitecture:
         features=tuple(features),
         bessel=bessel,
         cutoff_power=power,
-        radial_hidden=tuple(each.radial for each in found),
-        self_connections=tuple(each.connected for each in found),
-        residual=tuple(each.residual for each in found),
+        radial_hidden=tuple(each.radial for each in layer_contents),
+        self_connections=tuple(each.connected for each in layer_contents),
+        residual=tuple(each.residual for each in layer_contents),
         scalar_activation=scalar,
         gate_activation=gate,
         readout_hidden=hidden,
@@ -217,9 +217,9 @@ def _expect(node: Node, **values: Any) -> None:
         UnfitError: an attribute has another value.
     """
     for name, value in values.items():
-        found = node.attribute(name)
-        if type(found) is not type(value) or found != value:
-            raise UnfitError(f"its {node.path} has the {name} {short(found)}, which is not computed")
+        stored = node.attribute(name)
+        if type(stored) is not type(value) or stored != value:
+            raise UnfitError(f"its {node.path} has the {name} {short(stored)}, which is not computed")
 
 
 def _embedding(node: Node, types: int) -> int:
@@ -314,20 +314,20 @@ def _activations(gate: Node, after: str) -> tuple[str, str | None]:
     """Activations of even scalars and of gates; None where there are no gates."""
 
     def names(part: str) -> list[str]:
-        found = []
+        activations = []
         for child in gate.child(part).child("acts").children.values():
             name = function_of(child.attributes.get("f"))
             if child.kind != "normalize2mom" or name not in _FUNCTIONS:
                 raise UnfitError(f"its {part} are {short(name)}")
-            found.append(_FUNCTIONS[name])
-        return found
+            activations.append(_FUNCTIONS[name])
+        return activations
 
     scalars = [block.irrep for block in parse_irreps(after) if block.order == 0]
-    found = names("act_scalars")
+    activations = names("act_scalars")
     gates = names("act_gates")
-    if len(found) != len(scalars) or len(set(gates)) > 1:
+    if len(activations) != len(scalars) or len(set(gates)) > 1:
         raise UnfitError("its activations do not fit its features")
-    table = dict(zip(scalars, found, strict=True))
+    table = dict(zip(scalars, activations, strict=True))
     own = {"e": gates[0] if gates else "silu", "o": "tanh"}
     scalar, even = convolution_activations({"e": table["0e"], "o": table.get("0o", "tanh")}, own)
     return scalar, even if gates else None
@@ -361,8 +361,8 @@ def _network(node: Node) -> tuple[tuple[int, ...], str | None]:
 
 
 def _check_alpha(node: Node, expected: float) -> None:
-    found = node.tensors.get("alpha", node.attributes.get("alpha"))
-    value = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+    alpha = node.tensors.get("alpha", node.attributes.get("alpha"))
+    value = alpha.item() if isinstance(alpha, Tensor) and alpha.numel() == 1 else alpha
     if not isinstance(value, float) or abs(value / expected - 1) > 1e-5:
         raise UnfitError(f"its {node.path} multiplies by {short(value)}, not by {expected:.6g}")
 

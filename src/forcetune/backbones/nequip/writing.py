@@ -44,7 +44,7 @@ def write_content(content: NequIPContent, original: Original, path: str | Path) 
     """Write a copy of a file in which other numbers stand, atomically.
 
     Numbers are replaced storage by storage, and everything else stays byte for byte. A checkpoint whose tensors would
-    change their shape or precision is written anew, with its description of the training changed accordingly.
+    change their shape or precision is written again, with its description of the training changed accordingly.
 
     Args:
         content: what to write; its names are those of the file.
@@ -99,10 +99,10 @@ def _rewrite(
 
 def _tensors_of_checkpoint(content: NequIPContent, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors by their names in the state dictionary; averaged weights are written beside those that are trained on."""
-    found = {key: content.tensors[name].detach() for name, key in content.names.items()}
+    tensors = {key: content.tensors[name].detach() for name, key in content.names.items()}
     if "ema._extra_state" in state:
-        found |= {key: content.tensors[name].detach() for name, key in average_names(content).items()}
-    return found
+        tensors |= {key: content.tensors[name].detach() for name, key in average_names(content).items()}
+    return tensors
 
 
 def _write_anew(content: NequIPContent, file: InertFile, tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -122,7 +122,7 @@ def _write_anew(content: NequIPContent, file: InertFile, tensors: Mapping[str, T
 
 
 def _cast(state: dict[str, Any], before: Mapping[str, Any], content: NequIPContent) -> None:
-    """Tensors of the model's precision that nobody reads follow it."""
+    """Tensors of the model's precision that are not read follow it."""
     for key, value in before.items():
         if isinstance(value, Tensor) and value.dtype == torch.float32 and key.startswith("model."):
             state[key] = state[key].to(content.dtype)

@@ -112,10 +112,10 @@ class _Archive:
         name = str(key)
         if name not in self._storages:
             self._storages[name] = self._read_storage(name, dtype)
-        found = self._storages[name][1]
-        if found.flat.dtype != dtype or found.flat.numel() < count:
+        storage = self._storages[name][1]
+        if storage.flat.dtype != dtype or storage.flat.numel() < count:
             raise MalformedError(f"storage {name} holds fewer elements than the {count} it should, or others")
-        return found
+        return storage
 
     def _read_storage(self, key: str, dtype: torch.dtype) -> tuple[str, Storage]:
         for place in self._places(key):
@@ -268,8 +268,8 @@ def read_inert_file(path: str | os.PathLike[str]) -> InertFile:
                     "write it again with torch.save."
                 )
             if not zipfile.is_zipfile(stream):
-                found = "is empty" if size == 0 else "is not a file of torch.save, or an incomplete one"
-                raise InputError(f"{file} {found}; pass the .model file that mace wrote, or download it again.")
+                problem = "is empty" if size == 0 else "is not a file of torch.save, or an incomplete one"
+                raise InputError(f"{file} {problem}; pass the .model file that mace wrote, or download it again.")
             stream.seek(0)
             return _read(stream, size, str(file), scripted=False)
     except OSError as error:

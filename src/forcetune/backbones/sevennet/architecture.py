@@ -244,8 +244,8 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
 def _version(config: Mapping[str, Any]) -> tuple[int, int]:
     """Major and minor version of sevenn; checkpoints from before versions were written count as the oldest."""
     parts = str(config.get("version", "0.0.0")).split(".")
-    found = int(parts[0]), int(parts[1])
-    return (0, 10) if found == (0, 11) and len(parts) > 3 and parts[3] == "dev0" else found
+    release = int(parts[0]), int(parts[1])
+    return (0, 10) if release == (0, 11) and len(parts) > 3 and parts[3] == "dev0" else release
 
 
 def _features(config: Mapping[str, Any], layers: int, harmonics: str, highest: int) -> tuple[str, ...]:
@@ -277,12 +277,12 @@ def _checked_irreps(text: str) -> str:
     return irreps_text(blocks)
 
 
-def _cutoff_function(found: Mapping[str, Any]) -> tuple[str, float]:
-    options = dict(found)
+def _cutoff_function(function: Mapping[str, Any]) -> tuple[str, float]:
+    options = dict(function)
     name = options.pop("cutoff_function_name")
     key = {"XPLOR": "cutoff_on", "poly_cut": "poly_cut_p_value"}.get(name)
     if key is None or set(options) - {"cutoff_on", "poly_cut_p_value"}:
-        raise UnfitError(f"its cutoff function is {short(found)}")
+        raise UnfitError(f"its cutoff function is {short(function)}")
     return name, _number(options.get(key, 6) if name == "poly_cut" else options[key], key)
 
 

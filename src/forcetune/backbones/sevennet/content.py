@@ -135,15 +135,16 @@ class Cut:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of the network: parameters where they are trained, buffers else."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, tensor in self.content.tensors.items():
             if name.startswith(RESCALING):
-                found[name] = self.per_element(tensor)
+                tensors[name] = self.per_element(tensor)
             elif name.endswith(".denominator"):
-                found[name] = tensor
+                tensors[name] = tensor
             else:
-                found.update({key: nn.Parameter(value.detach()) for key, value in self._weights(name, tensor).items()})
-        return found
+                weights = self._weights(name, tensor)
+                tensors.update({key: nn.Parameter(value.detach()) for key, value in weights.items()})
+        return tensors
 
     def per_element(self, tensor: Tensor) -> Tensor:
         """Shift or scale of the chosen elements and modality.
@@ -157,19 +158,19 @@ class Cut:
         return (chosen if len(chosen) > 1 else chosen.expand(self.n_species))[self.rows]
 
     def _weights(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         place = self.modal_place(name)
         if place is not None:
             rows = _viewed(name, tensor[place[0] :], self.n_modalities, place[1])
-            found[f"{name.removesuffix('.weight')}.modality"] = rows[self.modality]
+            weights[f"{name.removesuffix('.weight')}.modality"] = rows[self.modality]
             tensor = tensor[: place[0]]
         if name == "onehot_to_feature_x.linear.weight":
             width = sum(block.multiplicity for block in parse_irreps(self.content.architecture.features[0]))
-            return found | {name: _viewed(name, tensor, self.n_species, width)[self.rows].reshape(-1)}
+            return weights | {name: _viewed(name, tensor, self.n_species, width)[self.rows].reshape(-1)}
         if name.endswith("fc_tensor_product.weight"):
             blocks = [block[:, self.rows].reshape(-1) for block in self._species_blocks(name, tensor)]
             return {name: torch.cat(blocks)}
-        return found | {name: tensor}
+        return weights | {name: tensor}
 
     def modal_place(self, name: str) -> tuple[int, int] | None:
         """Where the rows of the modalities begin in a weight, and how wide they are."""

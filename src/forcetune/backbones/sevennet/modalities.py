@@ -51,9 +51,14 @@ def with_new_modality(
     config |= {"_modal_map": modal_map, "_number_of_modalities": len(modal_map)}
     if isinstance(content.config.get("modal_list"), list):
         config["modal_list"] = [*content.config["modal_list"], name]
-    found = content.replaced(tensors, config)
+    changed = content.replaced(tensors, config)
     return SevenNetContent(
-        read_architecture(found.config), found.tensors, found.names, found.constants, found.config, found.state
+        read_architecture(changed.config),
+        changed.tensors,
+        changed.names,
+        changed.constants,
+        changed.config,
+        changed.state,
     )
 
 
@@ -88,12 +93,12 @@ def _rescaling(cut: Cut, energies: Tensor, dtype: torch.dtype | None) -> tuple[d
     before = {key: cut.content.tensors[f"{RESCALING}{key}"].detach() for key in ("shift", "scale")}
     before = {key: tensor.to(dtype or tensor.dtype) for key, tensor in before.items()}
     changed, config = with_references(cut, energies, dtype)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, tensor in before.items():
         tuned = changed.get(f"{RESCALING}{key}", tensor)
         if tuned.ndim == 2:
             assert cut.modality is not None
             others = tensor if tensor.ndim == 2 else tensor.expand(cut.n_modalities, cut.n_species)
             tuned = torch.cat([others, tuned[cut.modality : cut.modality + 1]])
-        found[f"{RESCALING}{key}"] = tuned.clone()
-    return found, config
+        tensors[f"{RESCALING}{key}"] = tuned.clone()
+    return tensors, config

@@ -336,7 +336,7 @@ class SevenNetNetwork(nn.Module):
         features: Features = self.onehot_to_feature_x(
             Features([of_senders.unsqueeze(1)], geometric=False, trains=False)
         )
-        kept: list[Features] = []
+        outputs: list[Features] = []
         for connection, first, convolution, second, gate in self.layers:
             features = interact(
                 features,
@@ -349,9 +349,9 @@ class SevenNetNetwork(nn.Module):
                 after=second,
                 gate=gate,
             )
-            kept.append(features)
+            outputs.append(features)
         if self.readout_FCN is not None:
             energies = self.readout_FCN(features.blocks[0][:, 0])
         else:
             energies = self.reduce_hidden_to_energy(self.reduce_input_to_hidden(features)).blocks[0][:, 0, 0]
-        return energies * self.rescale_atomic_energy.scale[plan.species], kept
+        return energies * self.rescale_atomic_energy.scale[plan.species], outputs

@@ -41,7 +41,7 @@ class Format:
         recognizes: whether a file with this path and beginning (text, at most 64 KiB) is one; of a folder the text is
             empty.
         read: the structures, one at a time, given the path and elements of numbered types (empty where the user
-            named none). Whatever it raises but :class:`InputError` is told with the file and the frame reached.
+            named none). Whatever it raises but :class:`InputError` is reported with the file and the frame reached.
         parts: all files that are read with the one that is named; they make the hash of the data.
         unused: what is in a file or folder and is not read.
         is_folder: data are a folder.

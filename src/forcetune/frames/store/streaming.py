@@ -2,7 +2,7 @@
 
 Stores are kept between runs. The name of one comes from the content of the files and all that decides what is read: the
 keys asked for, where labels are looked for, the version of ASE. It comes also from the files as they were named and
-from what the data are for, since both stand in the warnings that are told again. So a store is found again by whoever
+from what the data are for, since both stand in the warnings that are repeated. So a store is used again by whoever
 reads the same files in the same way, and never by another.
 """
 
@@ -254,7 +254,7 @@ class _Building:
         """
         heard: list[warnings.WarningMessage] = []
         try:
-            # files are read twice or thrice, and what their readers warn of is told whenever the store is opened
+            # files are read twice or thrice, and what their readers warn of is repeated whenever the store is opened
             with warnings.catch_warnings(record=True) as heard:
                 warnings.simplefilter("always", ForcetuneWarning)
                 keys, messages = self._read_and_write(folder)
