@@ -203,7 +203,15 @@ def test_errors_say_what_to_do(
 def test_names_are_read() -> None:
     assert read_reference("hub:lab/name").revision is None
     assert read_reference("hub:lab/name@v1.0").revision == "v1.0"
-    for text in ("hub:name", "hub:lab/na me", "hub:lab/name@", "hub:lab/../x", "hub:lab/name@../x", "hub:/lab/name"):
+    for text in (
+        "hub:name",
+        "hub:lab/na me",
+        "hub:lab/name@",
+        "hub:lab/../x",
+        "hub:lab/name@../x",
+        "hub:/lab/name",
+        "hub:a--b/c",
+    ):
         with pytest.raises(InputError, match="hub:owner/name"):
             read_reference(text)
 

@@ -2,7 +2,7 @@
 
 Through ``huggingface_hub``, an optional package, which also knows the server (``HF_ENDPOINT``) and who asks
 (``HF_TOKEN``). A branch or tag stands for the commit that it points to when a process first asks; the files of a commit
-are kept in the cache (``hub/OWNER/NAME/COMMIT``) and read from there without a network.
+are kept in the cache (``hub/OWNER--NAME/COMMIT``) and read from there without a network.
 
 Three things are compared before a file is used: the SHA-256 that the hub lists for large files, the list
 ``SHA256SUMS`` that :func:`forcetune.push` wrote beside them, and, of files that are in the cache already, the SHA-256
@@ -77,7 +77,8 @@ def read_reference(text: str) -> HubReference:
         InputError: it is not ``hub:owner/name`` or ``hub:owner/name@revision``.
     """
     match = _REFERENCE.fullmatch(text)
-    if match is None:
+    # no hub has names with two dashes or dots in a row
+    if match is None or re.search(r"--|\.\.", match["repository"]):
         raise InputError(f"{text[:120]!r}: write hub:owner/name or hub:owner/name@revision.")
     return HubReference(match["repository"], match["revision"])
 
@@ -117,7 +118,9 @@ def fetch_adapter(reference: str) -> Path:
 
 def repository_folder(repository: str) -> Path:
     """Where the adapters of a repository are kept, a folder for each commit."""
-    return cache_folder("hub").joinpath(*repository.split("/"))
+    owner, name = repository.split("/")
+    # Windows has devices such as CON and AUX, and no folder can be called that
+    return cache_folder("hub") / f"{owner}--{name}"
 
 
 def endpoint() -> str | None:
