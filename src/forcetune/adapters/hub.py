@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +215,10 @@ def hub_errors(what: str, repository: str) -> Iterator[Any]:
         InputError: the package is missing, the hub is out of reach or refuses, or there is nothing of that name.
     """
     try:
-        import huggingface_hub as hub
-        from huggingface_hub import errors
-        from huggingface_hub.utils import disable_progress_bars
+        hub, errors, utils = (import_module(f"huggingface_hub{part}") for part in ("", ".errors", ".utils"))
     except ImportError as error:
         raise missing_package("huggingface_hub", "hub", error) from error
-    disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield hub
     except InputError:

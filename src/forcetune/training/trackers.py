@@ -11,6 +11,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,9 +88,7 @@ class WeightsAndBiases(Tracker):
     package, extra = "wandb", "wandb"
 
     def start(self, folder: Path, project: str, options: Mapping[str, Any], identity: str | None) -> str | None:
-        import wandb
-
-        self.run = wandb.init(
+        self.run = import_module("wandb").init(
             project=project, name=folder.name, config=dict(options), id=identity, resume="allow" if identity else None
         )
         # epochs of a resumed run may come twice, which its own counter of steps would refuse
@@ -109,9 +108,7 @@ class MLflow(Tracker):
     package, extra = "mlflow", "mlflow"
 
     def start(self, folder: Path, project: str, options: Mapping[str, Any], identity: str | None) -> str | None:
-        from mlflow import MlflowClient
-
-        self.client = MlflowClient()
+        self.client = import_module("mlflow").MlflowClient()
         if identity is not None:
             self.run_id = identity
             self.client.update_run(identity, status="RUNNING")
