@@ -2,7 +2,6 @@
 
     python benchmarks/step.py [--data DATA/rmd17] [--json FILE] [--threads 2] [--device cuda] [--quick] [--keep-memory]
     python benchmarks/step.py --data DATA/rmd17 --profile
-    python benchmarks/step.py --data DATA/rmd17 --gates 21,50,100,200
     python benchmarks/step.py --kernels compiled,torch --quick --methods mmea
 
 A step is energies and forces with their graph, the loss mean (E − E*)² + 1000 mean (F − F*)², and its gradient by
@@ -18,9 +17,8 @@ and filled with zeros, in the next. Processor time is that of all threads of the
 jobs share the cores. ``--kernels`` says what computes convolutions and contractions; of several each has its rows.
 What page faults cost is a matter of the machine, and is high on virtual ones; with
 ``--keep-memory`` glibc's allocator keeps all memory, and it costs nothing.
-``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready; ``--gates``
-how much slower predictions are with MMEA's gates than without, for systems of so many atoms. Predictions called
-"compiled" are those of the ASE calculator in dynamics of small systems.
+``--profile`` shows instead where the time of an mmea step goes, and what it costs to make a batch ready. Predictions
+called "compiled" are those of the ASE calculator in dynamics of small systems. What gates cost says ``gates.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -351,53 +348,6 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     return result
 
 
-def gates_cost(runs: Runs, turns: int) -> dict[str, Any]:
-    """Median seconds of both, and the median of their quotients turn by turn, which a slow minute hardly changes.
-
-    A turn is some predictions of one, as in dynamics, then of the other; the first of them finds other things in the
-    caches and does not count.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(turns + 1):
-        for name in list(runs) if turn % 2 else reversed(runs):
-            found = []
-            for _ in range(4):
-                start = time.perf_counter()
-                runs[name]()
-                found.append(time.perf_counter() - start)
-            if turn:
-                times[name].append(statistics.median(found[1:]))
-    quotients = [gated / plain for plain, gated in zip(times["base"], times["mmea"], strict=True)]
-    fastest = min(times["mmea"]) / min(times["base"]) - 1
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    return middle | {"cost": statistics.median(quotients) - 1, "cost_by_fastest": fastest}
-
-
-def show_gates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of predictions with and without gates, in turn; 21 atoms are aspirin, all others a box."""
-    base = random_model(torch.float64)
-    models = {"base": tuned_model(base, None), "mmea": deployed(tuned_model(base, "mmea"))}
-    for model in models.values():
-        model.model.requires_grad_(False)
-    columns = ("atoms", "steps", "base, ms", "mmea, ms", "gates cost", "by the fastest")
-    table = Table(*columns, title="float64", title_justify="left")
-    result = []
-    for atoms in arguments.gates:
-        structure = aspirin(arguments.data, 1)[0] if atoms == 21 else periodic_box(atoms)
-        batch = batch_of(base, [structure], torch.float64)
-        eager: Runs = {name: partial(model.predict, batch) for name, model in models.items()}
-        played = {name: recorded(model, batch) for name, model in models.items()}
-        kinds = {"eager": eager, "compiled": {name: run for name, run in played.items() if run is not None}}
-        for kind, runs in kinds.items():
-            if runs:
-                row = {"atoms": atoms, "steps": kind} | gates_cost(runs, 60 if atoms < 60 else 15)
-                shares = (f"{100 * row[name]:+.1f} %" for name in ("cost", "cost_by_fastest"))
-                table.add_row(f"{atoms}", kind, f"{1e3 * row['base']:.1f}", f"{1e3 * row['mmea']:.1f}", *shares)
-                result.append(row)
-    Console().print(table)
-    return result
-
-
 LAYERS = {
     "contraction": ("_Polynomial", "_PolynomialBackward", "_PolynomialBackwardBackward"),
     "convolution": ("_Convolution", "_ConvolutionBackward", "_ConvolutionBackwardBackward"),
@@ -526,16 +476,13 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="only the float64 batch of five and the molecule")
     parser.add_argument("--profile", action="store_true", help="only the profile of the mmea step")
-    parser.add_argument(
-        "--gates", type=lambda text: [int(part) for part in text.split(",")], help="only the cost of gates, by atoms"
-    )
     parser.add_argument("--keep-memory", action="store_true", help="let the allocator keep all memory (Linux)")
     arguments = parser.parse_args()
     if arguments.keep_memory:
         keep_memory()
     torch.set_num_threads(arguments.threads)
-    if arguments.profile or arguments.gates:
-        found = show_profile(arguments) if arguments.profile else show_gates(arguments)
+    if arguments.profile:
+        found = show_profile(arguments)
         if arguments.json is not None:
             write_text(arguments.json, json.dumps(found, indent=1) + "\n")
         return

@@ -151,7 +151,7 @@ def sample(frames: list[Atoms], number: int) -> list[Atoms]:
     return [frames[i] for i in sorted(order)]
 
 
-def settings_of(method: str) -> tuple[str, dict[str, Any]]:
+def settings_of(method: str) -> tuple[str, dict[str, str]]:
     """``elora+rank=8+training.ema=0.9`` as the method's name and dotted settings."""
     name, *options = method.split("+")
     settings = {}
@@ -199,7 +199,7 @@ def run_job(job: Job, data: Path, tests: int) -> dict[str, Any]:
                 "training": training,
                 "output": {"run": str(job.folder), "overwrite": True, "forgetting": False},
             },
-            overrides=settings,
+            settings=[f"{key}={value}" for key, value in settings.items()],
         ),
         console=Console(quiet=True),
     )

@@ -98,7 +98,8 @@ class _LinearGate:
             if isinstance(changed, Tensor):
                 return features_of(changed, output.layout, geometric=True, trains=True)
             return changed
-        blocks = gated_linear(self.structure, layer.weight, self.gate.weights(), features.blocks, self.fixed)
+        weights = self.gate.weights()
+        blocks = gated_linear(self.structure, layer.weight, weights, features.blocks, self.fixed, layer.kernels)
         return Features(blocks, geometric=features.geometric, trains=True)
 
 

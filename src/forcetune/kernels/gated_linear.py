@@ -7,7 +7,7 @@ product is added to, and both give their gradient by the input in one product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from forcetune.kernels.compiled import gate as compiled_gate
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled
+from forcetune.kernels.compiled.gated_layer import FixedLayer
 from forcetune.kernels.constants import Constant
-from forcetune.kernels.linear import Block, matrices
-
-Gain = Callable[[Tensor], tuple[Tensor, Tensor]]
+from forcetune.kernels.gain import GainKind, gain_and_slope
+from forcetune.kernels.linear import Block, equivariant_linear, matrices
 
 _NOTHING = Constant(torch.zeros(1))
 Span = tuple[int, int]
@@ -48,14 +50,14 @@ class GatedStructure:
         n_outputs: outputs of the layer.
         scalars: which input has the even scalars that drive the gate.
         activation: whether a SiLU follows W↓.
-        gain: φ and φ′.
+        gain: φ.
     """
 
     blocks: tuple[GatedBlock, ...]
     n_outputs: int
     scalars: int
     activation: bool
-    gain: Gain
+    gain: GainKind
 
 
 class GateWeights(NamedTuple):
@@ -73,7 +75,7 @@ class GateWeights(NamedTuple):
         return any(tensor is not None and tensor.requires_grad for tensor in self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Prepared:
     """Weights that do not train, in the form in which predictions use them.
 
@@ -84,6 +86,7 @@ class _Prepared:
         down, down_bias, up, up_bias: of the bottleneck, and of shifts and gains together, outputs first.
         down_transposed, up_transposed: inputs first.
         matrices, transposed: of the layer, times their factors.
+        layer: all of it for compiled kernels, where it has been asked for.
     """
 
     owner: FixedWeights
@@ -97,6 +100,44 @@ class _Prepared:
     up_transposed: Tensor
     matrices: list[Tensor]
     transposed: list[Tensor]
+    layer: FixedLayer | None = None
+
+
+class _Compiled:
+    """The gate of a structure as compiled kernels have it.
+
+    Attributes:
+        gate: that they apply.
+        targets: outputs that the gate changes, in its order.
+    """
+
+    def __init__(self, structure: GatedStructure, rank: int, n_in: int, dims: Sequence[int]) -> None:
+        changed = sorted((b for b in structure.blocks if b.shift or b.gain), key=lambda gated: gated.block.target)
+        self.targets = [gated.block.target for gated in changed]
+        blocks = tuple((gated.gain is not None, dims[gated.block.source], gated.block.fan_out) for gated in changed)
+        shape = compiled_gate.GateShape(structure.activation, structure.gain, rank, n_in, blocks)
+        self.structure, self.dims = structure, list(dims)
+        self.spans = [(gated.shift, gated.gain) for gated in changed]
+        self.has_shifts = any(gated.shift for gated in changed)
+        self.gate = compiled_gate.Gate(shape, shape.flat, self._reference)
+
+    def _reference(self, driver: Tensor, weights: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+        """What the kernels compute, by operations that PyTorch differentiates as often as wanted."""
+        hidden = functional.linear(driver.squeeze(1), weights[0], weights[1])
+        hidden = functional.silu(hidden) if self.structure.activation else hidden
+        shifts = functional.linear(hidden, weights[2], weights[3]) if self.has_shifts else None
+        place = 4 if self.has_shifts else 2
+        gains = None
+        if len(weights) > place:
+            gains, _ = gain_and_slope(self.structure.gain, functional.linear(hidden, *weights[place : place + 2]))
+        results: list[Tensor] = []
+        for block, (shift, gain) in zip(blocks, self.spans, strict=True):
+            if shift is not None and shifts is not None:
+                results.append(block + _columns(shifts, shift).unsqueeze(1))
+            else:
+                assert gain is not None and gains is not None
+                results.append(block * _columns(gains, gain).unsqueeze(1))
+        return results
 
 
 class _Entry(NamedTuple):
@@ -132,6 +173,21 @@ class FixedWeights:
             for gated in structure.blocks
         ]
         self._kept: _Prepared | None = None
+        # one gain for all channels of a block is left to PyTorch's operations
+        self._compilable = all(
+            gated.gain is None or gated.gain[1] - gated.gain[0] == gated.block.fan_out for gated in structure.blocks
+        )
+        self._compiled: _Compiled | None = None
+
+    def compiled(self, kernels: Kernels, gate: GateWeights, inputs: Sequence[Tensor]) -> _Compiled | None:
+        """What compiled kernels need; None where this gate, or this computer, has none."""
+        driver = inputs[self.structure.scalars]
+        if not (self._compilable and takes_compiled(kernels, driver)):
+            return None
+        if self._compiled is None:
+            rank, n_in = gate.down.shape
+            self._compiled = _Compiled(self.structure, rank, n_in, [x.shape[1] for x in inputs])
+        return self._compiled
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FixedWeights, (self.structure,)
@@ -148,6 +204,20 @@ class FixedWeights:
             with torch.no_grad():
                 self._kept = kept = self._prepared(weight, gate, state, [tensor.detach() for tensor in tensors])
         return kept
+
+    def layer(self, weight: Tensor, gate: GateWeights, compiled: _Compiled) -> FixedLayer:
+        """These weights, as compiled kernels have them."""
+        prepared = self.of(weight, gate)
+        if prepared.layer is None:
+            blocks = [
+                (gated.block.source, gated.block.target, compiled.dims[gated.block.source])
+                for gated in self.structure.blocks
+            ]
+            prepared.layer = FixedLayer(
+                *(compiled.gate.shape, prepared.held[1:], prepared.matrices, blocks),
+                *(compiled.targets, self.structure.scalars),
+            )
+        return prepared.layer
 
     def _prepared(
         self, weight: Tensor, gate: GateWeights, state: list[tuple[int, int]] | None, held: list[Tensor]
@@ -176,7 +246,12 @@ def _is_tensor(value: Tensor | None) -> bool:
 
 
 def gated_linear(
-    structure: GatedStructure, weight: Tensor, gate: GateWeights, inputs: Sequence[Tensor], fixed: FixedWeights
+    structure: GatedStructure,
+    weight: Tensor,
+    gate: GateWeights,
+    inputs: Sequence[Tensor],
+    fixed: FixedWeights,
+    kernels: Kernels = "auto",
 ) -> Sequence[Tensor]:
     """(atoms, dim, channels) of each output from those of each input.
 
@@ -189,12 +264,44 @@ def gated_linear(
         gate: its weights.
         inputs: (atoms, dim, channels) each.
         fixed: for this structure, from the call before.
+        kernels: that compute the gate.
     """
+    compiled = fixed.compiled(kernels, gate, inputs)
     if weight.requires_grad or gate.trains:
+        return _differentiable(structure, weight, gate, inputs, compiled)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if compiled is None:
+        prepared = fixed.of(weight, gate)
+        if differentiated:
+            return _Fixed.apply(prepared, weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+        return _fixed_forward(prepared, inputs).outputs
+    if compiled_gate.is_recorded():
+        return _differentiable(structure, weight, gate, inputs, compiled)
+    layer = fixed.layer(weight, gate, compiled)
+    if differentiated:
+        return _CompiledFixed.apply(layer, (structure, weight, gate, compiled), *inputs)  # pyright: ignore[reportReturnType]
+    return layer.value([x.contiguous() for x in inputs])[0]
+
+
+def _differentiable(
+    structure: GatedStructure,
+    weight: Tensor,
+    gate: GateWeights,
+    inputs: Sequence[Tensor],
+    compiled: _Compiled | None,
+) -> list[Tensor]:
+    """Can be differentiated as often as wanted."""
+    if compiled is None:
         return _forward(structure, weight, gate, inputs)
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        return _fixed_forward(fixed.of(weight, gate), inputs).outputs
-    return _Fixed.apply(fixed.of(weight, gate), weight, gate, *inputs)  # pyright: ignore[reportReturnType]
+    # every output has a block, so that none is filled with zeros
+    shapes = [(0, 0)] * structure.n_outputs
+    outputs = equivariant_linear([gated.block for gated in structure.blocks], weight, inputs, shapes)
+    weights = [tensor for tensor in gate if tensor is not None]
+    plain = [outputs[target] for target in compiled.targets]
+    changed = compiled_gate.apply_gate(compiled.gate, inputs[structure.scalars], weights, plain)
+    for target, block in zip(compiled.targets, changed, strict=True):
+        outputs[target] = block
+    return outputs
 
 
 def _forward(structure: GatedStructure, weight: Tensor, gate: GateWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -205,7 +312,7 @@ def _forward(structure: GatedStructure, weight: Tensor, gate: GateWeights, input
     if gate.shift is not None:
         shifts = functional.linear(hidden, gate.shift, gate.shift_bias)
     if gate.gain is not None:
-        gains, _ = structure.gain(functional.linear(hidden, gate.gain, gate.gain_bias))
+        gains, _ = gain_and_slope(structure.gain, functional.linear(hidden, gate.gain, gate.gain_bias))
     outputs: list[Any] = [None] * structure.n_outputs
     blocks = [gated.block for gated in structure.blocks]
     for gated, matrix in zip(structure.blocks, matrices(blocks, weight), strict=True):
@@ -255,7 +362,7 @@ def _fixed_forward(fixed: _Prepared, inputs: Sequence[Tensor]) -> _Pass:
     gains: Sequence[Tensor] = ()
     slopes = None
     if owner.gain_widths:
-        every, slopes = structure.gain(parts[-1])
+        every, slopes = gain_and_slope(structure.gain, parts[-1])
         every = every.unsqueeze(1)
         gains = every.split(owner.gain_widths, dim=2) if len(owner.gain_widths) > 1 else (every,)
     outputs: list[Any] = [None] * structure.n_outputs
@@ -300,9 +407,7 @@ class _Fixed(torch.autograd.Function):
         fixed: _Prepared = ctx.fixed
         if torch.is_grad_enabled():
             outputs = _forward(fixed.owner.structure, ctx.weight, ctx.gate, inputs)
-            reached = [x for x, wants in zip(inputs, wanted, strict=True) if wants]
-            found = iter(torch.autograd.grad(outputs, reached, grads, create_graph=True, allow_unused=True))
-            return None, None, None, *(next(found) if wants else None for wants in wanted)
+            return None, None, None, *_pulled_again(outputs, inputs, wanted, grads)
         found = _fixed_backward(fixed, ctx.kept, len(inputs), grads)
         return None, None, None, *(one if wants else None for one, wants in zip(found, wanted, strict=True))
 
@@ -341,3 +446,38 @@ def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequenc
         found[source] = one if before is None else before + one
     found[owner.structure.scalars] = driving.unsqueeze(1)
     return found
+
+
+# ---- constant weights, compiled kernels ------------------------------------------------------------------------------
+
+
+class _CompiledFixed(torch.autograd.Function):
+    """As :class:`_Fixed`, by one call of compiled kernels for each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: FixedLayer, again: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        inputs = tuple(x.contiguous() for x in inputs)
+        ctx.layer, ctx.again = layer, again
+        ctx.save_for_backward(*inputs)
+        outputs, ctx.kept = layer.value(inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        inputs: tuple[Tensor, ...] = ctx.saved_tensors
+        wanted: tuple[bool, ...] = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            structure, weight, gate, compiled = ctx.again
+            outputs = _differentiable(structure, weight, gate, inputs, compiled)
+            return None, None, *_pulled_again(outputs, inputs, wanted, grads)
+        by_inputs = ctx.layer.pull(inputs, [grad.contiguous() for grad in grads], ctx.kept)
+        return None, None, *(one if wants else None for one, wants in zip(by_inputs, wanted, strict=True))
+
+
+def _pulled_again(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], wanted: Sequence[bool], grads: Sequence[Tensor]
+) -> Iterator[Tensor | None]:
+    """Gradients by the inputs, in a form that is differentiated once more."""
+    reached = [x for x, wants in zip(inputs, wanted, strict=True) if wants]
+    results = iter(torch.autograd.grad(outputs, reached, grads, create_graph=True, allow_unused=True))
+    return (next(results) if wants else None for wants in wanted)

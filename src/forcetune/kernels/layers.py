@@ -66,7 +66,10 @@ class EquivariantLinear(nn.Module):
 
     Attributes:
         gated_by: computes the layer together with a gate on it; None for the layer alone.
+        kernels: that compute the gate.
     """
+
+    kernels: Kernels = "auto"
 
     weight: Tensor
     bias: Tensor

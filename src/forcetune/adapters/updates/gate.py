@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,26 +15,11 @@ from forcetune.adapters.updates.base import ActivationUpdate, Rank, Update
 from forcetune.backbones.protocol import Site
 from forcetune.irreps import Block, merge_neighbours, parse_irreps
 from forcetune.kernels.features import Features
+from forcetune.kernels.gain import gain_and_slope
 from forcetune.kernels.gated_linear import GatedBlock, GatedStructure, GateWeights
 from forcetune.kernels.layers import EquivariantLinear
 
-# Beyond this argument the exponential goes on as its tangent: gains of e^10 are met in no sane run, and
-# neither the gain nor its derivative can overflow, in float32 either.
-LARGEST_EXPONENT = 10.0
 _NO_WEIGHTS: dict[str, Tensor | None] = {"weight": None, "bias": None}
-
-
-def gain_and_slope(kind: Literal["exp", "linear"], x: Tensor) -> tuple[Tensor, Tensor]:
-    """φ(x) and φ′(x).
-
-    ``exp``: eˣ, continued by its tangent beyond :data:`LARGEST_EXPONENT`; once continuously differentiable, positive.
-    ``linear``: 1 + x.
-    """
-    if kind == "linear":
-        return 1 + x, torch.ones_like(x)
-    capped = x.clamp(max=LARGEST_EXPONENT)
-    slope = capped.exp()
-    return torch.addcmul(slope, slope, x - capped), slope
 
 
 class GateActivation(ActivationUpdate):
@@ -132,7 +116,7 @@ class GateActivation(ActivationUpdate):
             n_outputs=len(self.blocks_out),
             scalars=self._place,
             activation=self.spec.activation,
-            gain=partial(gain_and_slope, self.spec.gain),
+            gain=self.spec.gain,
         )
 
     def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:

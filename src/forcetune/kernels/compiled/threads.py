@@ -47,8 +47,8 @@ def balanced(weights_before: np.ndarray, threads: int) -> list[int]:
     return [0, *np.minimum(inner, n).tolist(), n]
 
 
-def run(calls: Sequence[tuple[ctypes._FuncPointer, int, int, int]]) -> None:
-    """Call functions with their table and range, one for each thread; the first is called by this thread."""
+def run(calls: Sequence[tuple[ctypes._FuncPointer, int | bytes, int, int]]) -> None:
+    """Call functions with their table, or its address, and range, one for each thread; this thread calls the first."""
     global _POOL
     if len(calls) > 1:
         if _POOL is None:
