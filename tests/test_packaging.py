@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -118,12 +117,13 @@ def test_the_wheel_starts_in_an_environment_of_its_own(built: tuple[Path, Path],
     purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
     place = subprocess.run([python, "-c", purelib], check=True, capture_output=True, text=True).stdout.strip()
     # the installed packages follow, but not an editable install of this checkout
-    others = sysconfig.get_path("purelib")
-    (Path(place) / "others.pth").write_text(f"{others}\n", encoding="utf-8")
+    others = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    (Path(place) / "others.pth").write_text("\n".join(others) + "\n", encoding="utf-8")
     environment = {"PATH": str(scripts), "FORCETUNE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
 
     def start(*command: str | Path) -> str:
-        run = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert run.returncode == 0, run.stderr[-2000:]
         return run.stdout
 
     program = scripts / "forcetune"
