@@ -19,7 +19,10 @@ from forcetune.config import RunConfig
 from forcetune.deployment.export.registry import TARGETS
 from forcetune.frames.published import list_datasets
 
-OPTIONAL_PAGES = {"Use the result": {"uncertainty.md": "Uncertainty and selection"}}
+OPTIONAL_PAGES = {
+    "Start": {"mace_train.md": "From mace_run_train"},
+    "Use the result": {"uncertainty.md": "Uncertainty and selection"},
+}
 """Pages that join a section of the navigation where their file is there."""
 
 MARKER = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
@@ -120,12 +123,21 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def on_config(config: Any) -> Any:
-    """Add optional pages to the navigation."""
-    for section in config["nav"] or []:
+    """Add optional pages to the navigation, and pages that nobody has given a place to its end."""
+    folder = Path(config["docs_dir"])
+    named: set[str] = set()
+    for section in config["nav"]:
         for title, entries in section.items():
+            if isinstance(entries, str):
+                named.add(entries)
+                continue
             for file, label in OPTIONAL_PAGES.get(title, {}).items():
-                if (Path(config["docs_dir"]) / file).is_file() and {label: file} not in entries:
+                if (folder / file).is_file() and {label: file} not in entries:
                     entries.append({label: file})
+            named |= {file for entry in entries for file in entry.values()}
+    others = sorted({path.name for path in folder.glob("*.md")} - named)
+    if others:
+        config["nav"].append({"More": others})
     return config
 
 
