@@ -134,7 +134,8 @@ def on_config(config: Any) -> Any:
             for file, label in OPTIONAL_PAGES.get(title, {}).items():
                 if (folder / file).is_file() and {label: file} not in entries:
                     entries.append({label: file})
-            named |= {file for entry in entries for file in entry.values()}
+            for entry in entries:
+                named |= {entry} if isinstance(entry, str) else set(entry.values())
     others = sorted({path.name for path in folder.glob("*.md")} - named)
     if others:
         config["nav"].append({"More": others})
