@@ -129,6 +129,6 @@ def test_the_wheel_starts_in_an_environment_of_its_own(built: tuple[Path, Path],
     program = scripts / "forcetune"
     assert start(program, "--version").strip() == f"forcetune {forcetune.__version__}"
     assert str(home) in start(python, "-c", "import forcetune; print(forcetune.__file__)")
-    short = ("--picoseconds", "0.01", "--set", "training.epochs=1", "--set", "output.forgetting=false")
+    short = ("--picoseconds", "0.01", "--set", "training.epochs=2", "--set", "output.forgetting=false")
     assert "Frames never trained on" in start(program, "demo", *short)
     assert (tmp_path / "demo" / "report.html").is_file()
