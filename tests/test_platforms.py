@@ -6,15 +6,21 @@ import ast
 import errno
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import forcetune
+from forcetune.adapters.hub import repository_folder
+from forcetune.backbones.loading import choose_device
+from forcetune.errors import InputError
 from forcetune.utils.files import atomic_folder, write_text
 
 SOURCES = sorted(Path(forcetune.__file__).parent.rglob("*.py"))
 OF_ONE_SYSTEM = {"fcntl", "resource", "pwd", "grp", "termios", "msvcrt", "winreg"}
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{name}{number}" for name in ("COM", "LPT") for number in range(1, 10))}
 
 
 @pytest.fixture
@@ -74,3 +80,55 @@ def test_text_is_read_and_written_as_utf8_everywhere() -> None:
             keywords = {keyword.arg for keyword in node.keywords}
             if name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute):
                 assert "encoding" in keywords or len(node.args) > (name == "write_text"), f"{path}, line {node.lineno}"
+
+
+def test_outputs_in_the_encoding_of_a_region_do_not_fail() -> None:
+    """As on Windows, where what goes to a pipe or file is in code page 1252."""
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    run = subprocess.run(
+        [sys.executable, "-m", "forcetune", "models"], capture_output=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "?B97M-D3(BJ)" in run.stdout.decode("cp1252")
+    run = subprocess.run(
+        [sys.executable, "-m", "forcetune", "evaluate", "mini", "→.xyz"],
+        capture_output=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert b"error: ?.xyz" in run.stderr
+
+
+def test_names_of_files_can_stand_on_every_system() -> None:
+    """Windows knows no ``:`` or ``?`` in names, no difference of case, and keeps the names of devices for itself."""
+    files = [path.relative_to(SOURCES[0].parent).as_posix() for path in SOURCES[0].parent.rglob("*") if path.is_file()]
+    assert len({name.lower() for name in files}) == len(files)
+    for name in files:
+        assert not re.search(r'[<>:"\\|?*\x00-\x1f]|[ .](/|$)', name), name
+        assert not {part.split(".")[0].upper() for part in name.split("/")} & DEVICES, name
+        assert len(name) < 120, name
+
+
+def test_adapters_of_a_hub_are_kept_under_names_that_every_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCETUNE_HOME", "home")
+    for repository in ("con/aux", "lab/NUL", "lab/name"):
+        assert repository_folder(repository).name.upper() not in DEVICES
+
+
+def test_an_apple_computes_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPU has no float64, in which energies are summed."""
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(InputError, match="no float64"):
+        choose_device("mps")
+
+
+def test_nothing_is_forked() -> None:
+    """Windows has no forks, and those of macOS hang: work for other processes goes to fresh interpreters."""
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bimport multiprocessing|from multiprocessing|ProcessPoolExecutor|preexec_fn", text), (
+            path
+        )

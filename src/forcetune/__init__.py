@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from forcetune.deployment.approximate import merge_approximately
     from forcetune.deployment.calculator import calculator
     from forcetune.deployment.export.exporting import export
+    from forcetune.deployment.hub import Pushed, push
     from forcetune.deployment.merge import merge
     from forcetune.deployment.spins import exchange_parameters, relax_spins
     from forcetune.deployment.watch import ExtrapolationError, Watch, watch
@@ -56,6 +57,7 @@ _HOMES = {
     "deployment.approximate": ("merge_approximately",),
     "deployment.calculator": ("calculator",),
     "deployment.export.exporting": ("export",),
+    "deployment.hub": ("Pushed", "push"),
     "deployment.merge": ("merge",),
     "deployment.watch": ("ExtrapolationError", "Watch", "watch"),
     "deployment.spins": ("exchange_parameters", "relax_spins"),
@@ -85,6 +87,7 @@ __all__ = [
     "InputError",
     "LowRank",
     "Method",
+    "Pushed",
     "Run",
     "RunConfig",
     "Watch",
@@ -111,6 +114,7 @@ __all__ = [
     "merge",
     "merge_approximately",
     "method",
+    "push",
     "read_frames",
     "relax_spins",
     "resume",

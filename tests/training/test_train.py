@@ -183,21 +183,6 @@ def test_weights_without_labels_are_refused(model: MaceBackbone, tmp_path: Path)
         run(model, tmp_path, loss={"energy": 0.0, "forces": 0.0})
 
 
-def test_tensorboard_logs(model: MaceBackbone, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    graphs = build_graphs(model, frames_from_atoms(labelled(12)).frames)
-    attach(model, method("readout"))
-    config = TrainingConfig(epochs=3, batch_size=4)
-    train(model, config, 1e-3, graphs[:8], graphs[8:], tmp_path, lambda errors: None, tensorboard=True)
-    detach(model)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert len(events.Scalars("valid_loss")) == 3
-    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
-
-
 def test_interrupt_keeps_what_was_best(model: MaceBackbone, tmp_path: Path) -> None:
     graphs = build_graphs(model, frames_from_atoms(labelled(12)).frames)
     attach(model, method("mmea"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from forcetune.adapters.attach import Adapter, detach, get_adapter, reattach
 from forcetune.adapters.combined import CombinedAdapter
 from forcetune.adapters.file import is_member_name, load_adapter
+from forcetune.adapters.hub import locate_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 
@@ -45,7 +46,7 @@ class Combination:
 
         Args:
             name: to call it by; without dots and slashes.
-            folder: adapter folder or run folder.
+            folder: adapter folder, run folder or ``hub:owner/name``.
             scale: 1 as trained, 0 off.
 
         Raises:
@@ -54,8 +55,8 @@ class Combination:
         """
         if name in self._members or not is_member_name(name):
             raise InputError(f"adapter name {name!r}: take another one, without dots and slashes and not yet in use.")
+        path = locate_adapter(folder)
         self._lift()
-        path = Path(folder)
         path = path / "adapter" if (path / "adapter").is_dir() else path
         try:
             loaded = load_adapter(self.backbone, path)

@@ -22,17 +22,13 @@ from torch import Tensor
 from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter, attach, check_loaded, detach, folded_note, reattach, require_adapter
 from forcetune.adapters.combined import CombinedAdapter
+from forcetune.adapters.hub import CARD_NAME, CONFIG_NAME, FILE_NAMES, TENSORS_NAME, locate_adapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.utils.files import atomic_folder
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAME = "adapter_model.safetensors"
-CARD_NAME = "README.md"
-FILE_NAMES = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
-"""All that an adapter folder has."""
 UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
 LARGEST_CONFIG = 16 * 2**20
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32)
@@ -299,12 +295,13 @@ def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) ->
 
 
 def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
-    """Attach the adapter of a folder to its base, reference energies included.
+    """Attach the adapter of a folder (or ``hub:owner/name``) to its base, reference energies included.
 
     Raises:
         InputError: damaged folder, or a base it was not trained on; the backbone is then left as it was.
     """
     check_loaded(backbone)
+    folder = locate_adapter(folder)
     config = read_adapter_config(folder)
     check_base(config, backbone, folder)
     try:

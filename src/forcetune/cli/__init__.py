@@ -5,6 +5,8 @@ PyTorch and the model libraries take seconds to import: each command imports wha
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 import warnings
@@ -40,11 +42,22 @@ def _show_warning(
     errors_to.print(f"warning: {printable(str(message))}", style="yellow", markup=False, highlight=False)
 
 
+def _print_anything() -> None:
+    """Characters that the encoding of the output lacks become question marks instead of an error.
+
+    Windows writes to pipes and files in the encoding of its region, which knows no ω and no arrow.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 for bad input, 1 for a failure of ours."""
     from forcetune.errors import ForcetuneWarning
     from forcetune.utils.distributed import place
 
+    _print_anything()
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", ForcetuneWarning)
     warnings.simplefilter("always", ForcetuneNote)

@@ -37,8 +37,11 @@ from forcetune.errors import InputError
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Run folder, adapter folder, model name or model file.")],
+    model: Annotated[str, typer.Argument(help="Run folder, adapter folder, hub:owner/name, model name or model file.")],
     data: Annotated[list[str], typer.Argument(help="Files of frames with labels; everything ASE reads.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter on MODEL: run folder, adapter folder or hub:owner/name[@revision].")
+    ] = None,
     base: Annotated[str | None, typer.Option("--model", help="The base of an adapter, where it has moved.")] = None,
     ensemble: Annotated[
         list[str] | None, typer.Option(help="Further runs on the same base: mean and spread of all, or a comparison.")
@@ -91,9 +94,11 @@ def evaluate(
     if ensemble or (Path(model) / "comparison.json").is_file():
         if head is not None:
             raise InputError("--head: adapters know their head; leave it out with --ensemble.")
+        if adapter is not None:
+            raise InputError("--adapter: name the adapter itself in place of MODEL, and its base by --model.")
         errors = evaluate_ensemble([model, *(ensemble or ())], data, **options)
     else:
-        errors = evaluate_model(model, data, head=head, **options).to_json()
+        errors = evaluate_model(model, data, adapter=adapter, head=head, **options).to_json()
     if as_json:
         print(json.dumps(errors))
         return
@@ -202,7 +207,7 @@ def methods(
 
 @app.command()
 def inspect(
-    run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
+    run: Annotated[str, typer.Argument(help="Run folder, adapter folder or hub:owner/name.")],
     data: Annotated[
         list[str] | None, typer.Option(help="Frames to watch gates on; the training frames if not given.")
     ] = None,

@@ -1,4 +1,4 @@
-"""Commands that write or fetch files: merge, export, report, models, datasets."""
+"""Commands that write or fetch files: merge, export, push, report, models, datasets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def merge(
-    run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
+    run: Annotated[str, typer.Argument(help="Run folder, adapter folder or hub:owner/name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The plain model to write, such as tuned.model.")],
     base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
     modality: Annotated[
@@ -123,7 +123,7 @@ def _say_approximation(approximation: Approximation) -> None:
 @app.command()
 def export(
     run: Annotated[
-        str | None, typer.Argument(help="Run folder, adapter folder, or a model by name or path; nothing for a list.")
+        str | None, typer.Argument(help="Run folder, adapter folder, hub:owner/name, or a model; nothing for a list.")
     ] = None,
     to: Annotated[str | None, typer.Option("--to", help="The program, such as lammps-mliap.")] = None,
     output: Annotated[
@@ -157,6 +157,21 @@ def export(
         f"{parity.energy:.1e} in energy and {parity.forces:.1e} in forces and stress (relative)\n"
         f"compared by {parity.checked_by}\nruns by     {written.target.about}"
     )
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub; created where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is created is private.")] = False,
+    message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch to write to; the main one if not given.")] = None,
+) -> None:
+    """Write an adapter to a hub with a model card, from where `hub:owner/name` reads it (HF_TOKEN, HF_ENDPOINT)."""
+    from forcetune.deployment.hub import push as push_run
+
+    pushed = push_run(run, repository, private=private, message=message, branch=branch)
+    print(f"{pushed.url}\ncommit   {pushed.commit}\nin ASE   forcetune.calculator({pushed.reference!r})")
 
 
 @app.command()

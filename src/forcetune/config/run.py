@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
 from forcetune.config.method import MagnetismConfig, MethodConfig
-from forcetune.config.section import Section, explain
+from forcetune.config.section import Section, as_names, explain
 from forcetune.config.training import DEFAULT_STEPS, FEWEST_EPOCHS, MOST_EPOCHS, ScheduleConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.utils.files import write_text
@@ -41,7 +41,20 @@ class OutputConfig(Section):
         default=True,
         description="Measure after training what the model forgot: generic or replay frames, dimers, dynamics.",
     )
-    tensorboard: bool = Field(default=False, description="Also log for TensorBoard, in the run folder.")
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_names)] = Field(
+        default=[],
+        description="Programs that also show the numbers of every epoch, each of which needs its package: tensorboard "
+        "(in the run folder), wandb, mlflow.",
+    )
+    project: str = Field(
+        default="forcetune", min_length=1, description="Project of wandb, experiment of mlflow that the run belongs to."
+    )
+    tensorboard: bool = Field(default=False, description="The same as `trackers` with tensorboard in it.")
+
+    @property
+    def all_trackers(self) -> list[str]:
+        """Trackers without repetition, ``tensorboard`` of older configurations included."""
+        return list(dict.fromkeys([*self.trackers, *(["tensorboard"] if self.tensorboard else [])]))
 
 
 class RunConfig(Section):

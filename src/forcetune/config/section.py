@@ -23,12 +23,12 @@ def as_word(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def _as_names(value: Any) -> Any:
+def as_names(value: Any) -> Any:
     """Names separated by commas, as on the command line, are a list."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
-Names = Annotated[list[str], BeforeValidator(_as_names)]
+Names = Annotated[list[str], BeforeValidator(as_names)]
 Layer = Annotated[Literal["off", "spin", "magnitude"], BeforeValidator(as_word)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(as_word)]
 ThreeWaySwitch = Annotated[Literal["auto", "on", "off"], BeforeValidator(as_word)]

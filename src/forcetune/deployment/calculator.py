@@ -274,9 +274,9 @@ def calculator(
     adapter="run/adapter")`` the fine-tuned one; ``calculator("run")`` finds both in a run folder.
 
     Args:
-        model: name, path, run folder or loaded backbone.
-        adapter: adapter folder or run folder; several make an ensemble (:class:`EnsembleCalculator`), to which a run
-            folder given as ``model`` belongs, too.
+        model: name, path, run folder, ``hub:owner/name`` or loaded backbone.
+        adapter: adapter folder, run folder or ``hub:owner/name``; several make an ensemble
+            (:class:`EnsembleCalculator`), to which a run folder given as ``model`` belongs, too.
         head: head of a multi-head model without an adapter.
         device: ``cpu``, ``cuda`` … or ``auto``.
         dtype: ``float64`` or ``float32``; by default that of the training, or float64.

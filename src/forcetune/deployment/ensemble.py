@@ -15,6 +15,7 @@ import numpy as np
 
 from forcetune.adapters.attach import Adapter, detach, reattach
 from forcetune.adapters.file import AdapterConfig, load_adapter, read_adapter_config
+from forcetune.adapters.hub import locate_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import adapter_folder, load_base
 from forcetune.errors import InputError
@@ -72,7 +73,7 @@ def member_folders(paths: Sequence[str | Path]) -> tuple[Path, ...]:
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        place = Path(path)
+        place = locate_adapter(path)
         inside = sorted(place.iterdir()) if (place / "comparison.json").is_file() else [place]
         adapters = [folder for folder in map(adapter_folder, inside) if folder is not None]
         if not adapters:
@@ -94,7 +95,7 @@ def load_ensemble(
     """Load a base once, and all adapters.
 
     Args:
-        paths: run folders, adapter folders or folders of comparisons.
+        paths: run folders, adapter folders, folders of comparisons or ``hub:owner/name``.
         model: the base; by default that of the first run.
         device, dtype, trust: as :func:`forcetune.deployment.loading.deploy`.
 

@@ -10,6 +10,7 @@ import yaml
 
 from forcetune.adapters.attach import fold_weights, get_adapter
 from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
+from forcetune.adapters.hub import locate_adapter
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
@@ -28,8 +29,13 @@ class Deployed:
 
 
 def adapter_folder(path: str | Path) -> Path | None:
-    """The adapter folder at ``path``: itself, or ``adapter/`` in a run folder; None if there is none."""
-    for folder in (Path(path), Path(path) / "adapter"):
+    """The adapter folder at ``path``: itself, or ``adapter/`` in a run folder; None if there is none.
+
+    Raises:
+        InputError: ``path`` is ``hub:owner/name``, and nothing usable can be downloaded from there.
+    """
+    path = locate_adapter(path)
+    for folder in (path, path / "adapter"):
         if (folder / CONFIG_NAME).is_file():
             return folder
     return None
@@ -66,8 +72,8 @@ def deploy(
 
     Args:
         model: the base: name, path or loaded backbone. None takes the one the run of ``adapter`` was made with.
-            A run folder or adapter folder here means that adapter on its own base.
-        adapter: adapter folder or run folder; None for the base alone.
+            A run folder, an adapter folder or ``hub:owner/name`` here means that adapter on its own base.
+        adapter: adapter folder, run folder or ``hub:owner/name``; None for the base alone.
         head: head of a multi-head base without an adapter; adapters know theirs.
         device: ``cpu``, ``cuda`` … or ``auto``.
         dtype: ``float64`` or ``float32``; by default that of the training, or float64.

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from forcetune.adapters.attach import check_mergeable, merge_weights, require_adapter
+from forcetune.adapters.hub import is_hub_reference, read_reference
 from forcetune.adapters.updates import WeightUpdate
 from forcetune.backbones.protocol import Backbone, Base, Multimodal
 from forcetune.backbones.registry import resolve
@@ -67,7 +68,7 @@ def merge(
     was trained (method ``modality``), a new modality is added instead, and the others are proven to be what they were.
 
     Args:
-        run: run folder or adapter folder.
+        run: run folder, adapter folder or ``hub:owner/name``.
         output: file to write, such as ``tuned.model``.
         model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
             is.
@@ -89,7 +90,8 @@ def merge(
     check_merged_output(Path(output), backbone.base)
     probes = probe_frames(backbone.elements, backbone.cutoff)
     before = predict(backbone, build_graphs(backbone, probes), stress=True)
-    added = _new_modality(backbone, Path(run), modality)
+    place = read_reference(str(run)).name if is_hub_reference(run) else run
+    added = _new_modality(backbone, Path(place), modality)
     merge_weights(backbone)
     return write_plain(backbone, output, before, probes, dtype=dtype, added=added)
 

@@ -336,7 +336,7 @@ class Convolution(nn.Module):
             trains: whether the radial weights depend on trainable ones.
         """
         features = step.of_senders(features)
-        if self.kernels == "cuequivariance":
+        if self.kernels == "cuequivariance" and isinstance(radial, Tensor):
             messages = self.polynomial.convolve(step.plan, radial, step.harmonics, features.blocks)
             return Features(messages, geometric=True, trains=trains or features.trains)
         angular = step.harmonics @ self.matrix.like(step.harmonics)

@@ -46,9 +46,9 @@ def evaluate(
     """Errors of a model on labelled frames.
 
     Args:
-        model: run folder, adapter folder, model name, model file or loaded backbone.
+        model: run folder, adapter folder, ``hub:owner/name``, model name, model file or loaded backbone.
         data: files or patterns.
-        adapter: adapter folder or run folder, when ``model`` is a base.
+        adapter: adapter folder, run folder or ``hub:owner/name``, when ``model`` is a base.
         base: the base, when ``model`` is a run or adapter whose base has moved.
         energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
         moments_key, spins_key: the same, looked for only where there is a magnetic layer.

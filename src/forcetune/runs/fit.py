@@ -167,5 +167,5 @@ def _among_others(
             if going_on:
                 shutil.copytree(config.output.run, mine)
                 distributed.wait()
-            output = config.output.model_copy(update={"run": str(mine), "tensorboard": False})
+            output = config.output.model_copy(update={"run": str(mine), "tensorboard": False, "trackers": []})
             yield config.model_copy(update={"output": output}), Console(quiet=True)

@@ -58,6 +58,7 @@ from forcetune.runs.summaries import (
 )
 from forcetune.training.outcome import Refinement, TrainingOutcome
 from forcetune.training.refine import refine
+from forcetune.training.trackers import check_trackers, start_trackers
 from forcetune.training.train import train
 from forcetune.utils.files import write_json
 
@@ -169,6 +170,7 @@ class Fitting:
 
     def _start(self, backbone: Backbone | None, checkpoint: Mapping[str, Any] | None = None) -> PreparedRun:
         """Everything before the training; nothing is written."""
+        check_trackers(self.config.output.all_trackers)
         preparation = Preparation(self.config, self.method, self.console, takes_rate=self._takes_rate)
         start = preparation.prepare(backbone, checkpoint)
         self.config, self.method, self.training = preparation.config, preparation.method, preparation.training
@@ -217,7 +219,13 @@ class Fitting:
             start.graphs["valid"],
             self.folder,
             save_best,
-            tensorboard=self.config.output.tensorboard,
+            trackers=start_trackers(
+                self.config.output.all_trackers,
+                self.folder,
+                self.config.output.project,
+                self.config.model_dump(mode="json"),
+                resumed=state is not None,
+            ),
             state=state,
             save_state=save_state,
             observe=self.observe,

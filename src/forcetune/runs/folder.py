@@ -23,7 +23,7 @@ from forcetune.runs.environment import ENVIRONMENT_NAME
 from forcetune.runs.predictions import PREDICTIONS_NAME
 from forcetune.runs.results import RESULTS_NAME
 from forcetune.training.callbacks import METRICS_NAME
-from forcetune.training.train import TENSORBOARD_NAME
+from forcetune.training.trackers import TENSORBOARD_NAME, TRACKERS_NAME
 from forcetune.uncertainty.file import FILE_NAMES as UNCERTAINTY_FILES
 from forcetune.utils.files import as_path, atomic_path, is_inside, retire_folder
 from forcetune.utils.parsing import check_archive
@@ -37,7 +37,7 @@ UNREFINED = Path("checkpoints") / "unrefined"
 KEYS = {"training", "reference_energies", "data", "base"}
 
 _RUN_FILES = (CONFIG_NAME, ENVIRONMENT_NAME, RESULTS_NAME, PREDICTIONS_NAME, METRICS_NAME, REPORT_NAME, BASE_NAME)
-_ROOT = (*_RUN_FILES, *UNCERTAINTY_FILES)
+_ROOT = (*_RUN_FILES, *UNCERTAINTY_FILES, TRACKERS_NAME)
 OWN_FILES: dict[str, tuple[str, ...]] = {
     # those with a dot are of a write that was interrupted
     "": (*_ROOT, *(f".{name}.*" for name in _ROOT)),

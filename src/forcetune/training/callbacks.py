@@ -1,4 +1,4 @@
-"""What is reported of a training: the table of metrics, TensorBoard, checkpoints, and a bar with the time left."""
+"""What is reported of a training: the table of metrics, checkpoints, and a bar with the time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forcetune.errors import InputError
 from forcetune.training.module import FineTuning, Observer
 from forcetune.utils.files import atomic_path
 
@@ -85,36 +84,6 @@ class MetricsTable(Observer):
             csv.DictWriter(stream, COLUMNS).writerow(row)
             stream.flush()
             os.fsync(stream.fileno())
-
-
-class TensorBoardLog(Observer):
-    """The same numbers for TensorBoard.
-
-    Args:
-        folder: of its files.
-
-    Raises:
-        InputError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, began: float | None = None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "output.tensorboard needs tensorboard; install it with: pip install 'forcetune[tensorboard]'."
-            ) from error
-        self.began = time.monotonic() if began is None else began
-        self.writer = SummaryWriter(str(folder))
-
-    def on_epoch(self, training: FineTuning) -> None:
-        row = metrics_row(training, time.monotonic() - self.began)
-        for key, value in row.items():
-            if value not in (None, ""):
-                self.writer.add_scalar(key, float(value), training.epoch)
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class Checkpoint(Observer):

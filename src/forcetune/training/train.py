@@ -17,14 +17,11 @@ from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label, measure_graphs
 from forcetune.kernels.precision import full_precision
-from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar, TensorBoardLog
+from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning, Observer
 from forcetune.training.outcome import TrainingOutcome
 from forcetune.training.replay import Replay
 from forcetune.utils import distributed
-
-TENSORBOARD_NAME = "tensorboard"
-"""Folder of its logs, in the run folder."""
 
 
 def train(
@@ -36,7 +33,7 @@ def train(
     folder: Path,
     save_best: Callable[[Errors], None],
     *,
-    tensorboard: bool = False,
+    trackers: Sequence[Observer] = (),
     state: dict[str, Any] | None = None,
     save_state: Callable[[dict[str, Any]], None] | None = None,
     observe: Callable[[int, Errors], None] | None = None,
@@ -51,10 +48,10 @@ def train(
         config: the optimisation.
         learning_rate: of the first stage.
         training, validation: graphs with labels.
-        folder: run folder; ``metrics.csv`` and TensorBoard's files go there.
+        folder: run folder; ``metrics.csv`` goes there.
         save_best: called with the validation errors whenever the validation loss is the lowest so far (of the
             stage), while the adapter has the weights that count.
-        tensorboard: also log for TensorBoard.
+        trackers: further observers (:func:`forcetune.training.trackers.start_trackers`).
         state: of an earlier training that is to go on, as ``save_state`` was given it.
         save_state: called after every epoch that was validated.
         observe: called with epoch and errors of every validation; what it raises ends the training.
@@ -76,9 +73,7 @@ def train(
     module.tell = _teller(console)
     if state is not None:
         _restore(module, state, folder)
-    observers: list[Observer] = [MetricsTable(folder), ProgressBar(console)]
-    if tensorboard:
-        observers.append(TensorBoardLog(folder / TENSORBOARD_NAME))
+    observers: list[Observer] = [MetricsTable(folder), ProgressBar(console), *trackers]
     if save_state is not None:
         observers.append(Checkpoint(save_state))
     return _run_timed(module, valid_loader, observers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,9 +153,8 @@ class MaceNetwork(nn.Module):
     @property
     def last_layers(self) -> tuple[nn.Module, ...]:
         """The linear layers behind which there are energies of atoms."""
-        return tuple(
-            readout.linear_2 if isinstance(readout, NonLinearReadout) else readout.linear for readout in self.readouts
-        )
+        readouts: list[Any] = list(self.readouts)
+        return tuple(one.linear_2 if isinstance(one, NonLinearReadout) else one.linear for one in readouts)
 
     def energy_factors(self, plan: Plan) -> Tensor:
         """(1, 1), eV, by which what the readouts say is multiplied."""

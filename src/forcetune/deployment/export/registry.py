@@ -13,7 +13,9 @@ from forcetune.errors import InputError
 
 def _collect() -> dict[str, Target]:
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names if name != "registry"]
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}") for name in names if name not in ("registry", "exporting")
+    ]
     targets = [module.TARGET for module in modules if hasattr(module, "TARGET")]
     return {target.name: target for target in targets}
 
