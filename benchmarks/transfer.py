@@ -339,7 +339,9 @@ def draw(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = [name for name, rows in table.items() if rows]
-    figure, axes = pyplot.subplots(2, len(names), figsize=(4.2 * len(names), 7), squeeze=False, layout="constrained")
+    longest = max(len(method) for name in names for method in table[name])
+    width = max((4.2 + 0.07 * longest) * len(names), 0.1 * longest + 1)
+    figure, axes = pyplot.subplots(2, len(names), figsize=(width, 7.5), squeeze=False, layout="constrained")
     for (above, below), name in zip(axes.T, names, strict=True):
         rows = table[name]
         for place, (method, row) in enumerate(rows.items()):
@@ -356,7 +358,7 @@ def draw(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         below.set_yscale("log")
         below.set_xlabel("learning rate")
         below.set_ylabel("test force MAE, meV/Å")
-    axes[1][0].legend(fontsize="small")
+    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
