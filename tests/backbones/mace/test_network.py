@@ -172,7 +172,8 @@ def test_equals_mace_with_an_adapter(name: str, way: str) -> None:
     expected = everything(reference, batch)
     same(everything(tuned, batch), expected)
     with disable_adapter(tuned):
-        assert torch.equal(tuned.predict(batch).forces, before.forces)
+        # to rounding: where the adapter froze the radial networks, their weights come from splines
+        torch.testing.assert_close(tuned.predict(batch).forces, before.forces, rtol=1e-11, atol=1e-12)
     detach(tuned)
     assert torch.equal(tuned.predict(batch).forces, before.forces)
     attach(tuned, WAYS[way]).load_state_dict(values)
