@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import sevennet_models
 from convolutions import PATHS, plan_for, tensors
 from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
+from forcetune.backbones.mace.network import pairs_of_elements
 from forcetune.deployment.calculator import ForcetuneCalculator
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
@@ -23,6 +25,7 @@ from forcetune.kernels import splines
 from forcetune.kernels.compiled import choice, convolution, splined_convolution, threads
 from forcetune.kernels.compiled.choice import choose_kernels
 from forcetune.kernels.compiled.splined_convolution import SplinedWeights
+from forcetune.kernels.phase import Phase
 from forcetune.kernels.splines import DEGREE, TOLERANCE, Tables, tabulate
 from systems import backbone, cluster, crystal, frames_of
 
@@ -312,3 +315,33 @@ def test_recorded_predictions_have_splines_and_leave_them_where_atoms_come_too_c
     choose_kernels(model.model, "torch")
     expected = model.predict(batch_of(model, atoms)).forces.numpy()
     assert np.allclose(forces, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
+
+
+def test_functions_that_no_density_fits_are_given_up_early() -> None:
+    sizes = []
+
+    def kinked(ratio: Tensor, kind: int) -> list[Tensor]:
+        sizes.append(len(ratio))
+        return [((ratio - 0.3712).abs() - (1 - 0.3712)) * (ratio < 1)]
+
+    assert splines.tabulate(kinked, [0, 1, 2], (), [(1,)]) is None
+    assert sum(sizes) < 8 * 1024  # two densities of one kind
+
+
+@compiled_only
+def test_distances_that_are_no_numbers_take_the_network() -> None:
+    with pytest.raises(splines.TooCloseError):
+        splines._locate(torch.tensor([0.5, math.nan]), torch.zeros(2, dtype=torch.int64), [0.04, 1.0], [512])
+    _, weights, slopes = splines._locate(torch.tensor([1e30]), torch.zeros(1, dtype=torch.int64), [0.04, 1.0], [512])
+    assert not weights.any() and not slopes.any()
+
+
+def test_tables_are_for_all_elements_of_a_model_and_only_where_kernels_are_compiled() -> None:
+    """With other kernels a plan is not asked which elements it has: on a GPU that would wait for the device."""
+    kinds, table = pairs_of_elements((1, 6, 8))
+    assert kinds == [(1, 1), (1, 6), (1, 8), (6, 6), (6, 8), (8, 8)]
+    assert table.tolist() == [[0, 1, 2], [1, 3, 4], [2, 4, 5]]
+    model = frozen(backbone(**MACE["Agnesi"]))
+    choose_kernels(model.model, "torch")
+    plan = SimpleNamespace()  # anything that is asked of it is an error
+    assert model.model._splined(plan, Phase(twice=False), torch.ones(3, 1, dtype=torch.float64), None) is None

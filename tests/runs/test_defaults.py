@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,25 @@ def test_a_run_of_many_frames_says_its_epochs_and_repeats_them(
     again = forcetune.fit(config=tmp_path / "one" / "config.yaml", out=tmp_path / "two")
     assert again.results["training"]["epochs"] == 3
     assert first.after == again.after
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"second_stage": {"start": 450}}},
+        {"training": {"batch_atoms": 200}},
+        {"training": {"batch_size": 1}},
+        {"data": {"train_frames": 50}},
+        {"data": {"valid": 0.5}},
+    ],
+)
+def test_epochs_are_settled_again_where_a_configuration_changes(tmp_path: Path, change: dict[str, Any]) -> None:
+    config_of().with_default_epochs(1000).save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml").training.epochs == 50
+    changed = load_config(tmp_path / "config.yaml", given=change)
+    assert changed.training.epochs == 500  # until the frames are counted
+    assert changed.with_default_epochs(100).training.epochs in (100, 500)
+
+
+def test_a_warm_up_is_never_most_of_a_run() -> None:
+    assert config_of(schedule={"warmup_epochs": 30}).with_default_epochs(5000).training.epochs == 60

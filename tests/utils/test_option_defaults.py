@@ -145,7 +145,7 @@ def test_a_table_of_its_own(tmp_path: Path, record: bool) -> None:
     assert chosen(other) == ("adam", 1e-3, 0.995)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{values: 3}", "{values: {training.epochs: 3}, for: {}}", "nonsense"])
+@pytest.mark.parametrize("content", ["[1]", "{values: 3}", "{values: {training.seed: 3}, for: {}}", "nonsense"])
 def test_a_damaged_record_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"data: {{train: [a.xyz]}}\ndefaults: {content}\n", encoding="utf-8")

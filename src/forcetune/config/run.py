@@ -125,7 +125,8 @@ class RunConfig(Section):
         if training.second_stage.start or training.batch_atoms or training.batch_edges:
             return self
         steps_per_epoch = math.ceil(n_frames / training.batch_size)
-        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, training.valid_every, DEFAULT_STEPS // steps_per_epoch))
+        fewest = max(FEWEST_EPOCHS, training.valid_every, 2 * training.schedule.warmup_epochs)
+        epochs = min(MOST_EPOCHS, max(fewest, DEFAULT_STEPS // steps_per_epoch))
         return self._with_training(epochs=epochs)
 
     def with_default_rate(self, learning_rate: float) -> RunConfig:

@@ -35,6 +35,9 @@ FEWEST, MOST = 512, 4096
 FIRST, LEAST = 0.04, 0.06
 """Of the cutoff: where tables begin, and from where on they are used, as splines are less accurate at their ends."""
 
+WORTHWHILE, NEARLY = 8, 1e-10
+"""Twice as many intervals have to make an error above the second number so many times smaller, or no more are tried."""
+
 LARGEST = 2**23
 """Numbers that the tables of a model may have."""
 
@@ -106,7 +109,7 @@ def _rows(first: float, last: float, count: int, function: Callable[[np.ndarray]
 
 def _locate(lengths: Tensor, kinds: Tensor, breaks: list[float], intervals: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     distances = lengths.detach().double().view(-1)
-    if distances.numel() and float(distances.min()) < LEAST:
+    if distances.numel() and not float(distances.min()) >= LEAST:  # what is no number, too
         raise TooCloseError(f"a distance is shorter than {LEAST} of the cutoff")
     grid = Grid(tuple(breaks), tuple(intervals))
     part = torch.bucketize(distances, distances.new_tensor(breaks[1:-1]), right=True)
@@ -119,7 +122,7 @@ def _locate(lengths: Tensor, kinds: Tensor, breaks: list[float], intervals: list
     first, step = (distances.new_tensor(values)[part] for values in (firsts, steps))
     along = (distances - first) / step
     most = part.new_tensor(counts)[part] - 1
-    interval = torch.minimum(along.long(), most)
+    interval = torch.minimum(along, most.double()).long()
     powers = (along - interval).unsqueeze(1).pow(torch.arange(DEGREE + 1, dtype=torch.float64))
     inside = (distances < breaks[-1]).unsqueeze(1)
     weights = (powers @ _PIECES) * inside
@@ -174,17 +177,24 @@ def tabulate(
         None where they would be too large or not accurate enough.
     """
     outputs = sum(map(sum, channels))
-    density = FEWEST
+    density, coarser = FEWEST, math.inf
     while density <= MOST:
         grid = _grid(breaks, density)
         if grid.rows * outputs * len(kinds) > LARGEST:
             return None
-        found = [_of_kind(function, kind, grid) for kind in kinds]
-        error = max(far for _, far in found)
+        rows_of_kinds, error = [], 0.0
+        for kind in kinds:
+            rows, far = _of_kind(function, kind, grid)
+            rows_of_kinds.append(rows)
+            error = max(error, far)
+            if error > TOLERANCE:
+                break
         if error <= TOLERANCE:
-            values = _by_path([rows for rows, _ in found], channels)
-            return Tables(grid, tuple(values), error)
-        density *= 2
+            return Tables(grid, tuple(_by_path(rows_of_kinds, channels)), error)
+        # a smooth function's error falls by 2⁸ at each doubling; of others no density is enough
+        if error > NEARLY and not error < coarser / WORTHWHILE:
+            return None
+        density, coarser = 2 * density, error
     return None
 
 

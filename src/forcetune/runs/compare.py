@@ -173,7 +173,15 @@ def _as_long(config: RunConfig, size: int | None, sizes: Sequence[int | None]) -
     every = max(1, round(training.valid_every * largest / size))
     epochs = max(1, round(training.epochs * largest / size / every)) * every
     content = config.model_dump(exclude_unset=True)
-    content["training"] = content.get("training", {}) | {"epochs": epochs, "valid_every": every}
+    changed: dict[str, Any] = {"epochs": epochs, "valid_every": every}
+    given = content.get("training", {})
+    if training.second_stage.start is not None:
+        start = min(epochs, max(1, round(training.second_stage.start * largest / size / every) * every))
+        changed["second_stage"] = given["second_stage"] | {"start": start}
+    if training.schedule.warmup_epochs:
+        warmup = round(training.schedule.warmup_epochs * largest / size)
+        changed["schedule"] = given["schedule"] | {"warmup_epochs": warmup}
+    content["training"] = given | changed
     return RunConfig.model_validate(content)
 
 

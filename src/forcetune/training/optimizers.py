@@ -44,7 +44,7 @@ def make_optimizer(
             rate = _rate(options, begun)
             decay = config.weight_decay if options.decay is None else options.decay
             if options.shrink is not None:
-                decay = decay_that_shrinks(options.shrink, rate * begun, steps_per_epoch, config)
+                decay = decay_that_shrinks(options.shrink, rate * begun, rate, steps_per_epoch, config)
             key = (decay, rate, True)
         parameter_groups.setdefault(key, []).append(parameter)
     if head is not None:
@@ -66,7 +66,7 @@ def _rate(options: ParameterOptions, begun: float) -> float:
     return options.rate if options.learning_rate is None else options.learning_rate / begun
 
 
-def decay_that_shrinks(factor: float, rate: float, steps_per_epoch: int, config: TrainingConfig) -> float:
+def decay_that_shrinks(factor: float, rate: float, share: float, steps_per_epoch: int, config: TrainingConfig) -> float:
     """The decoupled weight decay λ that alone brings a parameter to ``factor`` of its value at the end of the run.
 
     Each step multiplies by 1 − η λ, together exp(−λ Σ η). Schedule-free averages lag behind, which
@@ -75,6 +75,7 @@ def decay_that_shrinks(factor: float, rate: float, steps_per_epoch: int, config:
     Args:
         factor: between 0 and 1.
         rate: learning rate of the parameter before any schedule.
+        share: of the parameter in learning rates of the run, as that of a second stage is one.
         steps_per_epoch, config: how long the run is, and its schedule. A plateau is counted as if it never lowered
             the rate.
     """
@@ -87,8 +88,13 @@ def decay_that_shrinks(factor: float, rate: float, steps_per_epoch: int, config:
             exponent = (low + high) / 2
             low, high = (exponent, high) if _shrunk_average(exponent) > factor else (low, exponent)
     schedule = LearningRate(config.schedule, rate, config.epochs)
-    every = [schedule.at((epoch + 0.5) * config.epochs / 1000) for epoch in range(1000)]
-    return exponent / (sum(every) / len(every) * steps_per_epoch * config.epochs)
+    start, total = config.second_stage.start, 0.0
+    for part in range(1000):
+        done = (part + 0.5) * config.epochs / 1000
+        if start is not None and done >= start - 1:
+            schedule.base = share * config.second_stage.learning_rate
+        total += schedule.at(done)
+    return exponent / (total / 1000 * steps_per_epoch * config.epochs)
 
 
 def _shrunk_average(exponent: float, steps: int = 500, momentum: float = 0.9) -> float:

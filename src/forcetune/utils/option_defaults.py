@@ -23,7 +23,11 @@ DATA = ("data.train", "data.stress_key")
 PARENTS: dict[str, tuple[str, ...]] = {
     "method.name": ("method.table",),
     "training.learning_rate": (*METHOD, "model.model"),
-    "training.epochs": ("data.train", "training.batch_size"),
+    # what decides the number of frames and of steps, and what no default is chosen beside
+    "training.epochs": (
+        *("data.train", "data.valid", "data.train_frames", "training.valid_every", "training.second_stage.start"),
+        *("training.batch_size", "training.batch_atoms", "training.batch_edges", "training.schedule.warmup_epochs"),
+    ),
     "training.optimizer": METHOD,
     "training.ema": (*METHOD, "training.optimizer"),
     **{f"{LOSS}.{name}": ("magnetism.layer",) for name in LOSS_FIELDS},

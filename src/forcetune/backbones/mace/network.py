@@ -6,6 +6,7 @@ Batatia et al., MACE (NeurIPS 2022), arXiv 2206.07697; equation numbers are thos
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -30,7 +31,7 @@ from forcetune.backbones.mace.blocks import (
 )
 from forcetune.errors import InputError
 from forcetune.irreps import Block, irreps_text, parse_irreps
-from forcetune.kernels.compiled.choice import chosen_kernels
+from forcetune.kernels.compiled.choice import chosen_kernels, takes_compiled
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.features import Features
@@ -45,6 +46,16 @@ from forcetune.kernels.radial import ChebyshevBasis, ZBLRepulsion
 from forcetune.kernels.splines import Function, RadialFunctions, RadialSplines, Splined
 from forcetune.kernels.step import Ghosts, Step, can_train, one_hot_species
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
+
+
+@functools.cache
+def pairs_of_elements(numbers: tuple[int, ...]) -> tuple[list[tuple[int, int]], Tensor]:
+    """Unordered pairs of a model's elements, and (elements, elements) which pair two of its species are."""
+    pairs = list(itertools.combinations_with_replacement(range(len(numbers)), 2))
+    table = torch.zeros(len(numbers), len(numbers), dtype=torch.int64)
+    for index, (first, second) in enumerate(pairs):
+        table[first, second] = table[second, first] = index
+    return [(numbers[first], numbers[second]) for first, second in pairs], table
 
 
 class MaceNetwork(nn.Module):
@@ -195,22 +206,20 @@ class MaceNetwork(nn.Module):
 
     def _splined(self, plan: Plan, phase: Phase, lengths: Tensor, ghosts: Ghosts | None) -> Splined:
         """Radial weights from splines, where they can be had."""
-        functions = None if phase.twice else self._radial_functions()
+        kernels = chosen_kernels(self)
+        functions = None if phase.twice or not takes_compiled(kernels, lengths) else self._radial_functions()
         if functions is None:
             return None
-        kernels, ratio = chosen_kernels(self), lengths / self.architecture.r_max
+        ratio = lengths / self.architecture.r_max
         if self.radial_embedding.distance_transform is None:
             return self._splines.at(functions, phase, kernels, ratio, [(1, 1)])
         if ghosts is not None:
             return None  # of elements that the plan does not know
-        present = plan.present.tolist()
-        table = torch.zeros(len(self.architecture.atomic_numbers), len(self.architecture.atomic_numbers)).long()
-        kinds: list[tuple[int, int]] = []
-        for first, second in itertools.combinations_with_replacement(present, 2):
-            table[first, second] = table[second, first] = len(kinds)
-            kinds.append((self.architecture.atomic_numbers[first], self.architecture.atomic_numbers[second]))
-        places = plan.species[plan.sender] * len(table) + plan.species[plan.receiver]
-        return self._splines.at(functions, phase, kernels, ratio, kinds, table.flatten()[places])
+        # all pairs of the model's elements: those of one batch would want other tables in the next
+        kinds, table = pairs_of_elements(tuple(self.architecture.atomic_numbers))
+        return self._splines.at(
+            functions, phase, kernels, ratio, kinds, table[plan.species[plan.sender], plan.species[plan.receiver]]
+        )
 
     def forward(
         self, plan: Plan, phase: Phase, vectors: Tensor, ghosts: Ghosts | None = None
