@@ -314,7 +314,7 @@ class NetworkBackbone:
         plan = self._plans.plan(batch.edge_index, batch.unit_shifts, self._species[batch.numbers])
         graph_index = batch.graph_index[plan.order]
         phase, vectors = Phase(), _vectors(plan, batch.positions, batch.cell, batch).detach().requires_grad_()
-        with torch.enable_grad(), _watched(self.model.last_layers) as inputs:
+        with torch.enable_grad(), full_precision(), _watched(self.model.last_layers) as inputs:
             self.model(plan, phase, vectors)
             atoms = torch.cat([_by_weight(layer, inputs[layer]) for layer in self.model.last_layers], dim=1)
             atoms = atoms * self.model.energy_factors(plan)

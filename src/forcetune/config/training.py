@@ -96,7 +96,11 @@ class TrainingConfig(Section):
     optimizer: Literal["adam", "adamw", "schedulefree"] | None = Field(
         default=None, description="Adam with amsgrad, AdamW, schedule-free AdamW; the method's own when not given."
     )
-    learning_rate: float | None = Field(default=None, gt=0, description="The method's own default when not given.")
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="When not given, the default of the method, or the foundation model's for the method.",
+    )
     weight_decay: float = Field(
         default=1e-8, ge=0, description="On linear and contraction sites; of sparse updates on all their sites."
     )
