@@ -108,12 +108,10 @@ def share_out(n: int, sizes: Mapping[str, int], quota: str | None) -> dict[str, 
         InputError: as :func:`parse_quota`, a composition that the pool lacks, or more of one than it has.
     """
     counts = parse_quota(n, quota)
+    if quota is None:
+        return None
     if counts is None:
-        if quota is None:
-            return None
-        return _apportion(
-            n, sizes, {formula: size if quota == "proportional" else 1 for formula, size in sizes.items()}
-        )
+        return _apportion(n, sizes, sizes if quota == "proportional" else dict.fromkeys(sizes, 1))
     for formula, count in counts.items():
         if formula not in sizes:
             known = ", ".join(sorted(sizes)[:8])
