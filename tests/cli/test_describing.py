@@ -171,6 +171,8 @@ def test_papers_of_models_and_methods() -> None:
     assert keys_of(cite("mini")) == ["forcetune", "batatia2022mace", "bannwarth2019gfn2"]
     assert keys_of(cite("mace-off23-medium")) == ["forcetune", "batatia2022mace", "kovacs2023maceoff"]
     assert "kim2024multifidelity" in keys_of(cite("sevennet-mf-0"))
+    assert keys_of(cite("sevennet-0-may2024"))[-1] == "chen2022m3gnet"
+    assert "doi = {10.1021/jacs.4c07099}" in cite("mace-off23-medium")
     assert f"version = {{{__version__}}}" in cite("full")
     with pytest.raises(InputError, match="is no run folder, model or method"):
         cite("nobody")

@@ -43,6 +43,8 @@ REFUSALS = [
     (("--error_table", "DipoleRMSE"), "--error_table DipoleRMSE", "PerAtomRMSE"),
     (("--E0s", "isolated"), "--E0s 'isolated'", "{1: -13.6}"),
     (("--lora", "True", "--method", "mmea"), "--lora", "leave one of them out"),
+    (("--lora", "True", "--lora_rank", "4", "--rank", "8"), "--rank 8, --lora_rank 4", "leave one of them out"),
+    (("--atomic_numbers", "['²']"), "--atomic_numbers: there is no element '²'", "write atomic numbers"),
     (("--nonsense", "1"), "--nonsense", "--help"),
     (("--batch_size", "many"), "--batch_size", "--help"),
 ]

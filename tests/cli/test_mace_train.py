@@ -177,6 +177,12 @@ def test_the_replay_command_of_maces_guide(here: Path) -> None:
     assert (second.form, second.energy, second.forces, second.stress) == ("huber", 10, 100, 0)
     assert any("no training frame has stress" in note for note in found.notes)
 
+    # with a file of its own for validation, mace trains on all 60
+    found = understood(*shlex.split(REPLAY), "--pt_valid_file", "other.xyz")
+    assert found.config.replay.ratio == pytest.approx(60 / 8)
+    assert not any("--pt_valid_file" in note for note in found.notes)
+    assert any("--pt_valid_file" in note for note in understood(*LEAST, "--pt_valid_file", "other.xyz").notes)
+
     more = "--pseudolabel_replay True --force_mh_ft_lr True --weight_pt 3 --num_samples_pt 100"
     found = understood(*shlex.split(f"{REPLAY} {more}"))
     assert values(found, "replay.labels", "replay.weight", "training.learning_rate") == ["base", 3.0, 0.01]
@@ -197,12 +203,15 @@ def test_replay_runs(command: Command, here: Path) -> None:
 
 def test_heads_of_maces_guide(here: Path) -> None:
     write_labelled(here / "train.xyz", count=4)
-    write_labelled(here / "selected_configs.xyz", count=8, seed=2)
+    write_labelled(here / "selected_configs.xyz", count=20, seed=2)
     (here / "e0s.json").write_text('{"1": -13.6, "6": -1029.5, "7": -1484.0, "8": -2042.0}', encoding="utf-8")
     found = understood(*shlex.split(HEADS))
     assert found.config.references.table == {"H": -13.6, "C": -1029.5, "N": -1484.0, "O": -2042.0}
     assert values(found, "data.train", "replay.data") == [["train.xyz"], ["selected_configs.xyz"]]
     assert found.config.model.elements == ["H", "C", "N", "O"]
+    assert found.config.replay.ratio == pytest.approx(18 / 4)
+    own_file = HEADS.replace("'E0s': 'foundation'", "'E0s': 'foundation', 'valid_file': 'other.xyz'")
+    assert understood(*shlex.split(own_file)).config.replay.ratio == pytest.approx(20 / 4)
     keys = "{'dft': {'train_file': ['train.xyz'], 'info_keys': {'energy': 'E'}, 'arrays_keys': {'forces': 'F'}}}"
     found = understood("--name", "a", "--foundation_model", "mini", "--heads", keys, "--E0s", "average")
     assert values(found, "data.train", "data.energy_key", "data.forces_key") == [["train.xyz"], "E", "F"]
@@ -231,6 +240,22 @@ def test_lora_of_maces_guide_writes_the_plain_model(command: Command, here: Path
         atoms.calc = forcetune.calculator(str(source))
         energies.append(atoms.get_potential_energy())
     assert energies[0] == pytest.approx(energies[1], rel=1e-8)
+
+
+def test_a_model_that_cannot_be_written_ends_with_an_error(command: Command, here: Path) -> None:
+    write_labelled(here / "train.xyz")
+    write_model(here / "base.model")
+    (here / "models").write_text("a file, where a folder should be", encoding="utf-8")
+    code, out, err = command(
+        *("mace-train", "--name", "tuned", "--foundation_model", "base.model", "--lora", "True"),
+        *("--train_file", "train.xyz", "--E0s", "average", "--max_num_epochs", "1", "--model_dir", "models"),
+    )
+    assert code == 1
+    model = Path("models") / "tuned.model"
+    assert f"{model}: is not written" in err
+    assert f"forcetune merge tuned_run-123 --output {model}" in err
+    assert "is not written" not in out
+    assert json.loads((here / "tuned_run-123" / "results.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def test_yaml_as_mace_takes_it(here: Path) -> None:
@@ -262,6 +287,32 @@ def test_yaml_as_mace_takes_it(here: Path) -> None:
     (here / "mace.yaml").write_text("name: a\nlearning_rate: 1\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"mace.yaml: mace 0.3.16 has no option 'learning_rate'"):
         understood("--config", "mace.yaml")
+
+
+def test_yaml_errors_name_the_line(here: Path) -> None:
+    (here / "mace.yaml").write_text("name: a\nlr: [1\nema: true\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"mace.yaml: is not valid YAML \(line 3\); write options as `name: value`"):
+        understood("--config", "mace.yaml")
+
+
+def test_wandb_is_a_tracker(here: Path) -> None:
+    found = understood(*LEAST, "--wandb", "--wandb_project", "water", "--wandb_entity", "group")
+    assert values(found, "output.trackers", "output.project") == [["wandb"], "water"]
+    assert any("--wandb_entity" in note and "WANDB_ENTITY" in note for note in found.notes)
+    assert values(understood(*LEAST, "--wandb"), "output.trackers", "output.project") == [["wandb"], "forcetune"]
+    found = understood(*LEAST, "--wandb_project", "water")
+    assert values(found, "output.trackers", "output.project") == [[], "forcetune"]
+    assert "--wandb_project: left aside without --wandb, as in mace" in found.notes
+
+
+def test_kernels_of_nvidia_are_named(here: Path) -> None:
+    notes = understood(*LEAST, "--enable_cueq", "True").notes
+    assert any("--enable_cueq" in note and "--set model.kernels=cuequivariance" in note for note in notes)
+
+
+def test_a_folder_with_the_name_of_a_model_is_no_model(here: Path) -> None:
+    (here / "medium_off").mkdir()
+    assert understood(*LEAST, "--foundation_model", "medium_off").config.model.model == "mace-off23-medium"
 
 
 @pytest.mark.parametrize("words", [MMEA, NAIVE + " --freeze 5 --set training.ema=null --clip_grad None"])
@@ -378,7 +429,14 @@ def test_frozen_parts_and_gates(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MMEA_RANK", "32")
     monkeypatch.setenv("MMEA_STD", "0.001")
     assert understood(*LEAST).config.method.options() == {"rank": 32, "shift_init": 0.001}
-    assert understood(*LEAST, "--mmea_init", "zero").config.method.options() == {"rank": 32, "shift_init": 0.0}
+    found = understood(*LEAST, "--mmea_init", "zero")
+    assert found.config.method.options() == {"rank": 32, "shift_init": 0.0}
+    assert "MMEA_STD=0.001 in the environment: left aside, as --mmea_init zero wins" in found.notes
+    assert "MMEA_RANK=32: taken from the environment, as the MMEA code does" in found.notes
+    for words, winner in ((("--rank", "8"), "--rank 8"), (("--set", "method.rank=8"), "--set method.rank=…")):
+        found = understood(*LEAST, *words)
+        assert found.config.method.options() == {"rank": 8, "shift_init": 0.001}
+        assert f"MMEA_RANK=32 in the environment: left aside, as {winner} wins" in found.notes
 
 
 def test_restart_latest_resumes_and_refuses_another_run(command: Command, here: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,35 @@ def test_what_cannot_be_an_adapter_is_refused(command: Command, tmp_path: Path) 
         convert_mace_lora(checkpoint, adapter, model=base)
     with pytest.raises(InputError, match="no such file"):
         convert_mace_lora(tmp_path / "nothing.pt", adapter, model=base)
+
+
+def test_damaged_tensors_are_refused(command: Command, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base.model")
+    checkpoint, damaged, adapter = tmp_path / "run_epoch-3.pt", tmp_path / "damaged.pt", tmp_path / "adapter"
+    write_checkpoint(checkpoint, tmp_path / "merged.model")
+    state = torch.load(checkpoint, weights_only=False)["model"]
+    flat = next(key for key in state if key.endswith("lora_B.weight") and state[key].ndim == 1)
+    weight = next(key for key in state if key.endswith("base.weight"))
+    energies, scale, shift = "atomic_energies_fn.atomic_energies", "scale_shift.scale", "scale_shift.shift"
+    cases: list[tuple[str, torch.Tensor, str]] = [
+        (flat, state[flat] * math.nan, f"its {flat} is not finite"),
+        (flat, torch.cat([state[flat], state[flat][:1]]), "do not have the shape of the layer"),
+        (flat, state[flat][:-1], "do not have the shape of the layer"),
+        (flat, state[flat][None], "do not have the shape of factors"),
+        (weight, state[weight] * math.nan, "started from another model"),
+        (energies, state[energies] * math.nan, f"its {energies} is not finite"),
+        (scale, state[scale].reshape(-1)[:0], f"its {scale} is empty"),
+        (shift, state[shift].reshape(-1)[:0], f"its {shift} is empty"),
+        ("atomic_numbers", state["atomic_numbers"] * 0 + 400, "atomic_numbers hold 400"),
+    ]
+    for key, value, message in cases:
+        torch.save({"model": {**state, key: value}, "optimizer": {}, "lr_scheduler": {}}, damaged)
+        with pytest.raises(InputError, match=re.escape(message)):
+            convert_mace_lora(damaged, adapter, model=base, alpha=ALPHA)
+        assert not adapter.exists()
+    code, _, err = command("import-lora", checkpoint, "--model", base, "--alpha", "inf", "-o", adapter)
+    assert code == 2
+    assert "not a finite number" in err
 
 
 @pytest.mark.slow

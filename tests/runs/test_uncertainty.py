@@ -264,3 +264,35 @@ def test_a_start_set_without_any_run(tmp_path: Path, command: Command) -> None:
     code, _, told = command("select", pool, "--n", 5, "-o", target, "--uncertainty", "energy")
     assert (code, "only a calibrated run has one" in told) == (2, True)
     assert command("select", pool, "--n", 5, "-o", target, "--strategy", "best")[0] == 2
+
+
+def test_what_a_selection_reads_is_not_replaced_and_mistakes_end_it_early(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, other = (write_labelled(tmp_path / name, 3, seed=7) for name in ("pool.xyz", "other.xyz"))
+    (tmp_path / "folder.xyz").mkdir()
+    link = tmp_path / "link.xyz"
+    link.symlink_to(pool)
+    before = {path: path.read_bytes() for path in (pool, other, calibrated.parent / "train.xyz")}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(selecting, "deploy", refuse)
+    replaced = [
+        pool,
+        tmp_path / "x" / ".." / "pool.xyz",
+        link,
+        other,
+        *(calibrated.parent / f"{name}.xyz" for name in ("train", "valid")),
+    ]
+    (tmp_path / "x").mkdir()
+    for output in replaced:
+        with pytest.raises(InputError, match="is read by this selection"):
+            forcetune.select(pool, n=1, model=calibrated, output=output, exclude=other)
+    for name, message in (("folder.xyz", "is a folder"), ("chosen.traj", "ends in .xyz"), ("no/a.xyz", "no folder")):
+        with pytest.raises(InputError, match=message):
+            forcetune.select(pool, n=1, model=calibrated, output=tmp_path / name)
+    with pytest.raises(InputError, match="write proportional"):
+        forcetune.select(pool, n=1, model=calibrated, quota="half")
+    assert {path: path.read_bytes() for path in before} == before

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 import forcetune
 from forcetune.config import RunConfig, load_config
 from forcetune.config.run import OutputConfig
-from forcetune.errors import InputError
+from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.runs.metrics import Metrics, read_metrics
+from forcetune.training.module import FineTuning, Observer
 from forcetune.training.trackers import TRACKERS, TRACKERS_NAME, check_trackers, start_trackers
 from systems import write_labelled, write_model
 
@@ -146,6 +147,7 @@ def test_a_tracker_that_fails_leaves_the_training_alone(
     wandb.init = init  # type: ignore[attr-defined]
     run = fit(tmp_path, "wandb")
     assert (run / "results.json").is_file()
+    assert [name for name, _ in wandb.calls].count("finish") == 1, "it is closed all the same"
     told = capfd.readouterr().err.replace("\n", " ")
     assert told.count("warning: wandb failed (disk full); from epoch 1 on it is left out.") == 1
 
@@ -194,6 +196,51 @@ def test_tensorboard_itself(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2]
     losses = [event.value for event in events.Scalars("valid_loss")]
     assert losses == pytest.approx(list(metrics_of(run)["valid_loss"]), rel=1e-6)
+
+
+def test_a_tracker_that_fails_at_the_end_leaves_the_results_alone(tmp_path: Path, wandb: StandIn) -> None:
+    begin = wandb.init
+
+    def init(**options: Any) -> SimpleNamespace:
+        run = begin(**options)
+        run.finish = lambda: (_ for _ in ()).throw(RuntimeError("no network"))
+        return run
+
+    wandb.init = init  # type: ignore[attr-defined]
+    with pytest.warns(ForcetuneWarning, match=r"wandb failed at the end \(no network\)"):
+        run = fit(tmp_path, "wandb")
+    assert json.loads((run / "results.json").read_text(encoding="utf-8"))["status"] == "finished"
+
+
+class Recorder(Observer):
+    """Notes that it was closed, and raises what it is made with."""
+
+    def __init__(self, closed: list[str], name: str, error: Exception | None = None) -> None:
+        self.closed, self.name, self.error = closed, name, error
+
+    def close(self) -> None:
+        self.closed.append(self.name)
+        if self.error is not None:
+            raise self.error
+
+
+def test_an_observer_that_cannot_be_closed_keeps_no_other_open_and_hides_no_error() -> None:
+    closed: list[str] = []
+    observers = [Recorder(closed, "a", OSError("full")), Recorder(closed, "b", OSError("gone")), Recorder(closed, "c")]
+    training = FineTuning.__new__(FineTuning)
+    training._trained = list  # type: ignore[method-assign]
+    training.stopped = True
+    with pytest.warns(ForcetuneWarning, match="gone"), pytest.raises(OSError, match="full"):
+        training.run((), observers)
+    assert closed == ["a", "b", "c"]
+
+    class Failing(Recorder):
+        def on_start(self, training: FineTuning) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.warns(ForcetuneWarning, match="full"), pytest.raises(KeyboardInterrupt):
+        training.run((), [observers[0], observers[2], Failing(closed, "d")])
+    assert closed == ["a", "b", "c", "a", "c", "d"]
 
 
 def test_mlflow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

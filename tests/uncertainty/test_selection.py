@@ -89,12 +89,22 @@ def test_quotas() -> None:
     sizes = Counter(formulas)
     assert share_out(10, sizes, "proportional") == {"A": 6, "B": 3, "C": 1}
     assert share_out(40, sizes, "equal") == {"A": 15, "B": 15, "C": 10}, "C has no more than 10"
+    assert share_out(11, {"A": 58, "B": 42}, "proportional") == {"A": 6, "B": 5}, "6.38 and 4.62"
+    assert share_out(8, {"A": 1, "B": 2, "C": 9, "D": 9}, "equal") == {"A": 1, "B": 2, "C": 3, "D": 2}
+    assert share_out(200, sizes, "proportional") == dict(sizes)
     assert share_out(3, sizes, "equal") == {"A": 1, "B": 1, "C": 1}
     assert share_out(10, sizes, "A=3, C=7") == {"A": 3, "C": 7}
     assert share_out(10, sizes, None) is None
-    for wrong, message in (("A=3", "add up to 3"), ("D=10", "no structure of composition D"), ("half", "write prop")):
+    for wrong, message in (
+        ("A=3", "add up to 3"),
+        ("D=10", "no structure of composition D"),
+        ("half", "write prop"),
+        ("A=1²", "write prop"),
+    ):
         with pytest.raises(InputError, match=message):
             share_out(10, sizes, wrong)
+    with pytest.raises(InputError, match="10 structures of composition C"):
+        share_out(20, sizes, "A=9,C=11")
     chosen = choose(Pool(cloud(100), formulas), NOTHING, 10, quota=share_out(10, sizes, "A=3,C=7"))
     assert Counter(formulas[one.index] for one in chosen) == {"A": 3, "C": 7}
 

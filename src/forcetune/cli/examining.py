@@ -86,6 +86,8 @@ def evaluate(
     if plot is not None and not uncertainty:
         raise InputError("--plot: shows how reliable uncertainties are; add --uncertainty.")
     if uncertainty:
+        if adapter is not None:
+            raise InputError("--adapter: with --uncertainty name the run in place of MODEL, and its base by --model.")
         unused = {"--head": head, "--stress-key": stress_key, "--moments-key": moments_key, "--spins-key": spins_key}
         if named := [name for name, value in unused.items() if value is not None]:
             raise InputError(f"{named[0]}: has no meaning with --uncertainty, which is of energies and forces.")

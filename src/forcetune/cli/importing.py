@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from forcetune.cli.app import app
-from forcetune.cli.options import Trust
+from forcetune.cli.options import Trust, finite
 
 
 @app.command("import-lora")
@@ -17,7 +17,8 @@ def import_lora(
     model: Annotated[str, typer.Option("--model", help="The foundation model that the run started from.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The adapter folder to write.")],
     alpha: Annotated[
-        float, typer.Option(min=1e-9, help="--lora_alpha of that run, which the checkpoint does not have.")
+        float,
+        typer.Option(min=1e-9, callback=finite, help="--lora_alpha of that run, which the checkpoint does not have."),
     ] = 1.0,
     trust: Trust = False,
 ) -> None:

@@ -52,7 +52,7 @@ _MODEL_PAPERS = (
     ("mace-omat-0", ("batatia2023foundation", "barrosoluque2024omat")),
     ("mace-matpes", ("batatia2023foundation", "barrosoluque2024omat", "kaplan2025matpes")),
     ("sevennet-mf-0", ("kim2024multifidelity",)),
-    ("sevennet-0-may2024", ()),
+    ("sevennet-0-may2024", ("chen2022m3gnet",)),
     ("sevennet", ("deng2023chgnet",)),
     ("nequip-oam", ("barrosoluque2024omat", "deng2023chgnet")),
 )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 
 from forcetune.adapters.adapter import Adapter, parameter_at
@@ -51,16 +52,17 @@ def convert_mace_lora(
         trust: as of :func:`forcetune.backbones.loading.load`.
 
     Raises:
-        InputError: no such checkpoint, one without factors, or of another foundation model.
+        InputError: no such checkpoint, one without factors, of another foundation model, or with tensors that are
+            not finite or not of the model's shapes.
     """
     state = _read_state(as_path(str(checkpoint)))
-    factors = dict(_factors(state))
+    factors = dict(_factors(state, checkpoint))
     if not factors:
         raise InputError(
             f"{checkpoint}: has no LoRA factors; only checkpoints of mace_run_train --lora True do. A model that was "
             "trained without is used by its path."
         )
-    numbers = [int(number) for number in _tensor(state, "atomic_numbers", checkpoint)]
+    numbers = _elements(state, checkpoint)
     energies = _tensor(state, "atomic_energies_fn.atomic_energies", checkpoint).reshape(-1)
     if len(energies) != len(numbers):
         raise InputError(f"{checkpoint}: has several heads, of which an adapter has one; train one head.")
@@ -80,7 +82,7 @@ def convert_mace_lora(
     adapter = attach(backbone, method("lora", rank=rank, alpha=float(alpha)))
     for name, pair in factors.items():
         _set_factors(adapter, by_name[name], pair, rank, checkpoint)
-    shift = _shift(state, backbone)
+    shift = _shift(state, backbone, checkpoint)
     backbone.set_reference_energies(
         {number: float(energy) + shift for number, energy in zip(numbers, energies, strict=True)}
     )
@@ -107,31 +109,62 @@ def _read_state(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def _factors(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Name of a layer with A and B: flat ones of an equivariant layer, or matrices with the product ΔW as stored."""
+def _factors(state: Mapping[str, Any], source: str | Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Name of a layer with A and B: flat ones of an equivariant layer, or matrices with the product ΔW as stored.
+
+    Raises:
+        InputError: factors that are not finite, or neither both flat nor both matrices.
+    """
     for key, value in state.items():
         for ending in (f".{_A}.weight", f".{_A}"):
             name, other = key.removesuffix(ending), f"{key.removesuffix(ending)}{ending.replace(_A, _B)}"
             if not (key.endswith(ending) and isinstance(value, Tensor) and isinstance(state.get(other), Tensor)):
                 continue
-            a, b = value.double(), state[other].double()
+            a, b = _tensor(state, key, source).double(), _tensor(state, other, source).double()
+            if a.ndim != b.ndim or a.ndim not in (1, 2):
+                raise InputError(f"{source}: {key} and its counterpart do not have the shape of factors.")
             # of a dense layer of PyTorch, whose weight is (out, in), ΔW = B A
             yield name, ((b, a) if a.ndim == 2 and ending.endswith("weight") else (a, b))
 
 
 def _tensor(state: Mapping[str, Any], key: str, source: str | Path) -> Tensor:
+    """
+    Raises:
+        InputError: the checkpoint does not have it, or it is empty or not finite.
+    """
     value = state.get(key)
     if not isinstance(value, Tensor):
         raise InputError(f"{source}: has no {key}; this is no checkpoint of mace_run_train.")
+    if value.numel() == 0:
+        raise InputError(f"{source}: its {key} is empty; the file is damaged, so name another checkpoint of the run.")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(
+            f"{source}: its {key} is not finite, as of a run that diverged; name a checkpoint of an earlier epoch."
+        )
     return value
+
+
+def _elements(state: Mapping[str, Any], source: str | Path) -> list[int]:
+    """Atomic numbers of the model in a checkpoint.
+
+    Raises:
+        InputError: it has none, or something else.
+    """
+    values = _tensor(state, "atomic_numbers", source).reshape(-1).tolist()
+    for index, value in enumerate(values):
+        if value != int(value) or not 0 < value < len(chemical_symbols) or value in values[:index]:
+            raise InputError(
+                f"{source}: its atomic_numbers hold {value:g}, which is no element or there twice; the file is "
+                "damaged, so name another checkpoint of the run."
+            )
+    return [int(value) for value in values]
 
 
 def _rank(site: Site, a: Tensor) -> int:
     """Columns of A; a flat one has as many for every input of an irrep that is an output, too."""
     if a.ndim == 2:
         return int(a.shape[1])
-    shared = _shared(site)
-    inputs = sum(block.multiplicity for block in _inputs(site) if (block.order, block.parity) in shared)
+    inputs = _shared_channels(site, _inputs(site))
     return a.numel() // inputs if inputs and a.numel() % inputs == 0 else 0
 
 
@@ -148,6 +181,12 @@ def _shared(site: Site) -> set[tuple[int, str]]:
     return {(one.order, one.parity) for one in _inputs(site)} & {(one.order, one.parity) for one in _outputs(site)}
 
 
+def _shared_channels(site: Site, blocks: tuple[Block, ...]) -> int:
+    """Channels of the blocks whose irrep is both in and out."""
+    shared = _shared(site)
+    return sum(block.multiplicity for block in blocks if (block.order, block.parity) in shared)
+
+
 def _check_base(state: Mapping[str, Any], backbone: Backbone, checkpoint: str | Path, model: str | Path) -> None:
     """
     Raises:
@@ -159,30 +198,44 @@ def _check_base(state: Mapping[str, Any], backbone: Backbone, checkpoint: str | 
         if not isinstance(stored, Tensor) or stored.numel() != weight.numel():
             raise InputError(f"{checkpoint}: has no weight {site.name} as {model} has; name the base of this run.")
         difference = torch.linalg.vector_norm(stored.double().reshape(-1) - weight)
-        if difference > SAME * torch.linalg.vector_norm(weight):
+        # written so that a weight that is no number is refused, too
+        if not bool(difference <= SAME * torch.linalg.vector_norm(weight)):
             raise InputError(
                 f"{checkpoint}: its weight {site.name} is not that of {model}, so this run started from another model; "
                 "name that one."
             )
-    scale = state.get("scale_shift.scale")
     own = backbone.model.state_dict().get("scale_shift.scale")
-    if isinstance(scale, Tensor) and (
-        own is None or not torch.allclose(scale.double().view(-1), own.double().view(-1))
+    if own is None and "scale_shift.scale" not in state:
+        return
+    scale = _tensor(state, "scale_shift.scale", checkpoint)
+    if (
+        own is None
+        or scale.numel() != own.numel()
+        or not torch.allclose(scale.double().reshape(-1), own.double().reshape(-1))
     ):
         raise InputError(f"{checkpoint}: scales energies otherwise than {model}; name the base of this run.")
 
 
-def _shift(state: Mapping[str, Any], backbone: Backbone) -> float:
-    """What the checkpoint adds to every atom's energy beyond the foundation model, eV."""
-    stored, own = state.get("scale_shift.shift"), backbone.model.state_dict().get("scale_shift.shift")
-    if not isinstance(stored, Tensor) or own is None:
+def _shift(state: Mapping[str, Any], backbone: Backbone, checkpoint: str | Path) -> float:
+    """What the checkpoint adds to every atom's energy beyond the foundation model, eV.
+
+    Raises:
+        InputError: it has no such number, or several.
+    """
+    own = backbone.model.state_dict().get("scale_shift.shift")
+    if own is None:
         return 0.0
-    return float(stored.double().reshape(-1)[0] - own.double().reshape(-1)[0])
+    stored = _tensor(state, "scale_shift.shift", checkpoint)
+    if stored.numel() != 1 or own.numel() != 1:
+        raise InputError(f"{checkpoint}: has energy shifts of several heads, an adapter that of one; train one head.")
+    return float(stored.double()) - float(own.double())
 
 
 def _set_factors(adapter: Adapter, site: Site, pair: tuple[Tensor, Tensor], rank: int, checkpoint: str | Path) -> None:
     part = adapter.part(site, WeightUpdate)
     assert isinstance(part, LowRankWeight)
+    if pair[1].ndim == 1 and pair[1].numel() != rank * _shared_channels(site, _outputs(site)):
+        raise InputError(f"{checkpoint}: the factors at {site.name} do not have the shape of the layer.")
     blocks = dict(_blocks(site, pair, rank))
     for path in site.paths:
         a, b = blocks.get(path.start, (None, None))

@@ -17,7 +17,7 @@ from ase.data import chemical_symbols
 from rich.console import Console
 
 from forcetune.backbones.protocol import Backbone
-from forcetune.config import load_config
+from forcetune.config import RunConfig, load_config
 from forcetune.deployment.calculator import frame_of
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
@@ -28,8 +28,9 @@ from forcetune.frames.labels import raw_frame
 from forcetune.frames.read import check_structure
 from forcetune.frames.sources import expand, file_format
 from forcetune.frames.store.chunks import iterate_structures
-from forcetune.runs.folder import CONFIG_NAME
+from forcetune.runs.folder import CONFIG_NAME, input_files
 from forcetune.runs.preparation import counting
+from forcetune.runs.selection_output import check_selection_output
 from forcetune.uncertainty.file import Uncertainty, has_calibration, load_uncertainty
 from forcetune.uncertainty.last_layer import network_of
 from forcetune.uncertainty.selection import (
@@ -39,6 +40,7 @@ from forcetune.uncertainty.selection import (
     Strategy,
     choose,
     labelled_already,
+    parse_quota,
     share_out,
     standardize,
 )
@@ -144,7 +146,7 @@ def select(
         pool: files or patterns; labels in them are not read.
         n: structures to choose.
         model: run folder, model name, model file or loaded backbone.
-        output: extended XYZ to write.
+        output: extended XYZ to write; none of the files that are read.
         exclude: files of labelled frames, besides those of a run.
         strategy: ``farthest``, ``determinant`` or ``random`` (:func:`forcetune.uncertainty.selection.choose`).
         uncertainty: that counts: ``energy`` per atom, ``forces`` (the largest component), ``off``, or ``auto``: energy
@@ -156,19 +158,26 @@ def select(
         console: for progress; standard error by default.
 
     Raises:
-        InputError: bad structures, an unknown option, a model whose last layer is not known, or nothing left to choose.
+        InputError: bad structures, an unknown option, a model whose last layer is not known, nothing left to choose, or
+            an output that cannot be written or would replace what is read.
     """
     console = console or Console(stderr=True, soft_wrap=True)
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy {strategy}: is none of {', '.join(get_args(Strategy))}.")
     if n < 1:
         raise InputError(f"--n {n}: choose at least one structure.")
+    parse_quota(n, quota)
+    pool_files, exclude_files = expand(pool), expand(exclude) if exclude else ()
+    config = _config_of(model)
+    if output is not None:
+        run_files = () if config is None else input_files(config)
+        output = check_selection_output(output, [*pool_files, *exclude_files, *run_files])
     calibration = _calibration(model, uncertainty)
     backbone = deploy(model, head=head, device=device, trust=trust).backbone
     network_of(backbone)
     wants_forces = uncertainty == "forces"
-    known = _describe(backbone, iter(_labelled(model, exclude, type_map, console)), None, False, "labelled", console)
-    files = [(path, file_format(path)) for path in expand(pool)]
+    known = _describe(backbone, _labelled(config, exclude_files, type_map, console), None, False, "labelled", console)
+    files = [(path, file_format(path)) for path in pool_files]
     found = _describe(backbone, _structures(files, type_map), calibration, wants_forces, "pool", console)
     descriptors, labelled = standardize(found.descriptors, known.descriptors)
     weights = found.forces_std if wants_forces else found.energy_std
@@ -223,20 +232,24 @@ def _calibration(model: str | Path | Backbone, uncertainty: str) -> Uncertainty 
     return calibration
 
 
+def _config_of(model: str | Path | Backbone) -> RunConfig | None:
+    """The configuration of a run; None where the model is none."""
+    folder = None if isinstance(model, Backbone) else adapter_folder(model)
+    if folder is None or not (folder.parent / CONFIG_NAME).is_file():
+        return None
+    return load_config(folder.parent / CONFIG_NAME)
+
+
 def _labelled(
-    model: str | Path | Backbone, exclude: str | Path | Sequence[str | Path], type_map: Sequence[str], console: Console
+    config: RunConfig | None, exclude: Sequence[Path], type_map: Sequence[str], console: Console
 ) -> Iterator[Frame]:
     """Frames of the run, training and validation, and of further files."""
-    folder = None if isinstance(model, Backbone) else adapter_folder(model)
-    if folder is not None and (folder.parent / CONFIG_NAME).is_file():
-        config = load_config(folder.parent / CONFIG_NAME)
+    if config is not None:
         with counting(console, "labelled frames read") as advance:
             dataset = read_dataset(config.data.model_copy(update={"test": []}), config.magnetism, advance)
         yield from dataset.train.frames
         yield from dataset.valid.frames
-    named = [exclude] if isinstance(exclude, (str, Path)) else list(exclude)
-    if named:
-        yield from _structures([(path, file_format(path)) for path in expand(named)], type_map)
+    yield from _structures([(path, file_format(path)) for path in exclude], type_map)
 
 
 def _structures(files: Sequence[tuple[Path, str]], type_map: Sequence[str]) -> Iterator[Frame]:

@@ -49,6 +49,21 @@ class Observer:
         """After the training, whatever ended it."""
 
 
+def _close(observers: Sequence[Observer], *, failed: bool) -> None:
+    """Close all, whatever one of them raises; the first such error is raised at the end unless the training failed."""
+    first: Exception | None = None
+    for observer in observers:
+        try:
+            observer.close()
+        except Exception as error:
+            if failed or first is not None:
+                warn(f"{type(observer).__name__}: could not be closed ({error}).")
+            else:
+                first = error
+    if first is not None:
+        raise first
+
+
 class FineTuning:
     """Trains the adapter attached to a backbone.
 
@@ -220,9 +235,10 @@ class FineTuning:
                 observer.on_start(self)
             while not self.is_over:
                 self._run_epoch(validation, observers)
-        finally:
-            for observer in observers:
-                observer.close()
+        except BaseException:
+            _close(observers, failed=True)
+            raise
+        _close(observers, failed=False)
 
     def _run_epoch(self, validation: Iterable[Batch], observers: Sequence[Observer]) -> None:
         self._in_epoch = True

@@ -11,11 +11,12 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.training.callbacks import metrics_row
 from forcetune.training.module import FineTuning, Observer
 from forcetune.utils.files import write_json
@@ -149,11 +150,18 @@ class TrackerLog(Observer):
             self.tracker.log(values, training.epoch)
         except Exception as error:
             training.tell(f"warning: {self.name} failed ({error}); from epoch {training.epoch} on it is left out.")
-            self.tracker = None
+            failed, self.tracker = self.tracker, None
+            with suppress(Exception):  # which was reported already
+                failed.close()
 
     def close(self) -> None:
-        if self.tracker is not None:
-            self.tracker.close()
+        tracker, self.tracker = self.tracker, None
+        if tracker is None:
+            return
+        try:
+            tracker.close()
+        except Exception as error:
+            warn(f"{self.name} failed at the end ({error}); what it shows of this run may be incomplete.")
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -105,43 +105,60 @@ def share_out(n: int, sizes: Mapping[str, int], quota: str | None) -> dict[str, 
         quota: ``proportional`` (largest remainders), ``equal``, counts such as ``C2H6O=20,H2O=10``, or None.
 
     Raises:
-        InputError: something else, a composition that the pool lacks, or counts that do not add up to n.
+        InputError: as :func:`parse_quota`, a composition that the pool lacks, or more of one than it has.
     """
+    counts = parse_quota(n, quota)
     if quota is None:
         return None
-    if quota in ("proportional", "equal"):
-        weights = {formula: float(size if quota == "proportional" else 1) for formula, size in sizes.items()}
-        return _apportion(n, sizes, weights)
-    counts: dict[str, int] = {}
-    for part in quota.split(","):
-        formula, _, number = (text.strip() for text in part.partition("="))
-        if not number.isdigit() or formula in counts:
-            raise InputError(f"--quota {quota}: write proportional, equal, or counts such as C2H6O=20,H2O=10.")
+    if counts is None:
+        return _apportion(n, sizes, sizes if quota == "proportional" else dict.fromkeys(sizes, 1))
+    for formula, count in counts.items():
         if formula not in sizes:
             known = ", ".join(sorted(sizes)[:8])
             raise InputError(f"--quota {quota}: the pool has no structure of composition {formula} (it has {known}).")
+        if count > sizes[formula]:
+            raise InputError(
+                f"--quota {quota}: the pool has {sizes[formula]} structures of composition {formula} that are not "
+                "labelled already; ask for no more."
+            )
+    return counts
+
+
+def parse_quota(n: int, quota: str | None) -> dict[str, int] | None:
+    """The counts of a quota that names them; None for ``proportional``, ``equal`` and None.
+
+    Raises:
+        InputError: it is none of these, or the counts do not add up to n.
+    """
+    if quota in (None, "proportional", "equal"):
+        return None
+    counts: dict[str, int] = {}
+    for part in quota.split(","):
+        formula, _, number = (text.strip() for text in part.partition("="))
+        if not formula or not (number.isascii() and number.isdecimal()) or formula in counts:
+            raise InputError(f"--quota {quota}: write proportional, equal, or counts such as C2H6O=20,H2O=10.")
         counts[formula] = int(number)
     if sum(counts.values()) != n:
         raise InputError(f"--quota {quota}: the counts add up to {sum(counts.values())}, not to --n {n}.")
     return counts
 
 
-def _apportion(n: int, sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
-    """Largest remainders, none above the size of its group; what is over goes to the others."""
-    counts = dict.fromkeys(sizes, 0)
-    left = min(n, sum(sizes.values()))
-    while left:
-        open_groups = [formula for formula in sizes if counts[formula] < sizes[formula]]
+def _apportion(n: int, sizes: Mapping[str, int], weights: Mapping[str, int]) -> dict[str, int]:
+    """Largest remainders; groups whose share is above their size are taken whole, and the others share the rest."""
+    left, open_groups, counts = min(n, sum(sizes.values())), set(sizes), {}
+    total = sum(weights[formula] for formula in open_groups)
+    while full := [formula for formula in open_groups if left * weights[formula] >= sizes[formula] * total]:
+        counts |= {formula: sizes[formula] for formula in full}
+        open_groups -= set(full)
+        left = min(n, sum(sizes.values())) - sum(counts.values())
         total = sum(weights[formula] for formula in open_groups)
-        shares = {formula: left * weights[formula] / total for formula in open_groups}
-        given = {formula: min(int(share), sizes[formula] - counts[formula]) for formula, share in shares.items()}
-        if not any(given.values()):
-            for formula in sorted(open_groups, key=lambda name: (-shares[name], name))[:left]:
-                given[formula] = 1
-        for formula, count in given.items():
-            counts[formula] += count
-        left -= sum(given.values())
-    return counts
+    remainders: dict[str, int] = {}
+    for formula in open_groups:
+        counts[formula], remainders[formula] = divmod(left * weights[formula], total)
+    left -= sum(counts[formula] for formula in open_groups)
+    for formula in sorted(open_groups, key=lambda name: (-remainders[name], name))[:left]:
+        counts[formula] += 1
+    return {formula: counts[formula] for formula in sizes}
 
 
 def choose(

@@ -68,7 +68,11 @@ def _print_errors(translation: Translation, run: Run) -> None:
 
 
 def _write_plain_model(translation: Translation, run: Run) -> None:
-    """The file that mace would write, of methods that merge."""
+    """The file that mace would write, of methods that merge.
+
+    Raises:
+        ForcetuneError: it cannot be written.
+    """
     from forcetune.adapters.methods import build_method
     from forcetune.deployment.merge import merge
     from forcetune.errors import ForcetuneError
@@ -87,6 +91,9 @@ def _write_plain_model(translation: Translation, run: Run) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         merged = merge(run.folder, path, trust=translation.config.model.trust)
     except (ForcetuneError, OSError) as error:
-        print(f"model    {path} is not written: {error}")
-        return
+        # the adapter is there, but a script that goes on with the model must not
+        raise ForcetuneError(
+            f"{path}: is not written ({error}); the run is complete, so write it by `forcetune merge {run.folder} "
+            f"--output {path}`."
+        ) from error
     print(f"model    {merged.path}")

@@ -7,7 +7,8 @@ from forcetune.cli.mace_train.option import MaceOption, left, mapped, refused
 _INSIDE = "everything of a run stands in its folder"
 _NOT_COMPUTED = "is a property that forcetune does not compute"
 _NAMED_SETS = "mace uses it for replay data that it downloads, not for a file"
-_WANDB = "there is no tracker of that name here; `--set output.tensorboard=true` logs for TensorBoard"
+_KERNELS = "forcetune has kernels of its own"
+_CUEQ = f"{_KERNELS}; `--set model.kernels=cuequivariance` takes NVIDIA's (forcetune[cueq], with --device cuda)"
 
 DATA_OPTIONS: tuple[MaceOption, ...] = (
     mapped("--config", "text", None, "read here: YAML with any of these options; the command line wins"),
@@ -84,7 +85,13 @@ DATA_OPTIONS: tuple[MaceOption, ...] = (
         None,
         "`replay.data`; the names mp, omat, matpes_pbe and matpes_r2scan, which mace downloads, are refused",
     ),
-    left("--pt_valid_file", "text", None, "replay frames choose no adapter, in mace neither"),
+    mapped(
+        "--pt_valid_file",
+        "text",
+        None,
+        "`replay.ratio`: with it, mace trains on all frames of --pt_train_file; its own frames choose no adapter, in "
+        "mace neither",
+    ),
     mapped("--weight_pt_head", "float", 1.0, "`replay.weight`"),
     mapped(
         "--real_pt_data_ratio_threshold",
@@ -122,14 +129,14 @@ DATA_OPTIONS: tuple[MaceOption, ...] = (
     mapped("--restart_latest", "set", False, "resumes the run if its folder holds one, bit for bit"),
     left("--save_cpu", "set", False, "files load on any device"),
     mapped("--dry_run", "set", False, "prints the equivalent command and YAML and stops"),
-    left("--enable_cueq", "bool", False, "forcetune has kernels of its own"),
-    left("--only_cueq", "bool", False, "forcetune has kernels of its own"),
-    left("--enable_oeq", "bool", False, "forcetune has kernels of its own"),
-    left("--wandb", "set", False, _WANDB),
-    left("--wandb_dir", "text", None, _WANDB),
-    left("--wandb_project", "text", "", _WANDB),
-    left("--wandb_entity", "text", "", _WANDB),
-    left("--wandb_name", "text", "", _WANDB),
+    left("--enable_cueq", "bool", False, _CUEQ),
+    left("--only_cueq", "bool", False, _CUEQ),
+    left("--enable_oeq", "bool", False, _KERNELS),
+    mapped("--wandb", "set", False, "`output.trackers`: `wandb`, which needs forcetune[wandb]"),
+    left("--wandb_dir", "text", None, "set WANDB_DIR in the environment instead, which wandb reads"),
+    mapped("--wandb_project", "text", "", "`output.project`, with --wandb; `forcetune` if not given"),
+    left("--wandb_entity", "text", "", "set WANDB_ENTITY in the environment instead, which wandb reads"),
+    left("--wandb_name", "text", "", "the run has the name of its folder in wandb, too"),
     left(
         "--wandb_log_hypers",
         "texts",
@@ -137,6 +144,6 @@ DATA_OPTIONS: tuple[MaceOption, ...] = (
             *("num_channels", "max_L", "correlation", "lr", "swa_lr", "weight_decay", "batch_size", "max_num_epochs"),
             *("start_swa", "energy_weight", "forces_weight"),
         ],
-        _WANDB,
+        "all options of the run are logged",
     ),
 )

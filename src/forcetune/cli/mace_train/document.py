@@ -25,8 +25,8 @@ default (except label keys, which are detected). An option without a counterpart
 change the result, and named and left aside where it would not; nothing is passed over in silence. mace need not be
 installed.
 
-Methods that merge also write `model_dir/name.model`, which mace loads; gates (`mmea`) do not merge, and are used through
-`forcetune.calculator` or `forcetune export`.
+Methods that merge also write `model_dir/name.model`, which mace loads; where that fails, the run stays and the exit code is
+1. Gates (`mmea`) do not merge, and are used through `forcetune.calculator` or `forcetune export`.
 
 ## Adapters that mace trained
 
@@ -60,8 +60,9 @@ mace's mean goes over all.
 - `ema` starts with a small decay that grows to the one given.
 - With replay (`--pt_train_file`), all heads share the tuned readouts, and frames of the replay file have an energy of
   their own from the features, which is not kept. Their number for each training frame is that of mace.
-- In the environment `MMEA_RANK`, `MMEA_STD` and `MMEA_PHI` are read, as the MMEA code does. Without `MMEA_STD` it starts
-  the shift of gates at random values; here it starts at zero, so that the start is the foundation model.
+- In the environment `MMEA_RANK`, `MMEA_STD` and `MMEA_PHI` are read, as the MMEA code does, unless an option sets the same.
+  Without `MMEA_STD` it starts the shift of gates at random values; here it starts at zero, so that the start is the
+  foundation model.
 
 ## Foundation models
 

@@ -75,4 +75,4 @@ def _replay_options(content: Mapping[str, Any], given: Mapping[str, Any]) -> dic
             raise InputError(f"--heads: E0s of {REPLAY_HEAD} follow from the replay frames; write 'foundation'.")
     if "train_file" not in content and "pt_train_file" not in given:
         raise InputError(f"--heads: {REPLAY_HEAD} has no train_file.")
-    return {"pt_train_file": content["train_file"]} if "train_file" in content else {}
+    return {f"pt_{key}": content[key] for key in ("train_file", "valid_file") if key in content}

@@ -67,7 +67,7 @@ def read_symbol(option: str, value: Any) -> str:
         InputError: there is no such element.
     """
     text = str(value).strip()
-    if text.isdigit() and 0 < int(text) < len(chemical_symbols):
+    if text.isdecimal() and 0 < int(text) < len(chemical_symbols):
         return chemical_symbols[int(text)]
     if text in atomic_numbers and text != "X":
         return text

@@ -50,7 +50,7 @@ def translate_model(arguments: Arguments) -> str:
             "--foundation_model is missing: forcetune starts from a foundation model, by mace's name such as medium, a "
             "name that `forcetune models` lists, or a path; with --method scratch its weights are drawn at random."
         )
-    if Path(name).exists() or name not in (*NAMES, *_WITHOUT):
+    if Path(name).is_file() or name not in (*NAMES, *_WITHOUT):
         # a name of the registry, or a path, which loading checks
         return name
     if name in _WITHOUT:

@@ -162,7 +162,9 @@ def _yaml_words(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', 'no UTF-8')}).") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: is not valid YAML.") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else str(error)
+        raise InputError(f"{path}: is not valid YAML ({where}); write options as `name: value`, one a line.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: write options of mace_run_train as `name: value`.")
     by_flag = {flag.removeprefix("--"): option for option in OPTIONS for flag in option.flags}

@@ -24,6 +24,8 @@ from forcetune.utils.parsing import short
 
 GATED = ("mmea", "mmea-pure")
 _DIPOLE_TABLES = ("DipoleRMSE", "DipoleMAE", "DipolePolarRMSE", "EnergyDipoleRMSE")
+_MMEA_VARIABLES = {"MMEA_RANK": "method.rank", "MMEA_STD": "method.shift_init", "MMEA_PHI": "method.gain"}
+"""Environment variables of the MMEA code, and the options that they are."""
 _FROZEN = {1: "interactions|products|readouts", 5: "products|readouts", 6: "readouts"}
 """Trained parts from a value of --freeze on."""
 
@@ -80,6 +82,8 @@ def translate(arguments: Arguments) -> Translation:
     if replayed:
         plan = plan_replay(arguments, data["train"], data["valid"], notes)
         options["replay"], repeats = plan.section, plan.repeats
+    elif arguments["pt_valid_file"] is not None:
+        notes.append("--pt_valid_file: left aside without replay, as in mace")
     options["training"] = translate_training(arguments, loss, replayed, repeats, notes)
     if loss in WITH_STRESS and not _may_have_stress(data):
         notes.append(f"--loss {loss}: no training frame has stress, which leaves its terms out")
@@ -89,6 +93,7 @@ def translate(arguments: Arguments) -> Translation:
     folder = Path(arguments["work_dir"])
     run = arguments.own.out or str(folder / f"{arguments['name']}_run-{arguments['seed']}")
     options["output"] = {"run": run} | ({"overwrite": True} if arguments.own.overwrite else {})
+    options["output"] |= _tracking(arguments, notes)
     for keys, value in map(parse_setting, arguments.own.settings):
         set_value(options, ".".join(keys), value)
     config = load_config(overrides={name: get_value(options, name) for name in leaf_names(options)})
@@ -191,6 +196,15 @@ def _device(device: str, notes: list[str]) -> str:
     return device
 
 
+def _tracking(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
+    """Of ``output``: wandb and its project, where --wandb asks for it."""
+    if not arguments["wandb"]:
+        if arguments["wandb_project"]:
+            notes.append("--wandb_project: left aside without --wandb, as in mace")
+        return {}
+    return {"trackers": ["wandb"]} | ({"project": project} if (project := arguments["wandb_project"]) else {})
+
+
 def _method(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     own = arguments.own
     if arguments["lora"] and own.method not in (None, "lora"):
@@ -206,6 +220,10 @@ def _method(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     elif "lora_rank" in arguments or "lora_alpha" in arguments:
         notes.append("--lora_rank, --lora_alpha: left aside without --lora True, as in mace")
     if own.rank is not None:
+        if arguments["lora"] and "lora_rank" in arguments:
+            raise InputError(
+                f"--rank {own.rank}, --lora_rank {arguments['lora_rank']}: both set method.rank; leave one of them out."
+            )
         method["rank"] = own.rank
     if arguments["freeze"] is not None:
         if arguments["freeze"] >= 7:
@@ -221,7 +239,7 @@ def _method(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
 def _gate_options(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     """Of the MMEA code, which reads most of them from the environment."""
     options: dict[str, Any] = {}
-    environment = {name: os.environ[name] for name in ("MMEA_RANK", "MMEA_STD", "MMEA_PHI") if os.environ.get(name)}
+    environment = _mmea_environment(arguments, notes)
     try:
         if "MMEA_RANK" in environment:
             options["rank"] = int(environment["MMEA_RANK"])
@@ -241,6 +259,23 @@ def _gate_options(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     elif "mmea_std" in arguments:
         notes.append("--mmea_std: left aside without --mmea_init normal, as in the MMEA code")
     return options
+
+
+def _mmea_environment(arguments: Arguments, notes: list[str]) -> dict[str, str]:
+    """Variables of the MMEA code that count, which are those that no option of the command line overrides."""
+    environment = {name: os.environ[name] for name in _MMEA_VARIABLES if os.environ.get(name)}
+    winners = {
+        "MMEA_RANK": f"--rank {arguments.own.rank}" if arguments.own.rank is not None else "",
+        "MMEA_STD": f"--mmea_init {arguments['mmea_init']}" if arguments["mmea_init"] is not None else "",
+    }
+    for keys, _ in map(parse_setting, arguments.own.settings):
+        for name, option in _MMEA_VARIABLES.items():
+            if f"{option}.".startswith(".".join(keys) + "."):
+                winners[name] = f"--set {'.'.join(keys)}=…"
+    for name, winner in winners.items():
+        if winner and name in environment:
+            notes.append(f"{name}={environment.pop(name)} in the environment: left aside, as {winner} wins")
+    return environment
 
 
 def _error_table(arguments: Arguments, loss: str) -> str:
