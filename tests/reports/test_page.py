@@ -20,6 +20,9 @@ COMPARISON = {
     "rows": [["full", "1.0"], ["<i>", "2.0"]],
     "table_note": "none",
     "curves": [Markup("<svg></svg>")],
+    "learning_head": ["method", "exponent"],
+    "learning_rows": [],
+    "learning_plots": [],
     "parity": [],
     "runs": [('"full"-1', "full, seed 1")],
     "footer": "the end",
@@ -38,7 +41,7 @@ def test_texts_are_escaped_and_figures_are_not() -> None:
 def test_sections_without_content_are_left_out() -> None:
     page = render_page("comparison.html", **COMPARISON)
     assert '<section id="curves">' in page and '<a href="#curves">' in page
-    assert 'id="parity"' not in page and "#parity" not in page.partition("</style>")[2]
+    assert 'id="frames"' not in page and 'id="parity"' not in page and "#parity" not in page.partition("</style>")[2]
 
 
 def test_a_value_that_is_missing_is_an_error() -> None:

@@ -24,7 +24,7 @@ ERRORS = Errors(
 @pytest.mark.parametrize(
     ("loss", "magnetic", "weight"),
     [
-        ({"forces": 100.0}, False, 1e5),
+        ({"forces": 100.0}, False, 1e4),
         ({"forces": 100.0, "form": "huber"}, False, 1e3),
         ({"forces": 100.0}, True, 1.0),
         ({"forces": 100.0, "stress": 7.0}, False, 7.0),
