@@ -61,7 +61,7 @@ def commands_with(name: str, description: str) -> dict[str, str]:
         description: of the option, which the help of its flag begins with.
     """
     group = typer.main.get_command(app)
-    found: dict[str, str] = {}
+    flags: dict[str, str] = {}
     for command, details in getattr(group, "commands", {}).items():
         parameters = details.params
         flag = next((_written(one) for one in parameters if description and _is_about(one, description)), None)
@@ -70,8 +70,8 @@ def commands_with(name: str, description: str) -> dict[str, str]:
         if flag is None and any("--set" in one.opts for one in parameters):
             flag = f"--set {name}=…"
         if flag is not None:
-            found[command] = flag
-    return found
+            flags[command] = flag
+    return flags
 
 
 def _is_about(parameter: Any, description: str) -> bool:

@@ -160,10 +160,10 @@ def _data(arguments: Arguments) -> dict[str, Any]:
     tests = read_files("test_file", arguments["test_file"]) if arguments["test_file"] is not None else []
     if arguments["test_dir"] is not None:
         pattern = "*/*.h5" if arguments["multi_processed_test"] else "*_test.h5"
-        found = sorted(str(path) for path in Path(arguments["test_dir"]).glob(pattern))
-        if not found:
+        files = sorted(str(path) for path in Path(arguments["test_dir"]).glob(pattern))
+        if not files:
             raise InputError(f"--test_dir {arguments['test_dir']}: has no files {pattern}.")
-        tests += found
+        tests += files
     if tests:
         data["test"] = tests
     data |= {name: arguments[name] for name in ("energy_key", "forces_key", "stress_key") if name in arguments}
