@@ -1,4 +1,4 @@
-"""What mkdocs does beside its plugins: tables that are made from the package, and pages that may be there or not.
+"""What mkdocs does beside its plugins: tables that are made from the package, and pages without a place.
 
 A line ``<!-- generated: NAME -->`` in a page is replaced by a table.
 """
@@ -18,12 +18,6 @@ from forcetune.backbones.registry import LICENCE_NOTES, list_models
 from forcetune.config import RunConfig
 from forcetune.deployment.export.registry import TARGETS
 from forcetune.frames.published import list_datasets
-
-OPTIONAL_PAGES = {
-    "Start": {"mace_train.md": "From mace_run_train"},
-    "Use the result": {"uncertainty.md": "Uncertainty and selection"},
-}
-"""Pages that join a section of the navigation where their file is there."""
 
 MARKER = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 
@@ -123,17 +117,14 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def on_config(config: Any) -> Any:
-    """Add optional pages to the navigation, and pages that nobody has given a place to its end."""
+    """Add pages that the navigation does not name to its end."""
     folder = Path(config["docs_dir"])
     named: set[str] = set()
     for section in config["nav"]:
-        for title, entries in section.items():
+        for entries in section.values():
             if isinstance(entries, str):
                 named.add(entries)
                 continue
-            for file, label in OPTIONAL_PAGES.get(title, {}).items():
-                if (folder / file).is_file() and {label: file} not in entries:
-                    entries.append({label: file})
             for entry in entries:
                 named |= {entry} if isinstance(entry, str) else set(entry.values())
     others = sorted({path.name for path in folder.glob("*.md")} - named)

@@ -190,6 +190,17 @@ def test_errors_say_what_to_do(
         forcetune.push(pushed.reference, "lab/again")
     with pytest.raises(InputError, match="holds no adapter_config"):
         forcetune.push(tmp_path, "lab/again")
+    adapter = shutil.copytree(run_folder / "adapter", tmp_path / "adapter")
+    for name in ("adapter_config.json", TENSORS_NAME):
+        secret = (adapter / name).rename(tmp_path / f"secret_{name}")
+        (adapter / name).symlink_to(secret)
+        with pytest.raises(InputError, match=f"{name}: is a link"):
+            forcetune.push(adapter, "lab/links")
+        secret.replace(adapter / name)
+    (adapter / TENSORS_NAME).write_bytes(b"a private key")
+    with pytest.raises(InputError, match="is no safetensors file"):
+        forcetune.push(adapter, "lab/links")
+    assert "lab/links" not in hub.repositories
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(InputError, match="HF_TOKEN"):
         forcetune.push(run_folder, "lab/errors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from safetensors.numpy import load_file, save_file
 
 import forcetune
 from forcetune.deployment.loading import deploy
@@ -170,6 +172,8 @@ def test_what_cannot_be_is_refused_by_name(
     assert command("evaluate", calibrated, test_file, "--plot", tmp_path / "plot.png")[0] == 2
     code, _, told = command("evaluate", calibrated, test_file, "--uncertainty", "--plot", tmp_path / "plot.doc")
     assert (code, ".png" in told) == (2, True)
+    code, _, told = command("evaluate", calibrated, test_file, "--uncertainty", "--adapter", runs[1])
+    assert (code, "--adapter: with --uncertainty" in told) == (2, True)
     with pytest.raises(InputError, match="only a run has a calibration"):
         forcetune.calculator("mini", uncertainty=True)
     with pytest.raises(InputError, match="True, False or 'energy'"):
@@ -186,6 +190,27 @@ def test_what_cannot_be_is_refused_by_name(
     (copy / JSON_NAME).write_text("{")
     with pytest.raises(InputError, match=f"{JSON_NAME}: cannot be read"):
         load_uncertainty(copy, [copy / "adapter"])
+
+
+def test_arrays_of_another_calibration_and_damaged_adapters_are_refused(calibrated: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(calibrated, copy)
+    adapter = copy / "adapter"
+    record = json.loads((copy / JSON_NAME).read_text())
+    assert record["arrays_sha256"] == hashlib.sha256((copy / ARRAYS_NAME).read_bytes()).hexdigest()
+    arrays = load_file(copy / ARRAYS_NAME)
+    save_file(arrays | {"eigenvalues": 2 * arrays["eigenvalues"]}, copy / ARRAYS_NAME)
+    with pytest.raises(InputError, match=f"{ARRAYS_NAME}: does not fit {JSON_NAME}"):
+        load_uncertainty(copy, [adapter])
+    del record["arrays_sha256"]  # as earlier versions wrote it
+    (copy / JSON_NAME).write_text(json.dumps(record))
+    posterior = load_uncertainty(copy, [adapter]).posterior
+    assert posterior is not None
+    np.testing.assert_array_equal(posterior.eigenvalues, 2 * arrays["eigenvalues"])
+    for content, message in (("{", "cannot be read"), ('{"format_version": 1}', "Field required")):
+        (adapter / "adapter_config.json").write_text(content)
+        with pytest.raises(InputError, match=f"adapter_config.json: .*{message}"):
+            load_uncertainty(copy, [adapter])
 
 
 def pool_file(path: Path, calibrated: Path) -> Path:

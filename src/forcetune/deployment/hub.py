@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
+from safetensors import SafetensorError, deserialize
 
 from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, read_adapter_config
 from forcetune.adapters.hub import (
@@ -65,8 +66,8 @@ def push(
         branch: to write to; the main one by default.
 
     Raises:
-        InputError: no adapter there, no such name, ``huggingface_hub`` is missing, or the hub is out of reach or
-            refuses.
+        InputError: no adapter there, a file of it is a link or damaged, no such name, ``huggingface_hub`` is missing,
+            or the hub is out of reach or refuses.
     """
     name = read_reference(f"{PREFIX}{repository.removeprefix(PREFIX)}")
     if name.revision is not None:
@@ -99,13 +100,29 @@ def _files(folder: Path, config: AdapterConfig, repository: str) -> dict[str, by
             f"this file (SHA-256 {config.base.sha256[:12] or 'unknown'}…) beside it."
         )
     card = write_card(config, _read_results(folder), repository, published=published)
+    files = {name: _read_own(folder, name) for name in (CONFIG_NAME, TENSORS_NAME)}
     try:
-        files = {name: (folder / name).read_bytes() for name in (CONFIG_NAME, TENSORS_NAME)}
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error}); copy the adapter folder again.") from error
+        deserialize(files[TENSORS_NAME])
+    except SafetensorError as error:
+        raise InputError(f"{folder / TENSORS_NAME}: is no safetensors file; copy the adapter folder again.") from error
     files[CARD_NAME] = card.encode()
     sums = write_checksums({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
     return files | {CHECKSUMS_NAME: sums.encode()}
+
+
+def _read_own(folder: Path, name: str) -> bytes:
+    """A file of the adapter; through a link anything on this machine could be published.
+
+    Raises:
+        InputError: it is a link, or cannot be read.
+    """
+    path = folder / name
+    if path.is_symlink() or path.resolve().parent != folder.resolve():
+        raise InputError(f"{path}: is a link, which is not followed; put a copy of the file in its place.")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); copy the adapter folder again.") from error
 
 
 def _read_results(folder: Path) -> Results | None:

@@ -87,7 +87,7 @@ def calibrate(
     config = load_config(folder / CONFIG_NAME)
     if ensemble:
         record = _calibrate_ensemble([folder, *ensemble], config, valid, frames, base, device, trust, console)
-        return CalibratedRun(save_uncertainty(folder, record, None), record, time.perf_counter() - started)
+        return CalibratedRun(*save_uncertainty(folder, record, None), time.perf_counter() - started)
     deployed = deploy(base, folder, device=device, trust=trust)
     backbone = deployed.backbone
     network_of(backbone)
@@ -107,7 +107,7 @@ def calibrate(
         valid=list(files),
         calibrations=_records(fitted.calibrations),
     )
-    return CalibratedRun(save_uncertainty(folder, record, fitted.posterior), record, time.perf_counter() - started)
+    return CalibratedRun(*save_uncertainty(folder, record, fitted.posterior), time.perf_counter() - started)
 
 
 def run_folder(run: str | Path) -> Path:

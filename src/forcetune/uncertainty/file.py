@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from forcetune._version import __version__
-from forcetune.adapters.file import CONFIG_NAME, TENSORS_NAME
+from forcetune.adapters.file import TENSORS_NAME, read_adapter_config
 from forcetune.errors import InputError
 from forcetune.uncertainty.calibration import Calibration
 from forcetune.uncertainty.last_layer import Posterior
@@ -60,8 +60,9 @@ class UncertaintyRecord(BaseModel):
 
     Attributes:
         kind: ``last layer`` of one run, or ``ensemble`` of several.
-        adapters: SHA-256 of the tensors and of the configuration of each adapter; a changed adapter needs another
-            calibration.
+        adapters: of each adapter the SHA-256 over its tensors, reference energies and base
+            (:func:`identify_adapter`); where one of these changes, another calibration is needed.
+        arrays_sha256: of ``uncertainty.safetensors``; None for an ensemble, and in files of earlier versions.
         features, ridge, relative_ridge: of the last layer: numbers of g, ς², ς² over the mean eigenvalue of GᵀG.
         n_train, n_valid: frames.
         valid: files of the validation frames.
@@ -80,6 +81,7 @@ class UncertaintyRecord(BaseModel):
     n_train: int | None = None
     n_valid: int
     valid: list[str] = []
+    arrays_sha256: str | None = None
     calibrations: dict[str, CalibrationRecord]
 
 
@@ -104,30 +106,41 @@ class Uncertainty:
 
 
 def identify_adapter(folder: Path) -> str:
-    """SHA-256 of an adapter's tensors, and of the reference energies and base that its configuration names."""
-    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    belongs = [compute_sha256(folder / TENSORS_NAME), content["reference_energies_ev"], content["base"]["fingerprint"]]
+    """SHA-256 over that of an adapter's tensors, its reference energies and the fingerprint of its base.
+
+    Raises:
+        InputError: a file of the adapter is missing or damaged.
+    """
+    config, path = read_adapter_config(folder), folder / TENSORS_NAME
+    try:
+        tensors = compute_sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); copy the adapter folder again.") from error
+    belongs = [tensors, config.reference_energies_ev, config.base.fingerprint]
     return hashlib.sha256(json.dumps(belongs, sort_keys=True).encode()).hexdigest()
 
 
-def save_uncertainty(run: Path, record: UncertaintyRecord, posterior: Posterior | None) -> Path:
+def save_uncertainty(
+    run: Path, record: UncertaintyRecord, posterior: Posterior | None
+) -> tuple[Path, UncertaintyRecord]:
     """Write a calibration into a run folder, atomically; the arrays come first, as the JSON is what is looked for.
 
     Args:
         run: folder of the run.
-        record: content of the JSON.
+        record: content of the JSON, which the SHA-256 of the arrays is added to.
         posterior: of the last layer; None for an ensemble.
 
     Returns:
-        the JSON file.
+        the JSON file, and what it holds.
     """
     if posterior is not None:
         arrays = {"eigenvalues": posterior.eigenvalues, "eigenvectors": np.ascontiguousarray(posterior.eigenvectors)}
         with atomic_path(run / ARRAYS_NAME) as temporary:
             save_file(arrays, str(temporary))
+            record = record.model_copy(update={"arrays_sha256": compute_sha256(temporary)})
     path = run / (JSON_NAME if posterior is not None else ENSEMBLE_NAME)
     write_json(path, record.model_dump())
-    return path
+    return path, record
 
 
 def has_calibration(run: Path) -> bool:
@@ -169,12 +182,13 @@ def _read_posterior(path: Path, record: UncertaintyRecord, command: str) -> Post
         InputError: missing, damaged, or not what the JSON describes.
     """
     try:
+        fits = record.arrays_sha256 in (None, compute_sha256(path))
         arrays: dict[str, Any] = load_file(path)
         values, vectors = arrays["eigenvalues"], arrays["eigenvectors"]
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read; run `{command}` again.") from error
     size = record.features
-    fits = values.shape == (size,) and vectors.shape == (size, size) and values.dtype == vectors.dtype == np.float64
+    fits &= values.shape == (size,) and vectors.shape == (size, size) and values.dtype == vectors.dtype == np.float64
     if not fits or record.ridge is None or not (np.isfinite(values).all() and np.isfinite(vectors).all()):
         raise InputError(f"{path}: does not fit {JSON_NAME}; run `{command}` again.")
     return Posterior(values, vectors, record.ridge)
