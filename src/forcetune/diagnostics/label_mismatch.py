@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from forcetune.diagnostics.label_statistics import LabelledPredictions, cosine, rank_correlation, saturated
+from forcetune.diagnostics.label_statistics import LabelledPredictions, cosine, saturated
 from forcetune.frames.frame import FloatArray
+from forcetune.uncertainty.calibration import rank_correlation
 
 RESTORED = 0.6
 """Correlation from which a suspicion is confirmed."""
@@ -157,7 +158,7 @@ def pair_correlation(predictions: LabelledPredictions) -> float | None:
         seen.append(one.energy_label[second] - one.energy_label[first])
     if not expected:
         return None
-    return rank_correlation(np.concatenate(seen), np.concatenate(expected))
+    return rank_correlation(np.concatenate(seen), np.concatenate(expected)) or 0.0
 
 
 def _turns(positions: FloatArray) -> FloatArray:

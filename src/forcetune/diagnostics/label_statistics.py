@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
-from scipy.stats import rankdata
 
 from forcetune.diagnostics.composition import composition_residual
 from forcetune.evaluation.metrics import Predictions
 from forcetune.frames.frame import FloatArray, Frame
+from forcetune.uncertainty.calibration import rank_correlation
 
 SATURATION = 5.0
 """Vectors longer than so many medians are cut to that length before they are compared."""
@@ -181,12 +181,6 @@ def force_agreement(predictions: LabelledPredictions) -> Agreement | None:
     return Agreement(cosine(saturated(label), saturated(model)), ratio, len(predictions.frames))
 
 
-def rank_correlation(one: FloatArray, other: FloatArray) -> float:
-    """Spearman's rank correlation; 0 where either is constant."""
-    a, b = rankdata(one), rankdata(other)
-    return cosine(a - a.mean(), b - b.mean())
-
-
 def energy_agreement(predictions: LabelledPredictions) -> Agreement | None:
     """Of the energy labels after composition; None where that leaves nothing to compare."""
     predictions = predictions.with_energy()
@@ -196,7 +190,7 @@ def energy_agreement(predictions: LabelledPredictions) -> Agreement | None:
     sizes = [float(np.median(np.abs(values))) for values in (label, model)]
     if min(sizes) <= 1e-9:
         return None
-    return Agreement(rank_correlation(label, model), sizes[0] / sizes[1], len(predictions.frames))
+    return Agreement(rank_correlation(label, model) or 0.0, sizes[0] / sizes[1], len(predictions.frames))
 
 
 def stress_agreement(predictions: LabelledPredictions) -> Agreement | None:

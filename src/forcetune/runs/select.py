@@ -178,12 +178,12 @@ def select(
     wants_forces = uncertainty == "forces"
     known = _describe(backbone, _labelled(config, exclude_files, type_map, console), None, False, "labelled", console)
     files = [(path, file_format(path)) for path in pool_files]
-    found = _describe(backbone, _structures(files, type_map), calibration, wants_forces, "pool", console)
-    descriptors, labelled = standardize(found.descriptors, known.descriptors)
-    weights = found.forces_std if wants_forces else found.energy_std
-    candidates = Pool(descriptors, found.compositions, weights if calibration is not None else None)
+    described = _describe(backbone, _structures(files, type_map), calibration, wants_forces, "pool", console)
+    descriptors, labelled = standardize(described.descriptors, known.descriptors)
+    weights = described.forces_std if wants_forces else described.energy_std
+    candidates = Pool(descriptors, described.compositions, weights if calibration is not None else None)
     excluded = labelled_already(candidates, labelled, known.compositions)
-    sizes = Counter(formula for formula, out in zip(found.compositions, excluded, strict=True) if not out)
+    sizes = Counter(formula for formula, out in zip(described.compositions, excluded, strict=True) if not out)
     if not sizes:
         raise InputError(f"{files[0][0]}: every structure of the pool is labelled already; add others.")
     choices = choose(
@@ -197,7 +197,7 @@ def select(
     )
     if len(choices) < n:
         console.print(f"only {len(choices)} structures are left that differ from all others", highlight=False)
-    chosen = [_explain(rank, choice, found, strategy) for rank, choice in enumerate(choices, 1)]
+    chosen = [_explain(rank, choice, described, strategy) for rank, choice in enumerate(choices, 1)]
     structures = _collect(files, type_map, chosen)
     if output is not None:
         with atomic_path(output) as temporary:
