@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +14,19 @@ from forcetune.adapters.attach import get_adapter
 from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
-from forcetune.config import RunConfig, load_config
+from forcetune.config import RunConfig
 from forcetune.diagnostics.doctor import check_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
 from forcetune.reports.learning_curve import Curve, read_curves
+from forcetune.runs.comparison_plan import Plan, check_sizes, config_of_run, plan_runs
+from forcetune.runs.continuation import is_begun, is_finished, stored_defaults, with_stored_defaults
 from forcetune.runs.fit import resume, run_fit
-from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, read_status
-from forcetune.runs.search import Searched, check_search, search_options, with_settings
+from forcetune.runs.folder import CONFIG_NAME, input_files
+from forcetune.runs.search import Searched, check_search, search_options
 from forcetune.utils.files import is_inside, write_json
-from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.utils.processes import WorkerDiedError, as_they_end
 
 COMPARISON_NAME = "comparison.json"
@@ -79,7 +79,8 @@ def compare(
     unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
     methods that have them. A run that is finished with the same configuration is not repeated and one that was
     interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
-    again.
+    again. Runs that join those of an earlier version have the learning rates, epochs and weight of stress of these
+    where none are given.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -98,7 +99,8 @@ def compare(
         console: where progress is printed; standard error by default.
 
     Raises:
-        InputError: an unknown method, a name twice, an option no method has, bad data, or a folder of something else.
+        InputError: an unknown method, a name twice, an option no method has, bad data, a folder of something else, or
+            of runs whose settings differ by defaults of different versions.
         ForcetuneError: a run failed; the others are kept.
     """
     console = console or Console(stderr=True, soft_wrap=True)
@@ -106,28 +108,22 @@ def compare(
     _check_targets(targets or {})
     folder = Path(config.output.run)
     config, stored = _with_model(config, model, folder)
-    first = [_config_of(config, name, config.training.seed, folder, processes) for name in methods]
+    first = [config_of_run(config, name, config.training.seed, folder, processes) for name in methods]
     _check_runs(first, searches=search is not None)
     _check_inputs(config, inputs, folder)
-    sizes = _check_sizes(learning_curve, _count_frames(config), seeds)
+    sizes = check_sizes(learning_curve, _count_frames(config), seeds)
     _check_folder(folder)
+    plan = plan_runs(config, methods, seeds, sizes, processes, {})
+    continued = _continued(plan, console) if search is None else []
     config.save(folder / MARK_NAME)
     if stored is not None:
         store_base(stored, folder / MODEL_NAME)
     searched: dict[str, Searched] = {}
     if search is not None:
         searched = _search_all(first, folder, search, processes, console)
-    plan = {
-        (name, size): {
-            seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {}, size)
-            for seed in _seeds(config, seeds)
-        }
-        for name in methods
-        for size in sizes
-    }
-    if learning_curve:
-        plan = {key: {seed: _as_long(one, key[1], sizes) for seed, one in runs.items()} for key, runs in plan.items()}
-    _run_all([one for by_seed in plan.values() for one in by_seed.values()], processes, console)
+        plan = plan_runs(config, methods, seeds, sizes, processes, searched)
+        continued = _continued(plan, console)
+    _run_all(continued, processes, console)
     places = {key: {seed: Path(one.output.run) for seed, one in by_seed.items()} for key, by_seed in plan.items()}
     runs = {name: places[name, sizes[-1]] for name in methods}
     comparison = read_comparison(runs)
@@ -144,49 +140,25 @@ def compare(
     return run
 
 
-def _check_sizes(sizes: Sequence[int], available: int, seeds: int) -> list[int | None]:
-    """Numbers of training frames in ascending order; None alone for all frames.
+def _continued(plan: Plan, console: Console) -> list[RunConfig]:
+    """All runs of a plan, those still to be made with the defaults that the others were made with.
 
     Raises:
-        InputError: too few numbers for a curve, one twice, or more than there are frames.
+        InputError: runs that are there were made with different defaults.
     """
-    if not sizes:
-        return [None]
-    text = ",".join(map(str, sizes))
-    if len(set(sizes)) < max(2, len(sizes)) or min(sizes) < 1:
-        raise InputError(f"--learning-curve {text}: give at least two different numbers of frames.")
-    if len(sizes) * seeds < 3:
-        raise InputError(f"--learning-curve {text}: a fit needs three runs of a method; add a number or --seeds.")
-    if max(sizes) > available:
-        raise InputError(
-            f"--learning-curve {text}: there are {available} frames to train on; leave out larger numbers or give more."
-        )
-    return [*sorted(sizes)]
-
-
-def _as_long(config: RunConfig, size: int | None, sizes: Sequence[int | None]) -> RunConfig:
-    """With so many epochs that a small set is trained for as many steps as the largest."""
-    largest = sizes[-1]
-    assert size is not None
-    assert largest is not None
-    training = config.with_default_epochs(largest).training
-    every = max(1, round(training.valid_every * largest / size))
-    epochs = max(1, round(training.epochs * largest / size / every)) * every
-    content = config.model_dump(exclude_unset=True)
-    changed: dict[str, Any] = {"epochs": epochs, "valid_every": every}
-    given = content.get("training", {})
-    if training.second_stage.start is not None:
-        start = min(epochs, max(1, round(training.second_stage.start * largest / size / every) * every))
-        changed["second_stage"] = given["second_stage"] | {"start": start}
-    if training.schedule.warmup_epochs:
-        warmup = round(training.schedule.warmup_epochs * largest / size)
-        changed["schedule"] = given["schedule"] | {"warmup_epochs": warmup}
-    content["training"] = given | changed
-    return RunConfig.model_validate(content)
-
-
-def _seeds(config: RunConfig, count: int) -> range:
-    return range(config.training.seed, config.training.seed + count)
+    planned = [one for by_seed in plan.values() for one in by_seed.values()]
+    stored = stored_defaults(planned)
+    continued = []
+    texts: dict[str, None] = {}
+    for one in planned:
+        if is_begun(one):
+            continued.append(one)
+            continue
+        continued.append(with_stored_defaults(one, stored))
+        texts |= dict.fromkeys(stored.texts(one))
+    if texts:
+        console.print(f"as in the runs that are there: {', '.join(texts)}", highlight=False)
+    return continued
 
 
 def _check_methods(config: RunConfig, methods: Sequence[str]) -> None:
@@ -240,55 +212,6 @@ def _count_frames(config: RunConfig) -> int:
     return len(dataset.train.frames)
 
 
-def _config_of(
-    config: RunConfig,
-    name: str,
-    seed: int,
-    folder: Path,
-    processes: int,
-    chosen: Mapping[str, Any] | None = None,
-    size: int | None = None,
-) -> RunConfig:
-    options_set = config.model_dump(exclude_unset=True)
-    known = option_names(METHODS[name])
-    options = {key: value for key, value in config.method.options().items() if key in known}
-    threads = config.training.threads
-    if threads is None and processes > 1:
-        threads = max(1, (os.cpu_count() or 1) // processes)
-    options_set["method"] = {"name": name, "target": config.method.target, **options}
-    options_set["training"] = options_set.get("training", {}) | {"seed": seed, "threads": threads}
-    place = f"{name}-{seed}" if size is None else f"{name}-{size}-frames-{seed}"
-    options_set["output"] = options_set.get("output", {}) | {"run": str(folder / place), "overwrite": True}
-    if size is not None:
-        options_set["data"] = options_set["data"] | {"train_frames": size, "train_frames_seed": seed}
-    return RunConfig.model_validate(with_settings(options_set, chosen or {}))
-
-
-def _resolved(config: RunConfig) -> dict[str, Any]:
-    """All that decides the result of a run of this configuration."""
-    chosen = build_method(config.method)
-    full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
-    content = full.model_dump(mode="json")
-    content["training"].pop("threads", None)
-    content["output"].pop("overwrite")
-    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress", "training.learning_rate", "training.epochs"):
-        if not is_given(full, name):
-            remove_value(content, name)  # the labels, the model and the number of frames decide
-    return content
-
-
-def _is_finished(config: RunConfig) -> bool:
-    return _is_begun(config) and read_status(Path(config.output.run)) in FINISHED
-
-
-def _is_begun(config: RunConfig) -> bool:
-    """Whether the run folder is of this very configuration."""
-    run = Path(config.output.run)
-    if not (run / CONFIG_NAME).is_file():
-        return False
-    return _resolved(load_config(run / CONFIG_NAME)) == _resolved(config)
-
-
 def _check_folder(folder: Path) -> None:
     """
     Raises:
@@ -308,7 +231,7 @@ def _run_one(config: RunConfig) -> str | None:
     """Carry out one run in a process of its own; returns what went wrong."""
     quiet = Console(quiet=True)
     try:
-        if _is_begun(config):
+        if is_begun(config):
             resume(config.output.run, console=quiet)
         else:
             run_fit(config, console=quiet)
@@ -364,7 +287,7 @@ def _run_all(configs: Sequence[RunConfig], processes: int, console: Console) -> 
     Raises:
         ForcetuneError: some failed; the others are kept.
     """
-    missing = [config for config in configs if not _is_finished(config)]
+    missing = [config for config in configs if not is_finished(config)]
     if len(missing) < len(configs):
         console.print(f"{len(configs) - len(missing)} of {len(configs)} runs are finished already")
     failures = []
