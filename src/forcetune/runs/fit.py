@@ -162,7 +162,7 @@ def _among_others(
                 distributed.wait()
             yield config, console
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             mine = Path(folder) / "run"
             if going_on:
                 shutil.copytree(config.output.run, mine)
