@@ -25,7 +25,7 @@ def calibrate(
     frames: Annotated[
         int | None, typer.Option(min=2, help="Most training and validation frames to look at. Default: 2000 each.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base model, if its file has moved.")] = None,
     as_json: Json = False,
     device: Device = None,
     trust: Trust = False,
@@ -67,13 +67,17 @@ def select(
     ] = "farthest",
     uncertainty: Annotated[
         str,
-        typer.Option(help="Of a calibrated run: energy, forces (slower) or off; auto is energy where there is one."),
+        typer.Option(
+            help="Uncertainty that counts: energy, forces (slower) or off; auto is energy for a calibrated run."
+        ),
     ] = "auto",
     quota: Annotated[
         str | None,
         typer.Option(help="Shares of compositions: proportional, equal, or counts such as C2H6O=20,H2O=10."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first choice where nothing is labelled, and of random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first choice where nothing is labelled, and of strategy random.")
+    ] = 0,
     as_json: Json = False,
     head: Head = None,
     type_map: TypeMap = None,

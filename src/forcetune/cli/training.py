@@ -161,7 +161,9 @@ def compare(
     ] = None,
     learning_curve: Annotated[
         str | None,
-        typer.Option(help="Numbers of training frames such as 10,20,50,100: how the error falls, and what more take."),
+        typer.Option(
+            help="Numbers of training frames such as 10,20,50,100: how the error falls, and what a target takes."
+        ),
     ] = None,
     target_forces: Annotated[
         float | None, typer.Option(help="With --learning-curve: force error to reach, meV/Å (mean absolute).")
