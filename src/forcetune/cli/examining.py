@@ -137,9 +137,11 @@ def _evaluate_uncertainty(
 @app.command()
 def doctor(
     data: Annotated[list[str], typer.Argument(help="Files of frames to train on; everything ASE reads.")],
-    model: Annotated[str, typer.Option("--model", help=about(configuration.ModelConfig, "model"))] = "mini",
+    model: Annotated[
+        str, typer.Option("--model", help=about(configuration.ModelConfig, "model", default=False))
+    ] = "mini",
     valid: Annotated[list[str] | None, typer.Option(help="Files of frames to validate on.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "test"))] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Files of frames to test on.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Frames a batch, to estimate memory for.")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="Also write a report page to this file.")] = None,
     as_json: Json = False,
