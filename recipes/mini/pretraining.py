@@ -9,8 +9,8 @@
 2. ``scratch`` trains it (``FOLDER/model/run``; an interrupted run goes on, a finished one is not repeated).
 3. It is tested on molecules, dimers and compressed structures that it has not seen, and every pair of elements is
    pushed together.
-4. ``mini.safetensors`` and its card are written to ``FOLDER/model``, and into the package by ``--install`` (``organic``:
-   into ``benchmarks/models``).
+4. ``mini.safetensors`` and its card are written to ``FOLDER/model``, and into the package by ``--install``
+   (``organic``: into ``benchmarks/models``).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of recipes.mini.pretraining_data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; a finished training is kept")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--name", choices=list(CHANNELS), default="mini", help="width of the model and name of its file")
+    parser.add_argument("--name", choices=list(CHANNELS), default="mini", help="of the model, which gives its width")
     parser.add_argument("--threads", type=int, help="CPU threads; steps are so small that one is nearly as fast as two")
     parser.add_argument("--install", action="store_true", help="copy model and card to their place in the repository")
     given = parser.parse_args()

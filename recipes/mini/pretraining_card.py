@@ -50,8 +50,8 @@ PURPOSES = {
     "mini": """A small MACE for organic molecules of {elements}, made to learn and to test with: `forcetune demo` and
 `forcetune fit` without `--model` start from it. It comes with the package and needs no download.""",
     "organic": """A MACE for organic molecules of {elements} of the size of published foundation models, made to compare
-methods of fine-tuning with: the data of `mini`, four times as many channels. It is part of the repository and not of the
-package; `--model benchmarks/models/organic.safetensors` starts from it.""",
+methods of fine-tuning with: the data of `mini`, four times as many channels. It is part of the repository and not of
+the package; `--model benchmarks/models/organic.safetensors` starts from it.""",
 }
 
 ROWS = {
