@@ -35,7 +35,7 @@ from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.read import read_frames
 from forcetune.runs.folder import has_checkpoint
 from forcetune.utils.files import write_text
-from recipes.mini.molecules import ELEMENTS, training_molecules
+from recipes.mini.molecules import ELEMENTS
 from recipes.mini.pretraining_card import card
 from recipes.mini.repulsion import pair_scans
 
@@ -138,7 +138,7 @@ def finish(data: Path, out: Path, name: str = "mini") -> Path:
     statistics = json.loads((data / "statistics.json").read_text(encoding="utf-8"))
     # of the file as it is shipped
     errors = {name: forcetune.evaluate(path, data / f"{name}.xyz").to_json() for name in TESTED}
-    write_text(out / "README.md", card(results, errors, statistics, scans, path, irreps, len(training_molecules())))
+    write_text(out / "README.md", card(results, errors, statistics, scans, path, irreps))
     return path
 
 

@@ -69,7 +69,6 @@ def card(
     scans: Sequence[PairScan],
     model: Path,
     irreps: str,
-    molecules: int,
 ) -> str:
     """The model card, markdown.
 
@@ -80,7 +79,6 @@ def card(
         scans: of all pairs of elements.
         model: the file, named as the model is.
         irreps: of its node features.
-        molecules: that were trained on.
     """
     tables = statistics["files"]
     parameters = results["parameters"]["total"]
@@ -99,7 +97,7 @@ def card(
         sha256=compute_sha256(model),
         train=results["data"]["train"]["n_frames"],
         valid=results["data"]["valid"]["n_frames"],
-        molecules=molecules,
+        molecules=statistics["molecules"],
         epochs=training["epochs_done"],
         batch=training["batch_size"],
         rate=training["learning_rate"],
