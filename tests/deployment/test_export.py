@@ -17,6 +17,7 @@ from ase.build import molecule
 from ase.io import write
 
 import forcetune
+import nequip_models
 from forcetune.adapters.attach import attach
 from forcetune.adapters.file import save_adapter
 from forcetune.adapters.methods import method
@@ -68,8 +69,13 @@ def sevennet_base(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "base.pth", RECIPES["no parity, linear, XPLOR"])
 
 
+@pytest.fixture
+def nequip_base(tmp_path: Path) -> Path:
+    return nequip_models.write_checkpoint(tmp_path / "base.ckpt", nequip_models.RECIPES["repulsion"])
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".pkl"])
-@pytest.mark.parametrize("library", ["mace", "sevennet"])
+@pytest.mark.parametrize("library", ["mace", "sevennet", "nequip"])
 def test_mliap_opens_in_a_fresh_process(
     tmp_path: Path, command: Command, request: pytest.FixtureRequest, library: str, suffix: str
 ) -> None:
