@@ -71,7 +71,7 @@ def sevennet_base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nequip_base(tmp_path: Path) -> Path:
-    return nequip_models.write_checkpoint(tmp_path / "base.ckpt", nequip_models.RECIPES["repulsion"])
+    return nequip_models.write_checkpoint(tmp_path / "base.ckpt", nequip_models.RECIPES["cutoffs by pair"])
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pkl"])
