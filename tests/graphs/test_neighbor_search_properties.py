@@ -80,7 +80,7 @@ def searched(structures: list[Atoms], cutoff: float) -> Edges:
     return search_neighbors(positions, cell, pbc, system, cutoff)
 
 
-def frame_of(atoms: Atoms) -> Frame:
+def build_frame(atoms: Atoms) -> Frame:
     places = (atoms.numbers.astype(np.int64), atoms.positions, atoms.cell.array, atoms.pbc)
     return Frame(*places, energy=None, forces=None, stress=None, origin=Origin("test", 0))
 
@@ -109,7 +109,7 @@ def test_pairs_are_those_of_the_cpu_for_any_cells(seed: int, cutoff: float, coun
     first = 0
     try:
         for atoms in structures:
-            expected += rows(*find_edges(frame_of(atoms), cutoff), first)
+            expected += rows(*find_edges(build_frame(atoms), cutoff), first)
             first += len(atoms)
     except InputError as error:  # atoms that lie on each other
         with pytest.raises(InputError, match=r"at the same place|its own periodic image|makes no sense"):

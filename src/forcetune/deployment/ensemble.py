@@ -153,7 +153,7 @@ def _check_same_state(members: Sequence[tuple[Path, AdapterConfig, Adapter, dict
             )
 
 
-def mean_of(members: Sequence[Predictions]) -> Predictions:
+def average_predictions(members: Sequence[Predictions]) -> Predictions:
     """The mean over members, with their labels."""
     stresses = [member.stress for member in members if member.stress is not None]
     moments = [member.moments for member in members if member.moments is not None]
@@ -213,7 +213,7 @@ def calibration(std: FloatArray, error: FloatArray) -> Calibration | None:
 
 def describe_ensemble(ensemble: Ensemble, predictions: Sequence[Predictions]) -> dict[str, Any]:
     """Errors of the mean, and how well the spread predicts them, as ``forcetune evaluate --json`` prints them."""
-    mean = mean_of(predictions)
+    mean = average_predictions(predictions)
     figures = {
         "energy_per_atom": calibration(
             spread([one.energy / one.atoms for one in predictions]), (mean.energy - mean.energy_label) / mean.atoms

@@ -23,7 +23,7 @@ from forcetune.magnetism.options import Magnetism
 from forcetune.runs.folder import ADAPTER_NAME
 from forcetune.runs.uncertainty import describe_reliability, ensemble_deviations, run_folder
 from forcetune.uncertainty.file import load_uncertainty
-from forcetune.uncertainty.last_layer import standard_deviations
+from forcetune.uncertainty.last_layer import predict_deviations
 
 
 def evaluate(
@@ -191,7 +191,7 @@ def evaluate_uncertainty(
     started = clock()
     check_finite(predict(backbone, graphs), frames)
     plain = clock() - started
-    predictions, energy, forces = standard_deviations(backbone, graphs, calibration.posterior)
+    predictions, energy, forces = predict_deviations(backbone, graphs, calibration.posterior)
     cost = (clock() - started - plain) / max(plain, 1e-9)
     found = describe_reliability(predictions, energy, forces, calibration)
     return predictions.errors().to_json() | {"uncertainty": found | {"cost_ratio": cost}}
