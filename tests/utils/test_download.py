@@ -13,6 +13,7 @@ import pytest
 
 import forcetune.utils.download as module
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.utils import file_lock
 from forcetune.utils.download import download, progress_bar
 from loopback import Content, Loopback
 
@@ -344,17 +345,17 @@ def test_who_waited_gets_only_what_has_the_checksum(
 
 def test_the_lock_without_flock(server: Loopback, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and some network file systems: a lock file, and one left over by a crash is overcome."""
-    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(file_lock, "fcntl", None)
     server.contents["/a.model"] = Content(BODY)
     target.parent.mkdir()
     lock = target.parent / ".a.model.lock-file"
     lock.touch()
-    monkeypatch.setattr(module, "_STALE_LOCK", 0.0)
+    monkeypatch.setattr(file_lock, "_STALE_LOCK", 0.0)
     assert download(f"{server.url}/a.model", target) == digest(BODY)
     assert leftovers(target) == []
 
 
-def test_a_folder_in_the_way_is_told(server: Loopback, target: Path) -> None:
+def test_a_folder_in_the_way_is_reported(server: Loopback, target: Path) -> None:
     target.mkdir(parents=True)
     server.contents["/a.model"] = Content(BODY)
     with pytest.raises(InputError, match="cannot be written"):

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,7 +30,8 @@ from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import content_hash, expand, file_format
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.store.chunks import DANGEROUS, FileChunk, crashed, iterate_chunks
-from forcetune.frames.store.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
+from forcetune.frames.store.new_store import new_store
+from forcetune.frames.store.rows import RowReader, RowWriter, add_facts
 from forcetune.frames.store.stored_frames import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.unread import describe_unread
 from forcetune.frames.weights import WeightTally, is_left_out
@@ -43,13 +40,7 @@ from forcetune.utils import distributed
 from forcetune.utils.files import compute_sha256
 from forcetune.utils.processes import WorkerDiedError, map_in_order
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 VERSION = 4
-_LOCK = "lock"
 Progress = Callable[[int], None]
 
 
@@ -156,71 +147,6 @@ def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
     for file, signature in zip(files, before, strict=True):
         if _signature(file) != signature:
             raise InputError(f"{file}: changed while it was read; run again when nothing writes to it any more.")
-
-
-@contextmanager
-def new_store(place: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes ``place`` when all is well, unless another process was faster.
-
-    Raises:
-        InputError: the folder cannot be written, or there is no room.
-    """
-    try:
-        with ExitStack() as stack:
-            with writing():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _remove_abandoned(place)
-                store = stack.enter_context(_scratch(place)) / "store"
-                store.mkdir()
-            yield store
-            with writing():
-                bring_to_disk(store)
-                try:
-                    store.replace(place)
-                except OSError:
-                    if not place.exists():
-                        raise
-                bring_to_disk(place.parent)
-    except WriteError as error:
-        raise InputError(
-            f"{place.parent}: streamed data cannot be written ({error.strerror or error}); set data.store to another "
-            "folder."
-        ) from error
-
-
-@contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    """A folder beside ``place`` that is removed in the end; its lock is held for as long as this process lives."""
-    while True:
-        with tempfile.TemporaryDirectory(
-            prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
-        ) as scratch:
-            lock = Path(scratch) / _LOCK
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if fcntl is not None:
-                    with suppress(OSError):  # not every file system has locks; then nothing is taken for abandoned
-                        fcntl.flock(handle, fcntl.LOCK_EX)
-                # before it was locked another process may have taken the folder for abandoned
-                if lock.exists():
-                    yield Path(scratch)
-                    return
-            finally:
-                os.close(handle)
-
-
-def _remove_abandoned(place: Path) -> None:
-    """Remove half stores of processes that were killed while they made this one."""
-    if fcntl is None:
-        return
-    for scratch in place.parent.glob(f".{place.name}.*"):
-        with suppress(OSError):
-            handle = os.open(scratch / _LOCK, os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(scratch, ignore_errors=True)
-            finally:
-                os.close(handle)
 
 
 class _Building:
