@@ -16,7 +16,7 @@ from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
-from forcetune.diagnostics.doctor import check_frames
+from forcetune.diagnostics.run_checks import check_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison

@@ -24,7 +24,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.config.training import MOST_EPOCHS
 from forcetune.deployment.loading import BASE_NAME
-from forcetune.diagnostics.doctor import check_frames, check_predictions
+from forcetune.diagnostics.run_checks import check_frames, check_predictions
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_elements, check_finite, predict
 from forcetune.evaluation.streamed import (
