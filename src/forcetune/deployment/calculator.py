@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from forcetune.adapters.attach import get_adapter
-from forcetune.adapters.file import AdapterConfig
+from forcetune.adapters.config import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
 from forcetune.deployment.compiled_prediction import CompiledPrediction

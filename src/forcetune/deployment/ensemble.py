@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from forcetune.adapters.attach import Adapter, detach, reattach
-from forcetune.adapters.file import AdapterConfig, load_adapter, read_adapter_config
+from forcetune.adapters.config import AdapterConfig, read_adapter_config
+from forcetune.adapters.file import load_adapter
 from forcetune.adapters.hub import locate_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import adapter_folder, load_base

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forcetune._version import __version__
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.adapters.methods import METHODS
 from forcetune.backbones.registry import PublishedModel, find, list_models, resolve
 from forcetune.deployment.loading import adapter_folder

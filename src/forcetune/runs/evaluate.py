@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forcetune.adapters.attach import get_adapter
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble

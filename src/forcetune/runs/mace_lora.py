@@ -23,7 +23,8 @@ from torch import Tensor
 
 from forcetune.adapters.adapter import Adapter, parameter_at
 from forcetune.adapters.attach import attach
-from forcetune.adapters.file import AdapterConfig, save_adapter
+from forcetune.adapters.config import AdapterConfig
+from forcetune.adapters.file import save_adapter
 from forcetune.adapters.methods import method
 from forcetune.adapters.updates import WeightUpdate
 from forcetune.adapters.updates.low_rank import LowRankWeight

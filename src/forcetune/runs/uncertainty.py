@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from forcetune.adapters.file import AdapterConfig
+from forcetune.adapters.config import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
 from forcetune.deployment.ensemble import Ensemble, average_predictions, load_ensemble, spread

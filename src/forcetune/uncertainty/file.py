@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from forcetune._version import __version__
-from forcetune.adapters.file import TENSORS_NAME, read_adapter_config
+from forcetune.adapters.config import read_adapter_config
+from forcetune.adapters.file import TENSORS_NAME
 from forcetune.errors import InputError
 from forcetune.uncertainty.calibration import Calibration
 from forcetune.uncertainty.last_layer import Posterior
