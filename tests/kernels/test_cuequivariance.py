@@ -34,7 +34,7 @@ from forcetune.irreps import parse_irreps
 from forcetune.kernels.compiled.choice import choose_kernels, kernels_in_use
 from forcetune.kernels.cueq import library
 from forcetune.kernels.cueq.contraction import ContractionPolynomial
-from forcetune.kernels.cueq.library import SegmentedPolynomial, missing_reason
+from forcetune.kernels.cueq.library import SegmentedPolynomial, cuequivariance_missing_reason
 from forcetune.kernels.edge_plan import make_plan, with_plan
 from forcetune.kernels.layers import Convolution, channelwise_paths
 from forcetune.kernels.recording import record
@@ -235,12 +235,12 @@ def test_the_contraction_as_gpus_compute_it() -> None:
 
 @needs_it
 def test_a_gpu_without_its_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing_reason("cpu") is None
-    reason = missing_reason("cuda")
+    assert cuequivariance_missing_reason("cpu") is None
+    reason = cuequivariance_missing_reason("cuda")
     if importlib.util.find_spec("cuequivariance_ops_torch") is None:
         assert reason is not None and "cuequivariance-ops-torch-cu12" in reason
-    missing_reason.cache_clear()
+    cuequivariance_missing_reason.cache_clear()
     monkeypatch.setattr(importlib.import_module("cuequivariance_torch"), "__version__", "0.5.1")
-    old = library.missing_reason("cpu")
-    missing_reason.cache_clear()
+    old = library.cuequivariance_missing_reason("cpu")
+    cuequivariance_missing_reason.cache_clear()
     assert old is not None and "0.5.1 is too old" in old
