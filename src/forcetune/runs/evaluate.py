@@ -177,8 +177,8 @@ def evaluate_uncertainty(
         calibration = load_uncertainty(run_folder(run), [folder for folder, *_ in members.members])
         frames = _labelled_frames(data, keys, members.magnetism, type_map)
         mean, energy, forces = ensemble_deviations(members, frames)
-        found = describe_reliability(mean, energy, forces, calibration)
-        return mean.errors().to_json() | {"uncertainty": found | {"cost_ratio": float(len(members.members))}}
+        reliability = describe_reliability(mean, energy, forces, calibration)
+        return mean.errors().to_json() | {"uncertainty": reliability | {"cost_ratio": float(len(members.members))}}
     folder = run_folder(run)
     calibration = load_uncertainty(folder, [folder / ADAPTER_NAME])
     assert calibration.posterior is not None
@@ -193,5 +193,5 @@ def evaluate_uncertainty(
     plain = clock() - started
     predictions, energy, forces = predict_deviations(backbone, graphs, calibration.posterior)
     cost = (clock() - started - plain) / max(plain, 1e-9)
-    found = describe_reliability(predictions, energy, forces, calibration)
-    return predictions.errors().to_json() | {"uncertainty": found | {"cost_ratio": cost}}
+    reliability = describe_reliability(predictions, energy, forces, calibration)
+    return predictions.errors().to_json() | {"uncertainty": reliability | {"cost_ratio": cost}}

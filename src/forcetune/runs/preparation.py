@@ -148,7 +148,7 @@ class Preparation:
     def _references(
         self, dataset: Dataset, model_energies: FloatArray, model_references: dict[int, float]
     ) -> ReferenceEnergies:
-        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
+        """Reference energies of the run, printed with what they and isolated atoms in the files leave unexplained."""
         mode, table = self.config.references.mode, self.config.references.table
         if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
             mode = "model"

@@ -32,7 +32,7 @@ Methods that merge also write `model_dir/name.model`, which mace loads; where th
 
 Checkpoints of `mace_run_train --lora True` have base and factors apart, and become an adapter of method `lora` that gives
 the same energies: `forcetune import-lora checkpoints/NAME_run-123_epoch-10.pt --model BASE --alpha 1.0 -o adapter`. The
-`.model` that mace writes has them merged, where they cannot be told apart; it is used as any other model.
+`.model` that mace writes has them merged, where they cannot be separated; it is used as any other model.
 
 ## Losses
 

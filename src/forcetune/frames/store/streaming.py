@@ -97,7 +97,7 @@ def stream_frames(
     """
     files = expand(list(sources))
     before = [_signature(file) for file in files]
-    digest = hashlib.sha256("".join(map(_hash_of, files)).encode()).hexdigest()
+    digest = hashlib.sha256("".join(map(_hash_file, files)).encode()).hexdigest()
     columns = [asdict(column) for column in FRAME_COLUMNS]
     # other versions of ASE may read other numbers, and other candidates may choose other labels
     read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
@@ -112,7 +112,7 @@ def stream_frames(
             try:
                 building.build(temporary)
             except ForcetuneError:
-                _check_unchanged(files, before)  # whatever was found in it then is not the reason
+                _check_unchanged(files, before)  # whatever error was reported then is not the reason
                 raise
             _check_unchanged(files, before)
 
@@ -125,7 +125,7 @@ def stream_frames(
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
 
 
-def _hash_of(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     with refusing(file):
         return compute_sha256(file) if list_files(file) == [file] else content_hash(file)
 
@@ -178,37 +178,37 @@ class _Building:
         Raises:
             InputError: as :func:`stream_frames`.
         """
-        heard: list[warnings.WarningMessage] = []
+        recorded: list[warnings.WarningMessage] = []
         try:
             # files are read twice or thrice, and what their readers warn of is repeated whenever the store is opened
-            with warnings.catch_warnings(record=True) as heard:
+            with warnings.catch_warnings(record=True) as recorded:
                 warnings.simplefilter("always", ForcetuneWarning)
                 keys, messages = self._read_and_write(folder)
         except ForcetuneError:
-            for text in _texts(heard):
+            for text in _texts(recorded):
                 warn(text)
             raise
-        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *messages]})
+        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(recorded), *messages]})
 
     def _read_and_write(self, folder: Path) -> tuple[LabelKeys, list[str]]:
-        """The keys of the labels, and what is to be told about them."""
+        """The keys of the labels, and warnings about them."""
         guess = self._guess()
         survey, weights, error = self._write(folder, guess)
         weights.check(self.name, self.files[0][0])
-        keys, messages = self._choice(survey, weights)
+        keys, messages = self._choose_and_warn(survey, weights)
         if keys != guess:
             *_, error = self._write(folder, keys)
         if error is not None:
             raise error
         return keys, messages
 
-    def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
-        """The keys of the labels, and what is to be told whenever the store is opened."""
+    def _choose_and_warn(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and warnings for whenever the store is opened."""
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
-                keys = self._chosen(survey)
+                keys = self._choose(survey)
                 for text in (weights.sentence(), describe_unread(survey.witnesses, keys, self.asked)):
                     if text is not None:
                         warn(f"{self.name}: {text}")
@@ -221,18 +221,18 @@ class _Building:
             raise refusal
         return keys, texts
 
-    def _chosen(self, survey: Survey) -> LabelKeys:
+    def _choose(self, survey: Survey) -> LabelKeys:
         return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files, self.expect)
 
     def _guess(self) -> LabelKeys | None:
-        """The keys by the first frames; None where they do not tell."""
+        """The keys by the first frames; None where they do not decide."""
         survey = Survey(self.asked)
         for part in islice(self._parts(None, min(self.workers, self.least)), 1):
             survey.add(part.witnesses)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return self._chosen(survey)
+                return self._choose(survey)
             except InputError:
                 return None
 
@@ -290,9 +290,9 @@ class _Building:
             raise
 
 
-def _texts(heard: Sequence[warnings.WarningMessage]) -> list[str]:
+def _texts(recorded: Sequence[warnings.WarningMessage]) -> list[str]:
     """What our warnings say, each once."""
-    ours = (str(one.message) for one in heard if issubclass(one.category, ForcetuneWarning))
+    ours = (str(one.message) for one in recorded if issubclass(one.category, ForcetuneWarning))
     return list(dict.fromkeys(ours))
 
 
