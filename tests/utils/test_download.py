@@ -78,7 +78,7 @@ def test_a_broken_connection_is_resumed_within_one_call(server: Loopback, target
     server.breaks = [300_000, 100_000]
     assert download(f"{server.url}/a.model", target) == digest(BODY)
     assert target.read_bytes() == BODY
-    assert server.asked_ranges == [None, "bytes=300000-", "bytes=400000-"]
+    assert server.requested_ranges == [None, "bytes=300000-", "bytes=400000-"]
     assert server.requests[1][1]["if-range"] == '"one"'
 
 
@@ -94,7 +94,7 @@ def test_a_later_call_resumes_what_was_kept(content: Content, server: Loopback, 
     seen: list[int] = []
     download(f"{server.url}/a.model", target, sha256=digest(BODY), progress=lambda done, _: seen.append(done))
     assert target.read_bytes() == BODY
-    assert server.asked_ranges == ["bytes=300000-"]
+    assert server.requested_ranges == ["bytes=300000-"]
     assert seen[0] == 300_000
     assert leftovers(target) == []
 
@@ -115,7 +115,7 @@ def test_without_a_strong_validator_nothing_is_resumed(etag: str | None, server:
     server.breaks = [300_000]
     download(f"{server.url}/a.model", target)
     assert target.read_bytes() == BODY
-    assert server.asked_ranges == [None, None]
+    assert server.requested_ranges == [None, None]
 
 
 def test_a_server_without_ranges_starts_over(server: Loopback, target: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_part_that_is_already_complete_is_taken(server: Loopback, target: Path
     (target.parent / ".a.model.part").write_bytes(BODY)
     server.requests.clear()
     assert download(f"{server.url}/a.model", target) == digest(BODY)
-    assert server.asked_ranges == [f"bytes={len(BODY)}-"]
+    assert server.requested_ranges == [f"bytes={len(BODY)}-"]
 
 
 def test_a_part_longer_than_the_file_is_thrown_away(server: Loopback, target: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_part_of_another_address_is_not_continued(server: Loopback, target: Pa
     server.requests.clear()
     download(f"{server.url}/b.model", target)
     assert target.read_bytes() == OTHER
-    assert server.asked_ranges == [None]
+    assert server.requested_ranges == [None]
 
 
 @pytest.mark.parametrize("record", ["", "[]", '{"url": 1}', "{"])
@@ -231,7 +231,7 @@ def test_redirects_are_followed(server: Loopback, target: Path) -> None:
     server.breaks = [300_000]
     assert download(f"{server.url}/release/a.model", target) == digest(BODY)
     assert [path for path, _ in server.requests] == ["/release/a.model", "/storage/123"] * 2
-    assert server.asked_ranges[-1] == "bytes=300000-"
+    assert server.requested_ranges[-1] == "bytes=300000-"
 
 
 @pytest.mark.parametrize(
