@@ -40,11 +40,11 @@ def load():
         return torch.load(sys.argv[1], weights_only=False)
     with open(sys.argv[1], 'rb') as stream:
         return pickle.load(stream)
-found = []
+results = []
 for atoms in read(sys.argv[2], ':'):
     result = run_lammps(load, build_frame(atoms), bounds=(0.5,))
-    found.append([result.energy, result.forces.tolist()])
-print('RESULT', json.dumps([load().element_types, load().rcutfac, found]))
+    results.append([result.energy, result.forces.tolist()])
+print('RESULT', json.dumps([load().element_types, load().rcutfac, results]))
 """
 
 

@@ -98,12 +98,12 @@ def test_without_it_it_is_refused() -> None:
 def results(model: NetworkBackbone, batch: Batch) -> list[torch.Tensor]:
     """Energies, forces and stress, and the gradients of a loss by everything that is trained."""
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    found = model.predict(batch, stress=True, create_graph=True)
-    assert found.stress is not None
-    loss = found.energy.square().mean() + found.forces.square().sum() + found.stress.square().sum()
+    actual = model.predict(batch, stress=True, create_graph=True)
+    assert actual.stress is not None
+    loss = actual.energy.square().mean() + actual.forces.square().sum() + actual.stress.square().sum()
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     zeros = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, grads, strict=True)]
-    return [found.energy, found.forces, found.stress, *zeros]
+    return [actual.energy, actual.forces, actual.stress, *zeros]
 
 
 def assert_equal(model: NetworkBackbone, batch: Batch) -> None:
@@ -115,9 +115,9 @@ def assert_equal(model: NetworkBackbone, batch: Batch) -> None:
     assert kernels_in_use(model.model) == "cuequivariance"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # its fallback is chosen, and not fallen back to
-        found = results(model, batch)
+        actual = results(model, batch)
     floor = 1e-6 * max(float(value.detach().abs().max()) for value in expected[3:] if value.numel())
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         scale = max(float(other.detach().abs().max()), floor) if other.numel() else 1.0
         assert torch.allclose(one, other, rtol=0, atol=tolerance * scale)
@@ -218,9 +218,9 @@ def test_the_convolution_as_gpus_compute_it(irreps: str, extent: int) -> None:
     assert_fit_for_gpus(pieces, extent)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(5, one.size, generator=generator, dtype=torch.float64) for one in whole.inputs]
-    (expected,), (found,) = fallback(whole)(inputs), fallback(pieces)(inputs)
+    (expected,), (actual,) = fallback(whole)(inputs), fallback(pieces)(inputs)
     assert float(expected.abs().max()) > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @needs_it

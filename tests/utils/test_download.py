@@ -1,4 +1,4 @@
-"""Downloads: complete or not at all, resumed where that is safe, and told in words a chemist can act on."""
+"""Downloads: complete or not at all, resumed where that is safe, and reported in words a chemist can act on."""
 
 from __future__ import annotations
 

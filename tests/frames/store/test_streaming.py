@@ -153,7 +153,7 @@ def test_the_same_keys_are_chosen_and_the_same_is_complained_about(
     path = write_xyz(tmp_path / "a.xyz", frames)
     expected = outcome(lambda: read_frames(path, require=require))
     assert outcome(lambda: stream(path, require=require)) == expected
-    # what was told is told again when the store is found
+    # warnings are repeated when the store is used again
     assert outcome(lambda: stream(path, require=require)) == expected
     assert not [file for file in tmp_path.glob("store/*") if isinstance(expected[0], str)]
     asked = {"energy_key": "nonsense"}
