@@ -54,7 +54,7 @@ from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import METHODS, method
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.config import TrainingConfig
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.diagnostics.memory import measure_peak_memory
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
@@ -208,7 +208,7 @@ def neighbors(bench: Bench) -> Rows:
     for atoms in (64,) if bench.tiny else (64, 512, 2000, 10000):
 
         def measure(atoms: int = atoms) -> dict[str, Any]:
-            frame = frame_of(periodic_box(atoms))
+            frame = build_frame(periodic_box(atoms))
             tensors = [
                 torch.as_tensor(values, device=bench.device)
                 for values in (frame.numbers, frame.positions, frame.cell[None], frame.pbc[None])
@@ -348,7 +348,7 @@ def frames_with_labels(structures: Sequence[Atoms]) -> list[Frame]:
     """Labels of any size: an epoch takes as long."""
     rng = np.random.default_rng(0)
     return [
-        replace(frame_of(one), energy=0.1 * index, forces=rng.standard_normal((len(one), 3)))
+        replace(build_frame(one), energy=0.1 * index, forces=rng.standard_normal((len(one), 3)))
         for index, one in enumerate(structures)
     ]
 

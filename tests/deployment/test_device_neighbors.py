@@ -16,7 +16,7 @@ import forcetune
 from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
+from forcetune.deployment.calculator import ForcetuneCalculator, build_frame
 from forcetune.deployment.moving_batch import MovingBatch
 from forcetune.errors import InputError
 from forcetune.graphs import verlet_list
@@ -135,7 +135,7 @@ def moved(value: Any) -> Any:
 def test_a_step_with_a_list_that_serves_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that the host waits for is whether the list still serves; a stray tensor of the CPU would fail."""
     model = tuned()
-    frame = frame_of(crystal())
+    frame = build_frame(crystal())
     moving = MovingBatch(model, skin=0.5, compile=False)
     (expected,) = moving.predict(moving.frame_batch(frame), stress=True)
     edges, reference, plan = moving.neighbors._edges, moving.neighbors._reference, moving._plan

@@ -35,18 +35,18 @@ import json, pickle, sys
 import numpy as np
 import torch
 from ase.io import read
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.deployment.mliap.stand_in import run_lammps
 def load():
     if sys.argv[1].endswith('.pt'):
         return torch.load(sys.argv[1], weights_only=False)
     with open(sys.argv[1], 'rb') as stream:
         return pickle.load(stream)
-found = []
+results = []
 for atoms in read(sys.argv[2], ':'):
-    result = run_lammps(load, frame_of(atoms), bounds=(0.5,))
-    found.append([result.energy, result.forces.tolist()])
-print('RESULT', json.dumps([load().element_types, load().rcutfac, found]))
+    result = run_lammps(load, build_frame(atoms), bounds=(0.5,))
+    results.append([result.energy, result.forces.tolist()])
+print('RESULT', json.dumps([load().element_types, load().rcutfac, results]))
 """
 
 

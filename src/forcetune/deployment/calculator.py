@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from forcetune.adapters.attach import get_adapter
-from forcetune.adapters.file import AdapterConfig
+from forcetune.adapters.config import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
 from forcetune.deployment.compiled_prediction import CompiledPrediction
@@ -28,7 +28,7 @@ from forcetune.graphs.graph import Batch, graph_with
 from forcetune.graphs.skin_list import SKIN, SkinList
 from forcetune.magnetism.options import Magnetism
 from forcetune.uncertainty.file import Uncertainty, load_uncertainty
-from forcetune.uncertainty.last_layer import batch_deviations, network_of
+from forcetune.uncertainty.last_layer import compute_deviations, require_network
 
 SMALLEST_VOLUME = 1e-6
 """Å³; a cell below it has no volume, and its structure no stress."""
@@ -84,7 +84,7 @@ class ForcetuneCalculator(Calculator):
         self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
         self.uncertainty, self.forces_std = uncertainty, forces_std
         if uncertainty is not None and uncertainty.posterior is not None:
-            network_of(backbone)
+            require_network(backbone)
             self._whitening = torch.from_numpy(uncertainty.posterior.whitening)
         adapter = get_adapter(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
@@ -108,7 +108,7 @@ class ForcetuneCalculator(Calculator):
         self.results = {}
         _check_places(current)
         self._check_charge(current)
-        frame = frame_of(current)
+        frame = build_frame(current)
         if self.magnetism is not None:
             frame = replace(frame, spins=spins_of(current, self.magnetism))
         check_elements(self.backbone, [frame])
@@ -180,7 +180,7 @@ class ForcetuneCalculator(Calculator):
         """Calibrated standard deviations of what has been calibrated."""
         scales = {name: uncertainty.scale(name) for name in ("energy_per_atom", "forces")}
         wants_forces = self.forces_std and scales["forces"] is not None
-        energy, forces = batch_deviations(self.backbone, batch, self._whitening, forces=wants_forces)
+        energy, forces = compute_deviations(self.backbone, batch, self._whitening, forces=wants_forces)
         results: dict[str, Any] = {}
         if scales["energy_per_atom"] is not None:
             results["energy_std"] = float(energy[0]) * scales["energy_per_atom"]
@@ -249,7 +249,7 @@ def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
     return directions(moments) if magnetism.takes_directions else moments
 
 
-def frame_of(atoms: Atoms) -> Frame:
+def build_frame(atoms: Atoms) -> Frame:
     """The structure of ``atoms`` without labels."""
     return Frame(
         numbers=np.asarray(atoms.numbers, dtype=np.int64),

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from forcetune.deployment.calculator import EnsembleCalculator, frame_of
+from forcetune.deployment.calculator import EnsembleCalculator, build_frame
 from forcetune.deployment.environments import Environments
 from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.frames.frame import FloatArray
@@ -107,7 +107,7 @@ class Watch:
         """
         values: dict[str, FloatArray] = {}
         if self._environments is not None:
-            values["novelty"] = self._environments.novelty(frame_of(atoms))
+            values["novelty"] = self._environments.novelty(build_frame(atoms))
         reason = self._reason(atoms, np.asarray(results["forces"]), results, values)
         if reason is not None:
             self._flag(step, place + reason, atoms, results, values)
@@ -165,7 +165,7 @@ def _frames_of(frames: str | Path | Sequence[Atoms]) -> Any:
     if isinstance(frames, (str, Path)):
         keys = dict.fromkeys(("energy_key", "forces_key", "stress_key"), "none")
         return read_frames(frames, require=(), **keys).frames
-    return [frame_of(atoms) for atoms in frames]
+    return [build_frame(atoms) for atoms in frames]
 
 
 class WatchedCalculator(Calculator):

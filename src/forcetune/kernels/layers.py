@@ -227,7 +227,7 @@ class SpeciesLinear(nn.Module):
 
 
 def take_coupling(source: TensorSource, first: int, second: int, third: int, couplings: dict[str, Tensor]) -> Tensor:
-    """A 3j symbol in float64, as the file has it where it does; noted in ``kept`` by its name.
+    """A 3j symbol in float64, as the file has it where it does; added to ``couplings`` by its name.
 
     Raises:
         UnfitError: the file's is no 3j symbol of these orders.
@@ -343,8 +343,8 @@ class Convolution(nn.Module):
         options: dict[str, Any] = {"phase": step.phase, "geometric": features.geometric}
         if isinstance(radial, splined.SplinedWeights):
             options["trains"] = features.trains
-            found = splined.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
-            return Features(found, geometric=True, trains=trains or features.trains)
+            blocks = splined.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
+            return Features(blocks, geometric=True, trains=trains or features.trains)
         options["trains"] = trains, features.trains
         if takes_compiled(self.kernels, radial):
             blocks = compiled.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)

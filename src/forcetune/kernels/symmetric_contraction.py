@@ -261,26 +261,26 @@ class SymmetricContraction(nn.Module):
         return self._kept
 
     def forward(self, features: Features, step: Step) -> Features:
-        plan, kept = step.plan, self.coefficients
+        plan, folded = step.plan, self.coefficients
         request = WeightRequest(plan.present)
         weights = [contraction(request) for contraction in self.contractions]
         trains = features.trains or can_train(self)
         if self.kernels == "cuequivariance":
             if self._polynomial is None:
-                self._polynomial = ContractionPolynomial(kept.form, features.blocks[0].shape[2])
-            found = self._polynomial.contract(plan, weights, features.blocks)
-            return Features(found, geometric=True, trains=trains)
+                self._polynomial = ContractionPolynomial(folded.form, features.blocks[0].shape[2])
+            blocks = self._polynomial.contract(plan, weights, features.blocks)
+            return Features(blocks, geometric=True, trains=trains)
         lanes = 0
         if takes_compiled(self.kernels, features.blocks[0]):
             lanes = compiled.lanes_of(features.blocks[0].shape[2], features.blocks[0].dtype)
-        coefficients = kept.fold(weights, plan.present, lanes)
+        coefficients = folded.fold(weights, plan.present, lanes)
         counts = plan.counts if len(coefficients[0]) == len(plan.counts) else (plan.n_atoms,)
         if lanes:
             blocks = compiled.polynomial(
-                kept.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains
+                folded.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains
             )
             return Features(blocks, geometric=True, trains=trains)
-        x = arranged(features.blocks, kept.form.order)
-        out = polynomial(kept.form, x, coefficients, counts, phase=step.phase, trains=features.trains)
-        parts = [part.permute(2, 0, 1) for part in out.split(kept.form.dims)]
+        x = arranged(features.blocks, folded.form.order)
+        out = polynomial(folded.form, x, coefficients, counts, phase=step.phase, trains=features.trains)
+        parts = [part.permute(2, 0, 1) for part in out.split(folded.form.dims)]
         return Features(parts, geometric=True, trains=trains)

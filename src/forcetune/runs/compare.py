@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +14,18 @@ from forcetune.adapters.attach import get_adapter
 from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
-from forcetune.config import RunConfig, load_config
-from forcetune.diagnostics.doctor import check_frames
+from forcetune.config import RunConfig
+from forcetune.diagnostics.run_checks import check_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
 from forcetune.reports.learning_curve import Curve, read_curves
+from forcetune.runs.comparison_plan import ComparisonPlan, is_begun, is_finished
 from forcetune.runs.fit import resume, run_fit
-from forcetune.runs.folder import CONFIG_NAME, FINISHED, input_files, read_status
-from forcetune.runs.search import Searched, check_search, search_options, with_settings
+from forcetune.runs.folder import CONFIG_NAME, input_files
+from forcetune.runs.search import SearchResult, check_search, search_options
 from forcetune.utils.files import is_inside, write_json
-from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
 from forcetune.utils.processes import WorkerDiedError, as_they_end
 
 COMPARISON_NAME = "comparison.json"
@@ -105,41 +104,46 @@ def compare(
     _check_methods(config, methods)
     _check_targets(targets or {})
     folder = Path(config.output.run)
-    config, stored = _with_model(config, model, folder)
-    first = [_config_of(config, name, config.training.seed, folder, processes) for name in methods]
-    _check_runs(first, searches=search is not None)
+    config, model_to_store = _with_model(config, model, folder)
+    plan = ComparisonPlan(config, folder, processes)
+    configs = [plan.configure(name, config.training.seed) for name in methods]
+    _check_runs(configs, searches=search is not None)
     _check_inputs(config, inputs, folder)
     sizes = _check_sizes(learning_curve, _count_frames(config), seeds)
     _check_folder(folder)
     config.save(folder / MARK_NAME)
-    if stored is not None:
-        store_base(stored, folder / MODEL_NAME)
-    searched: dict[str, Searched] = {}
+    if model_to_store is not None:
+        store_base(model_to_store, folder / MODEL_NAME)
+    searches: dict[str, SearchResult] = {}
     if search is not None:
-        searched = _search_all(first, folder, search, processes, console)
-    plan = {
-        (name, size): {
-            seed: _config_of(config, name, seed, folder, processes, searched[name].settings if searched else {}, size)
-            for seed in _seeds(config, seeds)
-        }
-        for name in methods
-        for size in sizes
-    }
-    if learning_curve:
-        plan = {key: {seed: _as_long(one, key[1], sizes) for seed, one in runs.items()} for key, runs in plan.items()}
-    _run_all([one for by_seed in plan.values() for one in by_seed.values()], processes, console)
-    places = {key: {seed: Path(one.output.run) for seed, one in by_seed.items()} for key, by_seed in plan.items()}
-    runs = {name: places[name, sizes[-1]] for name in methods}
-    comparison = read_comparison(runs)
+        searches = _search_all(configs, folder, search, processes, console)
+    settings = {name: result.settings for name, result in searches.items()}
+    runs = plan.configure_all(methods, seeds, sizes, settings)
+    _run_all([run for by_seed in runs.values() for run in by_seed.values()], processes, console)
+    folders = {key: {seed: Path(run.output.run) for seed, run in by_seed.items()} for key, by_seed in runs.items()}
+    return _write_results(folder, methods, sizes, folders, targets or {}, searches)
+
+
+def _write_results(
+    folder: Path,
+    methods: Sequence[str],
+    sizes: Sequence[int | None],
+    folders: Mapping[tuple[str, int | None], Mapping[int, Path]],
+    targets: Mapping[str, Sequence[float]],
+    searches: Mapping[str, SearchResult],
+) -> ComparisonRun:
+    """Read the runs, whose folders are by method, number of training frames and seed; write page and figures."""
+    largest = {name: folders[name, sizes[-1]] for name in methods}
+    comparison = read_comparison(largest)
     curves: tuple[Curve, ...] = ()
-    if learning_curve:
-        by_size = {name: {size: places[name, size] for size in sizes if size is not None} for name in methods}
-        curves = tuple(read_curves(by_size, comparison.split, targets or {}))
-    page = write_comparison(folder, comparison, runs, curves)
+    if sizes[-1] is not None:
+        by_size = {name: {size: folders[name, size] for size in sizes if size is not None} for name in methods}
+        curves = tuple(read_curves(by_size, comparison.split, targets))
+    page = write_comparison(folder, comparison, largest, curves)
     run = ComparisonRun(folder, comparison, page, curves)
     content = run.to_json()
-    if searched:
-        content["search"] = {name: asdict(one) for name, one in searched.items()}
+    if searches:
+        content["search"] = {name: asdict(result) for name, result in searches.items()}
     write_json(folder / COMPARISON_NAME, content)
     return run
 
@@ -162,31 +166,6 @@ def _check_sizes(sizes: Sequence[int], available: int, seeds: int) -> list[int |
             f"--learning-curve {text}: there are {available} frames to train on; leave out larger numbers or give more."
         )
     return [*sorted(sizes)]
-
-
-def _as_long(config: RunConfig, size: int | None, sizes: Sequence[int | None]) -> RunConfig:
-    """With so many epochs that a small set is trained for as many steps as the largest."""
-    largest = sizes[-1]
-    assert size is not None
-    assert largest is not None
-    training = config.with_default_epochs(largest).training
-    every = max(1, round(training.valid_every * largest / size))
-    epochs = max(1, round(training.epochs * largest / size / every)) * every
-    content = config.model_dump(exclude_unset=True)
-    changed: dict[str, Any] = {"epochs": epochs, "valid_every": every}
-    given = content.get("training", {})
-    if training.second_stage.start is not None:
-        start = min(epochs, max(1, round(training.second_stage.start * largest / size / every) * every))
-        changed["second_stage"] = given["second_stage"] | {"start": start}
-    if training.schedule.warmup_epochs:
-        warmup = round(training.schedule.warmup_epochs * largest / size)
-        changed["schedule"] = given["schedule"] | {"warmup_epochs": warmup}
-    content["training"] = given | changed
-    return RunConfig.model_validate(content)
-
-
-def _seeds(config: RunConfig, count: int) -> range:
-    return range(config.training.seed, config.training.seed + count)
 
 
 def _check_methods(config: RunConfig, methods: Sequence[str]) -> None:
@@ -240,55 +219,6 @@ def _count_frames(config: RunConfig) -> int:
     return len(dataset.train.frames)
 
 
-def _config_of(
-    config: RunConfig,
-    name: str,
-    seed: int,
-    folder: Path,
-    processes: int,
-    chosen: Mapping[str, Any] | None = None,
-    size: int | None = None,
-) -> RunConfig:
-    options_set = config.model_dump(exclude_unset=True)
-    known = option_names(METHODS[name])
-    options = {key: value for key, value in config.method.options().items() if key in known}
-    threads = config.training.threads
-    if threads is None and processes > 1:
-        threads = max(1, (os.cpu_count() or 1) // processes)
-    options_set["method"] = {"name": name, "target": config.method.target, **options}
-    options_set["training"] = options_set.get("training", {}) | {"seed": seed, "threads": threads}
-    place = f"{name}-{seed}" if size is None else f"{name}-{size}-frames-{seed}"
-    options_set["output"] = options_set.get("output", {}) | {"run": str(folder / place), "overwrite": True}
-    if size is not None:
-        options_set["data"] = options_set["data"] | {"train_frames": size, "train_frames_seed": seed}
-    return RunConfig.model_validate(with_settings(options_set, chosen or {}))
-
-
-def _resolved(config: RunConfig) -> dict[str, Any]:
-    """All that decides the result of a run of this configuration."""
-    chosen = build_method(config.method)
-    full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
-    content = full.model_dump(mode="json")
-    content["training"].pop("threads", None)
-    content["output"].pop("overwrite")
-    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress", "training.learning_rate", "training.epochs"):
-        if not is_given(full, name):
-            remove_value(content, name)  # the labels, the model and the number of frames decide
-    return content
-
-
-def _is_finished(config: RunConfig) -> bool:
-    return _is_begun(config) and read_status(Path(config.output.run)) in FINISHED
-
-
-def _is_begun(config: RunConfig) -> bool:
-    """Whether the run folder is of this very configuration."""
-    run = Path(config.output.run)
-    if not (run / CONFIG_NAME).is_file():
-        return False
-    return _resolved(load_config(run / CONFIG_NAME)) == _resolved(config)
-
-
 def _check_folder(folder: Path) -> None:
     """
     Raises:
@@ -296,19 +226,19 @@ def _check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another folder with --out.")
-    ours = (folder / MARK_NAME).is_file()
+    is_comparison = (folder / MARK_NAME).is_file()
     for path in folder.iterdir() if folder.is_dir() else ():
         known = path.name.startswith("comparison.") or path.name == SEARCH_NAME or (path / CONFIG_NAME).is_file()
         empty = path.is_dir() and not any(path.iterdir())
-        if not (ours and (known or empty)):
+        if not (is_comparison and (known or empty)):
             raise InputError(f"{path}: is not of a comparison; choose another folder with --out.")
 
 
 def _run_one(config: RunConfig) -> str | None:
-    """Carry out one run in a process of its own; returns what went wrong."""
+    """Train or resume one run, in a process of its own; returns what went wrong."""
     quiet = Console(quiet=True)
     try:
-        if _is_begun(config):
+        if is_begun(config):
             resume(config.output.run, console=quiet)
         else:
             run_fit(config, console=quiet)
@@ -317,7 +247,7 @@ def _run_one(config: RunConfig) -> str | None:
     return None
 
 
-def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
+def _search_one(job: tuple[RunConfig, Path, int]) -> SearchResult:
     return search_options(*job)
 
 
@@ -339,36 +269,36 @@ def _in_processes(
 
 def _search_all(
     configs: Sequence[RunConfig], folder: Path, trials: int, processes: int, console: Console
-) -> dict[str, Searched]:
+) -> dict[str, SearchResult]:
     """The options that the searches chose, by method.
 
     Raises:
         WorkerDiedError: a process died.
     """
     jobs = [(config, folder / SEARCH_NAME, trials) for config in configs]
-    searched: dict[str, Searched] = {}
+    searches: dict[str, SearchResult] = {}
     for _, result in _in_processes(_search_one, jobs, processes, console, "searches"):
         if isinstance(result, WorkerDiedError):
             raise result
-        searched[result.method] = result
+        searches[result.method] = result
     for config in configs:
-        result = searched[config.method.name]
+        result = searches[config.method.name]
         chosen = ", ".join(f"{key}={value:g}" for key, value in result.settings.items())
         console.print(f"{result.method}: {chosen}, the best of {len(result.trials)} trials", highlight=False)
-    return searched
+    return searches
 
 
 def _run_all(configs: Sequence[RunConfig], processes: int, console: Console) -> None:
-    """Carry out the runs that are not finished.
+    """Train the runs that are not finished.
 
     Raises:
         ForcetuneError: some failed; the others are kept.
     """
-    missing = [config for config in configs if not _is_finished(config)]
-    if len(missing) < len(configs):
-        console.print(f"{len(configs) - len(missing)} of {len(configs)} runs are finished already")
+    unfinished = [config for config in configs if not is_finished(config)]
+    if len(unfinished) < len(configs):
+        console.print(f"{len(configs) - len(unfinished)} of {len(configs)} runs are finished already")
     failures = []
-    for config, failure in _in_processes(_run_one, missing, processes, console, "runs"):
+    for config, failure in _in_processes(_run_one, unfinished, processes, console, "runs"):
         if isinstance(failure, WorkerDiedError):
             failure = f"{Path(config.output.run).name}: {str(failure).rstrip('.')}"
         if failure:
@@ -380,7 +310,7 @@ def _run_all(configs: Sequence[RunConfig], processes: int, console: Console) -> 
 def _with_model(
     config: RunConfig, model: str | Path | Backbone | None, folder: Path
 ) -> tuple[RunConfig, Backbone | None]:
-    """The configuration with a model given beside it, and the model if it must be stored to be found by the runs.
+    """The configuration with a model passed beside it, and the model if it must be stored for the runs to load it.
 
     Raises:
         InputError: it carries an adapter, or is not what the configuration asks for.
@@ -392,10 +322,10 @@ def _with_model(
     if get_adapter(model) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
     load(model, **asked_of_loaded(config.model))
-    changed, stored = with_loaded(config, model, folder / MODEL_NAME)
+    changed, must_be_stored = with_loaded(config, model, folder / MODEL_NAME)
     if "elements" in config.model.model_fields_set:
         changed = _with_options(changed, {"elements": config.model.elements})
-    return changed, model if stored else None
+    return changed, model if must_be_stored else None
 
 
 def _with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:

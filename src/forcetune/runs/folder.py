@@ -1,4 +1,4 @@
-"""The folder of a run: made, checked, and its state kept so that nothing is lost when the run dies."""
+"""The folder of a run: made, checked, and its state stored so that nothing is lost when the run dies."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.config.training import MOST_EPOCHS
 from forcetune.deployment.loading import BASE_NAME
-from forcetune.diagnostics.doctor import check_frames, check_predictions
+from forcetune.diagnostics.run_checks import check_frames, check_predictions
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_elements, check_finite, predict
 from forcetune.evaluation.streamed import (
@@ -148,7 +148,7 @@ class Preparation:
     def _references(
         self, dataset: Dataset, model_energies: FloatArray, model_references: dict[int, float]
     ) -> ReferenceEnergies:
-        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
+        """Reference energies of the run, printed with what they and isolated atoms in the files leave unexplained."""
         mode, table = self.config.references.mode, self.config.references.table
         if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
             mode = "model"

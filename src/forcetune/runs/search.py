@@ -30,7 +30,7 @@ FIRST = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -81,14 +81,14 @@ def check_search(config: RunConfig) -> None:
     _space(config)
 
 
-def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
+def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult:
     """Try ``trials`` sets of options for a method, each with the full number of epochs unless it is pruned.
 
     A trial is pruned when its score is worse than the median of the others at the same epoch. Trials are kept in a
-    journal in ``folder``, so that a search that died goes on.
+    journal in ``folder``, so that a search that died is continued.
 
     Args:
-        config: of one run of the method; options that were given there are not searched.
+        config: of one run of the method; options that are set there are not searched.
         folder: for the journal and the trials' runs.
         trials: number of them, those done before included.
 
@@ -111,44 +111,51 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST),
         load_if_exists=True,
     )
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    complete, pruned = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     if not study.trials:
         study.enqueue_trial(_defaults(config))
-
-    def objective(trial: Any) -> float:
-        settings = _suggested(trial, config)
-        best = float("inf")
-
-        def observe(epoch: int, errors: Errors) -> None:
-            nonlocal best
-            best = min(best, score(errors, config.training.loss, config.magnetism.layer != "off"))
-            trial.report(best, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        one = _with(config, settings, folder / f"{name}-{trial.number}")
-        try:
-            run_fit(one, console=Console(quiet=True), observe=observe)
-        except InputError:
-            raise
-        except ForcetuneError as error:  # these options let the training diverge
-            raise optuna.TrialPruned(str(error)) from error
-        return best
-
-    left = trials - len(study.get_trials(deepcopy=False, states=ended))
-    if left > 0:
-        study.optimize(objective, n_trials=left)
-    if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+    remaining = trials - len(study.get_trials(deepcopy=False, states=(complete, pruned)))
+    if remaining > 0:
+        study.optimize(lambda trial: _run_trial(trial, config, folder / f"{name}-{trial.number}"), n_trials=remaining)
+    if not study.get_trials(deepcopy=False, states=(complete,)):
         raise ForcetuneError(f"{name}: no trial of the search ended well; see {folder}.")
     rows = tuple(
         {
-            **_settings(trial.params),
+            **_round_settings(trial.params),
             "score": trial.value if trial.value is not None else _last(trial.intermediate_values),
-            "pruned": trial.state == optuna.trial.TrialState.PRUNED,
+            "pruned": trial.state == pruned,
         }
-        for trial in study.get_trials(states=ended)
+        for trial in study.get_trials(states=(complete, pruned))
     )
-    return Searched(config.method.name, _settings(study.best_params), float(study.best_value), rows)
+    return SearchResult(config.method.name, _round_settings(study.best_params), float(study.best_value), rows)
+
+
+def _run_trial(trial: Any, config: RunConfig, run: Path) -> float:
+    """Train with options that the trial suggests; returns the best score of all epochs.
+
+    Raises:
+        InputError: as :func:`forcetune.runs.fit.run_fit`.
+        optuna.TrialPruned: the score is worse than that of other trials, or the training diverged.
+    """
+    import optuna
+
+    settings = _suggest(trial, config)
+    best = float("inf")
+
+    def observe(epoch: int, errors: Errors) -> None:
+        nonlocal best
+        best = min(best, score(errors, config.training.loss, config.magnetism.layer != "off"))
+        trial.report(best, epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        run_fit(_with(config, settings, run), console=Console(quiet=True), observe=observe)
+    except InputError:
+        raise
+    except ForcetuneError as error:  # these options let the training diverge
+        raise optuna.TrialPruned(str(error)) from error
+    return best
 
 
 def _digest(config: RunConfig) -> str:
@@ -162,7 +169,7 @@ def _last(values: Mapping[int, float]) -> float | None:
 
 
 def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]]:
-    """Options to search, with their limits or choices; what the user gave stays."""
+    """Options to search, with their limits or choices; what the user set stays."""
     loss = config.training.loss
     space: dict[str, Any] = {}
     if not is_given(config, "training.learning_rate"):
@@ -175,7 +182,7 @@ def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]
         space["training.loss.forces"] = (WEIGHTS[0] * loss.forces, WEIGHTS[1] * loss.forces)
     if not space:
         raise InputError(
-            f"--search: learning rate, rank and weight of the forces are all given for {config.method.name}."
+            f"--search: learning rate, rank and weight of the forces are all set for {config.method.name}."
         )
     return space
 
@@ -190,18 +197,18 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
     return {key: defaults[key] for key in _space(config)}
 
 
-def _suggested(trial: Any, config: RunConfig) -> dict[str, Any]:
-    suggested: dict[str, Any] = {}
+def _suggest(trial: Any, config: RunConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, limits in _space(config).items():
         if key == "method.rank":
-            suggested[key] = trial.suggest_categorical(key, limits)
+            values[key] = trial.suggest_categorical(key, limits)
         else:
-            suggested[key] = trial.suggest_float(key, *limits, log=True)
-    return _settings(suggested)
+            values[key] = trial.suggest_float(key, *limits, log=True)
+    return _round_settings(values)
 
 
-def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Rounded as one would write them, so that the same options are trained and told."""
+def _round_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Rounded as one would write them, so that the options that are trained are those that are reported."""
     return {key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in params.items()}
 
 

@@ -224,7 +224,7 @@ class FineTuning:
 
         Args:
             validation: batches of the validation frames.
-            observers: are told of what happens, in this order.
+            observers: called as things happen, in this order.
 
         Raises:
             ForcetuneError: the loss is no longer finite.

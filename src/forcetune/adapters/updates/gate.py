@@ -26,7 +26,7 @@ class GateActivation(ActivationUpdate):
     """Shift of even scalars and gain of all other channels, computed from the input's even scalars.
 
     z = SiLU(W↓ h⁽⁰⁾ + b↓); even scalars: out + W↑ z + b↑; others: out · φ(W↑ z + b↑), one number for each
-    irrep and multiplicity of the output, the same for its 2 l + 1 components. A gate that is told the species
+    irrep and multiplicity of the output, the same for its 2 l + 1 components. A gate that knows the species
     adds to b↓ a vector for the element of each atom.
 
     Attributes:
@@ -83,13 +83,13 @@ class GateActivation(ActivationUpdate):
 
     def weights(self) -> GateWeights:
         """All weights, for a gate with one bottleneck."""
-        found: list[Tensor | None] = []
+        weights: list[Tensor | None] = []
         # read where modules keep them, which is several times as fast as by their attributes
         for name in ("down", "shift", "gain"):
             layer = self._modules.get(name)
             table = _NO_WEIGHTS if layer is None else layer._parameters
-            found += (table["weight"], table["bias"])
-        return GateWeights(*found)  # pyright: ignore[reportArgumentType]
+            weights += (table["weight"], table["bias"])
+        return GateWeights(*weights)  # pyright: ignore[reportArgumentType]
 
     def structure_on(self, layer: EquivariantLinear) -> GatedStructure | None:
         """Of a layer and this gate computed together; None where that takes the layer's output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forcetune.cli.mace_train.option import MaceOption, left, mapped, refused
+from forcetune.cli.mace_train.option import MaceOption, ignored, mapped, refused
 
 _FACTORS = ("embedding", "interactions", "products", "readouts")
 _DIPOLES = "belongs to losses of dipoles, which are refused"
@@ -25,12 +25,12 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
     mapped("--swa_energy_weight --stage_two_energy_weight", "float", 1000.0, _STAGE_TWO("loss.energy")),
     mapped("--stress_weight", "float", 1.0, "`training.loss.stress`, with a loss that has stress"),
     mapped("--swa_stress_weight --stage_two_stress_weight", "float", 10.0, _STAGE_TWO("loss.stress")),
-    left("--virials_weight", "float", 1.0, "belongs to --loss virials, which is refused"),
-    left("--swa_virials_weight --stage_two_virials_weight", "float", 10.0, "belongs to --loss virials, refused"),
-    left("--dipole_weight", "float", 1.0, _DIPOLES),
-    left("--swa_dipole_weight --stage_two_dipole_weight", "float", 1.0, _DIPOLES),
-    left("--swa_polarizability_weight --stage_two_polarizability_weight", "float", 1.0, _DIPOLES),
-    left("--polarizability_weight", "float", 1.0, _DIPOLES),
+    ignored("--virials_weight", "float", 1.0, "belongs to --loss virials, which is refused"),
+    ignored("--swa_virials_weight --stage_two_virials_weight", "float", 10.0, "belongs to --loss virials, refused"),
+    ignored("--dipole_weight", "float", 1.0, _DIPOLES),
+    ignored("--swa_dipole_weight --stage_two_dipole_weight", "float", 1.0, _DIPOLES),
+    ignored("--swa_polarizability_weight --stage_two_polarizability_weight", "float", 1.0, _DIPOLES),
+    ignored("--polarizability_weight", "float", 1.0, _DIPOLES),
     mapped(
         "--config_type_weights",
         "text",
@@ -49,7 +49,7 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
     refused("--beta1_schedulefree", "float", 0.9, "β₁ is 0.9; leave it out"),
     mapped("--beta2_schedulefree", "float", 0.98, "only 0.999 is accepted, which is what schedulefree has here"),
     mapped("--batch_size", "int", 10, "`training.batch_size`; the last, smaller batch of an epoch is trained on, too"),
-    left("--valid_batch_size", "int", 10, "it changes no result"),
+    ignored("--valid_batch_size", "int", 10, "it changes no result"),
     mapped("--lr", "float", 0.01, "`training.learning_rate`"),
     mapped("--swa_lr --stage_two_lr", "float", 1e-3, _STAGE_TWO("learning_rate")),
     mapped("--weight_decay", "float", 5e-7, "`training.weight_decay`"),
@@ -66,7 +66,7 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
         "`method.target`: 1 to 4 leave the embedding as it is, 5 the interactions, too, 6 the products, too; with "
         "method `full`, if none is given; 0 and less freeze nothing, as in mace",
     ),
-    left("--amsgrad", "set", True, "adam is always with amsgrad, in mace, too"),
+    ignored("--amsgrad", "set", True, "adam is always with amsgrad, in mace, too"),
     mapped(
         "--scheduler",
         "text",

@@ -50,7 +50,7 @@ def choose_kernels(model: nn.Module, kernels: Kernels) -> None:
     if kernels not in get_args(Kernels):
         raise InputError(f"model.kernels={kernels!r}: there are 'auto', 'compiled', 'torch' and 'cuequivariance'.")
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    if kernels == "cuequivariance" and (reason := cueq.missing_reason(device)) is not None:
+    if kernels == "cuequivariance" and (reason := cueq.cuequivariance_missing_reason(device)) is not None:
         raise InputError(f"model.kernels=cuequivariance: {reason}; or use model.kernels=auto.")
     if kernels == "compiled":
         if device != "cpu":

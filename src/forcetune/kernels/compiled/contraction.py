@@ -52,16 +52,16 @@ class SparseForm:
         first_row = [0]
         for output, (start, stop) in enumerate(itertools.pairwise(ends)):
             matrices: list[np.ndarray] = []
-            parts = [_rows_of(form, index, output) for index in range(len(form.segments))]
+            parts = [_list_rows(form, index, output) for index in range(len(form.segments))]
             for target_index in range(start, stop):
                 for segment, members in zip(form.segments, parts, strict=True):
-                    for own, row, matrix in members:
-                        if own != target_index:
+                    for member_target, row, matrix in members:
+                        if member_target != target_index:
                             continue
-                        kept = np.flatnonzero(np.abs(matrix).max(axis=0, initial=0.0) > 0)
-                        rows.append((row, len(columns), len(columns) + len(kept)))
-                        columns += (segment.start + kept).tolist()
-                        matrices.append(matrix[:, kept].T)
+                        nonzero = np.flatnonzero(np.abs(matrix).max(axis=0, initial=0.0) > 0)
+                        rows.append((row, len(columns), len(columns) + len(nonzero)))
+                        columns += (segment.start + nonzero).tolist()
+                        matrices.append(matrix[:, nonzero].T)
                 first_row.append(len(rows))
             couplings = form.segments[0].basis[output].value.shape[0]
             whole = np.concatenate(matrices) if matrices else np.zeros((0, couplings))
@@ -86,7 +86,7 @@ class SparseForm:
         return whole.view(species, terms, channels // lanes, lanes).transpose(1, 2).contiguous()
 
 
-def _rows_of(form: BilinearForm, index: int, output: int) -> list[tuple[int, int, np.ndarray]]:
+def _list_rows(form: BilinearForm, index: int, output: int) -> list[tuple[int, int, np.ndarray]]:
     """Target, monomial and coefficients (couplings, columns) of an output's rows in a segment."""
     segment = form.segments[index]
     width = segment.stop - segment.start
@@ -349,12 +349,12 @@ class _Pull(torch.autograd.Function):
         g, coefficients, x = tensors[:n_grads], tensors[n_grads], tensors[n_grads + 1 :]
         if not any(wanted):
             return (None,) * (1 + len(x))
-        found = torch.ops.forcetune.contraction_pull(
+        gradients = torch.ops.forcetune.contraction_pull(
             setting.form.tensors,
             setting.counts,
             *(_contiguous(g), _contiguous(x), coefficients.contiguous(), list(wanted)),
         )
-        *of_x, of_coefficients = spread_out(found, [wanted[0]] * len(x) + [wanted[1]])
+        *of_x, of_coefficients = spread_out(gradients, [wanted[0]] * len(x) + [wanted[1]])
         return (of_coefficients, *of_x)
 
     @staticmethod
@@ -370,13 +370,13 @@ class _Pull(torch.autograd.Function):
         if all(tangent is None for tangent in moved) or not any(wanted):
             return (None,) * (4 + n + len(x))
         h = [torch.zeros_like(t) if d is None else d for d, t in zip(moved, x, strict=True)]
-        found = torch.ops.forcetune.contraction_moved(
+        gradients = torch.ops.forcetune.contraction_moved(
             setting.form.tensors,
             setting.counts,
             *(_contiguous(g), _contiguous(x), coefficients.contiguous(), _contiguous(h), wanted),
         )
         flags = [wanted[0]] * n + [wanted[1]] * len(x) + [wanted[2]]
-        *others, to_coefficients = spread_out(found, flags)
+        *others, to_coefficients = spread_out(gradients, flags)
         return (None, None, None, *others[:n], to_coefficients, *others[n:])
 
     backward: Any = staticmethod(once_differentiable(_twice))
