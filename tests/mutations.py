@@ -196,6 +196,13 @@ FAULTS = (
         "need for need, edge in zip(needs, ctx.next_functions, strict=True)",
         (RADIAL,),
     ),
+    Fault(
+        "densities of neighbours get no radial features where splines stand for the radial weights",
+        "backbones/mace/network.py",
+        "if splined is None or any(block.has_density for block in self.interactions):",
+        "if splined is None:",
+        ("tests/kernels/test_splines.py",),
+    ),
     # adapters
     Fault(
         "gains of a fixed gate lack their slope",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -318,7 +319,7 @@ class RadialNetwork(nn.Sequential):
         """
         if not self.fused or not takes_compiled(self.kernels, input):
             return super().forward(input)
-        layers = list(self)
+        layers: list[Any] = list(self)
         return radial_network(
             input, [layer(None) for layer in layers], [layer.factor for layer in layers[:-1]], twice=twice
         )

@@ -269,7 +269,8 @@ class NequIPNetwork(nn.Module):
         """
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         ratio = self.edge_norm(lengths, plan)
-        radial = self.bessel_encode(ratio)
+        splined = self._splined(phase, ratio)
+        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # which nobody reads
         # one-hot without a look at the values, which a recorded step must not have
         one_hot = (plan.species.unsqueeze(1) == self._species.on(vectors.device)).to(vectors.dtype)
         step = Step(
@@ -279,7 +280,7 @@ class NequIPNetwork(nn.Module):
             radial=radial if can_train(self.bessel_encode) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=None,
             attributes=one_hot,
-            splined=self._splined(phase, ratio),
+            splined=splined,
         )
         features: Features = self.type_embed.embed_module(
             Features([one_hot.unsqueeze(1)], geometric=False, trains=False)
