@@ -22,6 +22,7 @@ from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS
 from forcetune.kernels.compiled.splined_convolution import SplinedWeights
 from forcetune.kernels.phase import Phase
+from forcetune.kernels.radial import RadialNetwork
 from forcetune.kernels.step import Step, can_train
 
 DEGREE = SPLINE_ROWS - 1
@@ -346,5 +347,6 @@ def radial_weights(network: nn.Module, step: Step) -> Tensor | SplinedWeights:
     """Of a convolution, with the envelope where it belongs to them."""
     if step.splined is not None and network in step.splined:
         return step.splined[network]
-    found = network(step.radial)
+    options = {"twice": step.phase.twice} if isinstance(network, RadialNetwork) else {}
+    found = network(step.radial, **options)
     return found if step.cutoff is None else found * step.cutoff

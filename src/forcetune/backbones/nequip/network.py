@@ -291,7 +291,8 @@ class NequIPNetwork(nn.Module):
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         ratio = self.edge_norm(lengths, plan, species)
-        radial = self.bessel_encode(ratio)
+        splined = self._splined(phase, ratio)
+        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # which nobody reads
         step = Step(
             plan=plan,
             phase=phase,
@@ -301,7 +302,7 @@ class NequIPNetwork(nn.Module):
             attributes=of_senders if ghosts is None else of_senders[: plan.n_atoms],
             ghosts=ghosts,
             sender_attributes=of_senders,
-            splined=self._splined(phase, ratio),
+            splined=splined,
         )
         features: Features = self.type_embed.embed_module(
             Features([of_senders.unsqueeze(1)], geometric=False, trains=False)

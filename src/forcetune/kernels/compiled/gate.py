@@ -424,7 +424,7 @@ class _Gate(torch.autograd.Function):
         n_weights = len(needs) - 1 - gate.n_blocks
         # while forces are computed nobody waits for gradients by weights
         edges = ctx.next_functions
-        wanted = (_go_on(edges[:1]), _go_on(edges[1 : 1 + n_weights]))
+        wanted = (will_go_on(edges[:1]), will_go_on(edges[1 : 1 + n_weights]))
         kept, h, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _Pull.apply(gate, wanted, kept, h, *tensors, *grads)
@@ -439,7 +439,7 @@ class _Gate(torch.autograd.Function):
         return tuple(result)
 
 
-def _go_on(edges: Sequence[tuple[Any, int]]) -> bool:
+def will_go_on(edges: Sequence[tuple[Any, int]]) -> bool:
     """Whether the differentiation under way goes on to what lies behind any of these edges."""
     try:
         return any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in edges)
