@@ -123,9 +123,11 @@ class NequIPs:
         return list(files.values())
 
     def _making(self, recipe: Recipe, made: Made) -> dict[str, Any]:
-        data = self.folder / f"data-{'-'.join(recipe.symbols)}.xyz"
+        data = self.folder / f"cells-{'-'.join(recipe.symbols)}.xyz"
         if not data.is_file():
-            write(data, [_labelled(atoms) for atoms in structures(recipe.symbols)[:2]], format="extxyz")
+            # nequip-compile compares the stress of a training frame, so all of them need a cell with a volume
+            with_cells = [atoms for atoms in structures(recipe.symbols) if atoms.cell.volume > 0]
+            write(data, [_labelled(atoms) for atoms in with_cells], format="extxyz")
         work = {"config": dict(recipe.config), "trainer": recipe.trainer, "seed": 0, "data": str(data)}
         # a package says in itself what it was called, and its name has to end as it does
         return work | {"checkpoint": str(made.checkpoint), "package": str(_scratch(made.package))}

@@ -109,8 +109,18 @@ def test_a_spin_layer_and_an_ensemble(tmp_path: Path) -> None:
     ensemble = forcetune.calculator(adapter=runs, device="cpu")
     expected = results(ensemble, molecule("CH3CH2OH"))
     assert expected["forces_std"].max() > 1e-4
-    ensemble.neighbors = "device"
-    assert_alike(results(ensemble, molecule("CH3CH2OH")), expected, 1e-10)
+    there = forcetune.calculator(adapter=runs, device="cpu", neighbors="device")
+    assert_alike(results(there, molecule("CH3CH2OH")), expected, 1e-10)
+    assert there._moving is not None and ensemble._moving is None
+
+
+def test_the_choice_by_forcetune_calculator() -> None:
+    here, there = (forcetune.calculator("mini", device="cpu", neighbors=place) for place in ("cpu", "device"))
+    assert (here.neighbors, there.neighbors) == ("cpu", "device")
+    assert_alike(results(there, molecule("CH3CH2OH")), results(here, molecule("CH3CH2OH")), 1e-10)
+    assert there._moving is not None and here._moving is None
+    with pytest.raises(InputError, match="neighbors='gpu'"):
+        forcetune.calculator("mini", neighbors="gpu")  # pyright: ignore[reportArgumentType]
 
 
 def moved(value: Any) -> Any:

@@ -7,7 +7,7 @@ stands in it as it is; what a run puts together has a section here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ class TrainingSummary(TrainingOutcome):
     """How the training went, with the options that decide how long it takes and what it minimises.
 
     Attributes:
-        epochs, optimizer, learning_rate, batch_size, seed, loss: options of the run, defaults filled in.
+        epochs, optimizer, learning_rate, batch_size, seed: options of the run, defaults filled in.
+        loss: as ``training.loss`` of the configuration; empty where an earlier version did not write it.
         refinement: what L-BFGS did after it, None where it did nothing.
     """
 
@@ -121,7 +122,7 @@ class TrainingSummary(TrainingOutcome):
     learning_rate: float
     batch_size: int
     seed: int
-    loss: dict[str, Any]
+    loss: dict[str, Any] = field(default_factory=dict)
     refinement: Refinement | None = None
 
 
