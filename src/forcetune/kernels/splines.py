@@ -349,5 +349,5 @@ def radial_weights(network: nn.Module, step: Step) -> Tensor | SplinedWeights:
     """Radial weights of a convolution, with the envelope where it belongs to them."""
     if step.splined is not None and network in step.splined:
         return step.splined[network]
-    weights = network(step.radial)
-    return weights if step.cutoff is None else weights * step.cutoff
+    found = network(step.radial)
+    return found if step.cutoff is None else found * step.cutoff
