@@ -86,8 +86,8 @@ FAULTS = (
     Fault(
         "the second readout reads the first layer",
         "backbones/mace/network.py",
-        "else outputs\n        energies",
-        "else outputs[:1] * len(outputs)\n        energies",
+        "outputs[-1 if len(self.readouts) == 1 else index]",
+        "outputs[-1 if len(self.readouts) == 1 else 0]",
         (SURGERY, "-k", "one_head_gives and third_order"),
     ),
     Fault(
@@ -107,8 +107,10 @@ FAULTS = (
     Fault(
         "forces of the receivers have the wrong sign",
         "backbones/network.py",
-        ".index_add(0, plan.receiver, -pull)",
-        ".index_add(0, plan.receiver, pull)",
+        "phase.forces_are_done()\n        forces = pull.new_zeros(plan.n_atoms, 3)"
+        ".index_add(0, plan.sender, pull).index_add(0, plan.receiver, -pull)",
+        "phase.forces_are_done()\n        forces = pull.new_zeros(plan.n_atoms, 3)"
+        ".index_add(0, plan.sender, pull).index_add(0, plan.receiver, pull)",
         (SURGERY, "-k", "fewer_elements and default"),
     ),
     # kernels

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from forcetune._version import __version__
-from forcetune.adapters.summaries import Coverage, PathChange, Sparsity
+from forcetune.adapters.summaries import PathChange, SiteCoverage, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.summaries import Forgetting, RotationError
@@ -62,7 +62,7 @@ class ParameterSummary(Summary):
     trainable: int | None = None
     total: int | None = None
     share: float | None = None
-    coverage: list[Coverage] = []
+    coverage: list[SiteCoverage] = []
 
 
 class ElementReference(Summary):
