@@ -96,8 +96,9 @@ def test_commands_take_an_earlier_run(earlier: Path, command: Command) -> None:
     results = read_results(folder, config)
     assert results.training is not None and results.training.steps == 6
     assert results.training.loss == {}
-    assert results.errors["valid"].after is not None
-    after = results.errors["valid"].after["forces_mae_mev_per_ang"]
+    errors = results.errors["valid"]
+    assert errors is not None and errors.after is not None
+    after = errors.after["forces_mae_mev_per_ang"]
     assert command("report", folder)[0] == 0
     assert f"{after:,.1f}" in (folder / "report.html").read_text(encoding="utf-8")
     assert command("merge", folder, "-o", earlier / "merged.model")[0] == 0
