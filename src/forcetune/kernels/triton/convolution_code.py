@@ -125,30 +125,36 @@ def _channels(shape: Shape) -> Iterator[str]:
 
 def _features(name: str, label: str, source: int, dim: int, channels: int, row: str) -> Iterator[str]:
     """Loads of all components of the features of a source."""
+    yield f"        p = {name}{source} + {row} * {dim * channels} + c"
     for m in range(dim):
-        place = f"{name}{source} + ({row} * {dim} + {m}) * {channels} + c"
-        yield f"        {label}{source}_{m} = tl.load({place}, mask=inside, other=0.0)"
+        yield f"        {label}{source}_{m} = tl.load(p + {m * channels}, mask=inside, other=0.0)"
 
 
 def _outer(member: Member, number: int, row: str) -> Iterator[str]:
     """Loads of all components of a gradient by the output of a path."""
     path = member.path
+    yield f"        p = g{path.group} + {row} * {path.dim_out * member.width} + c"
     for k in range(path.dim_out):
-        place = f"g{path.group} + ({row} * {path.dim_out} + {k}) * {member.width} + {path.column} + c"
-        yield f"        g{number}_{k} = tl.load({place}, mask=inside, other=0.0)"
+        place = k * member.width + path.column
+        yield f"        g{number}_{k} = tl.load(p + {place}, mask=inside, other=0.0)"
 
 
 def _weights(shape: Shape, member: Member, directions: Sequence[str]) -> Iterator[str]:
     """Loads of R, with the sign of T in it: every product has the one or its direction as a factor, or T's."""
     for label, name in directions:
-        place = f"{name} + pair * {shape.radial_width} + {member.radial} + c"
-        load = f"tl.load({place}, mask=inside, other=0.0)"
+        load = f"tl.load({name} + pair * {shape.radial_width} + {member.radial} + c, mask=inside, other=0.0)"
         yield f"        {label} = {f'sign * {load}' if member.path.odd else load}"
 
 
-def _angle(shape: Shape, member: Member, m: int, k: int, name: str = "angular") -> str:
-    place = member.angular + m * member.path.dim_out + k
-    return f"tl.load({name} + pair * {shape.angular_width} + {place})"
+def _angle(member: Member, m: int, k: int, row: str = "t") -> str:
+    """A number of T, of the rows that :func:`_angular_rows` begin."""
+    return f"tl.load({row} + {member.angular + m * member.path.dim_out + k})"
+
+
+def _angular_rows(shape: Shape) -> Iterator[str]:
+    yield f"        t = angular + pair * {shape.angular_width}"
+    if shape.moved is not None and shape.moved[1]:
+        yield f"        ht = h_angular + pair * {shape.angular_width}"
 
 
 def _radial_loads(shape: Shape, member: Member) -> Iterator[str]:
@@ -189,7 +195,7 @@ def write_gather(shape: Shape) -> str:
     lines = [*_header("gather", arguments, ["BLOCK"]), *_rows(shape, "radial")]
     for number, member in enumerate(shape.members):
         lines += [f"    s{number}_{k} = tl.zeros((BLOCK,), kind)" for k in range(member.path.dim_out)]
-    lines += _EDGE
+    lines += [*_EDGE, *_angular_rows(shape)]
     for source, dim in shape.sources.items():
         lines += _features("x", "x", source, dim, shape.channels, "other")
         if shape.moved is not None and shape.moved[2 + source]:
@@ -219,9 +225,9 @@ def _gather_path(shape: Shape, number: int, member: Member) -> Iterator[str]:
             yield f"        u = r * {x}"
         for k in range(path.dim_out):
             if shape.moved is None or by_radial or by_features:
-                yield f"        s{number}_{k} += {_angle(shape, member, m, k)} * v"
+                yield f"        s{number}_{k} += {_angle(member, m, k)} * v"
             if by_angular:
-                yield f"        s{number}_{k} += {_angle(shape, member, m, k, 'h_angular')} * u"
+                yield f"        s{number}_{k} += {_angle(member, m, k, 'ht')} * u"
 
 
 def write_collect(shape: Shape) -> str:
@@ -235,7 +241,7 @@ def write_collect(shape: Shape) -> str:
     arguments = ["starts", "edges", "radial", "angular", *(f"g{group}" for group in groups), *moved, "to_x"]
     lines = [*_header("collect", arguments, ["BLOCK"]), *_rows(shape, "radial")]
     lines += [f"    s{m} = tl.zeros((BLOCK,), kind)" for m in range(dim)]
-    lines += _EDGE
+    lines += [*_EDGE, *_angular_rows(shape)]
     for number, member in enumerate(shape.members):
         by_radial, by_angular, _ = shape.moves(member)
         if shape.moved is not None and not (by_radial or by_angular):
@@ -248,9 +254,9 @@ def write_collect(shape: Shape) -> str:
                 lines.append(f"        u = r * g{number}_{k}")
             for m in range(dim):
                 if shape.moved is None or by_radial:
-                    lines.append(f"        s{m} += {_angle(shape, member, m, k)} * v")
+                    lines.append(f"        s{m} += {_angle(member, m, k)} * v")
                 if by_angular:
-                    lines.append(f"        s{m} += {_angle(shape, member, m, k, 'h_angular')} * u")
+                    lines.append(f"        s{m} += {_angle(member, m, k, 'ht')} * u")
     lines += [
         f"    tl.store(to_x + (atom * {dim} + {m}) * {shape.channels} + c, s{m}, mask=inside)" for m in range(dim)
     ]
@@ -278,6 +284,7 @@ def write_to_radial(shape: Shape) -> str:
         "        sender = tl.where(turn == 0, first, last)",
         "        receiver = tl.where(turn == 0, last, first)",
         "        sign = tl.where(turn == 0, 1.0, -1.0).to(kind)",
+        *_angular_rows(shape),
     ]
     for source, dim in shape.sources.items():
         lines += _features("x", "x", source, dim, shape.channels, "sender")
@@ -286,15 +293,14 @@ def write_to_radial(shape: Shape) -> str:
     for number, member in enumerate(shape.members):
         path = member.path
         _, by_angular, by_features = shape.moves(member)
-        products: list[tuple[str, str]] = [("angular", "x")] if shape.moved is None else []
-        products += [("h_angular", "x")] * by_angular + [("angular", "hx")] * by_features
+        products = [("t", "x")] if shape.moved is None else []
+        products += [("ht", "x")] * by_angular + [("t", "hx")] * by_features
         if not products:
             continue
         lines += _outer(member, number, "receiver")
-        lines.append("        v = tl.zeros((BLOCK,), kind)")
-        for (angular, features), m in itertools.product(products, range(path.dim_in)):
-            terms = [f"{_angle(shape, member, m, k, angular)} * g{number}_{k}" for k in range(path.dim_out)]
-            lines.append(f"        v += {features}{path.source}_{m} * ({' + '.join(terms)})")
+        for first, ((row, features), m) in enumerate(itertools.product(products, range(path.dim_in))):
+            terms = [f"{_angle(member, m, k, row)} * g{number}_{k}" for k in range(path.dim_out)]
+            lines.append(f"        v {'+=' if first else '='} {features}{path.source}_{m} * ({' + '.join(terms)})")
         lines.append(f"        s{number} += {'sign * v' if path.odd else 'v'}")
     for number, member in enumerate(shape.members):
         place = f"result + pair * {shape.radial_width} + {member.radial} + c"
@@ -345,20 +351,21 @@ def _angular_products(shape: Shape, member: Member, x: str, hx: str, g: str) -> 
     sign = "(1 - 2 * turn) * " if path.odd else ""
 
     def load(place: str) -> str:
-        return f"tl.load({place} + c, mask=inside, other=0.0)"
+        return f"tl.load({place}, mask=inside, other=0.0)"
 
-    column = f"pair[:, None] * {shape.radial_width} + {member.radial}"
+    yield f"            p = pair[:, None] * {shape.radial_width} + {member.radial} + c"
     if shape.moved is None or by_features:
-        yield f"            r = {sign}{load(f'radial + {column}')}"
+        yield f"            r = {sign}{load('radial + p')}"
     if by_radial:
-        yield f"            hr = {sign}{load(f'h_radial + {column}')}"
+        yield f"            hr = {sign}{load('h_radial + p')}"
+    yield f"            p = receiver[:, None] * {path.dim_out * member.width} + {path.column} + c"
     for k in range(path.dim_out):
-        row = f"(receiver[:, None] * {path.dim_out} + {k}) * {member.width} + {path.column}"
-        yield f"            g_{k} = {load(f'{g} + {row}')}"
+        yield f"            g_{k} = {load(f'{g} + p + {k * member.width}')}"
+    yield f"            p = sender[:, None] * {path.dim_in * channels} + c"
     for m in range(path.dim_in):
-        row = f"(sender[:, None] * {path.dim_in} + {m}) * {channels}"
-        parts = [f"r * {load(f'{x} + {row}')}"] if shape.moved is None else []
-        parts += [f"hr * {load(f'{x} + {row}')}"] * by_radial + [f"r * {load(f'{hx} + {row}')}"] * by_features
+        parts = [f"r * {load(f'{x} + p + {m * channels}')}"] if shape.moved is None else []
+        parts += [f"hr * {load(f'{x} + p + {m * channels}')}"] * by_radial
+        parts += [f"r * {load(f'{hx} + p + {m * channels}')}"] * by_features
         yield f"            v = {' + '.join(parts)}"
         for k in range(path.dim_out):
             yield f"            s{m}_{k} += tl.sum(v * g_{k}, axis=1)"
