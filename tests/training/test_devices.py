@@ -6,6 +6,7 @@ the one would be an error, the other would wait for all work that the device sti
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
+from forcetune.kernels.compiled.choice import choose_kernels, kernels_in_use
 from forcetune.magnetism.layer import select_half
 from forcetune.magnetism.options import Magnetism
 from forcetune.training.module import FineTuning
@@ -144,6 +146,18 @@ def test_training_steps_stay_on_the_device_and_wait_for_nothing(kind: str, name:
     model = MAKERS[kind]()
     perturb(attach(model, method(name)))
     check_steps(*training_of(without_values(model)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("kind", MAKERS)
+def test_training_steps_by_tritons_kernels_stay_on_the_device(kind: str) -> None:
+    """Without values kernels are not launched; what prepares them, their derivatives and their plans is computed."""
+    model = MAKERS[kind]()
+    perturb(attach(model, method("elora")))
+    model = without_values(model)
+    choose_kernels(model.model, "triton")
+    assert kernels_in_use(model.model) == "triton"
+    check_steps(*training_of(model))
 
 
 @pytest.mark.parametrize("kind", MAKERS)

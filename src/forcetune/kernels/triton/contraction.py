@@ -59,7 +59,10 @@ class TermTables:
                     others = list(members)
                     others.remove(component)
                     uses[component].append((term, output, times, *others))
-        self.first_row, self.rows = _constant(first_row), _constant(np.concatenate((factors[rows[:, 0]], rows[:, 1:]), 1))
+        self.first_row, self.rows = (
+            _constant(first_row),
+            _constant(np.concatenate((factors[rows[:, 0]], rows[:, 1:]), 1)),
+        )
         self.columns, self.entries = _constant(whole[:, 3:]), _constant(whole)
         self.first_use = _constant(np.cumsum([0, *map(len, uses)]))
         self.uses = _constant(np.array(list(itertools.chain(*uses)), dtype=np.int64).reshape(-1, 6))
@@ -122,7 +125,9 @@ def _pull(
         result = factors.new_empty(n_atoms, size - 1, channels)
         if result.numel():
             own = {"kinds": kinds, "first_use": first_use, "uses": uses, "coefficients": coefficients, "result": result}
-            _launch("to_features", (-(-n_atoms // ATOMS), size - 1), coefficients, tensors | own, n_atoms=n_atoms, **sizes)
+            _launch(
+                "to_features", (-(-n_atoms // ATOMS), size - 1), coefficients, tensors | own, n_atoms=n_atoms, **sizes
+            )
         results += [part.contiguous() for part in result.split([block.shape[1] for block in x], dim=1)]
     if wanted[1]:
         result = torch.empty_like(coefficients)

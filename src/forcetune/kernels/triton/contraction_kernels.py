@@ -5,8 +5,8 @@ A term e is a coefficient times two monomials of two factors each, of which some
     out[k] = Σ_{rows of k} y[r₀] y[r₁] Σ_{e in row} a[e] y[q₀] y[q₁],    y = (x₀, …, x_{M−1}, 1),  M + 1 = ``size``.
 
 Derivatives are sums over the terms that hold a component, with the three other factors, and derivatives along a
-direction h of x those of products; 1 changes by 0. A program treats :data:`ATOMS` atoms and some channels; no two programs add to one
-number. Imported where Triton is installed only.
+direction h of x those of products; 1 changes by 0. A program treats some atoms and
+channels; no two programs add to one number. Imported where Triton is installed only.
 """
 
 from __future__ import annotations
@@ -115,12 +115,11 @@ def to_features(
         term, k, times = tl.load(use), tl.load(use + 1), tl.load(use + 2)
         pair, change = _product(y, h, row, tl.load(use + 3), tl.load(use + 4), channels, inside, moved)
         third = _factor(y, row, tl.load(use + 5), channels, inside)
+        slope = pair * third
         if moved:
-            change = change * third + pair * _factor(h, row, tl.load(use + 5), channels, inside)
-        else:
-            change = pair * third
+            slope = change * third + pair * _factor(h, row, tl.load(use + 5), channels, inside)
         weight = tl.load(a + term * channels, mask=inside, other=0.0)
-        total += times.to(y.dtype.element_ty) * weight * tl.load(outer + k * channels, mask=inside, other=0.0) * change
+        total += times.to(y.dtype.element_ty) * weight * tl.load(outer + k * channels, mask=inside, other=0.0) * slope
     tl.store(result + (atom * (size - 1) + component) * channels + c, total, mask=inside)
 
 

@@ -71,7 +71,9 @@ def _launch(name: str, shape: Shape, rows: int, tensors: Mapping[str, Tensor]) -
     size = next(tensor.element_size() for tensor in tensors.values() if tensor.is_floating_point())
     block = block_of(shape.channels, size)
     blocks = -(-shape.channels // block)
-    kernel[(rows, blocks)](**{one: tensors[one] for one in kernel.arg_names if one in tensors}, BLOCK=block, num_warps=1)
+    kernel[(rows, blocks)](
+        **{one: tensors[one] for one in kernel.arg_names if one in tensors}, BLOCK=block, num_warps=1
+    )
 
 
 def _named(name: str, tensors: Sequence[Tensor | None]) -> dict[str, Tensor]:

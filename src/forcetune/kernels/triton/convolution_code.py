@@ -77,9 +77,7 @@ def members_of(paths: Sequence[Path], widths: Sequence[int]) -> list[Member]:
     """All paths of a tensor product; ``widths`` are the channels of its outputs."""
     radial = itertools.accumulate((path.channels for path in paths), initial=0)
     angular = itertools.accumulate((path.dim_in * path.dim_out for path in paths), initial=0)
-    return [
-        Member(path, r, t, widths[path.group]) for path, r, t in zip(paths, radial, angular, strict=False)
-    ]
+    return [Member(path, r, t, widths[path.group]) for path, r, t in zip(paths, radial, angular, strict=False)]
 
 
 def in_groups(members: Sequence[Member]) -> list[tuple[Member, ...]]:

@@ -1,7 +1,7 @@
 """Triton: whether it is there, and functions that it makes of generated text; the kernels alone import it otherwise.
 
-With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, its interpreter computes on a CPU, slowly, which
-is how the kernels are tested.
+With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, its interpreter computes on a CPU, slowly,
+which is how the kernels are tested.
 """
 
 from __future__ import annotations
