@@ -41,6 +41,10 @@ MAKERS: dict[str, Callable[[], Model]] = {
     "MACE": lambda: backbone(max_ell=1, correlation=2, hidden_irreps="4x0e+4x1o", elements=(1, 6, 7, 8)),
     "SevenNet": lambda: backbone_of(BATTERY["SevenNet, modalities"]),
 }
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "Agnesi": {"distance_transform": "Agnesi", "pair_repulsion": True},
+    "Soft": {"distance_transform": "Soft"},
+}
 CASES = [(name, one) for name in MAKERS for one in METHODS if name != "MACE" or one in METHODS_FOR_MACE]
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
 """Operations whose results the host has to wait for."""
@@ -145,6 +149,15 @@ def check_steps(training: FineTuning, batches: Sequence[Batch]) -> None:
 def test_training_steps_stay_on_the_device_and_wait_for_nothing(kind: str, name: str) -> None:
     model = MAKERS[kind]()
     perturb(attach(model, method(name)))
+    check_steps(*training_of(without_values(model)))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_distances_are_transformed_on_the_device(name: str) -> None:
+    """Transforms and the repulsion of nuclei look up what elements have by their species."""
+    options: dict[str, Any] = {"max_ell": 1, "correlation": 2, "hidden_irreps": "4x0e+4x1o", "elements": (1, 6, 7, 8)}
+    model = backbone(**options, **TRANSFORMED[name])
+    perturb(attach(model, method("elora")))
     check_steps(*training_of(without_values(model)))
 
 
