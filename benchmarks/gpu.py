@@ -11,8 +11,8 @@ Parts, in this order: the tests marked ``gpu``; parity of energies, forces, stre
 parameters between CPU and GPU, in float64, by every kind of kernels; neighbor searches and plans on the device, against
 the CPU's; steps and predictions by our layers and by Triton's and cuequivariance's kernels in them, against mace-torch
 (eager, and with cuequivariance where it is installed) and sevenn; the epoch of the published aspirin runs (50 training
-frames in batches of 5, 50 validation frames; their log: 1.4 s); torch-sim; a profile. ``first_seconds`` have in them what
-is compiled at first use.
+frames in batches of 5, 50 validation frames; their log: 1.4 s); torch-sim; a profile. ``first_seconds`` hold what is
+compiled at first use.
 """
 
 from __future__ import annotations
