@@ -110,7 +110,7 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[bool, ...]) -> None:
     plan, _ = plan_for("cluster")
     radial, angular, features = tensors(plan)
     values = [radial.detach(), torch.cat(angular, dim=1).detach(), *(x.detach() for x in features)]
-    setting = convolution._Setting(convolution.flat_paths(PATHS), plan, Phase(), True, (True, True))
+    setting = convolution.Setting(convolution.flat_paths(PATHS), plan, Phase(), True, (True, True))
     outer = [torch.randn(plan.n_atoms, *shape, dtype=torch.float64) for shape in PATHS.groups]
     whole = setting.pull(outer, values, [True] * 4)
     actual = setting.pull(outer, values, wanted)

@@ -96,12 +96,13 @@ class ModelConfig(Section):
         default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
     )
 
-    kernels: Literal["auto", "compiled", "torch", "cuequivariance"] = Field(
+    kernels: Literal["auto", "compiled", "torch", "triton", "cuequivariance"] = Field(
         default="auto",
         description="What computes convolutions and contractions: `compiled` loops for this processor (llvmlite), "
         "which in predictions take radial weights from splines that are within 1e-13 of the network, `torch` "
-        "operations, `cuequivariance`'s kernels for NVIDIA GPUs (forcetune[cueq]), or `auto`, compiled on a CPU where "
-        "llvmlite is installed.",
+        "operations, `triton` kernels of forcetune's own for NVIDIA GPUs (forcetune[triton]; tested by Triton's "
+        "interpreter, never run on a GPU), `cuequivariance`'s kernels for these (forcetune[cueq]), or `auto`, compiled "
+        "on a CPU where llvmlite is installed.",
     )
 
     @model_validator(mode="before")
