@@ -73,6 +73,10 @@ def select(
         str | None,
         typer.Option(help="Shares of compositions: proportional, equal, or counts such as C2H6O=20,H2O=10."),
     ] = None,
+    apart: Annotated[
+        float,
+        typer.Option(help="Least distance to all that is labelled or chosen; two random ones are about 1.4 apart."),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first choice where nothing is labelled, and of random.")] = 0,
     as_json: Json = False,
     head: Head = None,
@@ -93,6 +97,7 @@ def select(
         strategy=strategy,
         uncertainty=uncertainty,
         quota=quota,
+        apart=apart,
         seed=seed,
         trust=trust,
         **without_none(head=head, device=device, type_map=split_names(type_map)),

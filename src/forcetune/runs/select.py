@@ -129,6 +129,7 @@ def select(
     strategy: str = "farthest",
     uncertainty: str = "auto",
     quota: str | None = None,
+    apart: float = 0.0,
     seed: int = 0,
     type_map: Sequence[str] = (),
     head: str | None = None,
@@ -152,6 +153,8 @@ def select(
         uncertainty: that counts: ``energy`` per atom, ``forces`` (the largest component), ``off``, or ``auto``: energy
             of a run with a calibration.
         quota: shares of compositions (:func:`forcetune.uncertainty.selection.share_out`).
+        apart: least distance of standardised descriptors to all that is labelled or chosen, two random structures
+            being about 1.4 apart; fewer are chosen where no more are left.
         seed: of what is left to chance.
         type_map: elements of numbered types, for formats that have them.
         head, device, trust: as :func:`forcetune.deployment.calculator.calculator`.
@@ -166,6 +169,8 @@ def select(
         raise InputError(f"--strategy {strategy}: is none of {', '.join(get_args(Strategy))}.")
     if n < 1:
         raise InputError(f"--n {n}: choose at least one structure.")
+    if not apart >= 0:
+        raise InputError(f"--apart {apart:g}: is a distance, 0 or more.")
     parse_quota(n, quota)
     pool_files, exclude_files = expand(pool), expand(exclude) if exclude else ()
     config = _config_of(model)
@@ -194,6 +199,7 @@ def select(
         allowed=~excluded,
         quota=share_out(n, sizes, quota),
         seed=seed,
+        apart=apart,
     )
     if len(choices) < n:
         console.print(f"only {len(choices)} structures are left that differ from all others", highlight=False)
