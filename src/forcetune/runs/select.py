@@ -51,6 +51,10 @@ AT_ONCE = 128
 UNCERTAINTIES = ("auto", "energy", "forces", "off")
 
 
+class NothingToChoose(InputError):
+    """Every structure of a pool is labelled already."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """One structure of a selection.
@@ -190,7 +194,7 @@ def select(
     excluded = labelled_already(candidates, labelled, known.compositions)
     sizes = Counter(formula for formula, out in zip(described.compositions, excluded, strict=True) if not out)
     if not sizes:
-        raise InputError(f"{files[0][0]}: every structure of the pool is labelled already; add others.")
+        raise NothingToChoose(f"{files[0][0]}: every structure of the pool is labelled already; add others.")
     choices = choose(
         candidates,
         labelled,
