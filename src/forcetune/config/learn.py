@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,6 +66,9 @@ class LearnConfig(Section):
         ge=0,
         description="Least distance between structures that are labelled, as `forcetune select --apart` measures it: "
         "two random ones are about 1.4 apart.",
+    )
+    strategy: Literal["farthest", "determinant", "random"] = Field(
+        default="farthest", description="How structures are chosen of what was collected, as in `forcetune select`."
     )
     failures: int = Field(default=5, ge=0, description="Labels of a round that may fail before everything stops.")
     walkers: int = Field(default=4, ge=1, description="Dynamics a round, which take turns with the start structures.")

@@ -256,6 +256,7 @@ def select_structures(config: RunConfig, one: Round, dynamics: Sequence[Dynamics
             files,
             n=most,
             model=one.previous,
+            strategy=config.learn.strategy,
             uncertainty="forces",
             apart=config.learn.apart,
             seed=config.training.seed,
