@@ -3,8 +3,8 @@
     python benchmarks/learn.py --out OUT [--molecule CH3OH] [--rounds 3] [--batch 8] [--seeds 1] [--epochs 60]
 
 Frames of dynamics with the labeller itself (GFN2-xTB by tblite; `--labeller` names another) at 300 K train and
-validate; a held-out hot set is from such dynamics that are heated from 300 to 3000 K. `forcetune learn` then goes by its
-uncertainty; beside it the same loop labels as many structures of its dynamics at random: no bound ends these
+validate; a held-out hot set is from such dynamics that are heated from 300 to 3000 K. `forcetune learn` then goes by
+its uncertainty; beside it the same loop labels as many structures of its dynamics at random: no bound ends these
 dynamics, and none of them is preferred. Errors of both on the hot set, by round.
 
 What is finished in OUT is not repeated; ``learn.json`` and ``learn.md`` there hold it.

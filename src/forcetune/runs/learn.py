@@ -46,6 +46,7 @@ from forcetune.runs.learn_round import (
 )
 from forcetune.runs.runtime import limited_threads
 from forcetune.uncertainty.last_layer import network_of
+from forcetune.utils import distributed
 from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.option_defaults import RECORD, get_value, leaf_names
 
@@ -183,6 +184,8 @@ def _check_options(config: RunConfig) -> None:
     if config.magnetism.layer != "off" or config.model.trust:
         what = "magnetism.layer" if config.magnetism.layer != "off" else "model.trust"
         raise InputError(f"{what}: such models have no calibrated uncertainty, which `forcetune learn` goes by.")
+    if distributed.place().count > 1:
+        raise InputError("`forcetune learn` runs in one process; start it without torchrun.")
     if config.output.overwrite:
         raise InputError("output.overwrite: `forcetune learn` goes on in its folder; remove it to begin again.")
     if config.data.forces_key == NONE:
