@@ -11,18 +11,22 @@ from typing import Any
 from ase import Atoms
 from rich.console import Console
 
-from forcetune.backbones.loading import load
-from forcetune.config import LearnConfig, RunConfig, load_config
+from forcetune.config import RunConfig, load_config
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import Dataset, read_dataset
-from forcetune.frames.frame import Frame, Origin
-from forcetune.frames.labels import NONE, raw_frame
-from forcetune.frames.read import check_structure
-from forcetune.frames.sources import expand, file_format
-from forcetune.frames.store.chunks import iterate_structures
+from forcetune.frames.frame import Frame
+from forcetune.frames.sources import expand
 from forcetune.reports.learn_page import write_learn_page
 from forcetune.runs.folder import input_files
 from forcetune.runs.labelling import LabelError, Labeller, compare_label, compute_label, load_labeller, name_of
+from forcetune.runs.learn_checks import (
+    CONFIG_NAME,
+    check_folder,
+    check_model,
+    check_options,
+    check_starts,
+    read_starts,
+)
 from forcetune.runs.learn_results import (
     LEARN_NAME,
     ROUND_NAME,
@@ -35,7 +39,6 @@ from forcetune.runs.learn_results import (
 from forcetune.runs.learn_round import (
     LABELLED_NAME,
     Round,
-    check_starts,
     label_structures,
     measure_new_frames,
     read_errors,
@@ -45,16 +48,10 @@ from forcetune.runs.learn_round import (
     usual_bound,
 )
 from forcetune.runs.runtime import limited_threads
-from forcetune.uncertainty.last_layer import network_of
-from forcetune.utils import distributed
 from forcetune.utils.files import is_inside, write_json
-from forcetune.utils.option_defaults import RECORD, get_value, leaf_names
 
-CONFIG_NAME = "learn.yaml"
 ROUNDS_NAME = "rounds"
 CHECK_NAME = "check.json"
-FREE = ("learn.rounds", "learn.labels", "learn.target_forces", "learn.failures", "training.threads", "output", RECORD)
-"""Options, and sections, that may be others when a loop goes on."""
 TARGET = "forces_mae_mev_per_ang"
 
 
@@ -65,7 +62,7 @@ class Learned:
     Attributes:
         folder: holds ``rounds/00`` and so on, ``learn.json``, ``learn.html`` and ``learn.yaml``.
         record: what is in ``learn.json``.
-        run: folder of the last run, whose potential is the best.
+        run: folder of the last run, with the potential that has seen all labels.
         page: the report.
     """
 
@@ -152,9 +149,9 @@ def run_learn(
     """
     console = console or Console(stderr=True, soft_wrap=True)
     options, folder = config.learn, Path(config.output.run)
-    _check_options(config)
-    _check_folder(folder, config)
-    starts = _read_starts(options)
+    check_options(config)
+    check_folder(folder, config)
+    starts = read_starts(options)
     make = load_labeller(labeller or str(options.labeller), options.labeller_options)
     dataset = read_dataset(config.data, config.magnetism)
     check_starts(starts, dataset.train.elements, options.start)
@@ -162,82 +159,15 @@ def run_learn(
         if is_inside(file, folder):
             raise InputError(f"{folder}: holds {file}, which is read here; choose another folder with --out.")
     loop = _Loop(config, folder, starts, make, dataset, console)
+    check = None
     if not (folder / CONFIG_NAME).is_file():
-        _check_model(config, dataset)
+        check_model(config, dataset)
         check = loop.check_labeller()
-        write_json(folder / CHECK_NAME, check)
     config.save(folder / CONFIG_NAME)
+    if check is not None:
+        write_json(folder / CHECK_NAME, check)
     with limited_threads(config.training.threads):
         return loop.run()
-
-
-def _check_options(config: RunConfig) -> None:
-    """
-    Raises:
-        InputError: something is missing, or asked for that has no uncertainty.
-    """
-    options = config.learn
-    if not options.start:
-        raise InputError("learn.start: name files of the structures that dynamics start from (--start).")
-    if options.labeller is None:
-        raise InputError("learn.labeller: name what makes the calculator that labels (--labeller file.py:name).")
-    if config.magnetism.layer != "off" or config.model.trust:
-        what = "magnetism.layer" if config.magnetism.layer != "off" else "model.trust"
-        raise InputError(f"{what}: such models have no calibrated uncertainty, which `forcetune learn` goes by.")
-    if distributed.place().count > 1:
-        raise InputError("`forcetune learn` runs in one process; start it without torchrun.")
-    if config.output.overwrite:
-        raise InputError("output.overwrite: `forcetune learn` goes on in its folder; remove it to begin again.")
-    if config.data.forces_key == NONE:
-        raise InputError("data.forces_key: is none, but the uncertainty that counts is that of forces; train on them.")
-
-
-def _check_folder(folder: Path, config: RunConfig) -> None:
-    """
-    Raises:
-        InputError: it holds something else, or a loop with other options.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; choose another folder with --out.")
-    if not (folder / CONFIG_NAME).is_file():
-        if folder.is_dir() and any(path.name != CHECK_NAME for path in folder.iterdir()):
-            raise InputError(f"{folder}: is not empty and not of `forcetune learn`; choose another folder with --out.")
-        return
-    stored, asked = (one.model_dump(mode="json") for one in (load_config(folder / CONFIG_NAME), config))
-    names = dict.fromkeys([*leaf_names(stored), *leaf_names(asked)])
-    changed = [name for name in names if get_value(stored, name) != get_value(asked, name) and not _is_free(name)]
-    if changed:
-        raise InputError(
-            f"{folder}: was begun with other options ({', '.join(changed[:3])}), which are in {CONFIG_NAME}; repeat "
-            "these, or choose another folder with --out."
-        )
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE)
-
-
-def _read_starts(options: LearnConfig) -> list[Atoms]:
-    """
-    Raises:
-        InputError: a structure cannot be read or is none.
-    """
-    starts: list[Atoms] = []
-    for path in expand(options.start):
-        for index, atoms in enumerate(iterate_structures(path, file_format(path), ())):
-            check_structure(raw_frame(atoms, Origin(str(path), index)))
-            starts.append(atoms)
-    return starts
-
-
-def _check_model(config: RunConfig, dataset: Dataset) -> None:
-    """
-    Raises:
-        InputError: the model cannot be loaded, lacks an element, or has a last layer that is not known.
-    """
-    model = config.model
-    elements = None if model.elements == "keep" else list(dataset.elements)
-    network_of(load(model.model, head=model.head, elements=elements, device=model.device, kernels=model.kernels))
 
 
 class _Loop:
@@ -282,7 +212,7 @@ class _Loop:
         """All rounds that are left."""
         while True:
             one = self._next()
-            record = read_round(one.folder / ROUND_NAME)
+            stored = record = read_round(one.folder / ROUND_NAME)
             if record is None:
                 record = self._first(one) if one.number == 0 else self._round(one)
                 write_record(one.folder / ROUND_NAME, record)
@@ -290,9 +220,10 @@ class _Loop:
             self.rounds.append(record)
             self.bound = self.rounds[0].bound
             ended = self._ended()
-            learned = self._write(*(ended or ("running", "")))
             if ended is not None:
-                return learned
+                return self._write(*ended)
+            if stored is None:
+                self._write("running", "")
 
     def _next(self) -> Round:
         number = len(self.rounds)

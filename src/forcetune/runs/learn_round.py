@@ -20,7 +20,7 @@ from forcetune.deployment.environments import Environments
 from forcetune.deployment.exploration import Exploration, explore
 from forcetune.deployment.loading import deploy
 from forcetune.deployment.watch import Watch
-from forcetune.errors import ForcetuneError, InputError
+from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import Predictions, build_graphs
 from forcetune.frames.dataset import read_dataset
 from forcetune.frames.frame import FloatArray, Frame, LabelKeys
@@ -320,17 +320,3 @@ def label_structures(
             f"Remove {one.labels.folder}/*.failed.json to try again."
         )
     return failed
-
-
-def check_starts(starts: Sequence[Atoms], elements: Sequence[int], files: Sequence[str]) -> None:
-    """
-    Raises:
-        InputError: there are none, or one has an element that no training frame has.
-    """
-    for index, atoms in enumerate(starts):
-        strange = sorted({*atoms.symbols[~np.isin(atoms.numbers, list(elements))]})
-        if strange:
-            raise InputError(
-                f"learn.start: structure {index} of {', '.join(files)} has {', '.join(strange)}, which no training "
-                "frame has; add labelled frames with it."
-            )
