@@ -154,6 +154,7 @@ def labelled_atoms(structure: Atoms, label: Mapping[str, Any], keys: LabelKeys) 
         keys: of the training frames; a label without a key stands under its own name.
     """
     atoms = structure.copy()
+    atoms.set_constraint()  # ASE writes forces on held atoms as 0
     # numbers that look like labels and are none stay in the file of what was selected
     atoms.info = {name: value for name, value in atoms.info.items() if not name.endswith("_std")}
     results: dict[str, Any] = {}
