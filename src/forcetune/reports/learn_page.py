@@ -184,14 +184,13 @@ def _plot(
 def _dynamics_rows(record: LearnRecord) -> list[list[str]]:
     return [
         [
-            str(one.number),
-            str(trajectory.number),
+            f"round {one.number}, {trajectory.number}",
+            ENDINGS[trajectory.ended] + (f": {trajectory.reason}" if trajectory.reason else ""),
             str(trajectory.start),
             f"{trajectory.picoseconds:.2f}",
             f"{trajectory.final_temperature_k:.0f}",
             number_text(1000 * trajectory.largest_std),
             str(trajectory.collected),
-            ENDINGS[trajectory.ended] + (f": {trajectory.reason}" if trajectory.reason else ""),
         ]
         for one in record.rounds
         for trajectory in one.dynamics
