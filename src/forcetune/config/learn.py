@@ -46,7 +46,7 @@ class LearnConfig(Section):
         default=None,
         gt=0,
         description="Bound of the uncertainty, eV/Å: structures with a larger calibrated standard deviation of the "
-        "force on some atom are collected. When not given: three times what 95 % of the validation frames stay below "
+        "force on some atom are collected. When not given: 1.5 times what 95 % of the validation frames stay below "
         "in the first fit.",
     )
     stop: float = Field(default=2.0, ge=1, description="Dynamics end where the uncertainty is so many times its bound.")

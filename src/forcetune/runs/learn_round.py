@@ -38,7 +38,7 @@ from forcetune.utils.files import atomic_path
 
 MOST_FRAMES = 2000
 """Training frames that surroundings are compared with, at random of more."""
-BOUND_SHARE, BOUND_FACTOR = 0.95, 3.0
+BOUND_SHARE, BOUND_FACTOR = 0.95, 1.5
 """The bound that is not given: so many times what this share of the validation frames stays below."""
 SELECTED_NAME, LABELLED_NAME, RUN_NAME = "selected.xyz", "labelled.xyz", "run"
 
