@@ -71,6 +71,7 @@ def test_kernels_are_one_of_five(tmp_path: Path) -> None:
 SWITCHES = {
     "data.doctor": ("on", "off"),
     "data.stream": ("auto", "on", "off"),
+    "learn.check": ("on", "off"),
     "magnetism.layer": ("off",),
     "training.compile": ("auto", "on", "off"),
 }

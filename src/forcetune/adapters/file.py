@@ -218,6 +218,32 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     return adapter
 
 
+def start_from(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
+    """Set an attached adapter to the values of another one, from which its training is to begin.
+
+    Args:
+        adapter: attached to ``backbone``; its reference energies stay.
+        backbone: the base.
+        folder: adapter folder or ``hub:owner/name``, of the same base and method.
+
+    Raises:
+        InputError: damaged folder, another base, or another method.
+    """
+    folder = locate_adapter(folder)
+    config = read_adapter_config(folder)
+    check_base(config, backbone, folder)
+    if config.combination is not None:
+        raise InputError(f"{folder}: is a combination of adapters; training starts from a single one.")
+    theirs, ours = config.method, adapter.method.to_json()
+    if theirs != ours:
+        name = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
+        raise InputError(
+            f"{folder}: has another method than this run ({name} differs); start from an adapter of the same method "
+            "with the same options."
+        )
+    _load_tensors(adapter, Path(folder) / TENSORS_NAME)
+
+
 def _attach_for(config: AdapterConfig, backbone: Backbone) -> Adapter:
     """Attach what a configuration describes, whose tensors are to follow."""
     if config.combination is None:

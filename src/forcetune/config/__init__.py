@@ -4,6 +4,7 @@ All models are frozen and refuse unknown keys, so a mistyped option is an error 
 """
 
 from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
+from forcetune.config.learn import LearnConfig
 from forcetune.config.load import load_config, parse_setting
 from forcetune.config.method import LARGEST_CHANNELS, LARGEST_RANK, Layer, MagnetismConfig, MethodConfig, SpinInputs
 from forcetune.config.run import OutputConfig, RunConfig
@@ -22,6 +23,7 @@ __all__ = [
     "LARGEST_SEED",
     "DataConfig",
     "Layer",
+    "LearnConfig",
     "LossConfig",
     "MagnetismConfig",
     "MethodConfig",

@@ -19,6 +19,10 @@ class DataConfig(Section):
         description="Validation files, or the fraction (below 1; at least one frame) or count (1 or more) split off "
         "the training frames.",
     )
+    train_only: list[str] = Field(
+        default=[],
+        description="Further training files or globs, added after the split: no validation frame comes from them.",
+    )
     train_frames: int | None = Field(
         default=None,
         ge=1,

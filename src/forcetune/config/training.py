@@ -128,6 +128,11 @@ class TrainingConfig(Section):
         description="Record the step as one graph without Python between its operations: `auto` in runs on a CPU that "
         "are long enough for it to pay, where it is possible; `on` also as a CUDA graph on a GPU.",
     )
+    start_from: str | None = Field(
+        default=None,
+        description="Run or adapter folder, of the same foundation model and method, with whose values the training "
+        "begins.",
+    )
     seed: int = Field(
         default=1, ge=0, le=LARGEST_SEED, description="Seed of initial values and of the order of frames."
     )

@@ -101,6 +101,7 @@ def compare(
         ForcetuneError: a run failed; the others are kept.
     """
     console = console or Console(stderr=True, soft_wrap=True)
+    config.require_no_learning()
     _check_methods(config, methods)
     _check_targets(targets or {})
     folder = Path(config.output.run)

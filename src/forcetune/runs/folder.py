@@ -137,7 +137,13 @@ def input_files(config: RunConfig, others: Sequence[str | Path] = ()) -> list[Pa
         InputError: a file of frames is missing.
     """
     data = config.data
-    named = [*data.train, *(data.valid if isinstance(data.valid, list) else ()), *data.test, *config.replay.data]
+    named = [
+        *data.train,
+        *data.train_only,
+        *(data.valid if isinstance(data.valid, list) else ()),
+        *data.test,
+        *config.replay.data,
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever reads them says what is named twice
         frames = [file for name in named for file in expand(name)]

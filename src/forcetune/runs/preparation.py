@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune.adapters.attach import get_adapter
+from forcetune.adapters.file import start_from
 from forcetune.adapters.magnetic import with_magnetism
 from forcetune.adapters.methods import Method
 from forcetune.backbones.loading import asked_of_loaded, load, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.config.training import MOST_EPOCHS
-from forcetune.deployment.loading import BASE_NAME
+from forcetune.deployment.loading import BASE_NAME, adapter_folder
 from forcetune.diagnostics.run_checks import check_frames, check_predictions
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_elements, check_finite, predict
@@ -137,6 +138,8 @@ class Preparation:
         adapter = attach_for_training(
             backbone, self.method, self.training, graphs["train"], references.energies, elements
         )
+        if self.training.start_from is not None:
+            start_from(adapter, backbone, _start_folder(self.training.start_from))
         backbone.set_reference_energies(references.energies)
         say_adapter(self.console, self.method, backbone, adapter)
         parameters = summarize_parameters(adapter)
@@ -260,6 +263,18 @@ class Preparation:
     def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
         with counting(self.console, f"{name}, neighbours", len(frames)) as advance:
             return build_graphs(backbone, frames, advance, worker_count(self.config.data.workers))
+
+
+def _start_folder(place: str) -> str | Path:
+    """The adapter that a training starts from.
+
+    Raises:
+        InputError: there is none at this place.
+    """
+    folder = adapter_folder(place)
+    if folder is None:
+        raise InputError(f"training.start_from: {place} is no run or adapter folder.")
+    return folder
 
 
 def predict_split(

@@ -41,6 +41,10 @@ from forcetune.utils.files import atomic_path
 UNCERTAINTIES = ("auto", "energy", "forces", "off")
 
 
+class NothingToChoose(InputError):
+    """Every structure of a pool is labelled already."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """One structure of a selection.
@@ -102,6 +106,7 @@ def select(
     strategy: str = "farthest",
     uncertainty: str = "auto",
     quota: str | None = None,
+    apart: float = 0.0,
     seed: int = 0,
     type_map: Sequence[str] = (),
     head: str | None = None,
@@ -125,6 +130,8 @@ def select(
         uncertainty: that counts: ``energy`` per atom, ``forces`` (the largest component), ``off``, or ``auto``: energy
             of a run with a calibration.
         quota: shares of compositions (:func:`forcetune.uncertainty.selection.share_out`).
+        apart: least distance of standardised descriptors to all that is labelled or chosen, two random structures
+            being about 1.4 apart; fewer are chosen where no more are left.
         seed: of what is left to chance.
         type_map: elements of numbered types, for formats that have them.
         head, device, trust: as :func:`forcetune.deployment.calculator.calculator`.
@@ -139,6 +146,8 @@ def select(
         raise InputError(f"--strategy {strategy}: is none of {', '.join(get_args(Strategy))}.")
     if n < 1:
         raise InputError(f"--n {n}: choose at least one structure.")
+    if not apart >= 0:
+        raise InputError(f"--apart {apart:g}: is a distance, 0 or more.")
     parse_quota(n, quota)
     pool_files, exclude_files = expand(pool), expand(exclude) if exclude else ()
     config = _load_run_config(model)
@@ -160,7 +169,14 @@ def select(
     if calibration is not None:
         weights = described.forces_std if wants_forces else described.energy_std
     choices, excluded = _choose_unlabelled(
-        described, labelled, weights, n, strategy=cast("Strategy", strategy), quota=quota, seed=seed
+        described,
+        labelled,
+        weights,
+        n,
+        strategy=cast("Strategy", strategy),
+        quota=quota,
+        seed=seed,
+        apart=apart,
     )
     if len(choices) < n:
         console.print(f"only {len(choices)} structures are left that differ from all others", highlight=False)
@@ -182,18 +198,22 @@ def _choose_unlabelled(
     strategy: Strategy,
     quota: str | None,
     seed: int,
+    apart: float,
 ) -> tuple[list[Choice], int]:
     """Choices among structures of the pool that are not labelled, and the number of those that are.
 
     Raises:
-        InputError: nothing is left to choose, or the pool does not have what the quota wants.
+        NothingToChoose: every structure of the pool is labelled.
+        InputError: the pool does not have what the quota wants.
     """
     descriptors, labelled_descriptors = standardize(described.descriptors, labelled.descriptors)
     candidates = Pool(descriptors, described.compositions, weights)
     excluded = find_labelled(candidates, labelled_descriptors, labelled.compositions)
     sizes = Counter(formula for formula, out in zip(described.compositions, excluded, strict=True) if not out)
     if not sizes:
-        raise InputError(f"{described.origins[0].file}: every structure of the pool is labelled already; add others.")
+        raise NothingToChoose(
+            f"{described.origins[0].file}: every structure of the pool is labelled already; add others."
+        )
     choices = choose(
         candidates,
         labelled_descriptors,
@@ -202,6 +222,7 @@ def _choose_unlabelled(
         allowed=~excluded,
         quota=share_out(n, sizes, quota),
         seed=seed,
+        apart=apart,
     )
     return choices, int(excluded.sum())
 

@@ -170,6 +170,7 @@ def choose(
     allowed: np.ndarray | None = None,
     quota: Mapping[str, int] | None = None,
     seed: int = 0,
+    apart: float = 0.0,
 ) -> list[Choice]:
     """Greedy choice, one structure after the other.
 
@@ -186,6 +187,7 @@ def choose(
         allowed: (structures,) those that may be chosen; all if None.
         quota: how many of each composition.
         seed: as above.
+        apart: least distance to all that is labelled or chosen.
     """
     open_ = np.ones(len(pool.descriptors), dtype=bool) if allowed is None else allowed.copy()
     left = None if quota is None else dict(quota)
@@ -195,6 +197,7 @@ def choose(
     weights = _weights(pool, open_)
     random = np.random.default_rng(seed)
     to_labelled = nearest_distances(pool.descriptors, labelled)
+    open_ &= to_labelled >= apart
     to_chosen = np.full(len(open_), np.inf)
     volume = _Volume(pool.descriptors * weights[:, None], labelled) if strategy == "determinant" else None
     chosen: list[Choice] = []
@@ -212,6 +215,7 @@ def choose(
         to_this = nearest_distances(pool.descriptors, pool.descriptors[index : index + 1])
         np.minimum(to_chosen, to_this, out=to_chosen)
         open_[index] = False
+        open_ &= to_this >= apart
         if strategy != "random":
             # copies of what was chosen, which say nothing new
             open_ &= ~((to_this < SAME) & (formulas == formulas[index]))
