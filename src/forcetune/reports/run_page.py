@@ -223,6 +223,17 @@ def _dynamics(dynamics: DynamicsSummary | None) -> dict[str, Any] | None:
     return {"facts": facts, "image": energy_over_time(dynamics)}
 
 
+def _penalty_text(training: TrainingSummary | None) -> str | None:
+    """What the change of the foundation model cost in the end, beside the loss; None where it cost nothing."""
+    penalty = None if training is None else training.penalty
+    if penalty is None:
+        return None
+    terms = (("L2-SP", penalty.l2sp), ("EWC", penalty.ewc), ("gates", penalty.gates))
+    text = ", ".join(f"{name} {number_text(value)}" for name, value in terms if value is not None)
+    compared = f", compared on {count_text(penalty.n_frames)} {penalty.source}" if penalty.n_frames else ""
+    return f"{text} (in units of the loss{compared})"
+
+
 def _method_facts(results: Results) -> Facts:
     method, trainable, whole = results.method, results.parameters.trainable, results.parameters.total
     merges = {None: None, True: "yes, exactly", False: "no: the adapter stays beside the model"}[method.mergeable]
@@ -235,6 +246,7 @@ def _method_facts(results: Results) -> Facts:
         ("Rank", method.rank),
         ("Trainable parameters", share),
         ("Adapter size", None if results.adapter_bytes is None else bytes_text(results.adapter_bytes)),
+        ("Penalty on changes", _penalty_text(results.training)),
         ("Merges into the model", merges),
         (
             "Error under rotation",

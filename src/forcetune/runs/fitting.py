@@ -37,6 +37,7 @@ from forcetune.reports.run_page import write_report
 from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
 from forcetune.runs.folder import (
     ADAPTER_NAME,
+    ANCHOR,
     CONFIG_NAME,
     UNREFINED,
     check_folder,
@@ -56,7 +57,9 @@ from forcetune.runs.summaries import (
     summarize_references,
     summarize_replay,
 )
+from forcetune.training.anchor import save_anchor
 from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.training.penalty import Penalty
 from forcetune.training.refine import refine
 from forcetune.training.trackers import check_trackers, start_trackers
 from forcetune.training.train import train
@@ -131,6 +134,8 @@ class Fitting:
         if self._stores_base:
             with disable_adapter(start.backbone):
                 store_base(start.backbone, self.folder / BASE_NAME)
+        if start.anchor is not None:
+            save_anchor(self.folder / ANCHOR, start.anchor, start.anchor_key)
         self.config.save(self.folder / CONFIG_NAME)
         return self._finish(start, None)
 
@@ -191,7 +196,8 @@ class Fitting:
         errors_before = {name: start.before[name].errors() for name in after}
         errors_after = {name: predictions.errors() for name, predictions in after.items()}
         self._warn_of_worse_errors(errors_before, errors_after)
-        results = self._results(start, self._training_summary(outcome, refinement), errors_before, errors_after)
+        summary = self._training_summary(start, outcome, refinement)
+        results = self._results(start, summary, errors_before, errors_after)
         write_results(self.folder, results)
         write_report(self.folder)
         return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
@@ -231,8 +237,13 @@ class Fitting:
             observe=self.observe,
             console=self.console,
             replay=start.replay,
+            penalty=self._penalty(start),
             frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
+
+    def _penalty(self, start: PreparedRun) -> Penalty | None:
+        """Of the adapter that is attached now."""
+        return None if start.anchor is None else Penalty(self.training.penalty, start.backbone, start.anchor)
 
     def _refine(self, start: PreparedRun) -> Refinement:
         """Refine the best adapter; a run that died meanwhile begins this again from the same weights."""
@@ -251,6 +262,7 @@ class Fitting:
                 start.graphs["train"],
                 start.graphs["valid"],
                 replay=start.replay,
+                penalty=self._penalty(start),
                 progress=lambda done: bar.update(task, completed=done),
             )
         self.console.print(
@@ -288,8 +300,10 @@ class Fitting:
         # a training that diverged shows in its errors: days of it should not end without results
         return predict_split(self.console, start.backbone, graphs, label, finite=False)
 
-    def _training_summary(self, outcome: TrainingOutcome, refinement: Refinement | None) -> TrainingSummary:
-        training = self.training
+    def _training_summary(
+        self, start: PreparedRun, outcome: TrainingOutcome, refinement: Refinement | None
+    ) -> TrainingSummary:
+        training, penalty = self.training, self._penalty(start)
         assert training.optimizer is not None
         return TrainingSummary(
             **asdict(outcome),
@@ -300,6 +314,7 @@ class Fitting:
             seed=training.seed,
             loss=training.loss.model_dump(),
             refinement=refinement,
+            penalty=None if penalty is None else penalty.terms(),
         )
 
     def _results(

@@ -19,6 +19,7 @@ from forcetune.config import RunConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.summaries import Forgetting, RotationError
 from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.training.penalty import PenaltyTerms
 from forcetune.utils.files import write_json
 
 RESULTS_NAME = "results.json"
@@ -114,6 +115,7 @@ class TrainingSummary(TrainingOutcome):
     Attributes:
         epochs, optimizer, learning_rate, batch_size, seed, loss: options of the run, defaults filled in.
         refinement: what L-BFGS did after it, None where it did nothing.
+        penalty: of the adapter that was kept, None where changes cost nothing.
     """
 
     epochs: int
@@ -123,6 +125,7 @@ class TrainingSummary(TrainingOutcome):
     seed: int
     loss: dict[str, Any]
     refinement: Refinement | None = None
+    penalty: PenaltyTerms | None = None
 
 
 class DynamicsSummary(Summary):
