@@ -219,14 +219,10 @@ def test_ewc_weighs_each_weight_by_its_information() -> None:
     penalty, model = penalty_of("full", {"ewc": 1.3, "probes": 2}, loss={"forces": 50.0}, seed=5)
     fisher = estimate_fisher_without_adapter(TrainingConfig(loss=LossConfig(forces=50.0), seed=5), probes=2)
     adapter, parameters = require_adapter(model), dict(model.model.named_parameters())
-    expected = sum(
-        float(
-            (
-                fisher[site.name] * (adapter.part(site, WeightUpdate).value - parameters[site.name]).detach().square()
-            ).sum()
-        )
-        for site in adapter.sites
-    )
+    changes = {
+        site.name: (adapter.part(site, WeightUpdate).value - parameters[site.name]).detach() for site in adapter.sites
+    }
+    expected = sum(float((fisher[name] * change.square()).sum()) for name, change in changes.items())
     assert penalty.terms().ewc == pytest.approx(0.65 * expected, rel=1e-10)
     assert (penalty.terms().l2sp, penalty.terms().gates) == (None, None)
 
@@ -264,7 +260,7 @@ def test_gates_cost_their_distance_from_one() -> None:
         for block in gate.blocks_out if gate.shift is not None else ():
             if block.is_even_scalar:
                 values = seen[name][..., block.start : block.stop]
-                expected += block.multiplicity * shift**2 / float(values.square().mean())
+                expected += block.multiplicity * shift**2 / float(values.detach().square().mean())
     assert penalty.terms().gates == pytest.approx(0.2 * expected, rel=1e-10)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from forcetune.config import load_config
 from forcetune.errors import InputError
+from forcetune.evaluation.softening import Softening
 from forcetune.reports.errors_by_element import force_errors_by_element
 from forcetune.reports.forgetting import describe_forgetting
 from forcetune.reports.page import render_page
@@ -99,6 +100,7 @@ def _page_content(
         "splits": _errors_by_split(results),
         "curves": _learning_curves(results, metrics),
         "parity": _parity(predictions or {}),
+        "softening": _softening_rows(results.softening),
         "dynamics": _dynamics(results.dynamics),
         "forgetting": describe_forgetting(results.forgetting),
         "method_facts": _method_facts(results),
@@ -209,6 +211,18 @@ def _parity(predictions: Mapping[str, NDArray]) -> dict[str, Any]:
         "images": [plot for plot in plots if plot],
         "force_errors": force_errors_by_element(predictions, split),
     }
+
+
+def _softening_rows(softening: Mapping[str, Softening]) -> list[tuple[str, ...]]:
+    """Slopes of predicted over reference forces, one row for each set of frames."""
+    return [
+        (
+            _split_name(split),
+            count_text(softening[split].n_frames),
+            *(f"{getattr(softening[split], name):.3f}" for name in ("base", "tuned", "base_large", "tuned_large")),
+        )
+        for split in sort_splits(softening)
+    ]
 
 
 def _dynamics(dynamics: DynamicsSummary | None) -> dict[str, Any] | None:

@@ -24,11 +24,13 @@ from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
+from forcetune.evaluation.softening import Softening, measure_softening
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
     choose_shown,
     predict_shown,
     shown,
+    shown_frames,
 )
 from forcetune.evaluation.summaries import Forgetting
 from forcetune.evaluation.symmetry import rotation_error
@@ -197,7 +199,7 @@ class Fitting:
         errors_after = {name: predictions.errors() for name, predictions in after.items()}
         self._warn_of_worse_errors(errors_before, errors_after)
         summary = self._training_summary(start, outcome, refinement)
-        results = self._results(start, summary, errors_before, errors_after)
+        results = self._results(start, summary, errors_before, errors_after, self._softening(start, *arrays))
         write_results(self.folder, results)
         write_report(self.folder)
         return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
@@ -318,7 +320,12 @@ class Fitting:
         )
 
     def _results(
-        self, start: PreparedRun, training: TrainingSummary, before: Mapping[str, Errors], after: Mapping[str, Errors]
+        self,
+        start: PreparedRun,
+        training: TrainingSummary,
+        before: Mapping[str, Errors],
+        after: Mapping[str, Errors],
+        softening: Mapping[str, Softening],
     ) -> Results:
         """Everything that goes into ``results.json``; what does not concern the run is left out."""
         backbone = start.backbone
@@ -330,6 +337,8 @@ class Fitting:
             optional["replay"] = summarize_replay(start.replay_frames, self.config.replay)
         if self.config.output.forgetting:
             optional["forgetting"] = self._forgetting(start)
+        if softening:
+            optional["softening"] = dict(softening)
         return Results(
             forcetune=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -348,6 +357,20 @@ class Fitting:
             warnings=list(self.messages),
             errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
         )
+
+    @staticmethod
+    def _softening(
+        start: PreparedRun, before: Mapping[str, Predictions], after: Mapping[str, Predictions]
+    ) -> dict[str, Softening]:
+        """Of all splits with periodic frames that were not trained on."""
+        by_split = {}
+        for name in after:
+            frames = start.dataset.splits[name].frames
+            if name != "train" and len(frames):
+                softening = measure_softening(shown_frames(frames, start.before[name]), before[name], after[name])
+                if softening is not None:
+                    by_split[name] = softening
+        return by_split
 
     def _forgetting(self, start: PreparedRun) -> Forgetting:
         """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""

@@ -17,6 +17,7 @@ from forcetune._version import __version__
 from forcetune.adapters.summaries import Coverage, PathChange, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
+from forcetune.evaluation.softening import Softening
 from forcetune.evaluation.summaries import Forgetting, RotationError
 from forcetune.training.outcome import Refinement, TrainingOutcome
 from forcetune.training.penalty import PenaltyTerms
@@ -175,6 +176,7 @@ class Results(Summary):
     sparsity: Sparsity | None = None
     replay: ReplaySummary | None = None
     forgetting: Forgetting | None = None
+    softening: dict[str, Softening] = {}
     warnings: list[str] = []
     errors: dict[str, ErrorPair | None] = {}
     dynamics: DynamicsSummary | None = None

@@ -43,7 +43,7 @@ class PenaltyTerms:
 class Penalty:
     """The terms of a penalty for the adapter that a backbone carries now.
 
-    - ``l2sp``: λ/2 Σ (W' − W)² over all weights with an update (Li, Grandvalet & Davoine, ICML 2018, eq. 2).
+    - ``l2sp``: λ/2 Σ (W' − W)² over all weights with an update (Li, Grandvalet & Davoine, ICML 2018).
     - ``ewc``: λ/2 Σ F (W' − W)² (Kirkpatrick et al., PNAS 114, 3521, 2017, eq. 3), F of
       :func:`forcetune.training.anchor.estimate_fisher`.
     - ``gates``: λ/2 Σ ⟨(g − 1)²⟩ + ⟨(s / σ)²⟩ over gates and channels, with gains g, shifts s and the root mean
