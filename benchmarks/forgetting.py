@@ -34,19 +34,23 @@ from rich.progress import track
 
 import forcetune
 from forcetune.backbones.protocol import Backbone
+from forcetune.deployment.calculator import ForcetuneCalculator
+from forcetune.deployment.dynamics import energy_conservation
 from forcetune.deployment.loading import deploy
+from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import Predictions, build_graphs, predict
 from forcetune.frames.read import read_frames
 from forcetune.utils.files import write_text
 
 OTHERS = ("ethanol", "toluene", "salicylic")
 STRENGTHS = {
-    "l2sp": ("training.penalty.l2sp", (0.01, 0.1, 1.0)),
-    "ewc": ("training.penalty.ewc", (0.03, 0.3, 3.0)),
-    "gates": ("training.penalty.gates", (0.03, 0.3, 3.0)),
-    "replay": ("replay.weight", (0.1, 1.0)),
+    "l2sp": ("training.penalty.l2sp", (0.03, 0.003, 0.3)),
+    "ewc": ("training.penalty.ewc", (0.1, 0.01, 1.0)),
+    "gates": ("training.penalty.gates", (0.3, 0.03, 3.0)),
+    "replay": ("replay.weight", (1.0, 0.1)),
 }
-"""Of each way against forgetting: the option that says how strong it is, and its values."""
+"""Of each way against forgetting: the option that says how strong it is, and its values, which are tried in turn."""
+PICOSECONDS = 0.1
 WITHIN = 1.1
 console = Console(stderr=True)
 
@@ -118,6 +122,12 @@ def measure(run: Path, tests: dict[str, Path], base: dict[str, Predictions]) -> 
     own = tuned[molecule]
     forgetting = results["forgetting"]
     holes = [d["pair"] for d in forgetting["dimers"] if d["tuned_hole_ang"] and not d["base_hole_ang"]]
+    atoms = read(tests[molecule], "0")
+    atoms.calc = ForcetuneCalculator(model)
+    try:
+        drift: float | None = energy_conservation(atoms, picoseconds=PICOSECONDS, seconds=600).drift
+    except ForcetuneError:
+        drift = None
     walls = [d["tuned_wall_ev"] / d["base_wall_ev"] for d in forgetting["dimers"] if d["base_wall_ev"] > 0]
     return {
         "valid_forces_mev_per_ang": results["errors"]["valid"]["after"]["forces_mae_mev_per_ang"],
@@ -125,7 +135,7 @@ def measure(run: Path, tests: dict[str, Path], base: dict[str, Predictions]) -> 
         "others_from_base": [float(np.mean(column)) for column in zip(*moved, strict=True)],
         "pairs_with_a_new_hole": holes,
         "lowest_wall_over_base": min(walls),
-        "drift_mev_per_atom_per_ps": forgetting["stability"]["drift_mev_per_atom_per_ps"],
+        "drift_mev_per_atom_per_ps": drift,
         "penalty": results["training"]["penalty"],
     }
 
@@ -169,22 +179,25 @@ def compare_penalties(arguments: argparse.Namespace, train: Path, tests: dict[st
     results: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     frames = {"training.penalty.data": [str(path) for path in replay]}
     settings = {name: value for name, value in vars(arguments).items() if name not in ("data", "out")}
-    for method in arguments.methods.split(","):
-        ways: dict[str, tuple[str, tuple[float, ...]]] = {"nothing": ("", (0.0,))}
-        ways |= {name: way for name, way in STRENGTHS.items() if name != "gates" or method.startswith("mmea")}
-        for way, (option, strengths) in ways.items():
-            for strength in strengths:
-                further = {option: strength} if option else {}
-                if way in ("ewc", "gates"):
-                    further |= frames
-                out = arguments.out / f"{method}-{way}-{strength:g}"
-                fit(out, train, replay if way == "replay" else [], "shared", arguments, method, further)
-                row = measure(out, tests, base)
-                results.setdefault(method, {}).setdefault(way, {})[f"{strength:g}"] = row
-                text = penalty_table(results, arguments.molecule)
-                write_text(arguments.out / "penalties.md", text)
-                content = {"settings": settings, "rows": results}
-                write_text(arguments.out / "penalties.json", json.dumps(content, indent=2) + "\n")
+    ways: dict[str, tuple[str, tuple[float, ...]]] = {"nothing": ("", (0.0,)), **STRENGTHS}
+    turns = [
+        (method, way, option, strengths[turn])
+        for turn in range(max(len(strengths) for _, strengths in ways.values()))
+        for method in arguments.methods.split(",")
+        for way, (option, strengths) in ways.items()
+        if turn < len(strengths) and (way != "gates" or method.startswith("mmea"))
+    ]
+    text = ""
+    for method, way, option, strength in turns:
+        further = ({option: strength} if option else {}) | (frames if way in ("ewc", "gates") else {})
+        out = arguments.out / f"{method}-{way}-{strength:g}"
+        fit(out, train, replay if way == "replay" else [], "shared", arguments, method, further)
+        row = measure(out, tests, base)
+        results.setdefault(method, {}).setdefault(way, {})[f"{strength:g}"] = row
+        text = penalty_table(results, arguments.molecule)
+        write_text(arguments.out / "penalties.md", text)
+        content = {"settings": settings, "rows": results}
+        write_text(arguments.out / "penalties.json", json.dumps(content, indent=2) + "\n")
     print(text)
 
 
