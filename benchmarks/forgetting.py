@@ -136,7 +136,7 @@ def measure(run: Path, tests: dict[str, Path], base: dict[str, Predictions]) -> 
         "pairs_with_a_new_hole": holes,
         "lowest_wall_over_base": min(walls),
         "drift_mev_per_atom_per_ps": drift,
-        "penalty": results["training"]["penalty"],
+        "penalty": results.get("penalty"),
     }
 
 

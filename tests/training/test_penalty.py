@@ -346,13 +346,13 @@ def test_a_run_with_a_penalty_moves_less_and_says_what_it_cost(tmp_path: Path, c
             frames, model=model, method="full", valid=4, epochs=4, out=tmp_path / name, settings=options
         )
         moved[name] = sum((row["relative"] or 0) ** 2 for row in run.results["changes"])
-        training = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["training"]
+        results = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
         if name == "free":
-            assert training["penalty"] is None
+            assert "penalty" not in results
         else:
-            assert training["penalty"][name] > 0
+            assert results["penalty"][name] > 0
         assert run.results["status"] == "finished"
-    assert training["penalty"]["source"] == "penalty frames" and training["penalty"]["n_frames"] == 5
+    assert results["penalty"]["source"] == "penalty frames" and results["penalty"]["n_frames"] == 5
     assert moved["l2sp"] < 0.5 * moved["free"] and moved["ewc"] < 0.9 * moved["free"]
     page = (tmp_path / "ewc" / "report.html").read_text(encoding="utf-8")
     assert "Penalty" in page and "5 penalty frames" in page

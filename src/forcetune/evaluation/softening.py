@@ -8,33 +8,15 @@ through the origin over all components, a = Σ f f_ref / Σ f_ref²; below 1 the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from forcetune.evaluation.metrics import Predictions
+from forcetune.evaluation.summaries import Softening
 from forcetune.frames.frame import FloatArray, Frame
 
 LARGE = 0.9
 """Quantile of the lengths of reference forces from which on they are large."""
-
-
-@dataclass(frozen=True, slots=True)
-class Softening:
-    """Slopes of predicted over reference forces of periodic frames; 1 is neither soft nor stiff.
-
-    Attributes:
-        n_frames: periodic frames with force labels.
-        base, tuned: over all atoms of these.
-        base_large, tuned_large: over the tenth of the atoms with the largest reference forces, which are those of
-            displaced or hot structures.
-    """
-
-    n_frames: int
-    base: float
-    tuned: float
-    base_large: float
-    tuned_large: float
 
 
 def measure_softening(frames: Sequence[Frame], before: Predictions, after: Predictions) -> Softening | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from forcetune.config import load_config
 from forcetune.errors import InputError
-from forcetune.evaluation.softening import Softening
+from forcetune.evaluation.summaries import Softening
 from forcetune.reports.errors_by_element import force_errors_by_element
 from forcetune.reports.forgetting import describe_forgetting
 from forcetune.reports.page import render_page
@@ -48,6 +48,7 @@ from forcetune.runs.results import (
     TrainingSummary,
     read_results,
 )
+from forcetune.training.outcome import PenaltyTerms
 from forcetune.utils.files import write_text
 
 REPORT_NAME = "report.html"
@@ -237,9 +238,8 @@ def _dynamics(dynamics: DynamicsSummary | None) -> dict[str, Any] | None:
     return {"facts": facts, "image": energy_over_time(dynamics)}
 
 
-def _penalty_text(training: TrainingSummary | None) -> str | None:
+def _penalty_text(penalty: PenaltyTerms | None) -> str | None:
     """What the change of the foundation model cost in the end, beside the loss; None where it cost nothing."""
-    penalty = None if training is None else training.penalty
     if penalty is None:
         return None
     terms = (("L2-SP", penalty.l2sp), ("EWC", penalty.ewc), ("gates", penalty.gates))
@@ -260,7 +260,7 @@ def _method_facts(results: Results) -> Facts:
         ("Rank", method.rank),
         ("Trainable parameters", share),
         ("Adapter size", None if results.adapter_bytes is None else bytes_text(results.adapter_bytes)),
-        ("Penalty on changes", _penalty_text(results.training)),
+        ("Penalty on changes", _penalty_text(results.penalty)),
         ("Merges into the model", merges),
         (
             "Error under rotation",

@@ -24,7 +24,7 @@ from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
-from forcetune.evaluation.softening import Softening, measure_softening
+from forcetune.evaluation.softening import measure_softening
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
     choose_shown,
@@ -32,7 +32,7 @@ from forcetune.evaluation.streamed import (
     shown,
     shown_frames,
 )
-from forcetune.evaluation.summaries import Forgetting
+from forcetune.evaluation.summaries import Forgetting, Softening
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.reports.run_page import write_report
@@ -198,7 +198,7 @@ class Fitting:
         errors_before = {name: start.before[name].errors() for name in after}
         errors_after = {name: predictions.errors() for name, predictions in after.items()}
         self._warn_of_worse_errors(errors_before, errors_after)
-        summary = self._training_summary(start, outcome, refinement)
+        summary = self._training_summary(outcome, refinement)
         results = self._results(start, summary, errors_before, errors_after, self._softening(start, *arrays))
         write_results(self.folder, results)
         write_report(self.folder)
@@ -302,10 +302,8 @@ class Fitting:
         # a training that diverged shows in its errors: days of it should not end without results
         return predict_split(self.console, start.backbone, graphs, label, finite=False)
 
-    def _training_summary(
-        self, start: PreparedRun, outcome: TrainingOutcome, refinement: Refinement | None
-    ) -> TrainingSummary:
-        training, penalty = self.training, self._penalty(start)
+    def _training_summary(self, outcome: TrainingOutcome, refinement: Refinement | None) -> TrainingSummary:
+        training = self.training
         assert training.optimizer is not None
         return TrainingSummary(
             **asdict(outcome),
@@ -316,7 +314,6 @@ class Fitting:
             seed=training.seed,
             loss=training.loss.model_dump(),
             refinement=refinement,
-            penalty=None if penalty is None else penalty.terms(),
         )
 
     def _results(
@@ -335,6 +332,9 @@ class Fitting:
             optional["sparsity"] = sparsity
         if start.replay_frames is not None:
             optional["replay"] = summarize_replay(start.replay_frames, self.config.replay)
+        penalty = self._penalty(start)
+        if penalty is not None:
+            optional["penalty"] = penalty.terms()
         if self.config.output.forgetting:
             optional["forgetting"] = self._forgetting(start)
         if softening:

@@ -17,10 +17,8 @@ from forcetune._version import __version__
 from forcetune.adapters.summaries import Coverage, PathChange, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.softening import Softening
-from forcetune.evaluation.summaries import Forgetting, RotationError
-from forcetune.training.outcome import Refinement, TrainingOutcome
-from forcetune.training.penalty import PenaltyTerms
+from forcetune.evaluation.summaries import Forgetting, RotationError, Softening
+from forcetune.training.outcome import PenaltyTerms, Refinement, TrainingOutcome
 from forcetune.utils.files import write_json
 
 RESULTS_NAME = "results.json"
@@ -116,7 +114,6 @@ class TrainingSummary(TrainingOutcome):
     Attributes:
         epochs, optimizer, learning_rate, batch_size, seed, loss: options of the run, defaults filled in.
         refinement: what L-BFGS did after it, None where it did nothing.
-        penalty: of the adapter that was kept, None where changes cost nothing.
     """
 
     epochs: int
@@ -126,7 +123,6 @@ class TrainingSummary(TrainingOutcome):
     seed: int
     loss: dict[str, Any]
     refinement: Refinement | None = None
-    penalty: PenaltyTerms | None = None
 
 
 class DynamicsSummary(Summary):
@@ -175,6 +171,7 @@ class Results(Summary):
     changes: list[PathChange] = []
     sparsity: Sparsity | None = None
     replay: ReplaySummary | None = None
+    penalty: PenaltyTerms | None = None
     forgetting: Forgetting | None = None
     softening: dict[str, Softening] = {}
     warnings: list[str] = []

@@ -7,7 +7,6 @@ They are zero for an adapter that changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,22 +21,7 @@ from forcetune.backbones.protocol import Backbone, Site
 from forcetune.config import PenaltyConfig
 from forcetune.errors import InputError
 from forcetune.training.anchor import Anchor
-
-
-@dataclass(frozen=True, slots=True)
-class PenaltyTerms:
-    """Values of the terms, in units of the loss; None for those that are left out.
-
-    Attributes:
-        l2sp, ewc, gates: λ/2 · (…) of each.
-        source, n_frames: frames that ``ewc`` and ``gates`` looked at; empty and 0 where neither is set.
-    """
-
-    l2sp: float | None
-    ewc: float | None
-    gates: float | None
-    source: str = ""
-    n_frames: int = 0
+from forcetune.training.outcome import PenaltyTerms
 
 
 class Penalty:
