@@ -62,7 +62,11 @@ class Penalty:
         """Values of the terms."""
         values = {name: float(term) for name, term in self._terms().items()}
         return PenaltyTerms(
-            *(values.get(name) for name in ("l2sp", "ewc", "gates")), self.anchor.source, self.anchor.n_frames
+            l2sp=values.get("l2sp"),
+            ewc=values.get("ewc"),
+            gates=values.get("gates"),
+            source=self.anchor.source,
+            n_frames=self.anchor.n_frames,
         )
 
     def _terms(self) -> dict[str, Tensor]:
