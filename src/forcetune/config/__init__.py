@@ -11,6 +11,7 @@ from forcetune.config.run import OutputConfig, RunConfig
 from forcetune.config.section import LARGEST_SEED, Section, as_word, explain
 from forcetune.config.training import (
     LossConfig,
+    PenaltyConfig,
     ScheduleConfig,
     SecondStageConfig,
     SecondStageLossConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PenaltyConfig",
     "ReferenceConfig",
     "ReplayConfig",
     "RunConfig",

@@ -17,7 +17,7 @@ from forcetune.frames.labels import NONE, raw_frame
 from forcetune.frames.read import check_structure
 from forcetune.frames.sources import expand, file_format
 from forcetune.frames.store.chunks import iterate_structures
-from forcetune.uncertainty.last_layer import network_of
+from forcetune.uncertainty.last_layer import require_network
 from forcetune.utils import distributed
 from forcetune.utils.option_defaults import RECORD, get_value, leaf_names
 
@@ -92,7 +92,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     """
     model = config.model
     elements = None if model.elements == "keep" else list(dataset.elements)
-    network_of(load(model.model, head=model.head, elements=elements, device=model.device, kernels=model.kernels))
+    require_network(load(model.model, head=model.head, elements=elements, device=model.device, kernels=model.kernels))
 
 
 def check_starts(starts: Sequence[Atoms], elements: Sequence[int], files: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from forcetune.runs.results import read_results
 from forcetune.runs.select import NothingToChoose, select
 from forcetune.runs.uncertainty import calibrate
 from forcetune.uncertainty.file import has_calibration, load_uncertainty
-from forcetune.uncertainty.last_layer import standard_deviations
+from forcetune.uncertainty.last_layer import predict_deviations
 from forcetune.utils.files import atomic_path
 
 MOST_FRAMES = 2000
@@ -140,7 +140,7 @@ def _predict_surely(run: Path, frames: Sequence[Frame], device: str) -> tuple[Pr
     uncertainty = load_uncertainty(run, [run / ADAPTER_NAME])
     assert uncertainty.posterior is not None
     graphs = build_graphs(backbone, frames)
-    predictions, _, forces = standard_deviations(backbone, graphs, uncertainty.posterior)
+    predictions, _, forces = predict_deviations(backbone, graphs, uncertainty.posterior)
     assert forces is not None
     return predictions, forces * (uncertainty.scale("forces") or 1.0)
 

@@ -17,8 +17,8 @@ from forcetune._version import __version__
 from forcetune.adapters.summaries import PathChange, SiteCoverage, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.summaries import Forgetting, RotationError
-from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.evaluation.summaries import Forgetting, RotationError, Softening
+from forcetune.training.outcome import PenaltyTerms, Refinement, TrainingOutcome
 from forcetune.utils.files import write_json
 
 RESULTS_NAME = "results.json"
@@ -172,7 +172,9 @@ class Results(Summary):
     changes: list[PathChange] = []
     sparsity: Sparsity | None = None
     replay: ReplaySummary | None = None
+    penalty: PenaltyTerms | None = None
     forgetting: Forgetting | None = None
+    softening: dict[str, Softening] = {}
     warnings: list[str] = []
     errors: dict[str, ErrorPair | None] = {}
     dynamics: DynamicsSummary | None = None

@@ -120,17 +120,30 @@ class GateActivation(ActivationUpdate):
         )
 
     def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
-        parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
-        scalars = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        hidden = self._bottleneck(self.down, scalars, species)
-        shifts = self.shift(hidden) if self.shift is not None else None
-        gains = None
-        if self.gain is not None:
-            hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars, species)
-            gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
+        shifts, gains = self.shifts_and_gains(self.even_scalars(inputs), species)
         if self.watcher is not None:
             self.watcher(shifts, gains, self._parts_of(outputs))
         return self._changed(inputs, outputs, self.per_block(shifts, gains))
+
+    def even_scalars(self, inputs: Tensor) -> Tensor:
+        """The part of the layer's input that drives the gate, (atoms, scalars)."""
+        parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def shifts_and_gains(self, scalars: Tensor, species: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """What the gate adds to even scalars, (atoms, shifts), and factors of the rest, (atoms, gains); None for none.
+
+        Args:
+            scalars: as :meth:`even_scalars` gives them.
+            species: (atoms, elements) one-hot, for a gate that reads it.
+        """
+        hidden = self._bottleneck(self.down, scalars, species)
+        shifts = self.shift(hidden) if self.shift is not None else None
+        if self.gain is None:
+            return shifts, None
+        hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars, species)
+        gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
+        return shifts, gains
 
     def _parts_of(self, outputs: Any) -> list[Tensor]:
         """The output's blocks, (…, anything)."""
