@@ -47,7 +47,7 @@ from sevennet_models import RECIPES, backbone_of
 from sevennet_oracle import UnavailableError, skip_or_raise
 from systems import backbone, cluster, frames_of, perturb
 
-VERSION = "triton==3.8.0"
+VERSION = "triton==3.9.0"
 FOLDER_VARIABLE = "FORCETUNE_TRITON"
 ROOT = Path(__file__).parents[1]
 

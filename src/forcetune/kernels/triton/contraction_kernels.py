@@ -9,10 +9,12 @@ direction h of x those of products; 1 changes by 0. A program treats some atoms 
 channels; no two programs add to one number. Imported where Triton is installed only.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
+
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -70,7 +70,9 @@ class Shape:
 
     def moves(self, member: Member) -> tuple[bool, bool, bool]:
         """Whether there is a direction of R, T and x of a path."""
-        return (False,) * 3 if self.moved is None else (*self.moved[:2], self.moved[2 + member.path.source])
+        if self.moved is None:
+            return False, False, False
+        return self.moved[0], self.moved[1], self.moved[2 + member.path.source]
 
 
 def members_of(paths: Sequence[Path], widths: Sequence[int]) -> list[Member]:
@@ -137,7 +139,7 @@ def _outer(member: Member, number: int, row: str) -> Iterator[str]:
         yield f"        g{number}_{k} = tl.load(p + {place}, mask=inside, other=0.0)"
 
 
-def _weights(shape: Shape, member: Member, directions: Sequence[str]) -> Iterator[str]:
+def _weights(shape: Shape, member: Member, directions: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Loads of R, with the sign of T in it: every product has the one or its direction as a factor, or T's."""
     for label, name in directions:
         load = f"tl.load({name} + pair * {shape.radial_width} + {member.radial} + c, mask=inside, other=0.0)"
