@@ -32,7 +32,7 @@ from forcetune.adapters.attach import attach, fold_weights
 from forcetune.adapters.methods import Method, method
 from forcetune.adapters.updates.gate import Gate
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 
@@ -117,7 +117,7 @@ def cost(times: dict[str, list[float]], name: str, reference: str) -> float:
 def compare(atoms: int, turns: int) -> dict[str, Any]:
     """Milliseconds and costs for one size."""
     base, gated = tuned(None), prediction(tuned(method("mmea")))
-    batch = collate(build_graphs(base, [frame_of(structure(atoms))])).to(dtype=base.dtype)
+    batch = collate(build_graphs(base, [build_frame(structure(atoms))])).to(dtype=base.dtype)
     times = measure({"base": lambda: base.predict(batch), "mmea": lambda: gated.predict(batch)}, turns)
     found: dict[str, Any] = {
         "atoms": atoms,

@@ -8,10 +8,11 @@ says so there, and the others go on; so does a single row, as where memory does 
 on the CPU with tiny sizes, to see that the script works: its times mean nothing.
 
 Parts, in this order: the tests marked ``gpu``; parity of energies, forces, stress and the gradients of the trained
-parameters between CPU and GPU, in float64, by every kind of kernels; neighbor searches on the device, against the CPU's
-pairs; steps and predictions by our layers and by cuequivariance's kernels in them, against mace-torch (eager, and with
-cuequivariance where it is installed) and sevenn; the epoch of the published aspirin runs (50 training frames in batches
-of 5, 50 validation frames; their log: 1.4 s); torch-sim; a profile.
+parameters between CPU and GPU, in float64, by every kind of kernels; neighbor searches and plans on the device, against
+the CPU's; steps and predictions by our layers and by Triton's and cuequivariance's kernels in them, against mace-torch
+(eager, and with cuequivariance where it is installed) and sevenn; the epoch of the published aspirin runs (50 training
+frames in batches of 5, 50 validation frames; their log: 1.4 s); torch-sim; a profile. ``first_seconds`` hold what is
+compiled at first use.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import METHODS, method
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.config import TrainingConfig
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.diagnostics.memory import measure_peak_memory
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
@@ -63,7 +64,9 @@ from forcetune.graphs.edges import find_edges
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.neighbor_search import search_neighbors
 from forcetune.graphs.verlet_list import VerletList
-from forcetune.kernels.compiled.choice import choose_kernels
+from forcetune.kernels.compiled.choice import Kernels, choose_kernels
+from forcetune.kernels.device_plan import make_device_plan
+from forcetune.kernels.edge_plan import make_plan
 from forcetune.runs.environment import describe_environment
 from forcetune.training.train import train
 from forcetune.utils.files import write_text
@@ -71,7 +74,7 @@ from forcetune.utils.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 TUNED = ("mmea", "elora", "full")
 CUEQ = "mace-torch with cuequivariance"
-OUR_CUEQ = "kernels=cuequivariance"
+OTHER_KERNELS: tuple[Kernels, ...] = ("triton", "cuequivariance")
 
 Rows = list[dict[str, Any]]
 
@@ -184,17 +187,18 @@ def parity(bench: Bench) -> Rows:
 
             bench.guarded(rows, f"{kind}, {name}", measure)
 
-        def by_cuequivariance(make: Callable[[], Any] = make) -> dict[str, Any]:
-            model = make()
-            attach(model, method("elora"))
-            batch = batch_of(model, structures, torch.float64)
-            on_cpu = results(model, batch)
-            model.to(bench.device)
-            choose_kernels(model.model, "cuequivariance")
-            elsewhere = results(model, batch)
-            return {part: difference(values, elsewhere[part]) for part, values in on_cpu.items()}
+        for kernels in OTHER_KERNELS:
 
-        bench.guarded(rows, f"{kind}, elora, {OUR_CUEQ}", by_cuequivariance)
+            def by_others(make: Callable[[], Any] = make, kernels: Kernels = kernels) -> dict[str, Any]:
+                model = make()
+                attach(model, method("elora"))
+                batch = batch_of(model, structures, torch.float64)
+                on_cpu = results(model, batch)
+                model.to(bench.device)
+                elsewhere = results(computed_by(kernels, model), batch)
+                return {part: difference(values, elsewhere[part]) for part, values in on_cpu.items()}
+
+            bench.guarded(rows, f"{kind}, elora, kernels={kernels}", by_others)
     return rows
 
 
@@ -208,7 +212,7 @@ def neighbors(bench: Bench) -> Rows:
     for atoms in (64,) if bench.tiny else (64, 512, 2000, 10000):
 
         def measure(atoms: int = atoms) -> dict[str, Any]:
-            frame = frame_of(periodic_box(atoms))
+            frame = build_frame(periodic_box(atoms))
             tensors = [
                 torch.as_tensor(values, device=bench.device)
                 for values in (frame.numbers, frame.positions, frame.cell[None], frame.pbc[None])
@@ -218,6 +222,7 @@ def neighbors(bench: Bench) -> Rows:
             moving = VerletList(cutoff, 0.4)
             found = search_neighbors(positions, cell, pbc, system, cutoff)
             index, shifts = find_edges(frame, cutoff)
+            on_cpu = torch.as_tensor(index), torch.as_tensor(shifts), numbers.cpu()
             pairs = [
                 sorted(map(tuple, np.concatenate((one.T, np.rint(two).astype(int)), axis=1).tolist()))
                 for one, two in ((index, shifts), (found.edge_index.cpu().numpy(), found.unit_shifts.cpu().numpy()))
@@ -227,11 +232,18 @@ def neighbors(bench: Bench) -> Rows:
                     "search": lambda: search_neighbors(positions, cell, pbc, system, cutoff),
                     "update": lambda: moving.update(numbers, positions, cell, pbc, system),
                     "cpu": lambda: find_edges(frame, cutoff),
+                    "plan": lambda: make_device_plan(found.edge_index, found.unit_shifts, numbers),
+                    "cpu plan": lambda: make_plan(*on_cpu, paired=True),
                 },
-                bench.rounds,
+                min(bench.rounds, 3),  # the CPU's take up to seconds
                 {},
             )
-            return {"edges": len(pairs[0]), "same_pairs": pairs[0] == pairs[1], "seconds": seconds}
+            plan, expected = make_device_plan(*(one.to(bench.device) for one in on_cpu)), make_plan(*on_cpu)
+            same = all(
+                torch.equal(getattr(plan, name).cpu(), getattr(expected, name))
+                for name in ("order", "edges", "starts", "sender", "receiver", "directions")
+            )
+            return {"edges": len(pairs[0]), "same_pairs": pairs[0] == pairs[1], "same_plan": same, "seconds": seconds}
 
         bench.guarded(rows, f"{atoms} atoms, {cutoff:g} Å", measure)
     return rows
@@ -278,20 +290,28 @@ def steps(bench: Bench) -> Rows:
                 CUEQ: lambda base=base, batch=batch: stepping(with_cuequivariance(base, bench.device), batch),
             }
             for name in TUNED[:1] if bench.tiny else TUNED:
-                runs[name] = lambda name=name, base=base, batch=batch: stepping(tuned_model(base, name), batch)
-                runs[f"{name}, {OUR_CUEQ}"] = lambda name=name, base=base, batch=batch: stepping(
-                    by_cuequivariance(tuned_model(base, name)), batch
-                )
-                runs[f"{name}, compiled"] = lambda name=name, base=base, batch=batch: compiled_step(
-                    tuned_model(base, name), batch
-                )[0]
+                for kernels in ("auto", *OTHER_KERNELS) if name in TUNED[:2] else ("auto",):
+                    runs[row_for(name, kernels)] = lambda name=name, base=base, batch=batch, kernels=kernels: stepping(
+                        computed_by(kernels, tuned_model(base, name)), batch
+                    )
+                for kernels in ("auto", "triton") if name == TUNED[0] else ("auto",):
+                    runs[f"{row_for(name, kernels)}, compiled"] = (
+                        lambda name=name, base=base, batch=batch, kernels=kernels: compiled_step(
+                            computed_by(kernels, tuned_model(base, name)), batch
+                        )[0]
+                    )
             timed(bench, rows, f"{count} aspirin frames, {dtype}", runs)
     return rows
 
 
-def by_cuequivariance(model: NetworkBackbone) -> NetworkBackbone:
-    choose_kernels(model.model, "cuequivariance")
+def computed_by(kernels: Kernels, model: NetworkBackbone) -> NetworkBackbone:
+    """The model with its layers set to such kernels."""
+    choose_kernels(model.model, kernels)
     return model
+
+
+def row_for(name: str, kernels: Kernels) -> str:
+    return name if kernels == "auto" else f"{name}, kernels={kernels}"
 
 
 def stepping(model: NetworkBackbone, batch: Batch) -> Callable[[], None]:
@@ -314,7 +334,12 @@ def predictions(bench: Bench) -> Rows:
             "mace-torch": lambda batch=batch: predicting(base, batch),
             CUEQ: lambda batch=batch: predicting(with_cuequivariance(base, bench.device), batch),
             "forcetune": lambda batch=batch: predicting(tuned_model(base, None), batch),
-            f"forcetune, {OUR_CUEQ}": lambda batch=batch: predicting(by_cuequivariance(tuned_model(base, None)), batch),
+            **{
+                f"forcetune, kernels={kernels}": lambda batch=batch, kernels=kernels: predicting(
+                    computed_by(kernels, tuned_model(base, None)), batch
+                )
+                for kernels in OTHER_KERNELS
+            },
             "forcetune, mmea": lambda batch=batch: predicting(deployed(tuned_model(base, "mmea")), batch),
         }
         timed(bench, rows, f"{atoms} atoms, {dtype}", runs)
@@ -348,7 +373,7 @@ def frames_with_labels(structures: Sequence[Atoms]) -> list[Frame]:
     """Labels of any size: an epoch takes as long."""
     rng = np.random.default_rng(0)
     return [
-        replace(frame_of(one), energy=0.1 * index, forces=rng.standard_normal((len(one), 3)))
+        replace(build_frame(one), energy=0.1 * index, forces=rng.standard_normal((len(one), 3)))
         for index, one in enumerate(structures)
     ]
 

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forcetune
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.kernels.compiled import assembly, threads
@@ -229,7 +229,7 @@ def main() -> None:
     counts = [int(count) for count in arguments.threads.split(",")]
     torch.set_num_threads(1)
     model = forcetune.load(arguments.model, dtype=arguments.dtype, device="cpu", kernels="compiled")
-    frames = [frame_of(structure(arguments.atoms))]
+    frames = [build_frame(structure(arguments.atoms))]
     batch = collate(build_graphs(model, frames)).to(dtype=DTYPES[arguments.dtype])
     home = os.environ.get("FORCETUNE_HOME")
     with tempfile.TemporaryDirectory() as folder:

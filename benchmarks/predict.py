@@ -8,19 +8,22 @@ Structures are ethanol (9 atoms) and periodic water, 3 Å between molecules (81 
 of which all atoms move a little before every call, as in dynamics. Codes take turns on the same structures; medians of
 the time that passed, and of the processor time that all threads of the process took, which is the fairer figure where
 other jobs share the cores. ``mace`` is mace-torch's own calculator on the model's file. ``symmetrix`` needs
-symmetrix-xl and the model converted by its ``symmetrix_extract_mace``. Energies and forces of all codes are compared
-with those of the first.
+symmetrix-xl and the model converted by ``forcetune export MODEL --to symmetrix``; it compiles the model at its first
+use, for minutes. Energies and forces of all codes are compared with those of the first. Each number of threads gets a
+process of its own, since symmetrix decides on its threads once.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,8 @@ def structure(atoms: int) -> Atoms:
         SystemExit: there is no such box.
     """
     if atoms == 9:
-        return molecule("CH3CH2OH")
+        # symmetrix's neighbor search wants a cell, which makes no difference where nothing is periodic
+        return molecule("CH3CH2OH", vacuum=10.0)
     side = round((atoms / 3) ** (1 / 3))
     if 3 * side**3 != atoms:
         raise SystemExit(f"{atoms} atoms: sizes are 9, and 3 n³ for boxes of water such as 81, 375 and 1029")
@@ -143,25 +147,45 @@ def main() -> None:
     parser.add_argument("--codes", default="torch,compiled,mace", help=f"of {', '.join(CODES)}")
     parser.add_argument("--sizes", default="9,81,375", help="numbers of atoms")
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
-    parser.add_argument("--threads", default="2", help="numbers of threads, one after another")
+    parser.add_argument("--threads", default="2", help="numbers of threads, each in a process of its own")
     parser.add_argument("--rounds", type=int, default=10, help="calls of each code that count")
     parser.add_argument("--symmetrix", type=Path, help="the model as symmetrix_extract_mace writes it")
     parser.add_argument("--streamed", help="symmetrix's streamed_edges, such as non-compiled")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     arguments = parser.parse_args()
-    result = []
-    sizes, counts = (list(map(int, text.split(","))) for text in (arguments.sizes, arguments.threads))
-    for size, threads in itertools.product(sizes, counts):
-        calculators = {name: CODES[name](arguments) for name in arguments.codes.split(",")}
-        torch.set_num_threads(threads)  # behind the calculators, as libraries set it, too
-        rows = measure(calculators, structure(size), arguments.rounds)
-        show(f"energy and forces, {size} atoms, {arguments.dtype}, {threads} threads", rows)
-        result.append({"atoms": size, "dtype": arguments.dtype, "threads": threads, "codes": rows})
+    counts = list(map(int, arguments.threads.split(",")))
+    result = run(arguments, counts[0]) if len(counts) == 1 else in_processes(counts)
     if arguments.json is not None:
         machine = {"processor": describe_environment(torch.device("cpu"))["device"], "torch": torch.__version__}
         content = {"model": arguments.model, "results": result, "machine": machine}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.json, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def in_processes(counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Results of this command by one process for each number of threads."""
+    result = []
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in counts:
+            path = Path(folder) / f"{threads}.json"
+            # of an option that is there twice, the last counts
+            command = [sys.executable, *sys.argv, "--threads", str(threads), "--json", str(path)]
+            subprocess.run(command, check=True)
+            result += json.loads(path.read_text(encoding="utf-8"))["results"]
+    return result
+
+
+def run(arguments: argparse.Namespace, threads: int) -> list[dict[str, Any]]:
+    """Medians for every size."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when symmetrix is imported
+    result = []
+    for size in map(int, arguments.sizes.split(",")):
+        calculators = {name: CODES[name](arguments) for name in arguments.codes.split(",")}
+        torch.set_num_threads(threads)  # behind the calculators, as libraries set it, too
+        rows = measure(calculators, structure(size), arguments.rounds)
+        show(f"energy and forces, {size} atoms, {arguments.dtype}, {threads} threads", rows)
+        result.append({"atoms": size, "dtype": arguments.dtype, "threads": threads, "codes": rows})
+    return result
 
 
 if __name__ == "__main__":

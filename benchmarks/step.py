@@ -52,7 +52,7 @@ from forcetune.backbones.mace.trusted import LibraryMace
 from forcetune.backbones.network import NetworkBackbone
 from forcetune.backbones.protocol import Base
 from forcetune.config import LossConfig, TrainingConfig
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.deployment.compiled_prediction import CHECKED, COMPILED_AFTER, MOST_EDGES, CompiledPrediction
 from forcetune.diagnostics.memory import measure_peak_memory
 from forcetune.evaluation.metrics import build_graphs
@@ -134,7 +134,7 @@ def periodic_box(atoms: int, seed: int = 0) -> Atoms:
 
 
 def batch_of(model: NetworkBackbone, structures: Sequence[Atoms], dtype: torch.dtype) -> Batch:
-    frames = [frame_of(Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc)) for a in structures]
+    frames = [build_frame(Atoms(a.numbers, a.positions, cell=a.cell, pbc=a.pbc)) for a in structures]
     return collate(build_graphs(model, frames)).to(device=model.device, dtype=dtype)
 
 
@@ -434,7 +434,7 @@ def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, An
         for layer, names in LAYERS.items()
     }
     print(", ".join(f"{layer} {time:.0f} ms" for layer, time in eager["layers"].items()) + ", derivatives included")
-    graphs = build_graphs(model, [frame_of(Atoms(a.numbers, a.positions)) for a in structures])
+    graphs = build_graphs(model, [build_frame(Atoms(a.numbers, a.positions)) for a in structures])
     species = torch.tensor([model.elements.index(int(number)) for number in batch.numbers])
     works = {
         "collate": lambda: collate(graphs),

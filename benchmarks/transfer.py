@@ -26,7 +26,7 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,20 +163,30 @@ def settings_of(method: str) -> tuple[str, dict[str, str]]:
     return name, settings
 
 
-def run_job(job: Job, data: Path, tests: int) -> dict[str, Any]:
-    """Fit, unless it is done; what it reached."""
+def run_job(
+    job: Job, data: Path, tests: int, table: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, **training: Any
+) -> dict[str, Any]:
+    """Fit, unless it is done; what it reached.
+
+    Args:
+        job: what to fit.
+        data: folder of the sets.
+        tests: most test frames.
+        table: a method of its own instead of one by name, as ``method.table``.
+        **training: options of ``training`` that go before the usual ones.
+    """
     import forcetune
 
     if job.is_finished:
         return job.results()
     files = draw_frames(data, job.out, job.set, job.frames, tests)
-    name, settings = settings_of(job.method)
+    name, settings = settings_of(job.method) if table is None else (job.method, {})
     batch = SETS[job.set].batch
     steps_per_epoch = math.ceil(job.frames / batch)
     epochs = max(2, round(job.steps / steps_per_epoch))
     every = max(1, epochs // 15)
     epochs -= epochs % every
-    training: dict[str, Any] = {
+    usual: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch,
         "learning_rate": job.rate,
@@ -185,18 +195,19 @@ def run_job(job: Job, data: Path, tests: int) -> dict[str, Any]:
         "valid_every": every,
     }
     warmup = {"warmup_epochs": max(1, epochs // 20)}
-    if settings.get("training.optimizer", forcetune.method(name).optimizer) == "schedulefree":
-        training["schedule"] = warmup
+    optimizer = training.get("optimizer") or settings.get("training.optimizer") or forcetune.method(name).optimizer
+    if optimizer == "schedulefree":
+        usual["schedule"] = warmup
     else:
-        training |= {"ema": 0.99, "schedule": {"name": "cosine", **warmup}}
+        usual |= {"ema": 0.99, "schedule": {"name": "cosine", **warmup}}
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     forcetune.run_fit(
         forcetune.load_config(
             given={
                 "data": {part: [str(path)] for part, path in files.items()},
                 "model": {"model": job.base, "dtype": job.dtype, "head": job.head},
-                "method": {"name": name},
-                "training": training,
+                "method": {"name": name} if table is None else {"name": name, "table": table},
+                "training": usual | training,
                 "output": {"run": str(job.folder), "overwrite": True, "forgetting": False},
             },
             settings=[f"{key}={value}" for key, value in settings.items()],

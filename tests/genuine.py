@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from filelock import FileLock
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from genuine_models import BY_NAME, RECIPES, VERSIONS, Recipe, structures
-from oracle_install import install_beside
+from oracle_install import install_beside, run_worker
 
 FOLDER_VARIABLE = "FORCETUNE_GENUINE"
 _WORKER = Path(__file__).with_name("genuine_worker.py")
@@ -104,25 +102,14 @@ class Versions:
         return install_beside(self.folder, version, requirements, "mace", title=title, timeout=300)
 
     def run(self, version: str | None, work: dict[str, Any]) -> str:
-        """Carry out work in a process with this version, None for the environment's own; returns what it printed.
+        """Run some work in a process with this version, None for the environment's own; returns what it printed.
 
         Raises:
             UnavailableError: pip cannot get the version.
             RuntimeError: the process failed; says how.
         """
-        environment = os.environ | {
-            "PYTHONPATH": "" if version is None else str(self.install(version)),
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            listing = Path(folder) / "work.json"
-            listing.write_text(json.dumps(work), encoding="utf-8")
-            command = [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(listing)]
-            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"mace-torch {version} failed: {done.stdout[-500:]}\n{done.stderr[-3000:]}")
-        return done.stdout
+        folders = [] if version is None else [self.install(version)]
+        return run_worker(_WORKER, work, folders, f"mace-torch {version}")
 
     def make(self, version: str, names: Sequence[str]) -> None:
         """Make those of these models that are not there yet.

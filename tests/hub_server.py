@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from loopback import LoopbackHandler, LoopbackServer
 
 TOKEN = "hf_loopback"
 
@@ -35,7 +34,7 @@ class Repository:
 
 
 @dataclass
-class HubServer:
+class HubServer(LoopbackServer):
     """The hub; use it as a context.
 
     Attributes:
@@ -50,36 +49,9 @@ class HubServer:
     requests: list[tuple[str, str]] = field(default_factory=list)
     spoilt: set[str] = field(default_factory=set)
 
-    def __enter__(self) -> HubServer:
-        hub = self
 
-        class Handler(_Handler):
-            owner = hub
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LoopbackHandler):
     owner: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         self._read("GET")
@@ -237,3 +209,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+HubServer.handler = _Handler

@@ -1,4 +1,4 @@
-"""A web server on the loopback interface that can be told to misbehave."""
+"""Web servers on the loopback interface: what every one of them needs, and one that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,47 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any, Self
+
+
+class LoopbackServer:
+    """Listens on a free port of 127.0.0.1 while it is used as a context; a subclass names its handler."""
+
+    handler: type[LoopbackHandler]
+
+    def __enter__(self) -> Self:
+        server = self
+        handler = type("Handler", (self.handler,), {"owner": server})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop listening; connections are refused from now on."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+
+class LoopbackHandler(BaseHTTPRequestHandler):
+    """Answers without a log; ``owner`` is the server that the context has."""
+
+    owner: Any
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 @dataclass
@@ -34,7 +75,7 @@ class Content:
 
 
 @dataclass
-class Loopback:
+class Loopback(LoopbackServer):
     """The server; use it as a context.
 
     Attributes:
@@ -49,47 +90,22 @@ class Loopback:
     breaks: list[int] = field(default_factory=list)
     hold: threading.Event = field(default_factory=threading.Event)
 
-    def __enter__(self) -> Loopback:
+    def __enter__(self) -> Self:
         self.hold.set()
-        loopback = self
-
-        class Handler(_Handler):
-            owner = loopback
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.hold.set()
-        self.stop()
+        return super().__enter__()
 
     def stop(self) -> None:
-        """Stop listening; connections are refused from now on."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self.hold.set()
+        super().stop()
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    @property
-    def asked_ranges(self) -> list[str | None]:
+    def requested_ranges(self) -> list[str | None]:
         """The Range header of each request."""
         return [headers.get("range") for _, headers in self.requests]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LoopbackHandler):
     owner: Loopback
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         self.close_connection = True
@@ -144,3 +160,6 @@ class _Handler(BaseHTTPRequestHandler):
             if text is not None:
                 self.send_header(name, text)
         self.end_headers()
+
+
+Loopback.handler = _Handler

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NETWORK = "tests/backbones/mace/test_network.py"
 SURGERY = "tests/backbones/mace/test_surgery.py"
 LAYERS = "tests/kernels/test_equivariant_layers.py"
+RADIAL = "tests/kernels/test_compiled_radial.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ FAULTS = (
     Fault(
         "the second readout reads the first layer",
         "backbones/mace/network.py",
-        "else outputs\n        energies",
-        "else outputs[:1] * len(outputs)\n        energies",
+        "outputs[-1 if len(self.readouts) == 1 else index]",
+        "outputs[-1 if len(self.readouts) == 1 else 0]",
         (SURGERY, "-k", "one_head_gives and third_order"),
     ),
     Fault(
@@ -106,8 +107,10 @@ FAULTS = (
     Fault(
         "forces of the receivers have the wrong sign",
         "backbones/network.py",
-        ".index_add(0, plan.receiver, -pull)",
-        ".index_add(0, plan.receiver, pull)",
+        "phase.forces_are_done()\n        forces = pull.new_zeros(plan.n_atoms, 3)"
+        ".index_add(0, plan.sender, pull).index_add(0, plan.receiver, -pull)",
+        "phase.forces_are_done()\n        forces = pull.new_zeros(plan.n_atoms, 3)"
+        ".index_add(0, plan.sender, pull).index_add(0, plan.receiver, pull)",
         (SURGERY, "-k", "fewer_elements and default"),
     ),
     # kernels
@@ -166,6 +169,41 @@ FAULTS = (
         "            sums[second].addcmul_(parts[place], rows[run.first])\n",
         "",
         ("tests/kernels/test_contraction.py",),
+    ),
+    Fault(
+        "the second derivative of a radial network's SiLU has a term less",
+        "kernels/compiled/activation_code.py",
+        "w.subtract(rest, s), w.constant(2))",
+        "w.subtract(rest, s), w.constant(1))",
+        (RADIAL,),
+    ),
+    Fault(
+        "gradients by a radial network's weights lack what comes through its activations",
+        "kernels/compiled/radial_network.py",
+        "_outer_sum((moved[number], by_z[number]), (inputs[number], bent))",
+        "_outer_sum((moved[number], by_z[number]))",
+        (RADIAL,),
+    ),
+    Fault(
+        "the gradient by a hidden number leaves out the layers behind it",
+        "kernels/compiled/activation_code.py",
+        "result = w.multiply_add(read(v[0]), read(slope), result)",
+        "result = w.multiply(read(v[0]), read(slope))",
+        (RADIAL,),
+    ),
+    Fault(
+        "forces make a radial network wait for gradients by its weights",
+        "kernels/compiled/radial_network.py",
+        "need and will_go_on([edge]) for need, edge in zip(needs, ctx.next_functions, strict=True)",
+        "need for need, edge in zip(needs, ctx.next_functions, strict=True)",
+        (RADIAL,),
+    ),
+    Fault(
+        "densities of neighbours get no radial features where splines stand for the radial weights",
+        "backbones/mace/network.py",
+        "if splined is None or any(block.has_density for block in self.interactions):",
+        "if splined is None:",
+        ("tests/kernels/test_splines.py",),
     ),
     # adapters
     Fault(

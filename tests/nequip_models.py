@@ -137,6 +137,15 @@ RECIPES: dict[str, Recipe] = {
             "model": _model(per_type_energy_shifts=-2.5),
         }
     ),
+    "smallest": Recipe(
+        _model(
+            type_names=["H", "O"],
+            num_layers=1,
+            per_type_energy_shifts={"H": -1.5, "O": -4.0},
+            per_type_energy_scales={"H": 1.2, "O": 0.9},
+        ),
+        symbols=("H", "O"),
+    ),
     "one element": Recipe(
         _model(type_names=["O"], per_type_energy_shifts=-3.0, per_type_energy_scales=1.5, l_max=2), symbols=("O",)
     ),

@@ -9,10 +9,7 @@ are computed again when the recipes, the worker or the model change.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from ase.io import write
 from filelock import FileLock
 
 from nequip_models import NEWEST, RECIPES, Recipe
-from oracle_install import install_beside, missing_packages
+from oracle_install import install_beside, missing_packages, run_worker
 from sevennet_models import structures
 from sevennet_oracle import Results, arrays_of
 
@@ -100,26 +97,15 @@ class NequIPs:
         return folders
 
     def run(self, work: dict[str, Any], version: str = NEWEST) -> str:
-        """Carry out work in a process with this version; returns what it printed.
+        """Run some work in a process with this version; returns what it printed.
 
         Raises:
             UnavailableError: pip cannot get the version.
             RuntimeError: the process failed; says how.
         """
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(map(str, self.install(version))),
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            listing = Path(folder) / "work.json"
-            listing.write_text(json.dumps(work), encoding="utf-8")
-            command = [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(listing)]
-            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nequip {version} failed: {done.stdout[-500:]}\n{done.stderr[-3000:]}")
-        assert done.stdout.strip().endswith("False"), "forcetune was imported beside nequip"
-        return done.stdout
+        output = run_worker(_WORKER, work, self.install(version), f"nequip {version}")
+        assert output.strip().endswith("False"), "forcetune was imported beside nequip"
+        return output
 
     def make(self, names: Sequence[str], version: str = NEWEST) -> list[Made]:
         """Checkpoints and packages of recipes, made where they are not there yet."""
@@ -137,9 +123,11 @@ class NequIPs:
         return list(files.values())
 
     def _making(self, recipe: Recipe, made: Made) -> dict[str, Any]:
-        data = self.folder / f"data-{'-'.join(recipe.symbols)}.xyz"
+        data = self.folder / f"cells-{'-'.join(recipe.symbols)}.xyz"
         if not data.is_file():
-            write(data, [_labelled(atoms) for atoms in structures(recipe.symbols)[:2]], format="extxyz")
+            # nequip-compile compares the stress of a training frame, so all of them need a cell with a volume
+            with_cells = [atoms for atoms in structures(recipe.symbols) if atoms.cell.volume > 0]
+            write(data, [_labelled(atoms) for atoms in with_cells], format="extxyz")
         work = {"config": dict(recipe.config), "trainer": recipe.trainer, "seed": 0, "data": str(data)}
         # a package says in itself what it was called, and its name has to end as it does
         return work | {"checkpoint": str(made.checkpoint), "package": str(_scratch(made.package))}

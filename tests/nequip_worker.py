@@ -5,7 +5,7 @@ Nothing of forcetune is imported here. The one argument is a JSON file with list
     {"make": [{"config": {…}, "trainer": NAME, "seed": 0, "data": FILE, "checkpoint": FILE, "package": FILE or null}],
      "evaluate": [{"model": FILE, "structures": FILE, "results": FILE, "gradients": true}],
      "calculate": [{"model": FILE, "structures": FILE, "results": FILE}],
-     "compile": [{"model": FILE, "structures": FILE, "results": FILE, "folder": FOLDER}]}
+     "compile": [{"model": FILE, "structures": FILE, "results": FILE, "folder": FOLDER, "mode": MODE}]}
 """
 
 from __future__ import annotations
@@ -173,8 +173,10 @@ def compile_(work: dict[str, Any]) -> None:
     """``nequip-compile`` for ASE, and what the ASE calculator gives for that."""
     from nequip.scripts.compile import main as compile_model
 
-    target = str(Path(work["folder"]) / "compiled.nequip.pt2")
-    compile_model([work["model"], target, "--mode", "aotinductor", "--device", "cpu", "--target", "ase"])
+    mode = work["mode"]
+    target = str(Path(work["folder"]) / f"compiled.nequip.{'pth' if mode == 'torchscript' else 'pt2'}")
+    application = [] if mode == "torchscript" else ["--target", "ase"]
+    compile_model([work["model"], target, "--mode", mode, "--device", "cpu", *application])
     options = _named_types(NequIPCalculator.from_compiled_model)
     _calculated(NequIPCalculator.from_compiled_model(target, device="cpu", **options), work)
 

@@ -1,13 +1,17 @@
-"""Versions of a library installed beside the environment, for the processes that tests compare with."""
+"""Versions of a library installed beside the environment, and processes with them that tests compare with."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -66,3 +70,30 @@ def install_beside(
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
     return target
+
+
+def run_worker(worker: Path, work: Mapping[str, Any], folders: Sequence[Path], title: str) -> str:
+    """Run a script on some work, with these folders first on its path; returns what it printed.
+
+    Args:
+        worker: the script, whose argument is a JSON file.
+        work: content of that file.
+        folders: with packages; none for the environment's own.
+        title: of library and version, for the error.
+
+    Raises:
+        RuntimeError: the process failed; says how.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
+        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder) / "work.json"
+        listing.write_text(json.dumps(work), encoding="utf-8")
+        command = [sys.executable, "-P", "-W", "ignore", str(worker), str(listing)]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{title} failed: {done.stdout[-500:]}\n{done.stderr[-3000:]}")
+    return done.stdout

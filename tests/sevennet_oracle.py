@@ -2,17 +2,14 @@
 
 A version is installed beside the environment (``pip install --no-deps --target``); what it needs besides and is missing
 here goes into another folder. A process with both on its path does the work (``sevennet_worker.py``). Everything is
-kept in the folder that ``FORCETUNE_SEVENNET`` names, or in pytest's cache; results are found again until the recipes,
-the worker or the checkpoint change.
+kept in the folder that ``FORCETUNE_SEVENNET`` names, or in pytest's cache; results are stored until the recipes, the
+worker or the checkpoint change.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ import pytest
 from ase import Atoms
 from filelock import FileLock
 
-from oracle_install import UnavailableError, install_beside, missing_packages
+from oracle_install import UnavailableError, install_beside, missing_packages, run_worker
 from sevennet_models import RECIPES, Recipe
 
 FOLDER_VARIABLE = "FORCETUNE_SEVENNET"
@@ -105,27 +102,17 @@ class SevenNets:
         return checkpoint
 
     def run(self, work: dict[str, Any], version: str = NEWEST) -> str:
-        """Carry out work in a process with this version; returns what it printed.
+        """Run some work in a process with this version; returns what it printed.
 
         Raises:
             UnavailableError: pip cannot get the version.
             RuntimeError: the process failed; says how.
         """
         installed = self.install(version)
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(installed), str(installed.parent / "needed")]),
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            listing = Path(folder) / "work.json"
-            listing.write_text(json.dumps(work), encoding="utf-8")
-            command = [sys.executable, "-P", "-W", "ignore", str(_WORKER), str(listing)]
-            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"sevenn {version} failed: {done.stdout[-500:]}\n{done.stderr[-3000:]}")
-        assert done.stdout.strip().endswith("False"), "forcetune was imported beside sevenn"
-        return done.stdout
+        folders = [installed, installed.parent / "needed"]
+        output = run_worker(_WORKER, work, folders, f"sevenn {version}")
+        assert output.strip().endswith("False"), "forcetune was imported beside sevenn"
+        return output
 
     # ---- making ----------------------------------------------------------------------------------------------------
 
@@ -155,7 +142,7 @@ class SevenNets:
         version: str = NEWEST,
         **options: Any,
     ) -> list[Results]:
-        """What sevenn computes from checkpoints, in one process; kept, and found again.
+        """What sevenn computes from checkpoints, in one process; results are stored.
 
         Args:
             kind: ``evaluate``, ``calculate`` or ``deploy``, see the worker.

@@ -15,7 +15,7 @@ from ase.io import write
 from forcetune.adapters.attach import Adapter
 from forcetune.adapters.methods import METHODS
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.frames.frame import Frame
 from models import Oracle, make_mace, oracle
 
@@ -63,7 +63,7 @@ def crystal(elements: Sequence[int] = (1, 6, 7, 8), seed: int = 4) -> Atoms:
 
 
 def frames_of(*structures: Atoms) -> list[Frame]:
-    return [frame_of(atoms) for atoms in structures]
+    return [build_frame(atoms) for atoms in structures]
 
 
 def labelled(count: int = 12, seed: int = 0) -> list[Atoms]:

@@ -57,11 +57,12 @@ def test_kernels_that_are_off_are_those_of_torch(word: str, tmp_path: Path) -> N
     assert load_config(written) == config
 
 
-def test_kernels_are_one_of_three(tmp_path: Path) -> None:
+def test_kernels_are_one_of_five(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("data: {train: [a.xyz]}\nmodel: {kernels: auto}\n", encoding="utf-8")
     assert load_config(path).model.kernels == "auto"
-    assert load_config(settings=["model.kernels=compiled"], given=LEAST).model.kernels == "compiled"
+    for name in ("compiled", "torch", "triton", "cuequivariance"):
+        assert load_config(settings=[f"model.kernels={name}"], given=LEAST).model.kernels == name
     for word in ("on", "fast", "[1]", "{a: 1}", "null"):
         with pytest.raises(InputError, match=r"model\.kernels"):
             load_config(settings=[f"model.kernels={word}"], given=LEAST)
@@ -70,6 +71,7 @@ def test_kernels_are_one_of_three(tmp_path: Path) -> None:
 SWITCHES = {
     "data.doctor": ("on", "off"),
     "data.stream": ("auto", "on", "off"),
+    "learn.check": ("on", "off"),
     "magnetism.layer": ("off",),
     "training.compile": ("auto", "on", "off"),
 }

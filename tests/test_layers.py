@@ -17,7 +17,7 @@ FOUNDATION = ("_version", "errors", "irreps", "utils", "config")
 ORDER = (
     *("frames", "graphs", "kernels", "backbones", "magnetism", "adapters", "evaluation", "uncertainty", "training"),
     # what is written of a run and read again stands below what shows it
-    *("runs.results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment"),
+    *("runs.results", "runs.learn_results", "runs.predictions", "runs.metrics", "reports", "diagnostics", "deployment"),
     *(*PROGRAMS, "runs", "cli"),
 )
 

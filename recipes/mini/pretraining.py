@@ -1,13 +1,16 @@
-"""The model ``mini``: a small MACE trained from random weights on the pretraining data.
+"""The models ``mini`` and ``organic``: MACE trained from random weights on the pretraining data.
 
-    python -m recipes.mini.pretraining --data FOLDER/pretraining --out FOLDER/model [--epochs N]
+    python -m recipes.mini.pretraining --data FOLDER/pretraining --out FOLDER/model [--epochs N] [--name organic]
+
+``organic`` is the same model four times as wide, of the size of published ones: for comparisons of methods.
 
 1. A MACE with random weights; the mean number of neighbours and the scale of the energies come from the data, E0 are
    the free atoms. The shift is zero, so that free atoms have exactly their energies.
-2. ``scratch`` trains it (``FOLDER/model/run``; a finished run is not repeated).
+2. ``scratch`` trains it (``FOLDER/model/run``; an interrupted run goes on, a finished one is not repeated).
 3. It is tested on molecules, dimers and compressed structures that it has not seen, and every pair of elements is
    pushed together.
-4. ``mini.safetensors`` and its card are written to ``FOLDER/model``, and into the package by ``--install``.
+4. ``mini.safetensors`` and its card are written to ``FOLDER/model``, and into the package by ``--install``
+   (``organic``: into ``benchmarks/models``).
 """
 
 from __future__ import annotations
@@ -30,13 +33,15 @@ from forcetune.backbones.mace.writing import write_plain
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.read import read_frames
+from forcetune.runs.folder import has_checkpoint
 from forcetune.utils.files import write_text
-from recipes.mini.molecules import ELEMENTS, training_molecules
+from recipes.mini.molecules import ELEMENTS
 from recipes.mini.pretraining_card import card
 from recipes.mini.repulsion import pair_scans
 
 TESTED = ("valid", "test_molecules", "test_dimers", "test_compressed")
-CHANNELS = 32
+CHANNELS = {"mini": 32, "organic": 128}
+"""Of every order, by the name of the model."""
 CUTOFF = 5.0
 """Å."""
 EPOCHS = 12
@@ -58,7 +63,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def architecture(neighbours: float, channels: int = CHANNELS, elements: tuple[int, ...] = ELEMENTS) -> MaceArchitecture:
+def architecture(neighbours: float, channels: int, elements: tuple[int, ...] = ELEMENTS) -> MaceArchitecture:
     """MACE with two interactions of correlation 3 and features of order 0 and 1."""
     return MaceArchitecture(
         kind="ScaleShiftMACE",
@@ -77,7 +82,7 @@ def architecture(neighbours: float, channels: int = CHANNELS, elements: tuple[in
     )
 
 
-def random_model(data: Path, path: Path, *, channels: int = CHANNELS) -> None:
+def random_model(data: Path, path: Path, *, channels: int) -> None:
     """Write the untrained model: what it takes from the training frames are three kinds of numbers.
 
     Args:
@@ -97,10 +102,13 @@ def random_model(data: Path, path: Path, *, channels: int = CHANNELS) -> None:
     write_plain(content_from_network(model), path)
 
 
-def train(data: Path, out: Path, *, epochs: int = EPOCHS, channels: int = CHANNELS, threads: int | None = None) -> Path:
-    """Train in ``out/run`` unless that run is finished; returns the run folder."""
+def train(data: Path, out: Path, *, channels: int, epochs: int = EPOCHS, threads: int | None = None) -> Path:
+    """Train in ``out/run``, go on with it or, if it is finished, leave it; returns the run folder."""
     run = out / "run"
     if (run / "results.json").exists():
+        return run
+    if has_checkpoint(run):
+        forcetune.resume(run)
         return run
     out.mkdir(parents=True, exist_ok=True)
     start = out / "random.safetensors"
@@ -117,28 +125,31 @@ def train(data: Path, out: Path, *, epochs: int = EPOCHS, channels: int = CHANNE
     return run
 
 
-def finish(data: Path, out: Path) -> Path:
-    """Write ``out/mini.safetensors`` in float32 and its card, and return the model's path."""
+def finish(data: Path, out: Path, name: str = "mini") -> Path:
+    """Write ``out/NAME.safetensors`` in float32 and its card, and return the model's path."""
     run = out / "run"
-    forcetune.merge(run, out / "mini.model")
-    tuned = MaceBackbone.load(out / "mini.model", dtype=torch.float64)
+    forcetune.merge(run, out / f"{name}.model")
+    tuned = MaceBackbone.load(out / f"{name}.model", dtype=torch.float64)
     scans = pair_scans(tuned)
-    path = out / "mini.safetensors"
+    path = out / f"{name}.safetensors"
     irreps = tuned.model.architecture.hidden_irreps
     write_plain(content_from_network(tuned.model.float()), path)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     statistics = json.loads((data / "statistics.json").read_text(encoding="utf-8"))
     # of the file as it is shipped
     errors = {name: forcetune.evaluate(path, data / f"{name}.xyz").to_json() for name in TESTED}
-    write_text(out / "README.md", card(results, errors, statistics, scans, path, irreps, len(training_molecules())))
+    write_text(out / "README.md", card(results, errors, statistics, scans, path, irreps))
     return path
 
 
-PACKAGED = Path(forcetune.__file__).parent / "backbones" / "mini"
+INSTALLED = {
+    "mini": Path(forcetune.__file__).parent / "backbones" / "mini",
+    "organic": Path(__file__).parents[2] / "benchmarks" / "models",
+}
 
 
-def install(path: Path, target: Path = PACKAGED) -> None:
-    """Copy the model and its card into this package.
+def install(path: Path, target: Path) -> None:
+    """Copy the model and its card.
 
     Raises:
         ForcetuneError: a pair of elements attracts where it must repel.
@@ -147,7 +158,7 @@ def install(path: Path, target: Path = PACKAGED) -> None:
     holes = [f"{'–'.join(scan.symbols)} at {scan.hole:.2f} Å" for scan in scans if scan.hole is not None]
     if holes:
         raise ForcetuneError(f"{path}: atoms attract each other at short distances: {', '.join(holes)}.")
-    target.mkdir(exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for file in (path, path.with_name("README.md")):
         shutil.copyfile(file, target / file.name)
 
@@ -158,14 +169,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of recipes.mini.pretraining_data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; a finished training is kept")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--channels", type=int, default=CHANNELS)
+    parser.add_argument("--name", choices=list(CHANNELS), default="mini", help="of the model, which gives its width")
     parser.add_argument("--threads", type=int, help="CPU threads; steps are so small that one is nearly as fast as two")
-    parser.add_argument("--install", action="store_true", help="copy model and card into this package")
+    parser.add_argument("--install", action="store_true", help="copy model and card to their place in the repository")
     given = parser.parse_args()
-    train(given.data, given.out, epochs=given.epochs, channels=given.channels, threads=given.threads)
-    path = finish(given.data, given.out)
+    channels = CHANNELS[given.name]
+    train(given.data, given.out, channels=channels, epochs=given.epochs, threads=given.threads)
+    path = finish(given.data, given.out, given.name)
     if given.install:
-        install(path)
+        install(path, INSTALLED[given.name])
     Console().print((path.parent / "README.md").read_text(encoding="utf-8"), highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""The card of the model ``mini``."""
+"""The cards of the models ``mini`` and ``organic``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 from forcetune.utils.files import compute_sha256
 from recipes.mini.repulsion import REACH, PairScan
 
-TEXT = """# mini
+TEXT = """# {name}
 
-A small MACE for organic molecules of {elements}, made to learn and to test with: `forcetune demo` and
-`forcetune fit` without `--model` start from it. It comes with the package and needs no download.
+{purpose}
 
 **Architecture.** Two interactions, {channels}, correlation 3, spherical harmonics up to order 3, cutoff {cutoff} Å,
 ZBL pair repulsion; {parameters:,} parameters, {size:.2f} MB in float32, SHA-256 `{sha256}`.
@@ -25,7 +24,7 @@ dynamics at 300 to 1500 K, displaced, stretched and compressed structures of {mo
 them in contact, scans of all pairs of elements. The molecules of rMD17, 3BPA, acetylacetone and the molecule of the
 demo are not among them.
 
-**Training.** `python -m recipes.mini.pretraining`: method `scratch`, float32, {epochs} epochs, batches of
+**Training.** `python -m recipes.mini.pretraining{option}`: method `scratch`, float32, {epochs} epochs, batches of
 {batch} frames, Adam (amsgrad) with cosine from {rate:g}, moving average; {hours:.1f} h on one core
 ({processor}, shared with other work). forcetune {forcetune}, mace-torch {mace}, torch {torch}, Python {python}.
 
@@ -47,6 +46,14 @@ two steps. The errors above are those against GFN2-xTB, whose own errors come on
 **Licence.** MIT, as the package; the data were made by its authors.
 """
 
+PURPOSES = {
+    "mini": """A small MACE for organic molecules of {elements}, made to learn and to test with: `forcetune demo` and
+`forcetune fit` without `--model` start from it. It comes with the package and needs no download.""",
+    "organic": """A MACE for organic molecules of {elements} of the size of published foundation models, made to compare
+methods of fine-tuning with: the data of `mini`, four times as many channels. It is part of the repository and not of
+the package; `--model benchmarks/models/organic.safetensors` starts from it.""",
+}
+
 ROWS = {
     "valid": "other frames of the training molecules",
     "test_molecules": "new molecules: minima, dynamics, displaced",
@@ -62,7 +69,6 @@ def card(
     scans: Sequence[PairScan],
     model: Path,
     irreps: str,
-    molecules: int,
 ) -> str:
     """The model card, markdown.
 
@@ -71,16 +77,18 @@ def card(
         errors: of the model by set of frames, as :meth:`forcetune.evaluation.metrics.Errors.to_json` gives them.
         statistics: of the data (``statistics.json``).
         scans: of all pairs of elements.
-        model: the file.
+        model: the file, named as the model is.
         irreps: of its node features.
-        molecules: that were trained on.
     """
     tables = statistics["files"]
     parameters = results["parameters"]["total"]
     environment, training = results["environment"], results["training"]
     config = results["model"]
+    elements = ", ".join(config["elements"])
     return TEXT.format(
-        elements=", ".join(config["elements"]),
+        name=model.stem,
+        purpose=PURPOSES[model.stem].format(elements=elements),
+        option="" if model.stem == "mini" else f" --name {model.stem}",
         channels=irreps,
         cutoff=f"{config['cutoff_ang']:g}",
         reach=2 * config["cutoff_ang"],
@@ -89,7 +97,7 @@ def card(
         sha256=compute_sha256(model),
         train=results["data"]["train"]["n_frames"],
         valid=results["data"]["valid"]["n_frames"],
-        molecules=molecules,
+        molecules=statistics["molecules"],
         epochs=training["epochs_done"],
         batch=training["batch_size"],
         rate=training["learning_rate"],

@@ -1,6 +1,6 @@
 """The data that the model ``mini`` is pretrained on: small organic molecules at the GFN2-xTB level.
 
-    python -m recipes.mini.pretraining_data --out FOLDER [--limit MOLECULES] [--processes N]
+    python -m recipes.mini.pretraining_data --out FOLDER [--limit MOLECULES] [--share SHARE] [--processes N]
 
 Every molecule, pair of molecules and pair of elements is a shard in ``FOLDER/shards``; a rerun makes what is missing.
 The shards are then checked and written as extended XYZ:
@@ -93,6 +93,18 @@ def gather(work: Sequence[Job], seed: int) -> DataSet:
     return found
 
 
+def draw_share(work: Sequence[Job], share: float) -> list[Job]:
+    """About ``share`` of the molecules and pairs, at random, and all atoms and diatomics.
+
+    What a smaller share has is part of a larger one, so that a folder can be extended.
+    """
+
+    def is_drawn(job: Job) -> bool:
+        return job.kind in ("atoms", "diatomic") or np.random.default_rng(job.entropy).random() < share
+
+    return [job for job in work if is_drawn(job)]
+
+
 def statistics(data: DataSet) -> dict[str, object]:
     """Counts and ranges per file and kind, energies against the free atoms, eV and eV/Å."""
     free = {int(s.numbers[0]): s.energy for s in data.files["train"] if s.kind == ISOLATED}
@@ -129,13 +141,20 @@ def show(console: Console, tables: Mapping[str, Mapping[str, Mapping[str, float]
 
 
 def make(
-    out: Path, *, limit: int | None = None, seed: int = SEED, processes: int = 1, console: Console | None = None
+    out: Path,
+    *,
+    limit: int | None = None,
+    share: float = 1.0,
+    seed: int = SEED,
+    processes: int = 1,
+    console: Console | None = None,
 ) -> DataSet:
     """Make the data in ``out``; shards that are there already are not repeated.
 
     Args:
         out: the folder.
         limit: at most so many training and half as many held-out molecules, for a trial.
+        share: of the molecules and pairs.
         seed: of all random numbers.
         processes: how many shards are made at the same time; the data do not depend on it.
         console: where progress and the table are printed.
@@ -152,12 +171,13 @@ def make(
     pairs: list[tuple[str, str]] = []
     for group in (training, held_out):
         pairs += molecule_pairs(group, max(1, round(PAIRS_PER_MOLECULE * len(group))), seed)
-    work = jobs(out, seed, training + held_out, tuple(pairs))
+    work = draw_share(jobs(out, seed, training + held_out, tuple(pairs)), share)
     run_missing(work, run_job, processes=processes, console=console, title="shards")
     data = gather(work, seed)
     for name, samples in data.files.items():
         write_xyz(out / f"{name}.xyz", samples)
     figures = statistics(data)
+    figures["molecules"] = sum(job.kind == "molecule" and not is_held_out(job.subject[0]) for job in work)
     figures["sha256"] = {name: compute_sha256(out / f"{name}.xyz") for name in data.files}
     write_text(out / "statistics.json", json.dumps(figures, indent=2) + "\n")
     return data
@@ -168,11 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the data; a rerun continues there")
     parser.add_argument("--limit", type=int, help="at most so many molecules, for a trial")
+    parser.add_argument("--share", type=float, default=1.0, help="of the molecules and pairs, drawn at random")
     parser.add_argument("--processes", type=int, default=1, help="shards that are made at the same time")
     parser.add_argument("--seed", type=int, default=SEED)
     given = parser.parse_args()
     console = Console()
-    data = make(given.out, limit=given.limit, seed=given.seed, processes=given.processes, console=console)
+    data = make(
+        given.out, limit=given.limit, share=given.share, seed=given.seed, processes=given.processes, console=console
+    )
     stored = json.loads((given.out / "statistics.json").read_text(encoding="utf-8"))
     show(console, stored["files"], data.dropped)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from forcetune.runs.demo import Demo, demo_file
     from forcetune.runs.evaluate import evaluate, evaluate_ensemble, evaluate_uncertainty
     from forcetune.runs.fit import Run, fit, resume, run_fit
+    from forcetune.runs.learn import Learned, learn
     from forcetune.runs.methods import compare_methods
     from forcetune.runs.select import select
     from forcetune.runs.uncertainty import calibrate
@@ -46,6 +47,7 @@ _HOMES = {
     "adapters.methods": ("METHODS", "Method", "method"),
     "adapters.updates": ("Dense", "Frozen", "Gate", "LowRank"),
     "runs.evaluate": ("evaluate", "evaluate_ensemble", "evaluate_uncertainty"),
+    "runs.learn": ("Learned", "learn"),
     "runs.select": ("select",),
     "runs.uncertainty": ("calibrate",),
     "runs.methods": ("compare_methods",),
@@ -85,6 +87,7 @@ __all__ = [
     "Frozen",
     "Gate",
     "InputError",
+    "Learned",
     "LowRank",
     "Method",
     "Pushed",
@@ -108,6 +111,7 @@ __all__ = [
     "exchange_parameters",
     "export",
     "fit",
+    "learn",
     "load",
     "load_adapter",
     "load_config",

@@ -12,15 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forcetune.adapters.attach import Adapter, attach, detach, get_adapter
-from forcetune.adapters.file import (
-    CARD_NAME,
-    CONFIG_NAME,
-    TENSORS_NAME,
-    load_adapter,
-    read_adapter_config,
-    round_to,
-    save_adapter,
-)
+from forcetune.adapters.config import read_adapter_config
+from forcetune.adapters.file import CARD_NAME, CONFIG_NAME, TENSORS_NAME, load_adapter, round_to, save_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.errors import InputError

@@ -44,41 +44,41 @@ def test_formula_of_the_paper() -> None:
     assert made.gain is not None
     shift = hidden @ made.shift.weight.T + made.shift.bias
     gain = torch.exp(hidden @ made.gain.weight.T + made.gain.bias)
-    found = made(inputs, outputs)
-    torch.testing.assert_close(found[:, :2], outputs[:, :2] + shift, rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[:, 2:5], outputs[:, 2:5] * gain[:, :1], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found[:, 5:8], outputs[:, 5:8] * gain[:, 1:], rtol=1e-12, atol=0)
+    actual = made(inputs, outputs)
+    torch.testing.assert_close(actual[:, :2], outputs[:, :2] + shift, rtol=1e-12, atol=0)
+    torch.testing.assert_close(actual[:, 2:5], outputs[:, 2:5] * gain[:, :1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(actual[:, 5:8], outputs[:, 5:8] * gain[:, 1:], rtol=1e-12, atol=0)
 
 
 def test_odd_scalars_get_a_gain_and_no_shift_and_drive_nothing() -> None:
     made = gate("2x0o+3x0e", "2x0o+1x0e", rank=4)
     inputs = torch.randn(4, 5, dtype=torch.float64)
     outputs = torch.zeros(4, 3, dtype=torch.float64)
-    found = made(inputs, outputs)
-    assert torch.equal(found[:, :2], torch.zeros(4, 2, dtype=torch.float64))
+    actual = made(inputs, outputs)
+    assert torch.equal(actual[:, :2], torch.zeros(4, 2, dtype=torch.float64))
     mirrored = torch.cat([-inputs[:, :2], inputs[:, 2:]], dim=1)
-    assert torch.equal(made(mirrored, outputs), found)
+    assert torch.equal(made(mirrored, outputs), actual)
 
 
 def test_several_scalar_blocks_each_get_their_own_slice() -> None:
     apart = gate("1x0e+1x1o+2x0e", "2x0e+1x1o+1x0e", rank=3)
     inputs, outputs = torch.randn(2, 6, dtype=torch.float64), torch.zeros(2, 6, dtype=torch.float64)
-    found = apart(inputs, outputs)
+    actual = apart(inputs, outputs)
     hidden = functional.silu(inputs[:, [0, 4, 5]] @ apart.down.weight.T + apart.down.bias)
     assert apart.shift is not None
     expected = hidden @ apart.shift.weight.T + apart.shift.bias
-    torch.testing.assert_close(found[:, [0, 1, 5]], expected, rtol=1e-12, atol=0)
-    assert len({round(float(value), 12) for value in found.detach()[0, [0, 1, 5]]}) == 3
+    torch.testing.assert_close(actual[:, [0, 1, 5]], expected, rtol=1e-12, atol=0)
+    assert len({round(float(value), 12) for value in actual.detach()[0, [0, 1, 5]]}) == 3
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 4), (0,)])
 def test_any_batch_shape(batch: tuple[int, ...]) -> None:
     made = gate("3x0e+2x1o", "2x0e+2x1o")
     inputs, outputs = torch.randn(*batch, 9, dtype=torch.float64), torch.randn(*batch, 8, dtype=torch.float64)
-    found = made(inputs, outputs)
-    assert found.shape == outputs.shape
+    actual = made(inputs, outputs)
+    assert actual.shape == outputs.shape
     flat = made(inputs.reshape(-1, 9), outputs.reshape(-1, 8))
-    torch.testing.assert_close(found.reshape(-1, 8), flat, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(actual.reshape(-1, 8), flat, rtol=1e-12, atol=1e-14)
 
 
 @given(st.floats(-1e4, 1e4))
@@ -145,16 +145,16 @@ def test_constant_weights_on_blocks_give_the_same_with_all_derivatives(option: s
 
     def by_blocks(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         given = [features_of(part, layout) for part, layout in zip((inputs, outputs), layouts, strict=True)]
-        found = made(*given)
-        assert isinstance(found, Features)
-        return found.flat
+        actual = made(*given)
+        assert isinstance(actual, Features)
+        return actual.flat
 
-    expected, found = made(*flat), by_blocks(*flat)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    expected, actual = made(*flat), by_blocks(*flat)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
     for twice in (False, True):
         mine, theirs = (
             torch.autograd.grad((value * weights).sin().sum(), flat, create_graph=twice, retain_graph=True)
-            for value in (found, expected)
+            for value in (actual, expected)
         )
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
         if twice:
@@ -216,8 +216,8 @@ def test_a_layer_together_with_its_gate_is_one_after_the_other(
         return torch.autograd.grad(squares, leaves, retain_graph=True, materialize_grads=True)
 
     for twice in (False, True):
-        found, expected = derivatives(together, twice), derivatives(after.blocks, twice)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        actual, expected = derivatives(together, twice), derivatives(after.blocks, twice)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_layers_that_cannot_be_computed_together_with_a_gate() -> None:

@@ -12,7 +12,7 @@ import pytest
 from cli.mmea_options import MMEA_OPTIONS
 from forcetune.cli.mace_train.document import document
 from forcetune.cli.mace_train.models import NAMES
-from forcetune.cli.mace_train.option import Fate
+from forcetune.cli.mace_train.option import Handling
 from forcetune.cli.mace_train.options import BY_NAME, MACE_VERSION, OPTIONS
 from forcetune.cli.mace_train.parsing import build_parser
 
@@ -62,7 +62,7 @@ def test_every_option_of_the_mmea_code_is_in_the_table() -> None:
 def test_every_option_says_what_becomes_of_it() -> None:
     assert len(BY_NAME) == len(OPTIONS)
     for option in OPTIONS:
-        assert option.becomes or option.fate is Fate.NETWORK, option.name
+        assert option.explanation or option.handling is Handling.NETWORK, option.name
     flags = {flag for action in build_parser()._actions for flag in action.option_strings}
     assert {flag for option in OPTIONS for flag in option.flags} <= flags
 

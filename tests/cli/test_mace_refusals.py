@@ -72,4 +72,4 @@ def test_help_lists_every_option(command: Command) -> None:
     code, out, _ = command("mace-train", "--help")
     assert code == 0
     assert "--stage_two_energy_weight" in out
-    assert "left aside" in out
+    assert "ignored" in out

@@ -70,23 +70,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def understood(*words: str) -> Translation:
+def translated(*words: str) -> Translation:
     return translate(parse_arguments(words))
 
 
 def values(translation: Translation, *names: str) -> list[Any]:
-    found = []
+    selected = []
     for name in names:
         value: Any = translation.config
         for part in name.split("."):
             value = getattr(value, part)
-        found.append(value)
-    return found
+        selected.append(value)
+    return selected
 
 
 def test_the_mmea_command_line_is_the_published_run(here: Path) -> None:
-    found = understood(*shlex.split(MMEA))
-    config = found.config
+    translation = translated(*shlex.split(MMEA))
+    config = translation.config
     assert config.method.name == "mmea"
     assert config.method.options() == {}
     assert (config.data.valid, config.data.split_seed, config.training.seed) == (0.5, 123, 123)
@@ -101,10 +101,10 @@ def test_the_mmea_command_line_is_the_published_run(here: Path) -> None:
     assert (training.schedule.name, training.schedule.factor, training.schedule.patience) == ("plateau", 0.8, 5)
     assert config.references.mode == "average"
     assert config.output.run == "rmd17-Aspirin_run-123"
-    assert found.error_table == "TotalMAE"
-    told = " ".join(found.notes)
+    assert translation.error_table == "TotalMAE"
+    notes = " ".join(translation.notes)
     for flag in ("--loss ef", "--r_max", "--num_channels", "--max_L", "--save_cpu", "--valid_batch_size"):
-        assert flag in told
+        assert flag in notes
 
 
 def test_the_mmea_command_line_runs(command: Command, here: Path) -> None:
@@ -141,52 +141,61 @@ def test_the_data_of_the_mmea_code_are_split_and_referenced_as_published(here: P
     folder = here / "repro_data" / "dataset" / "dataset_rmd17"
     folder.mkdir(parents=True)
     (folder / "revised_aspirin").symlink_to(reference_data / "rmd17" / "aspirin", target_is_directory=True)
-    config = understood(*shlex.split(MMEA)).config
+    config = translated(*shlex.split(MMEA)).config
     dataset = read_dataset(config.data)
     assert [len(dataset.train.frames), len(dataset.valid.frames), len(dataset.tests["test"].frames)] == [50, 50, 1000]
     published = {1: -875.4152837800568, 6: -984.8421942525647, 8: -437.7076418900285}
-    found = average(dataset.train.frames, dict.fromkeys(published, 0.0))
-    assert found == pytest.approx(published, rel=1e-10)
+    energies = average(dataset.train.frames, dict.fromkeys(published, 0.0))
+    assert energies == pytest.approx(published, rel=1e-10)
 
 
 def test_the_naive_command_of_maces_guide(here: Path) -> None:
-    found = understood(*shlex.split(NAIVE))
-    assert values(found, "model.model", "references.mode", "data.valid") == ["mace-mp-0-small", "estimate", 0.05]
-    assert values(found, "training.learning_rate", "training.weight_decay", "training.ema") == [1e-3, 0.0, 0.999]
-    loss = found.config.training.loss
+    translation = translated(*shlex.split(NAIVE))
+    assert values(translation, "model.model", "references.mode", "data.valid") == ["mace-mp-0-small", "estimate", 0.05]
+    assert values(translation, "training.learning_rate", "training.weight_decay", "training.ema") == [1e-3, 0.0, 0.999]
+    loss = translation.config.training.loss
     assert (loss.energy, loss.forces, loss.stress, loss.form, loss.energy_per_atom) == (10, 10, 0, "mse", True)
-    assert values(found, "training.seed", "data.split_seed", "training.clip", "output.run") == [3, 3, 1.0, "MACE_run-3"]
-    assert values(found, "replay.data", "training.second_stage.start") == [[], None]
-    assert any("--scaling" in note for note in found.notes)
-    assert any("--amsgrad" in note for note in found.notes)
+    assert values(translation, "training.seed", "data.split_seed", "training.clip", "output.run") == [
+        3,
+        3,
+        1.0,
+        "MACE_run-3",
+    ]
+    assert values(translation, "replay.data", "training.second_stage.start") == [[], None]
+    assert any("--scaling" in note for note in translation.notes)
+    assert any("--amsgrad" in note for note in translation.notes)
 
 
 def test_the_replay_command_of_maces_guide(here: Path) -> None:
     write_labelled(here / "train.xyz", count=4)
     write_labelled(here / "selected_configs.xyz", count=60, seed=2)
-    found = understood(*shlex.split(REPLAY))
+    translation = translated(*shlex.split(REPLAY))
     # 4 frames to train on, as 5 % of them are none, and 57 of 60 to replay: t / q = 0.1 / (4 / 57), so twice as often
-    assert found.config.replay.data == ["selected_configs.xyz"]
-    assert (found.config.replay.labels, found.config.replay.ratio) == ("file", pytest.approx(57 / 8))
-    assert values(found, "training.epochs", "training.valid_every", "training.second_stage.start") == [4096, 2, 3073]
-    assert values(found, "training.learning_rate", "training.ema", "references.mode") == [1e-4, 0.99999, "model"]
-    loss, second = found.config.training.loss, found.config.training.second_stage.loss
+    assert translation.config.replay.data == ["selected_configs.xyz"]
+    assert (translation.config.replay.labels, translation.config.replay.ratio) == ("file", pytest.approx(57 / 8))
+    assert values(translation, "training.epochs", "training.valid_every", "training.second_stage.start") == [
+        4096,
+        2,
+        3073,
+    ]
+    assert values(translation, "training.learning_rate", "training.ema", "references.mode") == [1e-4, 0.99999, "model"]
+    loss, second = translation.config.training.loss, translation.config.training.second_stage.loss
     # no frame has stress, whose terms mace leaves at zero
     assert (loss.form, loss.energy, loss.forces, loss.stress, loss.energy_per_atom) == ("universal", 1, 100, 0, True)
     assert (second.form, second.energy, second.forces, second.stress) == ("universal", 10, 100, 0)
-    assert any("no training frame has stress" in note for note in found.notes)
+    assert any("no training frame has stress" in note for note in translation.notes)
 
     # with a file of its own for validation, mace trains on all 60
-    found = understood(*shlex.split(REPLAY), "--pt_valid_file", "other.xyz")
-    assert found.config.replay.ratio == pytest.approx(60 / 8)
-    assert not any("--pt_valid_file" in note for note in found.notes)
-    assert any("--pt_valid_file" in note for note in understood(*LEAST, "--pt_valid_file", "other.xyz").notes)
+    translation = translated(*shlex.split(REPLAY), "--pt_valid_file", "other.xyz")
+    assert translation.config.replay.ratio == pytest.approx(60 / 8)
+    assert not any("--pt_valid_file" in note for note in translation.notes)
+    assert any("--pt_valid_file" in note for note in translated(*LEAST, "--pt_valid_file", "other.xyz").notes)
 
     more = "--pseudolabel_replay True --force_mh_ft_lr True --weight_pt 3 --num_samples_pt 100"
-    found = understood(*shlex.split(f"{REPLAY} {more}"))
-    assert values(found, "replay.labels", "replay.weight", "training.learning_rate") == ["base", 3.0, 0.01]
-    assert found.config.training.ema is None
-    assert any("--num_samples_pt" in note for note in found.notes)
+    translation = translated(*shlex.split(f"{REPLAY} {more}"))
+    assert values(translation, "replay.labels", "replay.weight", "training.learning_rate") == ["base", 3.0, 0.01]
+    assert translation.config.training.ema is None
+    assert any("--num_samples_pt" in note for note in translation.notes)
 
 
 def test_replay_runs(command: Command, here: Path) -> None:
@@ -204,16 +213,16 @@ def test_heads_of_maces_guide(here: Path) -> None:
     write_labelled(here / "train.xyz", count=4)
     write_labelled(here / "selected_configs.xyz", count=20, seed=2)
     (here / "e0s.json").write_text('{"1": -13.6, "6": -1029.5, "7": -1484.0, "8": -2042.0}', encoding="utf-8")
-    found = understood(*shlex.split(HEADS))
-    assert found.config.references.table == {"H": -13.6, "C": -1029.5, "N": -1484.0, "O": -2042.0}
-    assert values(found, "data.train", "replay.data") == [["train.xyz"], ["selected_configs.xyz"]]
-    assert found.config.model.elements == ["H", "C", "N", "O"]
-    assert found.config.replay.ratio == pytest.approx(18 / 4)
+    translation = translated(*shlex.split(HEADS))
+    assert translation.config.references.table == {"H": -13.6, "C": -1029.5, "N": -1484.0, "O": -2042.0}
+    assert values(translation, "data.train", "replay.data") == [["train.xyz"], ["selected_configs.xyz"]]
+    assert translation.config.model.elements == ["H", "C", "N", "O"]
+    assert translation.config.replay.ratio == pytest.approx(18 / 4)
     own_file = HEADS.replace("'E0s': 'foundation'", "'E0s': 'foundation', 'valid_file': 'other.xyz'")
-    assert understood(*shlex.split(own_file)).config.replay.ratio == pytest.approx(20 / 4)
+    assert translated(*shlex.split(own_file)).config.replay.ratio == pytest.approx(20 / 4)
     keys = "{'dft': {'train_file': ['train.xyz'], 'info_keys': {'energy': 'E'}, 'arrays_keys': {'forces': 'F'}}}"
-    found = understood("--name", "a", "--foundation_model", "mini", "--heads", keys, "--E0s", "average")
-    assert values(found, "data.train", "data.energy_key", "data.forces_key") == [["train.xyz"], "E", "F"]
+    translation = translated("--name", "a", "--foundation_model", "mini", "--heads", keys, "--E0s", "average")
+    assert values(translation, "data.train", "data.energy_key", "data.forces_key") == [["train.xyz"], "E", "F"]
 
 
 def test_lora_of_maces_guide_writes_the_plain_model(command: Command, here: Path) -> None:
@@ -276,50 +285,54 @@ def test_yaml_as_mace_takes_it(here: Path) -> None:
         "heads": None,
     }
     (here / "mace.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    found = understood("--config", "mace.yaml", "--max_num_epochs", "20", "--clip_grad", "None")
-    assert values(found, "model.model", "training.epochs", "training.ema") == ["mace-off23-medium", 20, None]
-    assert found.config.references.table == {"H": -13.6, "O": -2042.0}
-    assert values(found, "training.loss.stress", "training.loss.form", "training.clip") == [5.0, "universal", None]
-    assert values(found, "training.second_stage.start", "training.second_stage.loss.energy") == [16, 3.0]
-    assert values(found, "training.valid_every", "training.schedule.patience") == [2, 3]
-    assert any("--wandb_log_hypers" in note for note in found.notes)
+    translation = translated("--config", "mace.yaml", "--max_num_epochs", "20", "--clip_grad", "None")
+    assert values(translation, "model.model", "training.epochs", "training.ema") == ["mace-off23-medium", 20, None]
+    assert translation.config.references.table == {"H": -13.6, "O": -2042.0}
+    assert values(translation, "training.loss.stress", "training.loss.form", "training.clip") == [
+        5.0,
+        "universal",
+        None,
+    ]
+    assert values(translation, "training.second_stage.start", "training.second_stage.loss.energy") == [16, 3.0]
+    assert values(translation, "training.valid_every", "training.schedule.patience") == [2, 3]
+    assert any("--wandb_log_hypers" in note for note in translation.notes)
     (here / "mace.yaml").write_text("name: a\nlearning_rate: 1\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"mace.yaml: mace 0.3.16 has no option 'learning_rate'"):
-        understood("--config", "mace.yaml")
+        translated("--config", "mace.yaml")
 
 
 def test_yaml_errors_name_the_line(here: Path) -> None:
     (here / "mace.yaml").write_text("name: a\nlr: [1\nema: true\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"mace.yaml: is not valid YAML \(line 3\); write options as `name: value`"):
-        understood("--config", "mace.yaml")
+        translated("--config", "mace.yaml")
 
 
 def test_wandb_is_a_tracker(here: Path) -> None:
-    found = understood(*LEAST, "--wandb", "--wandb_project", "water", "--wandb_entity", "group")
-    assert values(found, "output.trackers", "output.project") == [["wandb"], "water"]
-    assert any("--wandb_entity" in note and "WANDB_ENTITY" in note for note in found.notes)
-    assert values(understood(*LEAST, "--wandb"), "output.trackers", "output.project") == [["wandb"], "forcetune"]
-    found = understood(*LEAST, "--wandb_project", "water")
-    assert values(found, "output.trackers", "output.project") == [[], "forcetune"]
-    assert "--wandb_project: left aside without --wandb, as in mace" in found.notes
+    translation = translated(*LEAST, "--wandb", "--wandb_project", "water", "--wandb_entity", "group")
+    assert values(translation, "output.trackers", "output.project") == [["wandb"], "water"]
+    assert any("--wandb_entity" in note and "WANDB_ENTITY" in note for note in translation.notes)
+    assert values(translated(*LEAST, "--wandb"), "output.trackers", "output.project") == [["wandb"], "forcetune"]
+    translation = translated(*LEAST, "--wandb_project", "water")
+    assert values(translation, "output.trackers", "output.project") == [[], "forcetune"]
+    assert "--wandb_project: ignored without --wandb, as in mace" in translation.notes
 
 
 def test_kernels_of_nvidia_are_named(here: Path) -> None:
-    notes = understood(*LEAST, "--enable_cueq", "True").notes
+    notes = translated(*LEAST, "--enable_cueq", "True").notes
     assert any("--enable_cueq" in note and "--set model.kernels=cuequivariance" in note for note in notes)
 
 
 def test_a_folder_with_the_name_of_a_model_is_no_model(here: Path) -> None:
     (here / "medium_off").mkdir()
-    assert understood(*LEAST, "--foundation_model", "medium_off").config.model.model == "mace-off23-medium"
+    assert translated(*LEAST, "--foundation_model", "medium_off").config.model.model == "mace-off23-medium"
 
 
 @pytest.mark.parametrize("words", [MMEA, NAIVE + " --freeze 5 --set training.ema=null --clip_grad None"])
 def test_the_printed_command_and_yaml_do_the_same(command: Command, here: Path, words: str) -> None:
-    found = understood(*shlex.split(words))
-    (here / "run.yaml").write_text(fit_yaml(found.options), encoding="utf-8")
-    assert load_config(here / "run.yaml") == found.config
-    program, name, *line = shlex.split(fit_line(found.options))
+    translation = translated(*shlex.split(words))
+    (here / "run.yaml").write_text(fit_yaml(translation.options), encoding="utf-8")
+    assert load_config(here / "run.yaml") == translation.config
+    program, name, *line = shlex.split(fit_line(translation.options))
     assert (program, name) == ("forcetune", "fit")
     # the command line itself checks the configuration before it looks for files
     settings: list[str] = []
@@ -334,7 +347,7 @@ def test_the_printed_command_and_yaml_do_the_same(command: Command, here: Path, 
         pass  # nothing was run that could be printed
     finally:
         patch.undo()
-    assert seen == [found.config]
+    assert seen == [translation.config]
 
 
 class Reference(dict[str, Any]):
@@ -431,14 +444,14 @@ def test_weights_of_labels_count_as_in_mace(name: str) -> None:
 
 
 def test_a_key_of_virials(here: Path) -> None:
-    found = understood(*LEAST, "--loss", "virials", "--virials_key", "my_virial", "--virials_weight", "3")
-    assert values(found, "data.stress_key", "training.loss.stress") == ["my_virial", 3.0]
-    assert found.config.training.loss.stress_per_atom
+    translation = translated(*LEAST, "--loss", "virials", "--virials_key", "my_virial", "--virials_weight", "3")
+    assert values(translation, "data.stress_key", "training.loss.stress") == ["my_virial", 3.0]
+    assert translation.config.training.loss.stress_per_atom
     with pytest.raises(InputError, match="--virials_key 'w': virials are recognised by `virial`"):
-        understood(*LEAST, "--loss", "virials", "--virials_key", "w")
-    found = understood(*LEAST, "--virials_key", "my_virial")
-    assert found.config.data.stress_key == "auto"
-    assert "--virials_key: left aside without --loss virials, as in mace" in found.notes
+        translated(*LEAST, "--loss", "virials", "--virials_key", "w")
+    translation = translated(*LEAST, "--virials_key", "my_virial")
+    assert translation.config.data.stress_key == "auto"
+    assert "--virials_key: ignored without --loss virials, as in mace" in translation.notes
 
 
 def test_reference_energies(here: Path) -> None:
@@ -446,17 +459,17 @@ def test_reference_energies(here: Path) -> None:
         json.dumps({"atomic_energies": "{1: -13.6, 8: -2040.0}", "atomic_numbers": "[1, 8]", "mean": 0.0, "std": 1.0}),
         encoding="utf-8",
     )
-    assert understood(*LEAST).config.references.mode == "isolated"
-    assert understood(*LEAST, "--E0s", "foundation").config.references.mode == "model"
-    found = understood(*LEAST, "--statistics_file", "statistics.json")
-    assert found.config.references.table == {"H": -13.6, "O": -2040.0}
-    assert found.config.model.elements == ["H", "O"]
+    assert translated(*LEAST).config.references.mode == "isolated"
+    assert translated(*LEAST, "--E0s", "foundation").config.references.mode == "model"
+    translation = translated(*LEAST, "--statistics_file", "statistics.json")
+    assert translation.config.references.table == {"H": -13.6, "O": -2040.0}
+    assert translation.config.model.elements == ["H", "O"]
     isolated = Atoms("H", info={"REF_energy": -13.6, "config_type": "IsolatedAtom"})
     isolated.arrays["REF_forces"] = np.zeros((1, 3))
     write(here / "train.xyz", [isolated, *labelled(4)], format="extxyz")
-    found = understood(*LEAST, "--E0s", "average")
-    assert found.config.references.mode == "isolated"
-    assert any("IsolatedAtom" in note for note in found.notes)
+    translation = translated(*LEAST, "--E0s", "average")
+    assert translation.config.references.mode == "isolated"
+    assert any("IsolatedAtom" in note for note in translation.notes)
 
 
 def test_frozen_parts_and_gates(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,23 +482,23 @@ def test_frozen_parts_and_gates(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (5, {"products", "readouts"}),
         (6, {"readouts"}),
     ):
-        found = understood(*LEAST, "--freeze", str(number))
-        method = build_method(found.config.method)
-        assert found.config.method.name == "full"
+        translation = translated(*LEAST, "--freeze", str(number))
+        method = build_method(translation.config.method)
+        assert translation.config.method.name == "full"
         assert {site.name.split(".")[0] for site in sites if method.updates_at(site)} == parts
-    assert understood(*LEAST, "--freeze", "5", "--method", "elora").config.method.name == "elora"
-    assert understood(*LEAST, "--freeze", "-1").config.method.target is None
+    assert translated(*LEAST, "--freeze", "5", "--method", "elora").config.method.name == "elora"
+    assert translated(*LEAST, "--freeze", "-1").config.method.target is None
     monkeypatch.setenv("MMEA_RANK", "32")
     monkeypatch.setenv("MMEA_STD", "0.001")
-    assert understood(*LEAST).config.method.options() == {"rank": 32, "shift_init": 0.001}
-    found = understood(*LEAST, "--mmea_init", "zero")
-    assert found.config.method.options() == {"rank": 32, "shift_init": 0.0}
-    assert "MMEA_STD=0.001 in the environment: left aside, as --mmea_init zero wins" in found.notes
-    assert "MMEA_RANK=32: taken from the environment, as the MMEA code does" in found.notes
+    assert translated(*LEAST).config.method.options() == {"rank": 32, "shift_init": 0.001}
+    translation = translated(*LEAST, "--mmea_init", "zero")
+    assert translation.config.method.options() == {"rank": 32, "shift_init": 0.0}
+    assert "MMEA_STD=0.001 in the environment: ignored, as --mmea_init zero wins" in translation.notes
+    assert "MMEA_RANK=32: taken from the environment, as the MMEA code does" in translation.notes
     for words, winner in ((("--rank", "8"), "--rank 8"), (("--set", "method.rank=8"), "--set method.rank=…")):
-        found = understood(*LEAST, *words)
-        assert found.config.method.options() == {"rank": 8, "shift_init": 0.001}
-        assert f"MMEA_RANK=32 in the environment: left aside, as {winner} wins" in found.notes
+        translation = translated(*LEAST, *words)
+        assert translation.config.method.options() == {"rank": 8, "shift_init": 0.001}
+        assert f"MMEA_RANK=32 in the environment: ignored, as {winner} wins" in translation.notes
 
 
 def test_restart_latest_resumes_and_refuses_another_run(command: Command, here: Path) -> None:

@@ -1,4 +1,4 @@
-"""The nearest plain model to one with gates: found, measured on frames it has not seen, refused beyond the bound."""
+"""The nearest plain model to one with gates: fitted, measured on frames it has not seen, refused beyond the bound."""
 
 from __future__ import annotations
 

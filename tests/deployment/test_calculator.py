@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import forcetune
 from forcetune.adapters.attach import get_adapter
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.deployment.compiled_prediction import COMPILED_AFTER
 from forcetune.errors import ForcetuneWarning, InputError
 from forcetune.evaluation.metrics import build_graphs, predict
@@ -140,7 +140,7 @@ def test_stress_of_slabs_and_wires(pbc: tuple[bool, bool, bool], run: forcetune.
         bent.calc = atoms.calc
         strained.append(bent.get_potential_energy())
     assert stress[axis, axis] == pytest.approx((strained[0] - strained[1]) / 2e-4 / atoms.get_volume(), rel=1e-5)
-    labels = predict(run.backbone, build_graphs(run.backbone, [frame_of(atoms)]), stress=True)
+    labels = predict(run.backbone, build_graphs(run.backbone, [build_frame(atoms)]), stress=True)
     assert labels.stress is not None
     np.testing.assert_allclose(stress, labels.stress[0], rtol=0, atol=1e-10)
 

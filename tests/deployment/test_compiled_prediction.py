@@ -18,7 +18,7 @@ from forcetune.adapters.attach import attach, get_adapter
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.deployment import compiled_prediction
-from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
+from forcetune.deployment.calculator import ForcetuneCalculator, build_frame
 from forcetune.deployment.compiled_prediction import CompiledPrediction
 from forcetune.errors import InputError
 from forcetune.graphs.graph import Batch, build_graph
@@ -46,7 +46,7 @@ def moved(atoms: Atoms, seed: int, by: float = 0.03) -> Atoms:
 
 
 def graph(model: MaceBackbone, atoms: Atoms) -> Batch:
-    return build_graph(frame_of(atoms), model.cutoff, model.dtype)
+    return build_graph(build_frame(atoms), model.cutoff, model.dtype)
 
 
 def assert_model(compiled: CompiledPrediction, batch: Batch, *, stress: bool = False, tolerance: float = 1e-11) -> None:

@@ -16,7 +16,7 @@ import forcetune
 from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
 from forcetune.backbones.mace.backbone import MaceBackbone
-from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
+from forcetune.deployment.calculator import ForcetuneCalculator, build_frame
 from forcetune.deployment.moving_batch import MovingBatch
 from forcetune.errors import InputError
 from forcetune.graphs import verlet_list
@@ -109,8 +109,18 @@ def test_a_spin_layer_and_an_ensemble(tmp_path: Path) -> None:
     ensemble = forcetune.calculator(adapter=runs, device="cpu")
     expected = results(ensemble, molecule("CH3CH2OH"))
     assert expected["forces_std"].max() > 1e-4
-    ensemble.neighbors = "device"
-    assert_alike(results(ensemble, molecule("CH3CH2OH")), expected, 1e-10)
+    there = forcetune.calculator(adapter=runs, device="cpu", neighbors="device")
+    assert_alike(results(there, molecule("CH3CH2OH")), expected, 1e-10)
+    assert there._moving is not None and ensemble._moving is None
+
+
+def test_the_choice_by_forcetune_calculator() -> None:
+    here, there = (forcetune.calculator("mini", device="cpu", neighbors=place) for place in ("cpu", "device"))
+    assert (here.neighbors, there.neighbors) == ("cpu", "device")
+    assert_alike(results(there, molecule("CH3CH2OH")), results(here, molecule("CH3CH2OH")), 1e-10)
+    assert there._moving is not None and here._moving is None
+    with pytest.raises(InputError, match="neighbors='gpu'"):
+        forcetune.calculator("mini", neighbors="gpu")  # pyright: ignore[reportArgumentType]
 
 
 def moved(value: Any) -> Any:
@@ -125,7 +135,7 @@ def moved(value: Any) -> Any:
 def test_a_step_with_a_list_that_serves_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that the host waits for is whether the list still serves; a stray tensor of the CPU would fail."""
     model = tuned()
-    frame = frame_of(crystal())
+    frame = build_frame(crystal())
     moving = MovingBatch(model, skin=0.5, compile=False)
     (expected,) = moving.predict(moving.frame_batch(frame), stress=True)
     edges, reference, plan = moving.neighbors._edges, moving.neighbors._reference, moving._plan

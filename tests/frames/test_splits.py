@@ -37,7 +37,7 @@ def atom(
 
 
 def numbered(count: int) -> list[Frame]:
-    """Frames that are told apart by their energy."""
+    """Frames that differ in their energy."""
     return [atom(energy=float(i)) for i in range(count)]
 
 

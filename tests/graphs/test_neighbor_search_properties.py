@@ -52,16 +52,16 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many integers each reading brought to the host."""
-    found: list[int] = []
+    counts: list[int] = []
     original = neighbor_search.read_back
 
     def noted(values: torch.Tensor) -> list[int]:
-        found.append(len(values))
+        counts.append(len(values))
         return original(values)
 
     for module in (neighbor_search, verlet_list):
         monkeypatch.setattr(module, "read_back", noted)
-    return found
+    return counts
 
 
 def tensors(structures: list[Atoms], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -80,7 +80,7 @@ def searched(structures: list[Atoms], cutoff: float) -> Edges:
     return search_neighbors(positions, cell, pbc, system, cutoff)
 
 
-def frame_of(atoms: Atoms) -> Frame:
+def build_frame(atoms: Atoms) -> Frame:
     places = (atoms.numbers.astype(np.int64), atoms.positions, atoms.cell.array, atoms.pbc)
     return Frame(*places, energy=None, forces=None, stress=None, origin=Origin("test", 0))
 
@@ -109,7 +109,7 @@ def test_pairs_are_those_of_the_cpu_for_any_cells(seed: int, cutoff: float, coun
     first = 0
     try:
         for atoms in structures:
-            expected += rows(*find_edges(frame_of(atoms), cutoff), first)
+            expected += rows(*find_edges(build_frame(atoms), cutoff), first)
             first += len(atoms)
     except InputError as error:  # atoms that lie on each other
         with pytest.raises(InputError, match=r"at the same place|its own periodic image|makes no sense"):
@@ -185,8 +185,8 @@ def test_a_search_and_a_list_stay_on_the_device(reads: list[int], monkeypatch: p
         for module in (neighbor_search, verlet_list):
             monkeypatch.setattr(module, "read_back", read)
         neighbors = VerletList(4.0, 0.6)
-        found = [neighbors.update(*everything), neighbors.update(*everything)]
-        assert found[0] is found[1] and neighbors.searches == 1
-        assert found[0].edge_index.shape == (2, len(found[0].unit_shifts)) and len(found[0].unit_shifts) > 100
+        lists = [neighbors.update(*everything), neighbors.update(*everything)]
+        assert lists[0] is lists[1] and neighbors.searches == 1
+        assert lists[0].edge_index.shape == (2, len(lists[0].unit_shifts)) and len(lists[0].unit_shifts) > 100
         everything = [one.to("meta") for one in everything]
-    assert found[0].edge_index.device.type == found[0].unit_shifts.device.type == "meta" and not sizes
+    assert lists[0].edge_index.device.type == lists[0].unit_shifts.device.type == "meta" and not sizes

@@ -69,8 +69,8 @@ class Inputs:
 @pytest.mark.parametrize("channels, counts", [(3, (2, 5)), (8, (1, 0, 4)), (16, (9,)), (32, (5, 3))])
 def test_equals_the_operations(case: str, channels: int, counts: tuple[int, ...]) -> None:
     inputs = Inputs(case, channels, counts)
-    found = inputs.derivatives(inputs.compiled(*inputs.x))
-    for one, other in zip(found, inputs.derivatives(inputs.plain(*inputs.x)), strict=True):
+    actual = inputs.derivatives(inputs.compiled(*inputs.x))
+    for one, other in zip(actual, inputs.derivatives(inputs.plain(*inputs.x)), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-12 * max(1.0, float(other.detach().abs().max())))
 
 

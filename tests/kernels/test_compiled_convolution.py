@@ -34,8 +34,8 @@ def derivatives(out: list[Tensor], flat: list[Tensor]) -> list[Tensor]:
     return [*out, *gradients, *again]
 
 
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
         scale = max(1.0, float(other.detach().abs().max())) if other.numel() else 1.0
         assert torch.allclose(one, other, rtol=0, atol=tolerance * scale)
 
@@ -48,8 +48,8 @@ def test_equals_the_operations(name: str, paired: bool, count: int, monkeypatch:
     plan, _ = plan_for(name, paired=paired)
     radial, angular, features = tensors(plan)
     flat = [radial, *angular, *features]
-    found = derivatives([*convolution.convolve(PATHS, plan, radial, torch.cat(angular, dim=1), features)], flat)
-    assert_close(found, derivatives([*reference(PATHS, plan, radial, angular, features)], flat), 1e-13)
+    actual = derivatives([*convolution.convolve(PATHS, plan, radial, torch.cat(angular, dim=1), features)], flat)
+    assert_close(actual, derivatives([*reference(PATHS, plan, radial, angular, features)], flat), 1e-13)
 
 
 IRREPS = {
@@ -76,10 +76,10 @@ def test_every_shape_of_paths(irreps: str, dtype: torch.dtype) -> None:
     angular = random(plan.n_pairs, sum(layer.widths))
     features = [random(plan.n_atoms, block.dim, block.multiplicity) for block in parse_irreps(inputs)]
     flat = [radial, angular, *features]
-    found = derivatives([*convolution.convolve(layer.structure, plan, radial, angular, features)], flat)
+    actual = derivatives([*convolution.convolve(layer.structure, plan, radial, angular, features)], flat)
     parts = angular.split(layer.widths, dim=1)
     expected = derivatives([*reference(layer.structure, plan, radial, parts, features)], flat)
-    assert_close(found, expected, 1e-13 if dtype == torch.float64 else 1e-5)
+    assert_close(actual, expected, 1e-13 if dtype == torch.float64 else 1e-5)
 
 
 def test_derivatives_are_those_of_finite_differences() -> None:
@@ -101,8 +101,8 @@ def test_inputs_that_are_not_contiguous_have_all_derivatives() -> None:
     flat = [radial, *angular, *features]
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in features]
     strided = torch.stack((radial, radial), dim=2)[:, :, 0]
-    found = derivatives([*convolution.convolve(PATHS, plan, strided, torch.cat(angular, dim=1), turned)], flat)
-    assert_close(found, derivatives([*reference(PATHS, plan, radial, angular, features)], flat), 1e-13)
+    actual = derivatives([*convolution.convolve(PATHS, plan, strided, torch.cat(angular, dim=1), turned)], flat)
+    assert_close(actual, derivatives([*reference(PATHS, plan, radial, angular, features)], flat), 1e-13)
 
 
 @pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=4)))
@@ -110,11 +110,11 @@ def test_only_what_is_wanted_is_computed(wanted: tuple[bool, ...]) -> None:
     plan, _ = plan_for("cluster")
     radial, angular, features = tensors(plan)
     values = [radial.detach(), torch.cat(angular, dim=1).detach(), *(x.detach() for x in features)]
-    setting = convolution._Setting(convolution.flat_paths(PATHS), plan, Phase(), True, (True, True))
+    setting = convolution.Setting(convolution.flat_paths(PATHS), plan, Phase(), True, (True, True))
     outer = [torch.randn(plan.n_atoms, *shape, dtype=torch.float64) for shape in PATHS.groups]
     whole = setting.pull(outer, values, [True] * 4)
-    found = setting.pull(outer, values, wanted)
-    for one, other, want in zip(found, whole, wanted, strict=True):
+    actual = setting.pull(outer, values, wanted)
+    for one, other, want in zip(actual, whole, wanted, strict=True):
         assert (one is not None) == want
         assert one is None or other is None or torch.allclose(one, other, rtol=1e-13, atol=1e-13)
 

@@ -34,7 +34,7 @@ from forcetune.irreps import parse_irreps
 from forcetune.kernels.compiled.choice import choose_kernels, kernels_in_use
 from forcetune.kernels.cueq import library
 from forcetune.kernels.cueq.contraction import ContractionPolynomial
-from forcetune.kernels.cueq.library import SegmentedPolynomial, missing_reason
+from forcetune.kernels.cueq.library import SegmentedPolynomial, cuequivariance_missing_reason
 from forcetune.kernels.edge_plan import make_plan, with_plan
 from forcetune.kernels.layers import Convolution, channelwise_paths
 from forcetune.kernels.recording import record
@@ -98,12 +98,12 @@ def test_without_it_it_is_refused() -> None:
 def results(model: NetworkBackbone, batch: Batch) -> list[torch.Tensor]:
     """Energies, forces and stress, and the gradients of a loss by everything that is trained."""
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
-    found = model.predict(batch, stress=True, create_graph=True)
-    assert found.stress is not None
-    loss = found.energy.square().mean() + found.forces.square().sum() + found.stress.square().sum()
+    actual = model.predict(batch, stress=True, create_graph=True)
+    assert actual.stress is not None
+    loss = actual.energy.square().mean() + actual.forces.square().sum() + actual.stress.square().sum()
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     zeros = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, grads, strict=True)]
-    return [found.energy, found.forces, found.stress, *zeros]
+    return [actual.energy, actual.forces, actual.stress, *zeros]
 
 
 def assert_equal(model: NetworkBackbone, batch: Batch) -> None:
@@ -115,9 +115,9 @@ def assert_equal(model: NetworkBackbone, batch: Batch) -> None:
     assert kernels_in_use(model.model) == "cuequivariance"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # its fallback is chosen, and not fallen back to
-        found = results(model, batch)
+        actual = results(model, batch)
     floor = 1e-6 * max(float(value.detach().abs().max()) for value in expected[3:] if value.numel())
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         scale = max(float(other.detach().abs().max()), floor) if other.numel() else 1.0
         assert torch.allclose(one, other, rtol=0, atol=tolerance * scale)
@@ -218,9 +218,9 @@ def test_the_convolution_as_gpus_compute_it(irreps: str, extent: int) -> None:
     assert_fit_for_gpus(pieces, extent)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(5, one.size, generator=generator, dtype=torch.float64) for one in whole.inputs]
-    (expected,), (found,) = fallback(whole)(inputs), fallback(pieces)(inputs)
+    (expected,), (actual,) = fallback(whole)(inputs), fallback(pieces)(inputs)
     assert float(expected.abs().max()) > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @needs_it
@@ -235,12 +235,12 @@ def test_the_contraction_as_gpus_compute_it() -> None:
 
 @needs_it
 def test_a_gpu_without_its_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing_reason("cpu") is None
-    reason = missing_reason("cuda")
+    assert cuequivariance_missing_reason("cpu") is None
+    reason = cuequivariance_missing_reason("cuda")
     if importlib.util.find_spec("cuequivariance_ops_torch") is None:
         assert reason is not None and "cuequivariance-ops-torch-cu12" in reason
-    missing_reason.cache_clear()
+    cuequivariance_missing_reason.cache_clear()
     monkeypatch.setattr(importlib.import_module("cuequivariance_torch"), "__version__", "0.5.1")
-    old = library.missing_reason("cpu")
-    missing_reason.cache_clear()
+    old = library.cuequivariance_missing_reason("cpu")
+    cuequivariance_missing_reason.cache_clear()
     assert old is not None and "0.5.1 is too old" in old

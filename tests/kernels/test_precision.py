@@ -109,6 +109,6 @@ def test_energies_of_many_atoms_are_summed_in_float64() -> None:
     atoms = bulk("Cu", "fcc", a=3.6, cubic=True).repeat((4, 4, 4))
     atoms.rattle(0.1, seed=1)
     batch = build_graphs(model, frames_of(atoms))[0].to(dtype=torch.float32)
-    found = model.predict(batch)
-    assert found.energies is not None and found.energy.dtype == torch.float64
-    assert float(found.energy) == pytest.approx(float(found.energies.sum()), rel=1e-14)
+    prediction = model.predict(batch)
+    assert prediction.energies is not None and prediction.energy.dtype == torch.float64
+    assert float(prediction.energy) == pytest.approx(float(prediction.energies.sum()), rel=1e-14)

@@ -190,15 +190,15 @@ def compared(model: Any, batch: Batch) -> bool:
     choose_kernels(model.model, "torch")
     expected = model.predict(batch, stress=True)
     choose_kernels(model.model, "compiled")
-    model.model._splines._kept = None
+    model.model._splines._cache = None
     found = model.predict(batch, stress=True)
     pairs = ((found.energy, expected.energy), (found.forces, expected.forces), (found.stress, expected.stress))
     for one, other in pairs:
         assert one is not None
         assert other is not None
         assert torch.allclose(one, other, rtol=0, atol=tolerance * max(1.0, float(other.detach().abs().max())))
-    kept = model.model._splines._kept
-    return kept is not None and kept.tables is not None
+    cached = model.model._splines._cache
+    return cached is not None and cached.tables is not None
 
 
 def batch_of(model: Any, *structures: Any) -> Batch:
@@ -273,13 +273,13 @@ def test_tables_follow_the_weights(place: str) -> None:
 def test_what_trains_is_not_splined() -> None:
     model = backbone()
     model.predict(batch_of(model, cluster()))
-    assert model.model._splines._kept is None
+    assert model.model._splines._cache is None
     attach(model, method("elora"))
     model.predict(batch_of(model, cluster()))
-    assert model.model._splines._kept is None
+    assert model.model._splines._cache is None
     frozen(model := backbone())
     model.predict(batch_of(model, cluster()), create_graph=True)
-    assert model.model._splines._kept is None
+    assert model.model._splines._cache is None
 
 
 @compiled_only

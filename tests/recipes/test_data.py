@@ -87,6 +87,16 @@ def test_pretraining_data_is_deterministic_and_resumes(
         pretraining_data.make(tmp_path / "a", limit=2, seed=1, console=QUIET)
 
 
+def test_a_larger_share_contains_a_smaller_one(tmp_path: Path) -> None:
+    molecules = tuple("C" * length for length in range(1, 101))
+    work = generation.jobs(tmp_path, 0, molecules, tuple(zip(molecules[1:], molecules, strict=False)))
+    small, large = (pretraining_data.draw_share(work, share) for share in (0.3, 0.6))
+    assert set(small) < set(large) < set(work)
+    assert pretraining_data.draw_share(work, 1.0) == work
+    assert 35 < len(small) - 29 < 85, "atoms and 28 pairs of elements are always there"
+    assert [job.kind for job in small[:29]] == ["atoms"] + 28 * ["diatomic"]
+
+
 @pytest.mark.slow
 def test_pretraining_data_is_sound(tmp_path: Path, short: None) -> None:
     pretrain(tmp_path)

@@ -31,7 +31,10 @@ def test_from_nothing_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert pretraining.train(data, out, epochs=2, channels=4) == run
     assert (run / "results.json").stat().st_mtime_ns == changed
 
+    organic = pretraining.finish(data, out, "organic")
+    assert "--name organic" in (out / "README.md").read_text(encoding="utf-8")
     model = pretraining.finish(data, out)
+    assert model.read_bytes() == organic.read_bytes()
     card = (out / "README.md").read_text(encoding="utf-8")
     for words in ("GFN2-xTB", "4x0e+4x1o", "test_molecules", "test_dimers", "test_compressed", "Limits", "MIT"):
         assert words in card

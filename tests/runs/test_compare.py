@@ -32,8 +32,8 @@ config = forcetune.load_config(given={
     "data": {"train": ["a.xyz"], "valid": 4}, "model": {"model": "m.model"},
     "training": {"epochs": 1}, "output": {"run": "compared", "forgetting": False},
 })
-found = forcetune.compare(config, ["readout", "gain"], processes=2)
-Path("losses").write_text(repr([row.valid_loss.mean for row in found.comparison.methods]))
+run = forcetune.compare(config, ["readout", "gain"], processes=2)
+Path("losses").write_text(repr([row.valid_loss.mean for row in run.comparison.methods]))
 """
 
 

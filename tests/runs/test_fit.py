@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import forcetune
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.errors import ForcetuneWarning, InputError
 from systems import labelled, write_labelled, write_model
 

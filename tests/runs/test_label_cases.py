@@ -395,7 +395,7 @@ def test_energies_are_not_judged_by_a_weak_model(energies: str, mini: Backbone) 
     agreement = force_agreement(weak)
     assert agreement is not None and 0.6 < agreement.correlation < 0.8
     assert energy_agreement(weak) is not None
-    # what it does not know is still told of the model, not of the labels
+    # what it does not know is still said of the model, not of the labels
     assert [str(item) for item in diagnose(weak) if not item.code.startswith("element-unknown")] == []
 
 

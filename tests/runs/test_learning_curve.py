@@ -20,12 +20,12 @@ def test_learning_curve(tmp_path: Path, command: Command) -> None:
     options = ("--model", "mini", "--methods", "readout", "--seeds", 2, "--valid", valid, "--epochs", 2, "--out", out)
     settings = ("--set", "output.forgetting=off", "--set", "data.doctor=off", "--set", "training.compile=off")
     curve = ("--learning-curve", "3,12", "--target-forces", 100)
-    code, told, error = command("compare", train, *options, *settings, *curve, "--json")
+    code, output, error = command("compare", train, *options, *settings, *curve, "--json")
     assert code == 0, error
-    found = json.loads(told)
+    result = json.loads(output)
     stored = json.loads((out / "comparison.json").read_text())
-    assert stored["learning_curve"] == found["learning_curve"]
-    forces, energy = found["learning_curve"]
+    assert stored["learning_curve"] == result["learning_curve"]
+    forces, energy = result["learning_curve"]
     assert (forces["method"], forces["quantity"]) == ("readout", "forces_mae_mev_per_ang")
     assert forces["frames"] == [3, 3, 12, 12]
     slope, level = np.polyfit(np.log(forces["frames"]), np.log(forces["errors"]), 1)
@@ -33,7 +33,7 @@ def test_learning_curve(tmp_path: Path, command: Command) -> None:
     assert forces["prefactor"] == pytest.approx(np.exp(level), rel=1e-9)
     assert [one["target"] for one in forces["needed"]] == [100.0]
     assert energy["needed"][0]["target"] == pytest.approx(0.5 * energy["prefactor"] * 12 ** -energy["exponent"])
-    largest = found["methods"][0]["errors"]["forces_mae_mev_per_ang"]["values"]
+    largest = result["methods"][0]["errors"]["forces_mae_mev_per_ang"]["values"]
     assert sorted(largest) == sorted(forces["errors"][2:])
     page = (out / "comparison.html").read_text(encoding="utf-8")
     assert "Errors by the number of frames" in page
@@ -45,9 +45,9 @@ def test_learning_curve(tmp_path: Path, command: Command) -> None:
     assert len(small) == 3
     assert {frame.origin for frame in small} < {frame.origin for frame in large}
 
-    code, told, _ = command("compare", train, *options, *settings, *curve)
+    code, output, _ = command("compare", train, *options, *settings, *curve)
     assert code == 0
-    assert "Errors by the number of training frames" in told
+    assert "Errors by the number of training frames" in output
 
 
 def test_what_makes_no_curve_is_refused_before_any_run(tmp_path: Path, command: Command) -> None:
@@ -61,6 +61,6 @@ def test_what_makes_no_curve_is_refused_before_any_run(tmp_path: Path, command: 
         (("--target-forces", "5"), "need a --learning-curve"),
         (("--learning-curve", "3,4,5", "--target-forces", "-5"), "never reached"),
     ):
-        code, _, told = command("compare", train, *options, *curve)
-        assert (code, message in told) == (2, True), told
+        code, _, error = command("compare", train, *options, *curve)
+        assert (code, message in error) == (2, True), error
         assert not (tmp_path / "out").exists()

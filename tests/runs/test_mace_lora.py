@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.io import read
 
 import forcetune
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.errors import InputError
 from forcetune.runs.mace_lora import convert_mace_lora
 from models import make_mace

@@ -36,6 +36,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "training.valid_every": 2,
     },
     "replay": {"method.name": "readout", "replay.ratio": 0.75, "replay.weight": 2.0, "replay.head": "own"},
+    "penalty beside replay": {
+        "method.name": "mmea",
+        "training.penalty.l2sp": 0.1,
+        "training.penalty.ewc": 1.0,
+        "training.penalty.gates": 0.3,
+        "replay.ratio": 0.5,
+    },
     "compiled": {"method.name": "mmea", "training.compile": "on", "training.threads": 2},
     "early stop": {"method.name": "readout", "training.early_stopping": 1, "training.learning_rate": 30.0},
 }
@@ -86,10 +93,8 @@ class PowerLossError(BaseException):
 MOMENTS = ("after the second checkpoint", "before it", "while the adapter is replaced")
 
 
-NAMES = [
-    name if index < 2 or name in ("replay", "compiled") else pytest.param(name, marks=pytest.mark.slow)
-    for index, name in enumerate(OPTIONS)
-]
+ALWAYS = (*list(OPTIONS)[:2], "replay", "penalty beside replay", "compiled")
+NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import forcetune
-from forcetune.diagnostics import doctor as checkup
+from forcetune.diagnostics import run_checks
 from forcetune.errors import ForcetuneWarning
 from forcetune.evaluation import streamed
 from forcetune.frames.store import streaming
@@ -147,7 +147,7 @@ def test_two_processes_train_the_same_from_one_store(tmp_path: Path, batch: tupl
 def test_large_sets_are_shown_and_examined_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed, "SHOWN", 5)
     monkeypatch.setattr(telling, "SHOWN", 5)
-    monkeypatch.setattr(checkup, "SAMPLE_OF_STREAM", 10)
+    monkeypatch.setattr(run_checks, "SAMPLE_OF_STREAM", 10)
     whole = fit(tmp_path / "off", "off", **{"method.name": "readout"})
     with pytest.warns(ForcetuneWarning) as warned:
         run = fit(tmp_path / "on", "on", **{"method.name": "readout", "data.doctor": "on"})

@@ -1,4 +1,4 @@
-"""Calibrating a run, evaluating it, its calculator, and selecting what to label next, as users do."""
+"""Calibrating a run, evaluating it, its calculator, and descriptors what to label next, as users do."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from forcetune.deployment.loading import deploy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.frames.read import read_frames
-from forcetune.runs import select as selecting
+from forcetune.runs import descriptors
 from forcetune.uncertainty.file import ARRAYS_NAME, JSON_NAME, load_uncertainty
-from forcetune.uncertainty.last_layer import standard_deviations
+from forcetune.uncertainty.last_layer import predict_deviations
 from systems import labelled, write_labelled
 from terminal import Command
 
@@ -32,13 +32,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     train = write_labelled(folder / "train.xyz", 12)
     valid = write_labelled(folder / "valid.xyz", 20, seed=1)
-    found = []
+    folders = []
     for seed in (1, 2):
         settings = {"training.seed": seed, "training.compile": "off", "output.forgetting": False, "data.doctor": "off"}
         out = folder / f"run-{seed}"
         forcetune.fit(train, valid=valid, model="mini", method="elora", epochs=2, out=out, settings=settings)
-        found.append(out)
-    return found
+        folders.append(out)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_calibrate_and_evaluate_at_the_command_line(
     plot = tmp_path / "plot.svg"
     code, out, _ = command("evaluate", run, test_file, "--uncertainty", "--plot", plot, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["n_frames"] == 30
-    forces = found["uncertainty"]["forces"]
+    result = json.loads(out)
+    assert result["n_frames"] == 30
+    forces = result["uncertainty"]["forces"]
     assert [row["level"] for row in forces["coverage"]] == [0.5, 0.8, 0.95]
     # on the frames that it was calibrated on, coverage is exact: ⌈level · (n + 1)⌉ of n, by frames and by components
     code, out, _ = command("evaluate", run, run.parent / "valid.xyz", "--uncertainty", "--json")
@@ -79,7 +79,7 @@ def test_calibrate_and_evaluate_at_the_command_line(
         for row in calibrated_on[quantity]["coverage"]:
             expected = math.ceil(row["level"] * 21 * entries - 1e-9) / (20 * entries)
             assert row["conformal"] == pytest.approx(expected, abs=1e-9)
-    assert found["uncertainty"]["cost_ratio"] > 0
+    assert result["uncertainty"]["cost_ratio"] > 0
     assert plot.read_text().startswith("<?xml")
     code, out, _ = command("evaluate", run, test_file, "--uncertainty")
     assert code == 0
@@ -91,14 +91,14 @@ def test_scales_are_those_of_the_validation_frames(calibrated: Path) -> None:
     uncertainty = load_uncertainty(calibrated, [calibrated / "adapter"])
     assert uncertainty.posterior is not None
     graphs = build_graphs(deployed.backbone, read_frames(calibrated.parent / "valid.xyz").frames)
-    found, energy, forces = standard_deviations(deployed.backbone, graphs, uncertainty.posterior)
-    ratios = (found.energy - found.energy_label) / energy
+    predictions, energy, forces = predict_deviations(deployed.backbone, graphs, uncertainty.posterior)
+    ratios = (predictions.energy - predictions.energy_label) / energy
     assert uncertainty.scale("energy_per_atom") == pytest.approx(np.sqrt(np.mean(ratios**2)), rel=1e-6)
     assert forces is not None
-    ratios = (found.forces - found.forces_label) / forces
+    ratios = (predictions.forces - predictions.forces_label) / forces
     assert uncertainty.scale("forces") == pytest.approx(np.sqrt(np.mean(ratios**2)), rel=1e-6)
     half = uncertainty.calibrations["energy_per_atom"].quantiles[0.5]
-    scores = np.sort(np.abs(found.energy - found.energy_label) / energy)
+    scores = np.sort(np.abs(predictions.energy - predictions.energy_label) / energy)
     assert half == pytest.approx(scores[10], rel=1e-6), "the ⌈21 · 0.5⌉-th smallest of 20"
 
 
@@ -108,7 +108,7 @@ def test_the_calculator_has_calibrated_deviations(calibrated: Path) -> None:
     atoms = labelled(1, seed=9)[0]
     deployed = deploy(calibrated)
     graphs = build_graphs(deployed.backbone, [forcetune.read_frames(_write(calibrated, atoms)).frames[0]])
-    _, energy, forces = standard_deviations(deployed.backbone, graphs, uncertainty.posterior)
+    _, energy, forces = predict_deviations(deployed.backbone, graphs, uncertainty.posterior)
     plain, both, cheap = (forcetune.calculator(calibrated, uncertainty=option) for option in (False, True, "energy"))
     for calculator in (plain, both, cheap):
         calculator.calculate(atoms)
@@ -165,15 +165,15 @@ def test_an_ensemble_is_calibrated_by_the_same_means(runs: list[Path], test_file
 def test_what_cannot_be_is_refused_by_name(
     runs: list[Path], calibrated: Path, test_file: Path, command: Command, tmp_path: Path
 ) -> None:
-    code, _, told = command("evaluate", runs[1], test_file, "--uncertainty")
+    code, _, error = command("evaluate", runs[1], test_file, "--uncertainty")
     assert code == 2
-    assert "not calibrated yet" in told
+    assert "not calibrated yet" in error
     assert command("calibrate", "mini")[0] == 2
     assert command("evaluate", calibrated, test_file, "--plot", tmp_path / "plot.png")[0] == 2
-    code, _, told = command("evaluate", calibrated, test_file, "--uncertainty", "--plot", tmp_path / "plot.doc")
-    assert (code, ".png" in told) == (2, True)
-    code, _, told = command("evaluate", calibrated, test_file, "--uncertainty", "--adapter", runs[1])
-    assert (code, "--adapter: with --uncertainty" in told) == (2, True)
+    code, _, error = command("evaluate", calibrated, test_file, "--uncertainty", "--plot", tmp_path / "plot.doc")
+    assert (code, ".png" in error) == (2, True)
+    code, _, error = command("evaluate", calibrated, test_file, "--uncertainty", "--adapter", runs[1])
+    assert (code, "--adapter: with --uncertainty" in error) == (2, True)
     with pytest.raises(InputError, match="only a run has a calibration"):
         forcetune.calculator("mini", uncertainty=True)
     with pytest.raises(InputError, match="True, False or 'energy'"):
@@ -235,9 +235,9 @@ def test_select_leaves_out_what_is_labelled_and_takes_the_outlier_once(
     pool, target = pool_file(tmp_path / "pool.xyz", calibrated), tmp_path / "chosen.xyz"
     code, out, _ = command("select", pool, "--n", 30, "--model", calibrated, "-o", target, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert (found["n_pool"], found["n_excluded"], found["n_labelled"]) == (25, 3, 32)
-    frames = [one["frame"] for one in found["chosen"]]
+    selection = json.loads(out)
+    assert (selection["n_pool"], selection["n_excluded"], selection["n_labelled"]) == (25, 3, 32)
+    frames = [chosen["frame"] for chosen in selection["chosen"]]
     assert frames[0] in (23, 24)
     assert sorted({*frames} - {23, 24}) == list(range(20))
     assert len(frames) == 21, "the copy is not taken"
@@ -245,7 +245,7 @@ def test_select_leaves_out_what_is_labelled_and_takes_the_outlier_once(
     assert [atoms.info["select_rank"] for atoms in structures] == list(range(1, 22))
     assert structures[0].info["select_frame"] == frames[0]
     assert "from the nearest labelled frame" in structures[0].info["select_reason"]
-    assert structures[0].info["select_nearest_labelled"] == pytest.approx(found["chosen"][0]["nearest_labelled"])
+    assert structures[0].info["select_nearest_labelled"] == pytest.approx(selection["chosen"][0]["nearest_labelled"])
     assert structures[0].info["select_energy_std"] > 0
     np.testing.assert_allclose(structures[0].positions, ase.io.read(pool, frames[0]).positions, atol=1e-7)
 
@@ -256,15 +256,15 @@ def test_a_pool_in_pieces_gives_what_a_pool_at_once_does(
     pool = pool_file(tmp_path / "pool.xyz", calibrated)
     options = {"n": 8, "model": calibrated, "uncertainty": "forces"}
     at_once = forcetune.select(pool, **options)
-    monkeypatch.setattr(selecting, "AT_ONCE", 3)
+    monkeypatch.setattr(descriptors, "AT_ONCE", 3)
     sizes: list[int] = []
-    describe = selecting._describe_frames
+    describe = descriptors._describe_frames
 
     def counted(backbone, frames, *rest):
         sizes.append(len(frames))
         return describe(backbone, frames, *rest)
 
-    monkeypatch.setattr(selecting, "_describe_frames", counted)
+    monkeypatch.setattr(descriptors, "_describe_frames", counted)
     in_pieces = forcetune.select(pool, **options)
     assert max(sizes) == 3
     assert [one.frame for one in in_pieces.chosen] == [one.frame for one in at_once.chosen]
@@ -279,15 +279,15 @@ def test_a_start_set_without_any_run(tmp_path: Path, command: Command) -> None:
     target = tmp_path / "start.xyz"
     code, out, _ = command("select", pool, "--n", 5, "-o", target, "--quota", "CH4O=5", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert len(found["chosen"]) == 5
-    assert found["n_labelled"] == 0
-    assert all(one["energy_std"] is None for one in found["chosen"])
+    selection = json.loads(out)
+    assert len(selection["chosen"]) == 5
+    assert selection["n_labelled"] == 0
+    assert all(chosen["energy_std"] is None for chosen in selection["chosen"])
     again = forcetune.select(pool, n=5, exclude=[target])
     assert again.n_excluded == 5
-    assert not {one.frame for one in again.chosen} & {one["frame"] for one in found["chosen"]}
-    code, _, told = command("select", pool, "--n", 5, "-o", target, "--uncertainty", "energy")
-    assert (code, "only a calibrated run has one" in told) == (2, True)
+    assert not {chosen.frame for chosen in again.chosen} & {chosen["frame"] for chosen in selection["chosen"]}
+    code, _, error = command("select", pool, "--n", 5, "-o", target, "--uncertainty", "energy")
+    assert (code, "only a calibrated run has one" in error) == (2, True)
     assert command("select", pool, "--n", 5, "-o", target, "--strategy", "best")[0] == 2
 
 
@@ -303,7 +303,7 @@ def test_what_a_selection_reads_is_not_replaced_and_mistakes_end_it_early(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(selecting, "deploy", refuse)
+    monkeypatch.setattr("forcetune.runs.select.deploy", refuse)
     replaced = [
         pool,
         tmp_path / "x" / ".." / "pool.xyz",

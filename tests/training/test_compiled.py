@@ -1,4 +1,4 @@
-"""Compiled steps: the loss and every gradient of the eager step, for any batch of a set, and what is told otherwise."""
+"""Compiled steps: loss and every gradient of the eager step, for any batch of a set, and what is reported otherwise."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ the one would be an error, the other would wait for all work that the device sti
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
+from forcetune.kernels.compiled.choice import choose_kernels, kernels_in_use
 from forcetune.magnetism.layer import select_half
 from forcetune.magnetism.options import Magnetism
 from forcetune.training.module import FineTuning
@@ -38,6 +40,10 @@ META = torch.device("meta")
 MAKERS: dict[str, Callable[[], Model]] = {
     "MACE": lambda: backbone(max_ell=1, correlation=2, hidden_irreps="4x0e+4x1o", elements=(1, 6, 7, 8)),
     "SevenNet": lambda: backbone_of(BATTERY["SevenNet, modalities"]),
+}
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "Agnesi": {"distance_transform": "Agnesi", "pair_repulsion": True},
+    "Soft": {"distance_transform": "Soft"},
 }
 CASES = [(name, one) for name in MAKERS for one in METHODS if name != "MACE" or one in METHODS_FOR_MACE]
 WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
@@ -144,6 +150,27 @@ def test_training_steps_stay_on_the_device_and_wait_for_nothing(kind: str, name:
     model = MAKERS[kind]()
     perturb(attach(model, method(name)))
     check_steps(*training_of(without_values(model)))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_distances_are_transformed_on_the_device(name: str) -> None:
+    """Transforms and the repulsion of nuclei look up what elements have by their species."""
+    options: dict[str, Any] = {"max_ell": 1, "correlation": 2, "hidden_irreps": "4x0e+4x1o", "elements": (1, 6, 7, 8)}
+    model = backbone(**options, **TRANSFORMED[name])
+    perturb(attach(model, method("elora")))
+    check_steps(*training_of(without_values(model)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("kind", MAKERS)
+def test_training_steps_by_tritons_kernels_stay_on_the_device(kind: str) -> None:
+    """Without values kernels are not launched; what prepares them, their derivatives and their plans is computed."""
+    model = MAKERS[kind]()
+    perturb(attach(model, method("elora")))
+    model = without_values(model)
+    choose_kernels(model.model, "triton")
+    assert kernels_in_use(model.model) == "triton"
+    check_steps(*training_of(model))
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and MLflow: stand-ins record what they are told, the packages themselves offline where installed."""
+"""TensorBoard, W&B and MLflow: stand-ins record what they receive, the packages themselves offline where installed."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def test_a_tracker_that_fails_leaves_the_training_alone(
     run = fit(tmp_path, "wandb")
     assert (run / "results.json").is_file()
     assert [name for name, _ in wandb.calls].count("finish") == 1, "it is closed all the same"
-    told = capfd.readouterr().err.replace("\n", " ")
-    assert told.count("warning: wandb failed (disk full); from epoch 1 on it is left out.") == 1
+    output = capfd.readouterr().err.replace("\n", " ")
+    assert output.count("warning: wandb failed (disk full); from epoch 1 on it is left out.") == 1
 
 
 def test_a_tracker_that_cannot_start_is_named(tmp_path: Path, wandb: StandIn) -> None:

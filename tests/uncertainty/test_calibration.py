@@ -41,27 +41,27 @@ def test_the_scale_is_the_closed_form_and_the_best() -> None:
 
 
 def test_coverage_of_normal_errors() -> None:
-    calibration = Calibration.of(synthetic(4000, 3.0, 0))
+    calibration = Calibration.fit(synthetic(4000, 3.0, 0))
     assert calibration.scale == pytest.approx(3.0, rel=0.03)
-    found = measure_reliability(synthetic(20_000, 3.0, 1), calibration)
-    assert found is not None
-    for row in found.coverage:
+    reliability = measure_reliability(synthetic(20_000, 3.0, 1), calibration)
+    assert reliability is not None
+    for row in reliability.coverage:
         assert row.after == pytest.approx(row.level, abs=0.02)
         assert row.conformal == pytest.approx(row.level, abs=0.02)
         expected = 2 * stats.norm.cdf(stats.norm.ppf((1 + row.level) / 2) / 3) - 1
         assert row.before == pytest.approx(expected, abs=0.02)
-    assert found.ratio == pytest.approx(1.0, rel=0.1)
-    assert found.correlation is not None
-    assert found.correlation > 0.4
+    assert reliability.ratio == pytest.approx(1.0, rel=0.1)
+    assert reliability.correlation is not None
+    assert reliability.correlation > 0.4
 
 
 def test_coverage_of_lengths_of_vectors() -> None:
     random = np.random.default_rng(4)
     errors = np.linalg.norm(random.normal(size=(20_000, 3)), axis=1)
     measured = Deviations(errors, np.full(20_000, np.sqrt(3.0)), np.arange(20_000), degrees=3)
-    found = measure_reliability(measured, Calibration.of(measured))
-    assert found is not None
-    for row in found.coverage:
+    reliability = measure_reliability(measured, Calibration.fit(measured))
+    assert reliability is not None
+    for row in reliability.coverage:
         assert row.before == pytest.approx(row.level, abs=0.01)
         assert row.after == pytest.approx(row.level, abs=0.01)
 
@@ -109,7 +109,7 @@ def test_conformal_coverage_holds_whatever_the_errors_are_and_however_they_hang_
 
 
 def test_rank_correlation_is_spearmans() -> None:
-    one, other = np.array([1.0, 2.0, 2.0, 5.0, np.nan]), np.array([2.0, 1.0, 4.0, 8.0, 3.0])
-    expected = stats.spearmanr(one[:4], other[:4]).statistic
-    assert rank_correlation(one, other) == pytest.approx(expected, rel=1e-12)
+    first, second = np.array([1.0, 2.0, 2.0, 5.0, np.nan]), np.array([2.0, 1.0, 4.0, 8.0, 3.0])
+    expected = stats.spearmanr(first[:4], second[:4]).statistic
+    assert rank_correlation(first, second) == pytest.approx(expected, rel=1e-12)
     assert rank_correlation(np.ones(4), np.arange(4.0)) is None

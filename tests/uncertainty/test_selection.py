@@ -13,8 +13,8 @@ from forcetune.uncertainty.selection import (
     Pool,
     Strategy,
     choose,
-    labelled_already,
-    nearest,
+    find_labelled,
+    nearest_distances,
     share_out,
     standardize,
 )
@@ -31,7 +31,7 @@ def test_farthest_takes_planted_outliers_first() -> None:
     points[[7, 31]] = [[30.0, 0, 0], [0, -25.0, 0]]
     chosen = choose(Pool(points, ["X"] * 60), cloud(10, seed=1), 5)
     assert [one.index for one in chosen[:2]] == [7, 31]
-    assert chosen[0].nearest_labelled == pytest.approx(nearest(points[7:8], cloud(10, seed=1))[0])
+    assert chosen[0].nearest_labelled == pytest.approx(nearest_distances(points[7:8], cloud(10, seed=1))[0])
     assert chosen[1].nearest_chosen == pytest.approx(np.hypot(30, 25))
     distances = [min(d for d in (one.nearest_labelled, one.nearest_chosen) if d is not None) for one in chosen]
     assert distances == sorted(distances, reverse=True)
@@ -112,9 +112,9 @@ def test_quotas() -> None:
 def test_labelled_structures_are_known_by_descriptor_and_composition() -> None:
     points, labelled = standardize(cloud(20), np.concatenate([cloud(20)[[4, 9]], cloud(3, seed=8)]))
     pool = Pool(points, ["X"] * 20)
-    assert np.flatnonzero(labelled_already(pool, labelled, ["X"] * 5)).tolist() == [4, 9]
-    assert np.flatnonzero(labelled_already(pool, labelled, ["X", "Y", "X", "X", "X"])).tolist() == [4]
-    assert not labelled_already(pool, np.zeros((0, 3)), []).any()
+    assert np.flatnonzero(find_labelled(pool, labelled, ["X"] * 5)).tolist() == [4, 9]
+    assert np.flatnonzero(find_labelled(pool, labelled, ["X", "Y", "X", "X", "X"])).tolist() == [4]
+    assert not find_labelled(pool, np.zeros((0, 3)), []).any()
 
 
 def test_columns_are_standardised_and_constant_ones_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Downloads: complete or not at all, resumed where that is safe, and told in words a chemist can act on."""
+"""Downloads: complete or not at all, resumed where that is safe, and reported in words a chemist can act on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 import forcetune.utils.download as module
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.utils import file_lock
 from forcetune.utils.download import download, progress_bar
 from loopback import Content, Loopback
 
@@ -77,7 +78,7 @@ def test_a_broken_connection_is_resumed_within_one_call(server: Loopback, target
     server.breaks = [300_000, 100_000]
     assert download(f"{server.url}/a.model", target) == digest(BODY)
     assert target.read_bytes() == BODY
-    assert server.asked_ranges == [None, "bytes=300000-", "bytes=400000-"]
+    assert server.requested_ranges == [None, "bytes=300000-", "bytes=400000-"]
     assert server.requests[1][1]["if-range"] == '"one"'
 
 
@@ -93,7 +94,7 @@ def test_a_later_call_resumes_what_was_kept(content: Content, server: Loopback, 
     seen: list[int] = []
     download(f"{server.url}/a.model", target, sha256=digest(BODY), progress=lambda done, _: seen.append(done))
     assert target.read_bytes() == BODY
-    assert server.asked_ranges == ["bytes=300000-"]
+    assert server.requested_ranges == ["bytes=300000-"]
     assert seen[0] == 300_000
     assert leftovers(target) == []
 
@@ -114,7 +115,7 @@ def test_without_a_strong_validator_nothing_is_resumed(etag: str | None, server:
     server.breaks = [300_000]
     download(f"{server.url}/a.model", target)
     assert target.read_bytes() == BODY
-    assert server.asked_ranges == [None, None]
+    assert server.requested_ranges == [None, None]
 
 
 def test_a_server_without_ranges_starts_over(server: Loopback, target: Path) -> None:
@@ -132,7 +133,7 @@ def test_a_part_that_is_already_complete_is_taken(server: Loopback, target: Path
     (target.parent / ".a.model.part").write_bytes(BODY)
     server.requests.clear()
     assert download(f"{server.url}/a.model", target) == digest(BODY)
-    assert server.asked_ranges == [f"bytes={len(BODY)}-"]
+    assert server.requested_ranges == [f"bytes={len(BODY)}-"]
 
 
 def test_a_part_longer_than_the_file_is_thrown_away(server: Loopback, target: Path) -> None:
@@ -153,7 +154,7 @@ def test_a_part_of_another_address_is_not_continued(server: Loopback, target: Pa
     server.requests.clear()
     download(f"{server.url}/b.model", target)
     assert target.read_bytes() == OTHER
-    assert server.asked_ranges == [None]
+    assert server.requested_ranges == [None]
 
 
 @pytest.mark.parametrize("record", ["", "[]", '{"url": 1}', "{"])
@@ -230,7 +231,7 @@ def test_redirects_are_followed(server: Loopback, target: Path) -> None:
     server.breaks = [300_000]
     assert download(f"{server.url}/release/a.model", target) == digest(BODY)
     assert [path for path, _ in server.requests] == ["/release/a.model", "/storage/123"] * 2
-    assert server.asked_ranges[-1] == "bytes=300000-"
+    assert server.requested_ranges[-1] == "bytes=300000-"
 
 
 @pytest.mark.parametrize(
@@ -344,17 +345,17 @@ def test_who_waited_gets_only_what_has_the_checksum(
 
 def test_the_lock_without_flock(server: Loopback, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and some network file systems: a lock file, and one left over by a crash is overcome."""
-    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(file_lock, "fcntl", None)
     server.contents["/a.model"] = Content(BODY)
     target.parent.mkdir()
     lock = target.parent / ".a.model.lock-file"
     lock.touch()
-    monkeypatch.setattr(module, "_STALE_LOCK", 0.0)
+    monkeypatch.setattr(file_lock, "_STALE_LOCK", 0.0)
     assert download(f"{server.url}/a.model", target) == digest(BODY)
     assert leftovers(target) == []
 
 
-def test_a_folder_in_the_way_is_told(server: Loopback, target: Path) -> None:
+def test_a_folder_in_the_way_is_reported(server: Loopback, target: Path) -> None:
     target.mkdir(parents=True)
     server.contents["/a.model"] = Content(BODY)
     with pytest.raises(InputError, match="cannot be written"):

@@ -1,4 +1,4 @@
-"""Work for other processes: results in order, errors as they were raised, a death that is told."""
+"""Work for other processes: results in order, errors as they were raised, a death that is reported."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from forcetune.adapters.magnetic import MagneticPart
 from forcetune.adapters.methods import Method
-from forcetune.adapters.summaries import Coverage, Sparsity
+from forcetune.adapters.summaries import SiteCoverage, Sparsity
 from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.adapters.updates.soft_threshold import SparseWeight
@@ -84,7 +84,7 @@ class Adapter(nn.Module):
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def coverage(self) -> list[Coverage]:
+    def coverage(self) -> list[SiteCoverage]:
         """What is trained, by site kind, in the order in which kinds first occur."""
         rows: dict[str, list[Site]] = {}
         for site in self.sites:
@@ -97,7 +97,7 @@ class Adapter(nn.Module):
             covered = [site for site in sites if parts[site.name]]
             updates = dict.fromkeys(update.describe() for site in covered for update in self.updates_at(site))
             result.append(
-                Coverage(
+                SiteCoverage(
                     kind=kind,
                     update=" + ".join(updates) or "Frozen",
                     sites=len(sites),
@@ -111,7 +111,7 @@ class Adapter(nn.Module):
         if self.magnetic is not None:
             assert self.method.magnetism is not None
             added = sum(parameter.numel() for parameter in self.magnetic.parameters())
-            result.append(Coverage("magnetism", self.method.magnetism.describe(), 1, 0, 0, added))
+            result.append(SiteCoverage("magnetism", self.method.magnetism.describe(), 1, 0, 0, added))
         return result
 
     def parameter_kinds(self) -> Iterator[tuple[str, nn.Parameter, ParameterOptions | None]]:

@@ -124,7 +124,7 @@ def attach(backbone: Backbone, method: Method, *, seed: int | None = 1) -> Adapt
         seed: of the initial values; None takes the global generator as it is.
 
     Returns:
-        The adapter, also found as ``backbone.model.forcetune_adapter``.
+        The adapter, also ``backbone.model.forcetune_adapter``.
 
     Raises:
         InputError: an adapter is attached already, or the method matches no site.

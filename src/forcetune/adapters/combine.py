@@ -19,7 +19,7 @@ class Combination:
     Weights become W + Σ s (W′ − W); what gates and the like do to an output is blended the same way, one after the
     other in the order in which they were added; reference energies become E0 + Σ s (E0′ − E0). A scale of 1 for one
     and 0 for the others is that one adapter exactly. The backbone predicts, deploys and merges
-    (:func:`forcetune.adapters.attach.merge_weights`) as with a single adapter, and the whole of it is saved and loaded
+    (:func:`forcetune.adapters.attach.merge_weights`) as with a single adapter, and the combination is saved and loaded
     as one, with the scales that it has then.
     """
 

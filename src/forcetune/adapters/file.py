@@ -10,90 +10,26 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from ase.data import atomic_numbers, chemical_symbols
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from forcetune._version import __version__
 from forcetune.adapters.attach import Adapter, attach, check_loaded, detach, folded_note, reattach, require_adapter
+from forcetune.adapters.card import describe_adapter
 from forcetune.adapters.combined import CombinedAdapter
+from forcetune.adapters.config import FORMAT_VERSION, AdapterConfig, BaseRecord, MemberRecord, read_adapter_config
 from forcetune.adapters.hub import CARD_NAME, CONFIG_NAME, FILE_NAMES, TENSORS_NAME, locate_adapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.utils.files import atomic_folder
 
-FORMAT_VERSION = 1
-UNITS = {"energy": "eV", "length": "Å", "forces": "eV/Å", "stress": "eV/Å³"}
-LARGEST_CONFIG = 16 * 2**20
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32)
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaseRecord(_Part):
-    """The foundation model an adapter belongs to.
-
-    ``elements`` and ``head`` say how it was cut; ``parameters`` counts its weights after the cut.
-    """
-
-    name: str
-    library: str
-    sha256: str
-    fingerprint: str
-    licence: str
-    head: str
-    elements: list[str]
-    cutoff_ang: float
-    parameters: int
-
-
-class MemberRecord(_Part):
-    """One of several adapters in one folder; they act in the order of their records."""
-
-    name: str
-    method: dict[str, Any]
-    scale: float
-
-
-class AdapterConfig(_Part):
-    """Content of ``adapter_config.json``; only combinations have the field of that name."""
-
-    format_version: int
-    forcetune: str
-    base: BaseRecord
-    method: dict[str, Any]
-    reference_energies_ev: dict[str, float]
-    units: dict[str, str] = Field(default=UNITS)
-    dtype: Literal["float64", "float32"]
-    stored_dtype: Literal["float64", "float32"]
-    trainable: int
-    training_data_sha256: str | None = None
-    metrics: dict[str, Any] = Field(default={})
-    combination: tuple[MemberRecord, ...] | None = None
-
-    @property
-    def methods(self) -> list[Method]:
-        """The method, or those of a combination's adapters.
-
-        Raises:
-            InputError: one of them cannot be read.
-        """
-        if self.combination is None:
-            return [Method.from_json(self.method)]
-        return [Method.from_json(member.method) for member in self.combination]
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Atomic numbers of the elements the base was cut to."""
-        return tuple(atomic_numbers[symbol] for symbol in self.base.elements)
 
 
 def _base_record(backbone: Backbone) -> BaseRecord:
@@ -188,7 +124,7 @@ def save_adapter(
         trainable=adapter.trainable,
         training_data_sha256=training_data_sha256,
         metrics=dict(metrics or {}),
-        combination=_members_of(adapter),
+        combination=_member_records(adapter),
     )
     tensors = {name: stored_as(tensor, stored_dtype) for name, tensor in adapter_tensors(adapter).items()}
     with atomic_folder(folder) as temporary:
@@ -196,11 +132,11 @@ def save_adapter(
         unused = {"combination"} if config.combination is None else None
         text = json.dumps(config.model_dump(mode="json", exclude=unused), indent=2, sort_keys=True, ensure_ascii=False)
         (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        (temporary / CARD_NAME).write_text(_card(config), encoding="utf-8")
+        (temporary / CARD_NAME).write_text(describe_adapter(config), encoding="utf-8")
     return config
 
 
-def _members_of(adapter: Adapter) -> tuple[MemberRecord, ...] | None:
+def _member_records(adapter: Adapter) -> tuple[MemberRecord, ...] | None:
     if not isinstance(adapter, CombinedAdapter):
         return None
     return tuple(
@@ -226,42 +162,6 @@ def check_adapter_place(folder: Path) -> None:
                 f"{folder}: is no adapter folder (no {CONFIG_NAME}), and its {taken[0]} would be replaced; choose "
                 "another folder."
             )
-
-
-def read_adapter_config(folder: str | Path) -> AdapterConfig:
-    """Read and check ``adapter_config.json``.
-
-    Raises:
-        InputError: there is none, it is damaged, or a newer forcetune wrote it.
-    """
-    path = Path(folder) / CONFIG_NAME
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise InputError(f"{path}: larger than any adapter configuration; this is no adapter folder.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder}: holds no {CONFIG_NAME}; give the adapter folder or the run folder around it."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); copy the adapter folder again.") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: format version {version!r}, this forcetune reads {FORMAT_VERSION}; update forcetune."
-        )
-    try:
-        config = AdapterConfig.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg']}; copy the adapter folder again.") from error
-    if not all(map(math.isfinite, config.reference_energies_ev.values())):
-        raise InputError(f"{path}: a reference energy is not finite; copy the adapter folder again.")
-    unknown = {*config.base.elements, *config.reference_energies_ev} - set(chemical_symbols[1:])
-    if unknown:
-        raise InputError(f"{path}: {sorted(unknown)} are no elements; copy the adapter folder again.")
-    return config
 
 
 def check_base(config: AdapterConfig, backbone: Backbone, folder: str | Path) -> None:
@@ -318,6 +218,32 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
     return adapter
 
 
+def start_from(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
+    """Set an attached adapter to the values of another one, from which its training is to begin.
+
+    Args:
+        adapter: attached to ``backbone``; its reference energies stay.
+        backbone: the base.
+        folder: adapter folder or ``hub:owner/name``, of the same base and method.
+
+    Raises:
+        InputError: damaged folder, another base, or another method.
+    """
+    folder = locate_adapter(folder)
+    config = read_adapter_config(folder)
+    check_base(config, backbone, folder)
+    if config.combination is not None:
+        raise InputError(f"{folder}: is a combination of adapters; training starts from a single one.")
+    theirs, ours = config.method, adapter.method.to_json()
+    if theirs != ours:
+        name = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
+        raise InputError(
+            f"{folder}: has another method than this run ({name} differs); start from an adapter of the same method "
+            "with the same options."
+        )
+    _load_tensors(adapter, Path(folder) / TENSORS_NAME)
+
+
 def _attach_for(config: AdapterConfig, backbone: Backbone) -> Adapter:
     """Attach what a configuration describes, whose tensors are to follow."""
     if config.combination is None:
@@ -360,43 +286,3 @@ def _load_tensors(adapter: Adapter, path: Path) -> None:
         raise InputError(f"{path}: tensor {error}; copy the adapter folder again.") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); copy the adapter folder again.") from error
-
-
-def _card(config: AdapterConfig) -> str:
-    """The model card, with the metadata block that model hubs read."""
-    base, method = config.base, config.method
-    trained = f"{config.trainable:,} trained parameters on {base.parameters:,} frozen ones"
-    identity = f"SHA-256 `{base.sha256 or 'not from a file'}`, fingerprint `{base.fingerprint}`"
-    description = method["description"][:1].upper() + method["description"][1:]
-    lines = [
-        "---",
-        "library_name: forcetune",
-        f"base_model: {json.dumps(base.name)}",
-        f"license: {json.dumps(base.licence.lower())}",
-        "tags: [interatomic-potential, adapter]",
-        "---",
-        "",
-        f"# {method['name']} adapter for {base.name}",
-        "",
-        f"{description}; {trained}. Elements: {', '.join(base.elements)}. Energies in eV, lengths in Å.",
-        "",
-        f"It works on one base only: {base.name} ({base.library}, head {base.head}, {identity}).",
-        f"The licence of the base ({base.licence}) holds for the combination.",
-        "",
-        "```python",
-        "from forcetune import calculator",
-        "",
-        f"atoms.calc = calculator({base.name!r}, adapter='path/to/this/folder')",
-        "```",
-        "",
-    ]
-    errors = config.metrics.get("errors")
-    if isinstance(errors, Mapping) and errors:
-        lines += ["| frames | energy MAE, meV/atom | force MAE, meV/Å |", "|---|--:|--:|"]
-        for split, split_errors in errors.items():
-            energy, forces = (split_errors.get(key) for key in ("energy_mae_mev_per_atom", "forces_mae_mev_per_ang"))
-            texts = ["–" if value is None else f"{value:.3g}" for value in (energy, forces)]
-            lines.append(f"| {split} | {texts[0]} | {texts[1]} |")
-        lines.append("")
-    lines += [f"Written by forcetune {config.forcetune}.", ""]
-    return "\n".join(lines)

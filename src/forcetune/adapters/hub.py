@@ -103,14 +103,14 @@ def fetch_adapter(reference: str) -> Path:
         InputError: there is no such repository or revision, it is no adapter, the hub is out of reach or refuses, or a
             file is not the one that was pushed.
     """
-    wanted = read_reference(reference)
-    commit = wanted.revision
+    parsed = read_reference(reference)
+    commit = parsed.revision
     if commit is None or not _COMMIT.fullmatch(commit):
-        commit = _resolve_commit(endpoint(), wanted)
-        note(f"{wanted}: commit {commit}; write {PREFIX}{wanted.repository}@{commit} to stay with it.")
-    folder = repository_folder(wanted.repository) / commit
+        commit = _resolve_commit(endpoint(), parsed)
+        note(f"{parsed}: commit {commit}; write {PREFIX}{parsed.repository}@{commit} to stay with it.")
+    folder = repository_folder(parsed.repository) / commit
     if not (folder / CHECKSUMS_NAME).is_file():
-        _download(wanted.repository, commit, folder)
+        _download(parsed.repository, commit, folder)
     for name, digest in read_checksums(folder / CHECKSUMS_NAME).items():
         if not (folder / name).is_file() or compute_sha256(folder / name) != digest:
             raise InputError(f"{folder / name}: is not what was downloaded; remove {folder} to download it again.")
@@ -148,12 +148,12 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=256)
-def _resolve_commit(address: str | None, wanted: HubReference) -> str:
+def _resolve_commit(address: str | None, reference: HubReference) -> str:
     """The commit that a branch or tag points to; the same as long as the process lives."""
-    with hub_errors(str(wanted), wanted.repository) as hub:
-        commit = hub.HfApi(endpoint=address).model_info(wanted.repository, revision=wanted.revision).sha
+    with hub_errors(str(reference), reference.repository) as hub:
+        commit = hub.HfApi(endpoint=address).model_info(reference.repository, revision=reference.revision).sha
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-        raise InputError(f"{wanted}: the hub names no commit for it; name one as hub:owner/name@commit.")
+        raise InputError(f"{reference}: the hub names no commit for it; name one as hub:owner/name@commit.")
     return commit
 
 
@@ -168,12 +168,12 @@ def _download(repository: str, commit: str, folder: Path) -> None:
         for name in (CONFIG_NAME, TENSORS_NAME):
             if name not in listed:
                 raise InputError(f"{reference}: has no {name}, so it is no adapter of forcetune.")
-        wanted = [name for name in (*FILE_NAMES, CHECKSUMS_NAME) if name in listed]
-        for name in wanted:
+        names = [name for name in (*FILE_NAMES, CHECKSUMS_NAME) if name in listed]
+        for name in names:
             if (listed[name].size or 0) > LARGEST_FILES[name]:
                 raise InputError(f"{reference}: its {name} is larger than any of an adapter; it is not downloaded.")
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, atomic_folder(folder) as complete:
-            for name in wanted:
+            for name in names:
                 path = api.hf_hub_download(repository, name, revision=commit, local_dir=temporary)
                 shutil.copyfile(path, complete / name)
             _check_files(complete, listed, reference)
@@ -188,8 +188,8 @@ def _check_files(folder: Path, listed: Mapping[str, Any], reference: str) -> Non
     digests = {name: compute_sha256(folder / name) for name in FILE_NAMES if (folder / name).is_file()}
     pushed = read_checksums(folder / CHECKSUMS_NAME) if (folder / CHECKSUMS_NAME).is_file() else {}
     for name, digest in digests.items():
-        stored = getattr(listed[name], "lfs", None)
-        for expected, where in ((pushed.get(name), CHECKSUMS_NAME), (getattr(stored, "sha256", None), "the hub")):
+        large_file = getattr(listed[name], "lfs", None)
+        for expected, where in ((pushed.get(name), CHECKSUMS_NAME), (getattr(large_file, "sha256", None), "the hub")):
             if expected is not None and expected != digest:
                 raise InputError(
                     f"{reference}: {name} has SHA-256 {digest[:12]}…, but {where} says {expected[:12]}…; it was "
@@ -208,7 +208,7 @@ def hub_errors(what: str, repository: str) -> Iterator[Any]:
     """Yields the package ``huggingface_hub``; what it raises becomes one sentence.
 
     Args:
-        what: is asked for.
+        what: is wanted, for messages.
         repository: ``owner/name``.
 
     Raises:
@@ -224,9 +224,7 @@ def hub_errors(what: str, repository: str) -> Iterator[Any]:
     except InputError:
         raise
     except errors.GatedRepoError as error:
-        raise InputError(
-            f"{what}: access has to be asked for on the page of {repository}, then set HF_TOKEN."
-        ) from error
+        raise InputError(f"{what}: ask for access on the page of {repository}, then set HF_TOKEN.") from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{what}: {repository} has no such revision; name a branch, a tag or a commit.") from error
     except errors.LocalEntryNotFoundError as error:
@@ -240,7 +238,7 @@ def hub_errors(what: str, repository: str) -> Iterator[Any]:
     except errors.HFValidationError as error:
         raise InputError(f"{what}: is no name that a hub knows ({_first_line(error)}).") from error
     except errors.HfHubHTTPError as error:
-        raise _refused(what, error) from error
+        raise _refusal(what, error) from error
     except Exception as error:
         if not _is_transport_error(error):
             raise
@@ -249,8 +247,8 @@ def hub_errors(what: str, repository: str) -> Iterator[Any]:
 
 def _unreachable(what: str, repository: str, error: BaseException) -> InputError:
     return InputError(
-        f"{what}: the hub cannot be reached ({_first_line(error)}){_say_kept(repository)}. Go online, or give the path "
-        "of an adapter folder."
+        f"{what}: the hub cannot be reached ({_first_line(error)}){_list_cached(repository)}. Go online, or give the "
+        "path of an adapter folder."
     )
 
 
@@ -260,7 +258,7 @@ def _is_transport_error(error: BaseException) -> bool:
     return isinstance(error, OSError) or bool(packages & {"httpx", "httpx2", "requests", "urllib3"})
 
 
-def _refused(what: str, error: Any) -> InputError:
+def _refusal(what: str, error: Any) -> InputError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return InputError(f"{what}: the hub refused access ({status}); set HF_TOKEN to a token that may do this.")
@@ -271,11 +269,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _say_kept(repository: str) -> str:
+def _list_cached(repository: str) -> str:
+    """The end of a sentence with commits that are in the cache."""
     folder = repository_folder(repository)
-    kept = sorted(
+    commits = sorted(
         path.parent.name for path in folder.glob(f"*/{CHECKSUMS_NAME}") if _COMMIT.fullmatch(path.parent.name)
     )
-    if not kept:
+    if not commits:
         return ""
-    return f"; in the cache is {', '.join(f'{PREFIX}{repository}@{commit}' for commit in kept[:3])}"
+    return f"; in the cache is {', '.join(f'{PREFIX}{repository}@{commit}' for commit in commits[:3])}"

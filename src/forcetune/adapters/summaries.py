@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 
 @dataclass(frozen=True, slots=True)
-class Coverage:
+class SiteCoverage:
     """What a method trains at the sites of one kind.
 
     Attributes:

@@ -85,8 +85,8 @@ def load(
         device: ``cpu``, ``cuda`` … or ``auto``, which leaves a loaded backbone where it is.
         trust: allow a model file to run its own code where it cannot be rebuilt without.
         kernels: what computes convolutions and contractions: ``compiled`` loops, ``torch`` operations,
-            ``cuequivariance``'s kernels or ``auto``, compiled on a CPU where llvmlite is installed; by default auto, or
-            that of a loaded backbone.
+            ``triton`` kernels, ``cuequivariance``'s or ``auto``, compiled on a CPU where llvmlite is installed; by
+            default auto, or that of a loaded backbone.
 
     Raises:
         InputError: unknown name, unreadable file, unknown head, element or device, kernels

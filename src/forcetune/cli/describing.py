@@ -63,6 +63,8 @@ def commands_with(name: str, description: str) -> dict[str, str]:
     group = typer.main.get_command(app)
     flags: dict[str, str] = {}
     for command, details in getattr(group, "commands", {}).items():
+        if name.startswith("learn.") and command != "learn":
+            continue
         parameters = details.params
         flag = next((_written(one) for one in parameters if description and _is_about(one, description)), None)
         if flag is None and name in ("method.rank",):

@@ -85,21 +85,18 @@ def evaluate(
         trust=trust,
     )
     errors: dict[str, Any]
-    if plot is not None and not uncertainty:
-        raise InputError("--plot: shows how reliable uncertainties are; add --uncertainty.")
+    several = bool(ensemble) or (Path(model) / "comparison.json").is_file()
+    not_with_uncertainty = {
+        "--head": head,
+        "--stress-key": stress_key,
+        "--moments-key": moments_key,
+        "--spins-key": spins_key,
+    }
+    _check_evaluation(uncertainty, several, plot, adapter, head, not_with_uncertainty)
     if uncertainty:
-        if adapter is not None:
-            raise InputError("--adapter: with --uncertainty name the run in place of MODEL, and its base by --model.")
-        unused = {"--head": head, "--stress-key": stress_key, "--moments-key": moments_key, "--spins-key": spins_key}
-        if named := [name for name, value in unused.items() if value is not None]:
-            raise InputError(f"{named[0]}: has no meaning with --uncertainty, which is of energies and forces.")
         _evaluate_uncertainty(model, data, ensemble or (), options, plot, as_json)
         return
-    if ensemble or (Path(model) / "comparison.json").is_file():
-        if head is not None:
-            raise InputError("--head: adapters know their head; leave it out with --ensemble.")
-        if adapter is not None:
-            raise InputError("--adapter: name the adapter itself in place of MODEL, and its base by --model.")
+    if several:
         errors = evaluate_ensemble([model, *(ensemble or ())], data, **options)
     else:
         errors = evaluate_model(model, data, adapter=adapter, head=head, **options).to_json()
@@ -111,6 +108,33 @@ def evaluate(
         Console().print(calibration_table(errors["ensemble"]))
 
 
+def _check_evaluation(
+    uncertainty: bool,
+    several: bool,
+    plot: Path | None,
+    adapter: str | None,
+    head: str | None,
+    not_with_uncertainty: dict[str, Any],
+) -> None:
+    """
+    Raises:
+        InputError: options of `evaluate` that exclude each other.
+    """
+    if plot is not None and not uncertainty:
+        raise InputError("--plot: shows how reliable uncertainties are; add --uncertainty.")
+    if uncertainty:
+        if adapter is not None:
+            raise InputError("--adapter: with --uncertainty name the run in place of MODEL, and its base by --model.")
+        for name, value in not_with_uncertainty.items():
+            if value is not None:
+                raise InputError(f"{name}: has no meaning with --uncertainty, which is of energies and forces.")
+    elif several:
+        if head is not None:
+            raise InputError("--head: adapters know their head; leave it out with --ensemble.")
+        if adapter is not None:
+            raise InputError("--adapter: name the adapter itself in place of MODEL, and its base by --model.")
+
+
 def _evaluate_uncertainty(
     run: str, data: list[str], ensemble: Sequence[str], options: dict[str, Any], plot: Path | None, as_json: bool
 ) -> None:
@@ -120,8 +144,8 @@ def _evaluate_uncertainty(
 
     if plot is not None:
         check_plot(plot)
-    of_run = {name: value for name, value in options.items() if not name.startswith(("stress", "moments", "spins"))}
-    errors = evaluate_uncertainty(run, data, ensemble=ensemble, **of_run)
+    used = {name: value for name, value in options.items() if not name.startswith(("stress", "moments", "spins"))}
+    errors = evaluate_uncertainty(run, data, ensemble=ensemble, **used)
     if plot is not None:
         write_reliability(plot, errors["uncertainty"])
     if as_json:

@@ -24,6 +24,7 @@ from forcetune.errors import InputError
 
 if TYPE_CHECKING:
     from forcetune.deployment.approximate import Approximation
+    from forcetune.deployment.merge import Merged
 
 
 @app.command()
@@ -78,13 +79,16 @@ def merge(
             trust=trust,
             progress=lambda done: errors_to.print(f"iteration {done} of at most {ITERATIONS}", highlight=False),
         )
-        _say_approximation(approximation)
+        _print_approximation(approximation)
         return
     if bound is not None or rank is not None or data or test:
         raise InputError("--bound, --rank, --data and --test belong to --approximate; add it, or leave them out.")
     from forcetune.deployment.merge import merge as merge_run
 
-    merged = merge_run(run, output, model=base, dtype=dtype, trust=trust, modality=modality)
+    _print_merged(merge_run(run, output, model=base, dtype=dtype, trust=trust, modality=modality))
+
+
+def _print_merged(merged: Merged) -> None:
     print(
         f"{merged.path}: differs from base + adapter on {merged.n_probes} random structures by at most "
         f"{merged.energy_difference:.1e} in energy and {merged.forces_difference:.1e} in forces and stress (relative)"
@@ -100,7 +104,7 @@ def merge(
         )
 
 
-def _say_approximation(approximation: Approximation) -> None:
+def _print_approximation(approximation: Approximation) -> None:
     from forcetune.deployment.approximate import note_path
     from forcetune.reports.tables import error_table
 

@@ -1,16 +1,32 @@
-"""Commands about what the model does not know: calibrate, select."""
+"""Commands about what the model does not know: calibrate, select, learn."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from forcetune import config as configuration
 from forcetune.cli.app import app
-from forcetune.cli.options import Device, Head, Json, Trust, TypeMap, split_names, without_none
+from forcetune.cli.options import (
+    Device,
+    EnergyKey,
+    ForcesKey,
+    Head,
+    Json,
+    Rank,
+    Settings,
+    StressKey,
+    Trust,
+    TypeMap,
+    about,
+    read_valid,
+    split_names,
+    without_none,
+)
 
 
 @app.command()
@@ -75,6 +91,10 @@ def select(
         str | None,
         typer.Option(help="Shares of compositions: proportional, equal, or counts such as C2H6O=20,H2O=10."),
     ] = None,
+    apart: Annotated[
+        float,
+        typer.Option(help="Least distance to all that is labelled or chosen; two random ones are about 1.4 apart."),
+    ] = 0.0,
     seed: Annotated[
         int, typer.Option(help="Seed of the first choice where nothing is labelled, and of strategy random.")
     ] = 0,
@@ -97,6 +117,7 @@ def select(
         strategy=strategy,
         uncertainty=uncertainty,
         quota=quota,
+        apart=apart,
         seed=seed,
         trust=trust,
         **without_none(head=head, device=device, type_map=split_names(type_map)),
@@ -107,3 +128,82 @@ def select(
         return
     Console().print(selection_table(content))
     print(f"written  {output}")
+
+
+_LEARN = configuration.LearnConfig
+
+
+@app.command()
+def learn(
+    train: Annotated[list[str] | None, typer.Argument(help=about(configuration.DataConfig, "train"))] = None,
+    start: Annotated[list[str] | None, typer.Option(help=about(_LEARN, "start"))] = None,
+    labeller: Annotated[str | None, typer.Option(help=about(_LEARN, "labeller"))] = None,
+    valid: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "valid"))] = None,
+    test: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "test"))] = None,
+    model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
+    method: Annotated[str | None, typer.Option(help=about(configuration.MethodConfig, "name"))] = None,
+    rank: Rank = None,
+    epochs: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs"))] = None,
+    rounds: Annotated[int | None, typer.Option(help=about(_LEARN, "rounds"))] = None,
+    labels: Annotated[int | None, typer.Option(help=about(_LEARN, "labels"))] = None,
+    batch: Annotated[int | None, typer.Option(help=about(_LEARN, "batch"))] = None,
+    target_forces: Annotated[float | None, typer.Option(help=about(_LEARN, "target_forces"))] = None,
+    forces_std: Annotated[float | None, typer.Option(help=about(_LEARN, "forces_std"))] = None,
+    temperature: Annotated[float | None, typer.Option(help=about(_LEARN, "temperature"))] = None,
+    final_temperature: Annotated[float | None, typer.Option(help=about(_LEARN, "final_temperature"))] = None,
+    picoseconds: Annotated[float | None, typer.Option(help=about(_LEARN, "picoseconds"))] = None,
+    out: Annotated[str, typer.Option(help="Folder of all rounds, the runs in them and the report.")] = "learned",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of the options; what is set here wins.")
+    ] = None,
+    settings: Settings = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    type_map: TypeMap = None,
+    head: Head = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Dynamics, labels where the model is not sure, and training, in turns.
+
+    The same command goes on after an interruption.
+    """
+    options: dict[str, Any] = {
+        "data": {
+            "train": train or None,
+            "valid": read_valid(valid),
+            "test": test or None,
+            "energy_key": energy_key,
+            "forces_key": forces_key,
+            "stress_key": stress_key,
+            "type_map": type_map,
+        },
+        "model": {"model": model, "head": head, "device": device},
+        "method": {"name": method, "rank": rank},
+        "training": {"epochs": epochs},
+        "output": {"run": out},
+        "learn": {
+            "start": start or None,
+            "labeller": labeller,
+            "rounds": rounds,
+            "labels": labels,
+            "batch": batch,
+            "target_forces": target_forces,
+            "forces_std": forces_std,
+            "temperature": temperature,
+            "final_temperature": final_temperature,
+            "picoseconds": picoseconds,
+        },
+    }
+    resolved = configuration.load_config(config, settings or (), options)
+    from forcetune.reports.learn_page import round_table
+    from forcetune.runs.learn import run_learn, to_json
+
+    learned = run_learn(resolved, inputs=() if config is None else (config,))
+    if as_json:
+        print(to_json(learned))
+        return
+    Console().print(round_table(learned.record))
+    print(f"ended    {learned.record.status}: {learned.record.reason}\nreport   {learned.page}")
+    print(f"in ASE   forcetune.calculator({str(learned.run)!r}, uncertainty=True)")

@@ -4,12 +4,14 @@ All models are frozen and refuse unknown keys, so a mistyped option is an error 
 """
 
 from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
+from forcetune.config.learn import LearnConfig
 from forcetune.config.load import load_config, parse_setting
 from forcetune.config.method import LARGEST_CHANNELS, LARGEST_RANK, Layer, MagnetismConfig, MethodConfig, SpinInputs
 from forcetune.config.run import OutputConfig, RunConfig
 from forcetune.config.section import LARGEST_SEED, Section, as_word, explain
 from forcetune.config.training import (
     LossConfig,
+    PenaltyConfig,
     ScheduleConfig,
     SecondStageConfig,
     SecondStageLossConfig,
@@ -22,11 +24,13 @@ __all__ = [
     "LARGEST_SEED",
     "DataConfig",
     "Layer",
+    "LearnConfig",
     "LossConfig",
     "MagnetismConfig",
     "MethodConfig",
     "ModelConfig",
     "OutputConfig",
+    "PenaltyConfig",
     "ReferenceConfig",
     "ReplayConfig",
     "RunConfig",

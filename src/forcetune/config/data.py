@@ -19,6 +19,10 @@ class DataConfig(Section):
         description="Validation files, or the fraction (below 1; at least one frame) or count (1 or more) split off "
         "the training frames.",
     )
+    train_only: list[str] = Field(
+        default=[],
+        description="Further training files or globs, added after the split: no validation frame comes from them.",
+    )
     train_frames: int | None = Field(
         default=None,
         ge=1,
@@ -96,12 +100,13 @@ class ModelConfig(Section):
         default=False, description="Allow a model file to run its own code where it cannot be rebuilt without."
     )
 
-    kernels: Literal["auto", "compiled", "torch", "cuequivariance"] = Field(
+    kernels: Literal["auto", "compiled", "torch", "triton", "cuequivariance"] = Field(
         default="auto",
         description="What computes convolutions and contractions: `compiled` loops for this processor (llvmlite), "
         "which in predictions take radial weights from splines that are within 1e-13 of the network, `torch` "
-        "operations, `cuequivariance`'s kernels for NVIDIA GPUs (forcetune[cueq]), or `auto`, compiled on a CPU where "
-        "llvmlite is installed.",
+        "operations, `triton` kernels of forcetune's own for NVIDIA GPUs (forcetune[triton]; tested by Triton's "
+        "interpreter, never run on a GPU), `cuequivariance`'s kernels for these (forcetune[cueq]), or `auto`, compiled "
+        "on a CPU where llvmlite is installed.",
     )
 
     @model_validator(mode="before")

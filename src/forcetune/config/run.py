@@ -10,6 +10,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
+from forcetune.config.learn import LearnConfig
 from forcetune.config.method import MagnetismConfig, MethodConfig
 from forcetune.config.section import Section, as_names, explain
 from forcetune.config.training import DEFAULT_STEPS, FEWEST_EPOCHS, MOST_EPOCHS, ScheduleConfig, TrainingConfig
@@ -68,6 +69,7 @@ class RunConfig(Section):
     training: TrainingConfig = Field(default=TrainingConfig())
     replay: ReplayConfig = Field(default=ReplayConfig())
     output: OutputConfig = Field(default=OutputConfig())
+    learn: LearnConfig = Field(default=LearnConfig())
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -152,11 +154,21 @@ class RunConfig(Section):
                 values |= {f"{SECOND_LOSS}.{name}": value for name, value in (loss | {"energy": 10.0}).items()}
         return values
 
+    def require_no_learning(self) -> None:
+        """
+        Raises:
+            InputError: there are options that a single run has no use for.
+        """
+        if "learn" in self.model_fields_set:
+            raise InputError("learn: these options are those of `forcetune learn`; leave the section out here.")
+
     def save(self, path: str | Path) -> None:
         """Write the complete configuration as YAML, atomically; :func:`load_config` knows which options were given."""
         content = self.model_dump(mode="json") | {RECORD: make_record(self)}
         # said of one call: whoever starts from this file later has not allowed anything to be replaced
         content["output"]["overwrite"] = False
+        if "learn" not in self.model_fields_set:
+            del content["learn"]
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

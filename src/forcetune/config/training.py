@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from forcetune.config.section import LARGEST_SEED, Section, ThreeWaySwitch
 
@@ -86,6 +86,55 @@ class ScheduleConfig(Section):
     minimum: float = Field(default=1e-6, ge=0, description="Learning rate that is not gone below.")
 
 
+class PenaltyConfig(Section):
+    """What changing the foundation model costs beside the loss, so that less is forgotten without replay.
+
+    Each option is the λ of a term λ/2 · (…); 0 leaves the term out. Only the effective change W' − W of a weight
+    counts, so that a term means the same for every method.
+    """
+
+    l2sp: float = Field(
+        default=0.0, ge=0, description="L2-SP (arXiv 1802.01483): Σ (W' − W)² over all weights that the method changes."
+    )
+    ewc: float = Field(
+        default=0.0,
+        ge=0,
+        description="EWC (arXiv 1612.00796): Σ F (W' − W)² with the diagonal Fisher information F of the foundation "
+        "model's energies and forces, weighed as in the loss; 1 is the second-order cost of replay with weight 1.",
+    )
+    gates: float = Field(
+        default=0.0,
+        ge=0,
+        description="L2 on gates: squares of gain − 1, and of shifts in units of the output's r.m.s., summed over "
+        "channels and averaged over atoms as the foundation model sees them.",
+    )
+    data: list[str] = Field(
+        default=[],
+        description="Files or globs of structures for `ewc` and `gates`, whose labels are not read; when not given, "
+        "the replay frames, or the training frames where there is no replay.",
+    )
+    frames: int = Field(default=100, ge=1, description="Most frames that `ewc` and `gates` look at, chosen at random.")
+    probes: int = Field(
+        default=4, ge=1, le=10_000, description="Random directions in the outputs of each frame that estimate F."
+    )
+
+    @model_validator(mode="after")
+    def _data_has_a_use(self) -> PenaltyConfig:
+        if self.data and not self.needs_frames:
+            raise ValueError("penalty.data names frames for ewc and gates; set one of them, or leave data out")
+        return self
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether a term depends on what the foundation model does on frames."""
+        return self.ewc > 0 or self.gates > 0
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything costs something."""
+        return self.l2sp > 0 or self.needs_frames
+
+
 class TrainingConfig(Section):
     """The optimisation. Defaults are those of the published MMEA runs."""
 
@@ -118,6 +167,9 @@ class TrainingConfig(Section):
     )
     loss: LossConfig = Field(default=LossConfig(), description="Loss.")
     second_stage: SecondStageConfig = Field(default=SecondStageConfig(), description="Second stage.")
+    penalty: PenaltyConfig = Field(
+        default=PenaltyConfig(), description="Cost of changing the foundation model, against forgetting."
+    )
     ema: float | None = Field(
         default=0.995, gt=0, lt=1, description="Decay of the moving average of trainable parameters; null for none."
     )
@@ -136,6 +188,11 @@ class TrainingConfig(Section):
         default="auto",
         description="Record the step as one graph without Python between its operations: `auto` in runs on a CPU that "
         "are long enough for it to pay, where it is possible; `on` also as a CUDA graph on a GPU.",
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="Run or adapter folder, of the same foundation model and method, with whose values the training "
+        "begins.",
     )
     seed: int = Field(
         default=1, ge=0, le=LARGEST_SEED, description="Seed of initial values and of the order of frames."

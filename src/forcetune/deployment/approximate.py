@@ -40,7 +40,6 @@ from forcetune.deployment.merge import Merged, check_merged_output, write_plain
 from forcetune.deployment.parity import probe_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors, Predictions, build_graphs, predict
-from forcetune.frames.frame import Frame
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import any_label
 from forcetune.training.refine import refine
@@ -75,14 +74,14 @@ class Difference:
     stress_mev_per_ang3: float | None
 
     @staticmethod
-    def between(one: Predictions, other: Predictions) -> Difference:
+    def between(first: Predictions, second: Predictions) -> Difference:
         """Of predictions for the same frames."""
         stress = None
-        if one.stress is not None and other.stress is not None and one.stress.any():
-            stress = 1e3 * float(np.abs(one.stress - other.stress).mean())
+        if first.stress is not None and second.stress is not None and first.stress.any():
+            stress = 1e3 * float(np.abs(first.stress - second.stress).mean())
         return Difference(
-            1e3 * float(np.abs((one.energy - other.energy) / one.atoms).mean()),
-            1e3 * float(np.abs(one.forces - other.forces).mean()),
+            1e3 * float(np.abs((first.energy - second.energy) / first.atoms).mean()),
+            1e3 * float(np.abs(first.forces - second.forces).mean()),
             stress,
         )
 
@@ -93,7 +92,7 @@ class Approximation:
 
     Attributes:
         merged: what was written, and how it compares with the plain model in memory.
-        n_train, n_test: frames to find it on (shaken copies not counted), and to measure it on.
+        n_train, n_test: frames that it was fitted to (shaken copies not counted), and measured on.
         test_files: that the latter are from; empty where they were held out from the training frames.
         regressed, distilled: differences from the model with gates on test frames after each step.
         dropped: the same of the model without its gates, to compare with.
@@ -151,8 +150,8 @@ def merge_approximately(
     Args:
         run: run folder or adapter folder.
         output: file to write, such as ``tuned.model``.
-        model: the base, when it is no longer where the run found it.
-        train: frames to find it on; by default the run's training frames, validation frames included.
+        model: the base, when it is no longer where it was in the run.
+        train: frames to fit it to; by default the run's training frames, validation frames included.
         test: frames to measure it on; by default the run's test frames, or every fifth frame to train on where the
             run has none, which is then left out.
         bound: largest mean absolute difference of forces from the run on test frames, meV/Å; by default a fifth of
@@ -177,13 +176,28 @@ def merge_approximately(
     _drop_gates(plain)
     method = full() if rank is None else elora(rank=rank)
     fit = _fit(gated, plain, frames, method, iterations, seed, progress)
-    before = fit.wanted.errors()
+    before = fit.target.errors()
     error = before.forces_mae_mev_per_ang
     allowed = bound if bound is not None else UNLABELLED_BOUND if error is None else SHARE * error
     if not fit.distilled.forces_mev_per_ang <= allowed:
         raise InputError(_too_far(run, before, fit.distilled, fit.dropped, allowed))
+    approximation = _write(plain, output, frames, fit, before, allowed, method)
+    write_text(note_path(output), json.dumps(approximation.to_json(), indent=1) + "\n")
+    return approximation
+
+
+def _write(
+    plain: Backbone,
+    output: str | Path,
+    frames: ApproximationFrames,
+    fit: _Fit,
+    before: Errors,
+    allowed: float,
+    method: Method,
+) -> Approximation:
+    """Write the plain model and compare the file with it."""
     probes = probe_frames(plain.elements, plain.cutoff)
-    approximation = Approximation(
+    return Approximation(
         merged=write_plain(plain, output, predict(plain, build_graphs(plain, probes), stress=True), probes),
         n_train=len(frames.train),
         n_test=len(frames.test),
@@ -197,15 +211,13 @@ def merge_approximately(
         iterations=fit.iterations,
         method=method.name,
     )
-    write_text(note_path(output), json.dumps(approximation.to_json(), indent=1) + "\n")
-    return approximation
 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    """Predictions for test frames, with gates (``wanted``) and fitted, and how far each step is off."""
+    """Predictions for test frames, with gates (``target``) and fitted, and how far each step is off."""
 
-    wanted: Predictions
+    target: Predictions
     predictions: Predictions
     dropped: Difference
     regressed: Difference
@@ -224,25 +236,26 @@ def _fit(
 ) -> _Fit:
     """Both steps: changes the weights and reference energies of ``plain``."""
     labelled = label_frames(gated, with_shaken_copies(frames.train, seed))
-    wanted, measured = predict(gated, build_graphs(gated, frames.test), stress=True), _Measured(plain, frames.test)
-    dropped = Difference.between(wanted, measured.predictions())
-    training, held = _parted(build_graphs(plain, labelled))
-    _regress(gated, plain, training, held)
-    _align_references(plain, [*training, *held])
-    regressed = Difference.between(wanted, measured.predictions())
-    best = _distill(plain, training, held, method, iterations, seed, progress)
-    _align_references(plain, [*training, *held])
-    predictions = measured.predictions()
-    distilled = Difference.between(wanted, predictions)
-    return _Fit(wanted, predictions, dropped, regressed, distilled, best)
+    target = predict(gated, build_graphs(gated, frames.test), stress=True)
+    test_graphs = build_graphs(plain, frames.test)
+    dropped = Difference.between(target, predict(plain, test_graphs, stress=True))
+    training, validation = _split_graphs(build_graphs(plain, labelled))
+    _regress(gated, plain, training, validation)
+    _align_references(plain, [*training, *validation])
+    regressed = Difference.between(target, predict(plain, test_graphs, stress=True))
+    best = _distill(plain, training, validation, method, iterations, seed, progress)
+    _align_references(plain, [*training, *validation])
+    predictions = predict(plain, test_graphs, stress=True)
+    distilled = Difference.between(target, predictions)
+    return _Fit(target, predictions, dropped, regressed, distilled, best)
 
 
 def _too_far(run: str | Path, error: Errors, distilled: Difference, dropped: Difference, allowed: float) -> str:
-    own = error.forces_mae_mev_per_ang
-    against = "" if own is None else f", where the run's own error is {own:.1f}"
+    run_error = error.forces_mae_mev_per_ang
+    comparison = "" if run_error is None else f", where the run's own error is {run_error:.1f}"
     return (
         f"{run}: the nearest plain model differs from the run by {distilled.forces_mev_per_ang:.2f} meV/Å in forces on "
-        f"test frames{against} (without its gates: {dropped.forces_mev_per_ang:.1f}), and at most {allowed:.2f} is "
+        f"test frames{comparison} (without its gates: {dropped.forces_mev_per_ang:.1f}), and at most {allowed:.2f} is "
         "allowed; nothing was written. Export with gates (forcetune export --to lammps-mliap), allow more by --bound, "
         "or train with a method that merges, as elora does."
     )
@@ -271,34 +284,23 @@ def _drop_gates(backbone: Backbone) -> None:
     backbone.set_reference_energies(tuned)
 
 
-class _Measured:
-    """A model on the test frames, again after each step."""
-
-    def __init__(self, backbone: Backbone, frames: Sequence[Frame]) -> None:
-        self.backbone = backbone
-        self.graphs = build_graphs(backbone, frames)
-
-    def predictions(self) -> Predictions:
-        return predict(self.backbone, self.graphs, stress=True)
-
-
 # ---- the two steps ---------------------------------------------------------------------------------------------------
 
 
-def _parted(graphs: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def _split_graphs(graphs: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Graphs to fit, and every fifth to choose by; with fewer than five all are both."""
     if len(graphs) < 5:
         return list(graphs), list(graphs)
     return [graph for index, graph in enumerate(graphs) if index % 5 != 2], list(graphs[2::5])
 
 
-def _regress(gated: Backbone, plain: Backbone, training: Sequence[Batch], held: Sequence[Batch]) -> None:
-    """The first step: layer by layer, with the ridge that is best on held-out graphs."""
+def _regress(gated: Backbone, plain: Backbone, training: Sequence[Batch], validation: Sequence[Batch]) -> None:
+    """The first step: layer by layer, with the ridge that is best on validation graphs."""
     regression = GateRegression(gated, training)
     start = {name: tensor.clone() for name, tensor in plain.model.state_dict().items()}
 
     def distance() -> float:
-        prediction = predict(plain, held, stress=False)
+        prediction = predict(plain, validation, stress=False)
         error = float(np.abs(prediction.forces - prediction.forces_label).mean())
         return error if np.isfinite(error) else np.inf
 
@@ -329,7 +331,7 @@ def _align_references(plain: Backbone, graphs: Sequence[Batch]) -> None:
 def _distill(
     plain: Backbone,
     training: Sequence[Batch],
-    held: Sequence[Batch],
+    validation: Sequence[Batch],
     method: Method,
     iterations: int,
     seed: int,
@@ -338,13 +340,13 @@ def _distill(
     """The second step: all weights on the predictions of the model with gates.
 
     Returns:
-        The iteration that was best on held-out graphs.
+        The iteration that was best on validation graphs.
     """
     stresses = any_label(training, "stress")
     loss = LossConfig(energy=10.0, forces=1000.0, stress=1e6 if stresses else 0.0, energy_per_atom=True)
     attach(plain, method, seed=seed)
     config = TrainingConfig(refine=iterations, loss=loss)
-    refinement = refine(plain, config, training, held, progress=progress, batch_atoms=BATCH_ATOMS)
+    refinement = refine(plain, config, training, validation, progress=progress, batch_atoms=BATCH_ATOMS)
     merge_weights(plain)
     if not np.isfinite(refinement.valid_loss_after):
         raise ForcetuneError("the distillation gave no finite loss; look for atoms on top of each other in the frames.")

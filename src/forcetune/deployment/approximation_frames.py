@@ -58,7 +58,7 @@ def read_frames(run: str | Path, train: Any, test: Any) -> ApproximationFrames:
         data = DataConfig(train=named[0])
     changes: dict[str, Any] = {"train": named[0] or data.train, "test": data.test if named[1] is None else named[1]}
     if named[0] is not None:
-        changes["valid"] = 0.1
+        changes |= {"valid": 0.1, "train_only": []}
     dataset = read_dataset(data.model_copy(update=changes))
     training = [*dataset.train.frames, *dataset.valid.frames]
     tests = [frame for part in dataset.tests.values() for frame in part.frames]

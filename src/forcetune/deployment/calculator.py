@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from forcetune.adapters.attach import get_adapter
-from forcetune.adapters.file import AdapterConfig
+from forcetune.adapters.config import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import as_word
 from forcetune.deployment.compiled_prediction import CompiledPrediction
@@ -28,7 +28,7 @@ from forcetune.graphs.graph import Batch, graph_with
 from forcetune.graphs.skin_list import SKIN, SkinList
 from forcetune.magnetism.options import Magnetism
 from forcetune.uncertainty.file import Uncertainty, load_uncertainty
-from forcetune.uncertainty.last_layer import batch_deviations, network_of
+from forcetune.uncertainty.last_layer import compute_deviations, require_network
 
 SMALLEST_VOLUME = 1e-6
 """Å³; a cell below it has no volume, and its structure no stress."""
@@ -75,18 +75,16 @@ class ForcetuneCalculator(Calculator):
         compile = as_word(compile)
         if compile not in ("auto", "off"):
             raise InputError(f"compile={compile!r}: a calculator's is 'auto' or 'off'.")
-        if neighbors not in ("auto", "cpu", "device"):
-            raise InputError(f"neighbors={neighbors!r}: are searched on the 'cpu', on the 'device', or 'auto'.")
         self.backbone = backbone
         self.compile = compile
         self._charge_ignored = False
-        self.neighbors = neighbors
+        self.neighbors = _place_of_search(neighbors)
         self._neighbors = SkinList(backbone.cutoff)
         self._moving: MovingBatch | None = None
         self.compiled = CompiledPrediction(backbone, wanted=compile == "auto")
         self.uncertainty, self.forces_std = uncertainty, forces_std
         if uncertainty is not None and uncertainty.posterior is not None:
-            network_of(backbone)
+            require_network(backbone)
             self._whitening = torch.from_numpy(uncertainty.posterior.whitening)
         adapter = get_adapter(backbone)
         self.magnetism = magnetism if adapter is None else adapter.method.magnetism
@@ -110,7 +108,7 @@ class ForcetuneCalculator(Calculator):
         self.results = {}
         _check_places(current)
         self._check_charge(current)
-        frame = frame_of(current)
+        frame = build_frame(current)
         if self.magnetism is not None:
             frame = replace(frame, spins=spins_of(current, self.magnetism))
         check_elements(self.backbone, [frame])
@@ -182,7 +180,7 @@ class ForcetuneCalculator(Calculator):
         """Calibrated standard deviations of what has been calibrated."""
         scales = {name: uncertainty.scale(name) for name in ("energy_per_atom", "forces")}
         wants_forces = self.forces_std and scales["forces"] is not None
-        energy, forces = batch_deviations(self.backbone, batch, self._whitening, forces=wants_forces)
+        energy, forces = compute_deviations(self.backbone, batch, self._whitening, forces=wants_forces)
         results: dict[str, Any] = {}
         if scales["energy_per_atom"] is not None:
             results["energy_std"] = float(energy[0]) * scales["energy_per_atom"]
@@ -198,9 +196,17 @@ class EnsembleCalculator(ForcetuneCalculator):
     of the ensemble they are multiplied by its scales.
     """
 
-    def __init__(self, ensemble: Ensemble, uncertainty: Uncertainty | None = None) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        uncertainty: Uncertainty | None = None,
+        *,
+        neighbors: Literal["auto", "cpu", "device"] = "auto",
+    ) -> None:
         # members take turns with their weights
-        super().__init__(ensemble.backbone, ensemble.magnetism, compile="off", uncertainty=uncertainty)
+        super().__init__(
+            ensemble.backbone, ensemble.magnetism, compile="off", uncertainty=uncertainty, neighbors=neighbors
+        )
         self.ensemble = ensemble
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
@@ -243,7 +249,7 @@ def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
     return directions(moments) if magnetism.takes_directions else moments
 
 
-def frame_of(atoms: Atoms) -> Frame:
+def build_frame(atoms: Atoms) -> Frame:
     """The structure of ``atoms`` without labels."""
     return Frame(
         numbers=np.asarray(atoms.numbers, dtype=np.int64),
@@ -267,6 +273,7 @@ def calculator(
     trust: bool = False,
     compile: Literal["auto", "off"] = "auto",
     uncertainty: bool | Literal["energy"] = False,
+    neighbors: Literal["auto", "cpu", "device"] = "auto",
 ) -> ForcetuneCalculator:
     """An ASE calculator.
 
@@ -287,16 +294,26 @@ def calculator(
             results, ``energy_std`` (eV) and ``forces_std`` (atoms, 3), eV/Å; ``"energy"`` only the first, which costs
             a forward pass, where the second takes a backward pass for each feature of the last layer. An
             ensemble with a calibration (``forcetune calibrate RUN --ensemble …``) has its spread multiplied by it.
+        neighbors: where neighbors are searched: on the ``cpu``, on the model's ``device`` (by tensor operations, so
+            that positions need not be copied back from a GPU), or ``auto``, the device where that is not the CPU.
 
     Raises:
         InputError: nothing usable at a path, the adapter belongs to another base, its method is not equivariant,
-            ``compile`` is something else, or the run is not calibrated.
+            ``compile`` or ``neighbors`` is something else, or the run is not calibrated.
     """
     if uncertainty not in (True, False, "energy"):
         raise InputError(f"uncertainty={uncertainty!r}: a calculator's is True, False or 'energy'.")
+    neighbors = _place_of_search(neighbors)
     if adapter is not None and not isinstance(adapter, (str, Path)):
         return _ensemble(
-            model, adapter, head=head, device=device, dtype=dtype, trust=trust, calibrated=bool(uncertainty)
+            model,
+            adapter,
+            head=head,
+            device=device,
+            dtype=dtype,
+            trust=trust,
+            calibrated=bool(uncertainty),
+            neighbors=neighbors,
         )
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     if deployed.adapter is not None:
@@ -306,8 +323,22 @@ def calculator(
             parameter.requires_grad_(False)
     calibration = _calibration_of(adapter or model) if uncertainty else None
     return ForcetuneCalculator(
-        deployed.backbone, compile=compile, uncertainty=calibration, forces_std=uncertainty is True
+        deployed.backbone,
+        compile=compile,
+        uncertainty=calibration,
+        forces_std=uncertainty is True,
+        neighbors=neighbors,
     )
+
+
+def _place_of_search(neighbors: str) -> Literal["auto", "cpu", "device"]:
+    """
+    Raises:
+        InputError: it is no place.
+    """
+    if neighbors not in ("auto", "cpu", "device"):
+        raise InputError(f"neighbors={neighbors!r}: are searched on the 'cpu', on the 'device', or 'auto'.")
+    return neighbors
 
 
 def _calibration_of(place: str | Path | Backbone | None) -> Uncertainty:
@@ -331,6 +362,7 @@ def _ensemble(
     dtype: str | None,
     trust: bool,
     calibrated: bool,
+    neighbors: Literal["auto", "cpu", "device"],
 ) -> EnsembleCalculator:
     paths, base = list(adapters), model
     if isinstance(model, (str, Path)) and adapter_folder(model) is not None:
@@ -343,7 +375,7 @@ def _ensemble(
     if calibrated:
         folders = [folder for folder, *_ in ensemble.members]
         calibration = load_uncertainty(folders[0].parent, folders)
-    return EnsembleCalculator(ensemble, calibration)
+    return EnsembleCalculator(ensemble, calibration, neighbors=neighbors)
 
 
 def _check_equivariant(config: AdapterConfig, place: object) -> None:

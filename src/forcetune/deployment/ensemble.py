@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from forcetune.adapters.attach import Adapter, detach, reattach
-from forcetune.adapters.file import AdapterConfig, load_adapter, read_adapter_config
+from forcetune.adapters.config import AdapterConfig, read_adapter_config
+from forcetune.adapters.file import load_adapter
 from forcetune.adapters.hub import locate_adapter
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.loading import adapter_folder, load_base
@@ -153,7 +154,7 @@ def _check_same_state(members: Sequence[tuple[Path, AdapterConfig, Adapter, dict
             )
 
 
-def mean_of(members: Sequence[Predictions]) -> Predictions:
+def average_predictions(members: Sequence[Predictions]) -> Predictions:
     """The mean over members, with their labels."""
     stresses = [member.stress for member in members if member.stress is not None]
     moments = [member.moments for member in members if member.moments is not None]
@@ -213,7 +214,7 @@ def calibration(std: FloatArray, error: FloatArray) -> Calibration | None:
 
 def describe_ensemble(ensemble: Ensemble, predictions: Sequence[Predictions]) -> dict[str, Any]:
     """Errors of the mean, and how well the spread predicts them, as ``forcetune evaluate --json`` prints them."""
-    mean = mean_of(predictions)
+    mean = average_predictions(predictions)
     figures = {
         "energy_per_atom": calibration(
             spread([one.energy / one.atoms for one in predictions]), (mean.energy - mean.energy_label) / mean.atoms

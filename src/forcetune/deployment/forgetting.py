@@ -25,7 +25,7 @@ from ase.data import chemical_symbols, covalent_radii
 
 from forcetune.adapters.attach import disable_adapter
 from forcetune.backbones.protocol import Backbone
-from forcetune.deployment.calculator import ForcetuneCalculator, frame_of
+from forcetune.deployment.calculator import ForcetuneCalculator, build_frame
 from forcetune.deployment.dynamics import energy_conservation
 from forcetune.errors import ForcetuneError
 from forcetune.evaluation.metrics import Predictions, build_graphs, predict
@@ -85,7 +85,7 @@ def _structures(dataset: Dataset, held: Sequence[Frame]) -> tuple[str, list[Fram
     ]
     if len(molecules) >= LEAST_MOLECULES:
         chosen = [molecules[int(i)] for i in np.linspace(0, len(molecules) - 1, min(MOST_MOLECULES, len(molecules)))]
-        return "molecules", [_shaken(frame_of(atoms), 0.05, generator) for atoms in chosen]
+        return "molecules", [_shaken(build_frame(atoms), 0.05, generator) for atoms in chosen]
     frames = dataset.valid.frames[:10]
     return "shaken validation frames", [_shaken(frame, 0.2, generator) for frame in frames]
 
@@ -120,7 +120,7 @@ def _dimers(backbone: Backbone, elements: Sequence[int]) -> tuple[Dimer, ...]:
     frames = []
     for one, other in pairs:
         for distance in DISTANCES * (covalent_radii[one] + covalent_radii[other]):
-            frames.append(frame_of(Atoms([one, other], [(0, 0, 0), (0, 0, distance)])))
+            frames.append(build_frame(Atoms([one, other], [(0, 0, 0), (0, 0, distance)])))
     base, tuned = _both(backbone, frames)
     curves = []
     for index, (one, other) in enumerate(pairs):

@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from safetensors import SafetensorError, deserialize
 
-from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, read_adapter_config
+from forcetune.adapters.config import AdapterConfig, read_adapter_config
+from forcetune.adapters.file import CONFIG_NAME
 from forcetune.adapters.hub import (
     CARD_NAME,
     CHECKSUMS_NAME,

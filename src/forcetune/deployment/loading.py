@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from forcetune.adapters.attach import fold_weights, get_adapter
-from forcetune.adapters.file import CONFIG_NAME, AdapterConfig, load_adapter, read_adapter_config
+from forcetune.adapters.config import AdapterConfig, read_adapter_config
+from forcetune.adapters.file import CONFIG_NAME, load_adapter
 from forcetune.adapters.hub import locate_adapter
 from forcetune.backbones.loading import load
 from forcetune.backbones.protocol import Backbone

@@ -70,7 +70,7 @@ def merge(
     Args:
         run: run folder, adapter folder or ``hub:owner/name``.
         output: file to write, such as ``tuned.model``.
-        model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
+        model: the base, when it is no longer where it was in the run: name, path or loaded backbone, which stays as it
             is.
         dtype: precision of the written model; by default that of the base's file, or else that of the training.
         trust: allow the base's file to run its own code where it cannot be rebuilt without.

@@ -11,7 +11,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from forcetune.deployment.calculator import ForcetuneCalculator, frame_of, spins_of
+from forcetune.deployment.calculator import ForcetuneCalculator, build_frame, spins_of
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray
 from forcetune.graphs.graph import build_graph
@@ -74,7 +74,7 @@ def exchange_parameters(atoms: Atoms, sites: Sequence[int] | None = None) -> Exc
         raise InputError("the moments are not collinear; exchange parameters belong to a collinear state.")
     across = np.linalg.svd(axis[None])[2][1:]
     spins = spins_of(atoms, calc.magnetism)
-    frame = replace(frame_of(atoms), spins=spins)
+    frame = replace(build_frame(atoms), spins=spins)
     backbone = calc.backbone
     batch = build_graph(frame, backbone.cutoff, backbone.dtype).to(device=backbone.device)
     batch.spins.requires_grad_()

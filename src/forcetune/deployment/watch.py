@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from forcetune.deployment.calculator import EnsembleCalculator, frame_of
+from forcetune.deployment.calculator import EnsembleCalculator, build_frame
 from forcetune.deployment.environments import Environments
 from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.frames.frame import FloatArray
@@ -47,7 +47,8 @@ class Watch:
     Attributes:
         forces_std: eV/Å, the largest spread of an ensemble's forces on an atom (root of the summed variances of the
             components).
-        frames: training frames, a file or ASE's atoms, whose surroundings atoms are compared with.
+        frames: training frames, a file or ASE's atoms, whose surroundings atoms are compared with, or these
+            surroundings where several simulations share them.
         novelty: how far from them an atom's surroundings may be, 1 being usual among the frames themselves
             (:class:`forcetune.deployment.environments.Environments`).
         largest_force: eV/Å, on an atom.
@@ -58,7 +59,7 @@ class Watch:
     """
 
     forces_std: float | None = None
-    frames: str | Path | Sequence[Atoms] | None = None
+    frames: str | Path | Sequence[Atoms] | Environments | None = None
     novelty: float = 3.0
     largest_force: float | None = None
     file: str | Path = "flagged.xyz"
@@ -79,7 +80,10 @@ class Watch:
             raise InputError(f"every={self.every!r}: must be a whole number of structures.")
         self.step = 0
         self._structures: list[Atoms] = []
-        self._environments = None if self.frames is None else Environments(_frames_of(self.frames))
+        frames = self.frames
+        if frames is not None and not isinstance(frames, Environments):
+            frames = Environments(_frames_of(frames))
+        self._environments = frames
 
     def look(self, atoms: Atoms, results: dict[str, Any]) -> dict[str, FloatArray]:
         """Look at one structure, and count it.
@@ -107,7 +111,7 @@ class Watch:
         """
         values: dict[str, FloatArray] = {}
         if self._environments is not None:
-            values["novelty"] = self._environments.novelty(frame_of(atoms))
+            values["novelty"] = self._environments.novelty(build_frame(atoms))
         reason = self._reason(atoms, np.asarray(results["forces"]), results, values)
         if reason is not None:
             self._flag(step, place + reason, atoms, results, values)
@@ -165,7 +169,7 @@ def _frames_of(frames: str | Path | Sequence[Atoms]) -> Any:
     if isinstance(frames, (str, Path)):
         keys = dict.fromkeys(("energy_key", "forces_key", "stress_key"), "none")
         return read_frames(frames, require=(), **keys).frames
-    return [frame_of(atoms) for atoms in frames]
+    return [build_frame(atoms) for atoms in frames]
 
 
 class WatchedCalculator(Calculator):

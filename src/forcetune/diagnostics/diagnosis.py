@@ -1,8 +1,8 @@
 """What a foundation model's predictions say about a whole set of labels: sign, unit, order.
 
 An error is only what undoing it would fix: labels that then agree with the model. A model that knows nothing about
-these structures agrees with nothing, and is told as such; what it says about energies is believed as far as it agrees
-with the forces.
+these structures agrees with nothing, and is reported as such; what it says about energies is believed as far as it
+agrees with the forces.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _check_force_unit(predictions: LabelledPredictions, agreement: Agreement) ->
     near = candidates(agreement.ratio, FORCES, 1.35)
     severity: Severity = "error" if near else "warning"
     if is_usual(agreement.ratio):
-        # eV/Bohr lies within what a soft or stiff model may do, so that only a close match is told, and as a doubt
+        # eV/Bohr lies within what a soft or stiff model may do, so that only a close match is reported, as a doubt
         if not candidates(agreement.ratio, FORCES, 1.12) or abs(agreement.correlation) < 0.85:
             return []
         severity = "warning"

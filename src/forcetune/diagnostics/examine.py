@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from forcetune.diagnostics.duplicates import check_duplicates, check_overlap
 from forcetune.diagnostics.finding import Finding, in_frames
 from forcetune.diagnostics.geometry import check_cells, check_distances, check_length_unit
@@ -18,7 +20,7 @@ TRAIN = "train"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examined:
-    """Frames of every set with their geometry, and what was found.
+    """Frames of every set with their geometry and findings.
 
     Attributes:
         frames: by name of the set; isolated atoms taken out.
@@ -67,10 +69,20 @@ def examine_frames(
         findings += check_length_unit(set_frames, shapes[name])
         labels = check_labels(set_frames, shapes[name])
         # only what is trained on decides reference energies
-        findings += [one for one in labels if name == TRAIN or one.code != "composition-rank"]
+        findings += [finding for finding in labels if name == TRAIN or finding.code != "composition-rank"]
         findings += check_duplicates(set_frames, shapes[name], trained_on=not name.startswith("test"))
     if TRAIN in frames:
         for name, set_frames in frames.items():
             if name != TRAIN:
                 findings += check_overlap(frames[TRAIN], shapes[TRAIN], set_frames, shapes[name], name)
     return Examined(frames, shapes, findings)
+
+
+def sample_evenly(indices: Sequence[int], most: int) -> list[int]:
+    """At most so many, in runs of neighbours spread evenly, as an error may show only beside the frame before."""
+    if len(indices) <= most:
+        return list(indices)
+    length = max(1, most // 10)
+    starts = np.linspace(0, len(indices) - length, most // length).astype(int)
+    places = sorted({int(start) + offset for start in starts for offset in range(length)})
+    return [indices[place] for place in places]

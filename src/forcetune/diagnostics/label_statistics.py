@@ -74,7 +74,8 @@ class LabelledPredictions:
     stress_label: FloatArray | None
 
     @staticmethod
-    def of(frames: Sequence[Frame], predictions: Predictions) -> LabelledPredictions:
+    def split(frames: Sequence[Frame], predictions: Predictions) -> LabelledPredictions:
+        """Predictions for all frames, cut into frames."""
         ends = np.cumsum(predictions.atoms)[:-1]
         return LabelledPredictions(
             tuple(frames),

@@ -80,3 +80,21 @@ class Forgetting:
     dimers: tuple[Dimer, ...]
     stability: Stability
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Softening:
+    """Slopes of predicted over reference forces of periodic frames; 1 is neither soft nor stiff.
+
+    Attributes:
+        n_frames: periodic frames with force labels.
+        base, tuned: over all atoms of these.
+        base_large, tuned_large: over the tenth of the atoms with the largest reference forces, which are those of
+            displaced or hot structures.
+    """
+
+    n_frames: int
+    base: float
+    tuned: float
+    base_large: float
+    tuned_large: float

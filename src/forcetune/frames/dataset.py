@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from forcetune.config import DataConfig, MagnetismConfig, SpinInputs
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
@@ -80,7 +82,8 @@ def is_streamed(config: DataConfig) -> bool:
     """
     if config.stream != "auto":
         return config.stream == "on"
-    named = (config.train, config.valid if isinstance(config.valid, list) else [], config.test)
+    valid = config.valid if isinstance(config.valid, list) else []
+    named = (config.train, config.train_only, valid, config.test)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reader says what is named twice
         return sum(content_size(file) for part in named if part for file in expand(list(part))) >= STREAM_FROM
@@ -112,8 +115,10 @@ def read_dataset(
         _streamed(config, progress) if streamed else partial(_in_memory, type_map=config.type_map),
         magnetic,
     )
-    training = read(config.train, needed, "training data")
+    trained_only = _check_train_only(config)
+    training = read([*config.train, *config.train_only], needed, "training data")
     frames, isolated = separate_isolated(training.frames)
+    frames, added = _set_apart(frames, trained_only)
     if not frames:
         raise InputError(f"{training.files[0]}: holds isolated atoms only; give frames to train on.")
     if isinstance(config.valid, list):
@@ -127,7 +132,7 @@ def read_dataset(
         train_frames, valid_frames = split(frames, config.valid, config.split_seed)
         valid = Split(valid_frames, training.files, training.sha256, training.keys)
     train_frames = take_some(train_frames, config.train_frames, config.train_frames_seed)
-    train = Split(train_frames, training.files, training.sha256, training.keys)
+    train = Split(_join(train_frames, added), training.files, training.sha256, training.keys)
     tests = {}
     for source, name in zip(config.test, _test_names(config.test), strict=True):
         test = read([source], ("energy",), f"{name} data", training.keys)
@@ -137,6 +142,46 @@ def read_dataset(
         train, valid = (part._replace(frames=_with_state(part.frames, inputs)) for part in (train, valid))
         tests = {name: part._replace(frames=_with_state(part.frames, inputs)) for name, part in tests.items()}
     return Dataset(train, valid, tests, isolated)
+
+
+def _check_train_only(config: DataConfig) -> set[str]:
+    """Files that are trained on only.
+
+    Raises:
+        InputError: one of them is among the other training files, too.
+    """
+    if not config.train_only:
+        return set()
+    train = {path.resolve() for path in expand(config.train)}
+    files = expand(config.train_only)
+    for path in files:
+        if path.resolve() in train:
+            raise InputError(f"{path}: is named by data.train and by data.train_only; leave it out of one of them.")
+    return {str(path) for path in files}
+
+
+def _set_apart(frames: Sequence[Frame], files: set[str]) -> tuple[Sequence[Frame], Sequence[Frame]]:
+    """The frames of other files, and those of these.
+
+    Raises:
+        InputError: there are no others.
+    """
+    if not files:
+        return frames, ()
+    apart = np.array([frame.origin.file in files for frame in frames])
+    if apart.all():
+        raise InputError("data.train: holds isolated atoms only; give frames to train on beside data.train_only.")
+    if isinstance(frames, StoredFrames):
+        return frames.take(frames.indices[~apart]), frames.take(frames.indices[apart])
+    by_place = list(zip(frames, apart, strict=True))
+    return tuple(frame for frame, out in by_place if not out), tuple(frame for frame, out in by_place if out)
+
+
+def _join(frames: Sequence[Frame], others: Sequence[Frame]) -> Sequence[Frame]:
+    """Both, of one store where they are on disk."""
+    if isinstance(frames, StoredFrames) and isinstance(others, StoredFrames):
+        return frames.take(np.concatenate([frames.indices, others.indices]))
+    return (*frames, *others) if others else frames
 
 
 def _with_state(frames: Sequence[Frame], inputs: SpinInputs) -> Sequence[Frame]:

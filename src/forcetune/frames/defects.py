@@ -1,4 +1,4 @@
-"""Defects of files, met by readers of other libraries and told in one sentence."""
+"""Defects of files, met by readers of other libraries and reported in one sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def guarded(path: Path, structures: Iterator[Atoms], start: int = 0) -> Iterator
     """The structures of a reader of another library, of which the first is frame ``start`` of the file.
 
     Raises:
-        InputError: whatever the reader raises, told in one sentence with the frame reached.
+        InputError: whatever the reader raises, in one sentence with the frame reached.
     """
     count = start
     while True:

@@ -1,4 +1,4 @@
-"""Which labels frames have, told by few of them: the choice of keys for a set that is not in memory at once."""
+"""Which labels frames have, decided by few of them: the choice of keys for a set that is not in memory at once."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Survey:
                 )
 
     def _kind(self, raw: RawFrame) -> Any:
-        """Frames of one kind cannot be told apart by the choice of keys."""
+        """Frames of one kind cannot be distinguished by the choice of keys."""
         # not by file: data often come in one file per material
         facts: list[Any] = [raw.moved, raw.stale]
         for label, asked in zip(LABELS, self.asked, strict=True):

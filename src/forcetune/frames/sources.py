@@ -1,4 +1,4 @@
-"""From file names and patterns to ASE structures, every failure on the way told in one sentence."""
+"""From file names and patterns to ASE structures, every failure on the way reported in one sentence."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def describe_unread(
     Args:
         raws: all frames.
         keys: what is read.
-        asked: labels of which the user said ``none`` are not told.
-        ignored: moments or spins that are left out on purpose, and not told either.
+        asked: labels of which the user said ``none`` are not reported.
+        ignored: moments or spins that are left out on purpose, and not reported either.
     """
     known = {*CANDIDATES["energy"], *CANDIDATES["forces"], *CANDIDATES["stress"], *(key for key in keys if key)}
     for label in ("moments", "spins"):

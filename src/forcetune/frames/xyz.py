@@ -1,4 +1,4 @@
-"""Extended XYZ as text: its frames one at a time, every defect told with its line, and atoms by their names."""
+"""Extended XYZ as text: its frames one at a time, every defect reported with its line, and atoms by their names."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def search_neighbors(positions: Tensor, cell: Tensor, pbc: Tensor, system: Tenso
     n_edges, together = read_back(torch.stack((near.sum(), (near & (squared < COINCIDING**2)).sum())))
     if together:
         _refuse_coinciding(sender[near], receiver[near], squared[near], system)
-    chosen = _places_of(near, n_edges)
+    chosen = _true_indices(near, n_edges)
     return Edges(torch.stack((sender[chosen], receiver[chosen])), shifts[chosen].to(positions.dtype))
 
 
@@ -203,12 +203,12 @@ def _expand(counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return row, torch.arange(total, device=counts.device) - starts[row]
 
 
-def _places_of(chosen: Tensor, total: int) -> Tensor:
+def _true_indices(chosen: Tensor, total: int) -> Tensor:
     """Where ``chosen`` is true, ``total`` times, ascending."""
-    place = torch.where(chosen, chosen.cumsum(0) - 1, total)
-    found = place.new_zeros(total + 1)
+    rank = torch.where(chosen, chosen.cumsum(0) - 1, total)
+    indices = rank.new_zeros(total + 1)
     # what is not chosen goes to a place behind them
-    return found.scatter_(0, place, torch.arange(len(chosen), device=chosen.device))[:total]
+    return indices.scatter_(0, rank, torch.arange(len(chosen), device=chosen.device))[:total]
 
 
 def _refuse(

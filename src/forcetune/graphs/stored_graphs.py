@@ -11,9 +11,9 @@ from typing import overload
 import numpy as np
 import torch
 
+from forcetune.frames.store.new_store import new_store
 from forcetune.frames.store.rows import RowReader, RowWriter
 from forcetune.frames.store.stored_frames import StoredFrames
-from forcetune.frames.store.streaming import new_store
 from forcetune.graphs.edges import EDGE_COLUMNS, EdgeSearch, search_store
 from forcetune.graphs.graph import Batch, graph_with
 from forcetune.utils import distributed

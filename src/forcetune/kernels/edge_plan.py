@@ -130,6 +130,10 @@ def make_plan(
     Raises:
         ValueError: the batch exceeds the bounds.
     """
+    if edge_index.device.type == "cuda" and device is None and bounds is None and not ghosts:
+        from forcetune.kernels.device_plan import make_device_plan  # which makes plans of this module
+
+        return make_device_plan(edge_index, unit_shifts, species, paired=paired)
     device = edge_index.device if device is None else device
     own = edge_index.shape[1] if bounds is None else bounds.edges
     all_senders, all_receivers = edge_index.detach().cpu().numpy()
@@ -176,7 +180,7 @@ def make_plan(
         order=tensor(order),
         place=tensor(place),
         species=tensor(kinds[order]),
-        present=_species_tensor(tuple(int(kind) for kind in present), device),
+        present=species_tensor(tuple(int(kind) for kind in present), device),
         counts=tuple(int(count) for count in counts),
         edge_of_pair=tensor(edge_of_pair),
         sender=tensor(all_senders[edge_of_pair]),
@@ -195,7 +199,8 @@ def make_plan(
 
 
 @lru_cache(maxsize=256)
-def _species_tensor(present: tuple[int, ...], device: torch.device) -> Tensor:
+def species_tensor(present: tuple[int, ...], device: torch.device) -> Tensor:
+    """One tensor for all plans of the same species."""
     with torch.inference_mode(False):
         return torch.tensor(present, dtype=torch.int64, device=device)
 

@@ -15,7 +15,7 @@ from forcetune.irreps import Block as IrrepsBlock
 from forcetune.irreps import irreps_text, merge_neighbours, parse_irreps
 from forcetune.kernels.compiled import convolution as compiled
 from forcetune.kernels.compiled import splined_convolution as splined
-from forcetune.kernels.compiled.choice import Kernels, takes_compiled
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled, takes_triton
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.convolution import Path, Paths, convolve
 from forcetune.kernels.cueq.convolution import ConvolutionPolynomial
@@ -26,6 +26,7 @@ from forcetune.kernels.linear import Block, equivariant_linear, species_linear
 from forcetune.kernels.site import Site, WeightPath, numbered
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
+from forcetune.kernels.triton import convolution as triton
 
 
 def layout_for(blocks: Sequence[IrrepsBlock]) -> Layout:
@@ -227,7 +228,7 @@ class SpeciesLinear(nn.Module):
 
 
 def take_coupling(source: TensorSource, first: int, second: int, third: int, couplings: dict[str, Tensor]) -> Tensor:
-    """A 3j symbol in float64, as the file has it where it does; noted in ``kept`` by its name.
+    """A 3j symbol in float64, as the file has it where it does; added to ``couplings`` by its name.
 
     Raises:
         UnfitError: the file's is no 3j symbol of these orders.
@@ -343,10 +344,12 @@ class Convolution(nn.Module):
         options: dict[str, Any] = {"phase": step.phase, "geometric": features.geometric}
         if isinstance(radial, splined.SplinedWeights):
             options["trains"] = features.trains
-            found = splined.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
-            return Features(found, geometric=True, trains=trains or features.trains)
+            blocks = splined.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
+            return Features(blocks, geometric=True, trains=trains or features.trains)
         options["trains"] = trains, features.trains
-        if takes_compiled(self.kernels, radial):
+        if takes_triton(self.kernels, radial):
+            blocks = triton.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
+        elif takes_compiled(self.kernels, radial):
             blocks = compiled.convolve(self.structure, step.plan, radial, angular, features.blocks, **options)
         else:
             parts = angular.split(self.widths, dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from ase.data import covalent_radii
 from torch import Tensor, nn
 from torch.nn import functional
 
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled
+from forcetune.kernels.compiled.radial_network import radial_network
 from forcetune.kernels.harmonics import second_moment_factor
 from forcetune.kernels.site import Site, WeightPath
 from forcetune.kernels.tensors import Draw, TensorSource, UnfitError, register
@@ -257,8 +260,12 @@ class RadialLayer(nn.Module):
         self.scale = gain / math.sqrt(inputs)
         self.activation, self.factor = activation, factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        found = x @ (self.weight * self.scale)
+    def forward(self, x: Tensor | None) -> Tensor:
+        """The layer's output; without inputs its matrix, normalisation included, as hooks on the layer leave it."""
+        matrix = self.weight * self.scale
+        if x is None:
+            return matrix
+        found = x @ matrix
         return found if self.activation is None else self.activation(found) * self.factor
 
     def sites(self, name: str) -> Iterator[Site]:
@@ -275,7 +282,12 @@ class RadialNetwork(nn.Sequential):
         factors: normalisation of the activation of each layer as a file has it; None computes it.
         activation: between the layers.
         kind: of its sites.
+
+    Attributes:
+        kernels: that compute it.
     """
+
+    kernels: Kernels = "auto"
 
     def __init__(
         self,
@@ -294,6 +306,23 @@ class RadialNetwork(nn.Sequential):
             factor = second_moment_factor(activation) if stored is None else stored
             between = None if last else activation
             self.add_module(name, RadialLayer(inputs, outputs, source.within(name), between, factor, kind))
+        self.fused = len(widths) > 2 and activation is functional.silu
+
+    def forward(self, input: Tensor, *, twice: bool = True) -> Tensor:
+        """
+        Args:
+            input: (pairs, inputs).
+            twice: whether second derivatives may be wanted.
+
+        Returns:
+            (pairs, outputs).
+        """
+        if not self.fused or not takes_compiled(self.kernels, input):
+            return super().forward(input)
+        layers: list[Any] = list(self)
+        return radial_network(
+            input, [layer(None) for layer in layers], [layer.factor for layer in layers[:-1]], twice=twice
+        )
 
 
 class NormedRadialNetwork(nn.Module):

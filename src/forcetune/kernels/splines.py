@@ -22,6 +22,7 @@ from forcetune.kernels.compiled.choice import Kernels, takes_compiled
 from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS
 from forcetune.kernels.compiled.splined_convolution import SplinedWeights
 from forcetune.kernels.phase import Phase
+from forcetune.kernels.radial import RadialNetwork
 from forcetune.kernels.step import Step, can_train
 
 DEGREE = SPLINE_ROWS - 1
@@ -54,13 +55,13 @@ class TooCloseError(RuntimeError):
 
 def _pieces() -> np.ndarray:
     """(powers of t, rows): the polynomials of the uniform B-splines that are not 0 on an interval, t from 0 to 1."""
-    found = np.zeros((DEGREE + 1, DEGREE + 1))
+    coefficients = np.zeros((DEGREE + 1, DEGREE + 1))
     for row in range(DEGREE + 1):
         for i in range(DEGREE - row + 1):
             sign = (-1) ** i * math.comb(DEGREE + 1, i)
             for power in range(DEGREE + 1):
-                found[power, row] += sign * math.comb(DEGREE, power) * (DEGREE - row - i) ** (DEGREE - power)
-    return found / math.factorial(DEGREE)
+                coefficients[power, row] += sign * math.comb(DEGREE, power) * (DEGREE - row - i) ** (DEGREE - power)
+    return coefficients / math.factorial(DEGREE)
 
 
 _PIECES = torch.from_numpy(_pieces())
@@ -184,13 +185,13 @@ def tabulate(
             return None
         rows_of_kinds, error = [], 0.0
         for kind in kinds:
-            rows, far = _of_kind(function, kind, grid)
+            rows, kind_error = _tabulate_kind(function, kind, grid)
             rows_of_kinds.append(rows)
-            error = max(error, far)
+            error = max(error, kind_error)
             if error > TOLERANCE:
                 break
         if error <= TOLERANCE:
-            return Tables(grid, tuple(_by_path(rows_of_kinds, channels)), error)
+            return Tables(grid, tuple(_split_by_path(rows_of_kinds, channels)), error)
         # a smooth function's error falls by 2⁸ at each doubling; of others no density is enough
         if error > NEARLY and not error < coarser / WORTHWHILE:
             return None
@@ -198,7 +199,7 @@ def tabulate(
     return None
 
 
-def _of_kind(function: Function, kind: Any, grid: Grid) -> tuple[np.ndarray, float]:
+def _tabulate_kind(function: Function, kind: Any, grid: Grid) -> tuple[np.ndarray, float]:
     """(rows, outputs) of all networks together, and their error."""
     parts, errors, sizes = [], [], []
     for first, last, count in grid.spans():
@@ -206,8 +207,8 @@ def _of_kind(function: Function, kind: Any, grid: Grid) -> tuple[np.ndarray, flo
         def values(places: np.ndarray) -> np.ndarray:
             # the end of a span belongs to it, whatever the function does behind
             inner = np.clip(places, first, np.nextafter(last, 0))  # noqa: B023 (called within the turn)
-            found = function(torch.from_numpy(inner).unsqueeze(1), kind)
-            return torch.cat(list(found), dim=1).numpy()
+            outputs = function(torch.from_numpy(inner).unsqueeze(1), kind)
+            return torch.cat(list(outputs), dim=1).numpy()
 
         rows = _rows(first, last, count, values)
         parts.append(rows)
@@ -228,17 +229,18 @@ def _of_kind(function: Function, kind: Any, grid: Grid) -> tuple[np.ndarray, flo
     size = np.max(sizes, axis=0)
     # weights that are hardly there need not be better than others
     size = np.maximum(size, 1e-3 * size.max(initial=0.0))
-    far = float((np.max(errors, axis=0) / np.where(size > 0, size, 1.0)).max(initial=0.0))
-    return np.concatenate(parts), far if math.isfinite(far) else math.inf
+    error = float((np.max(errors, axis=0) / np.where(size > 0, size, 1.0)).max(initial=0.0))
+    return np.concatenate(parts), error if math.isfinite(error) else math.inf
 
 
-def _by_path(of_kinds: Sequence[np.ndarray], channels: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    whole = np.concatenate(of_kinds)
+def _split_by_path(rows_of_kinds: Sequence[np.ndarray], channels: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """The flat table of each convolution, its paths one after another."""
+    rows = np.concatenate(rows_of_kinds)
     start = 0
     for paths in channels:
         parts = []
         for width in paths:
-            parts.append(whole[:, start : start + width].reshape(-1))
+            parts.append(rows[:, start : start + width].reshape(-1))
             start += width
         yield torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -266,7 +268,9 @@ class RadialFunctions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _CachedTables:
+    """Tables, and the state of the weights that they were made from."""
+
     state: list[tuple[int, int]]
     held: list[Tensor]
     kinds: tuple[Any, ...]
@@ -278,7 +282,7 @@ class RadialSplines:
     """Tables of a model, until one of its radial weights changes."""
 
     def __init__(self) -> None:
-        self._kept: _Kept | None = None
+        self._cache: _CachedTables | None = None
 
     def __reduce__(self) -> Any:
         return RadialSplines, ()
@@ -330,21 +334,22 @@ class RadialSplines:
             state = [(tensor.data_ptr(), tensor._version) for tensor in weights]
         except RuntimeError:
             return None  # nothing counts the changes of tensors made in inference mode
-        kept = self._kept  # other threads may put theirs in its place
-        if kept is None or kept.state != state or kept.kinds != kinds or kept.dtype != dtype:
+        cached = self._cache  # other threads may put theirs in its place
+        if cached is None or cached.state != state or cached.kinds != kinds or cached.dtype != dtype:
             with torch.no_grad():
-                made = tabulate(functions.function(), kinds, functions.breaks, functions.channels)
-            if made is not None:
-                made = Tables(made.grid, tuple(value.to(dtype) for value in made.values), made.error)
+                tables = tabulate(functions.function(), kinds, functions.breaks, functions.channels)
+            if tables is not None:
+                tables = Tables(tables.grid, tuple(value.to(dtype) for value in tables.values), tables.error)
             # memory that is held gets no other weights
             held = [tensor.detach() for tensor in weights]
-            self._kept = kept = _Kept(state, held, kinds, dtype, made)
-        return kept.tables
+            self._cache = cached = _CachedTables(state, held, kinds, dtype, tables)
+        return cached.tables
 
 
 def radial_weights(network: nn.Module, step: Step) -> Tensor | SplinedWeights:
-    """Of a convolution, with the envelope where it belongs to them."""
+    """Radial weights of a convolution, with the envelope where it belongs to them."""
     if step.splined is not None and network in step.splined:
         return step.splined[network]
-    found = network(step.radial)
+    options = {"twice": step.phase.twice} if isinstance(network, RadialNetwork) else {}
+    found = network(step.radial, **options)
     return found if step.cutoff is None else found * step.cutoff

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from forcetune.irreps import Block, irreps_text, parse_irreps
 from forcetune.kernels.compiled import contraction as compiled
-from forcetune.kernels.compiled.choice import Kernels, takes_compiled
+from forcetune.kernels.compiled.choice import Kernels, takes_compiled, takes_triton
 from forcetune.kernels.contraction import arranged, fold, polynomial
 from forcetune.kernels.cueq.contraction import ContractionPolynomial
 from forcetune.kernels.features import Features
@@ -24,6 +24,7 @@ from forcetune.kernels.polynomial import BilinearForm, bilinear_form
 from forcetune.kernels.site import Site, WeightPath
 from forcetune.kernels.step import Step, can_train
 from forcetune.kernels.tensors import Draw, TensorSource, UnfitError, register
+from forcetune.kernels.triton import contraction as triton
 
 _MIDDLE_ORDER = 12  # intermediate irreps of products of four are natural ones below this order
 
@@ -168,6 +169,11 @@ class Coefficients:
         """The terms that are not 0."""
         return compiled.SparseForm(self.form)
 
+    @functools.cached_property
+    def tables(self) -> triton.TermTables:
+        """The same terms as Triton's kernels read them."""
+        return triton.TermTables(self.sparse)
+
     def fold(self, weights: list[list[Tensor]], present: Tensor, lanes: int = 0) -> list[Tensor]:
         """For each segment (species present, channels, rows, columns); one species for a product without species.
 
@@ -261,26 +267,35 @@ class SymmetricContraction(nn.Module):
         return self._kept
 
     def forward(self, features: Features, step: Step) -> Features:
-        plan, kept = step.plan, self.coefficients
+        plan, folded = step.plan, self.coefficients
         request = WeightRequest(plan.present)
         weights = [contraction(request) for contraction in self.contractions]
         trains = features.trains or can_train(self)
         if self.kernels == "cuequivariance":
             if self._polynomial is None:
-                self._polynomial = ContractionPolynomial(kept.form, features.blocks[0].shape[2])
-            found = self._polynomial.contract(plan, weights, features.blocks)
-            return Features(found, geometric=True, trains=trains)
-        lanes = 0
-        if takes_compiled(self.kernels, features.blocks[0]):
+                self._polynomial = ContractionPolynomial(folded.form, features.blocks[0].shape[2])
+            blocks = self._polynomial.contract(plan, weights, features.blocks)
+            return Features(blocks, geometric=True, trains=trains)
+        lanes, on_triton = 0, takes_triton(self.kernels, features.blocks[0])
+        if on_triton:
+            lanes = features.blocks[0].shape[2]
+        elif takes_compiled(self.kernels, features.blocks[0]):
             lanes = compiled.lanes_of(features.blocks[0].shape[2], features.blocks[0].dtype)
-        coefficients = kept.fold(weights, plan.present, lanes)
+        coefficients = folded.fold(weights, plan.present, lanes)
+        if on_triton:
+            blocks = triton.contract(
+                *(folded.tables, folded.sparse, plan, features.blocks, coefficients[0]),
+                phase=step.phase,
+                trains=features.trains,
+            )
+            return Features(blocks, geometric=True, trains=trains)
         counts = plan.counts if len(coefficients[0]) == len(plan.counts) else (plan.n_atoms,)
         if lanes:
             blocks = compiled.polynomial(
-                kept.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains
+                folded.sparse, features.blocks, coefficients[0], counts, phase=step.phase, trains=features.trains
             )
             return Features(blocks, geometric=True, trains=trains)
-        x = arranged(features.blocks, kept.form.order)
-        out = polynomial(kept.form, x, coefficients, counts, phase=step.phase, trains=features.trains)
-        parts = [part.permute(2, 0, 1) for part in out.split(kept.form.dims)]
+        x = arranged(features.blocks, folded.form.order)
+        out = polynomial(folded.form, x, coefficients, counts, phase=step.phase, trains=features.trains)
+        parts = [part.permute(2, 0, 1) for part in out.split(folded.form.dims)]
         return Features(parts, geometric=True, trains=trains)

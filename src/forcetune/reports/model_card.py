@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from forcetune.adapters.file import AdapterConfig
+from forcetune.adapters.config import AdapterConfig
 from forcetune.evaluation.summaries import Forgetting
 from forcetune.reports.forgetting import describe_forgetting
 from forcetune.reports.texts import count_text, error_rows, files_text, number_text, sort_splits

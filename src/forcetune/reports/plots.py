@@ -25,7 +25,7 @@ from forcetune.reports.texts import layer_text, number_text
 from forcetune.runs.metrics import FloatArray, Metrics
 from forcetune.runs.results import DynamicsSummary
 
-# Blue and vermilion of the Okabe–Ito palette are told apart with every kind of colour vision.
+# Blue and vermilion of the Okabe–Ito palette can be distinguished with every kind of colour vision.
 BEFORE, AFTER, MARK, INK = "#9a9a9a", "#0072b2", "#d55e00", "#333333"
 VECTOR_POINTS = 3_000
 MOST_POINTS = 20_000

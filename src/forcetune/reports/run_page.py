@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from forcetune.config import load_config
 from forcetune.errors import InputError
+from forcetune.evaluation.summaries import Softening
 from forcetune.reports.errors_by_element import force_errors_by_element
 from forcetune.reports.forgetting import describe_forgetting
 from forcetune.reports.page import render_page
@@ -47,6 +48,7 @@ from forcetune.runs.results import (
     TrainingSummary,
     read_results,
 )
+from forcetune.training.outcome import PenaltyTerms
 from forcetune.utils.files import write_text
 
 REPORT_NAME = "report.html"
@@ -99,6 +101,7 @@ def _page_content(
         "splits": _errors_by_split(results),
         "curves": _learning_curves(results, metrics),
         "parity": _parity(predictions or {}),
+        "softening": _softening_rows(results.softening),
         "dynamics": _dynamics(results.dynamics),
         "forgetting": describe_forgetting(results.forgetting),
         "method_facts": _method_facts(results),
@@ -211,6 +214,18 @@ def _parity(predictions: Mapping[str, NDArray]) -> dict[str, Any]:
     }
 
 
+def _softening_rows(softening: Mapping[str, Softening]) -> list[tuple[str, ...]]:
+    """Slopes of predicted over reference forces, one row for each set of frames."""
+    return [
+        (
+            _split_name(split),
+            count_text(softening[split].n_frames),
+            *(f"{getattr(softening[split], name):.3f}" for name in ("base", "tuned", "base_large", "tuned_large")),
+        )
+        for split in sort_splits(softening)
+    ]
+
+
 def _dynamics(dynamics: DynamicsSummary | None) -> dict[str, Any] | None:
     if dynamics is None:
         return None
@@ -221,6 +236,16 @@ def _dynamics(dynamics: DynamicsSummary | None) -> dict[str, Any] | None:
         ("Mean temperature", f"{dynamics.mean_temperature_k:.0f} K"),
     ]
     return {"facts": facts, "image": energy_over_time(dynamics)}
+
+
+def _penalty_text(penalty: PenaltyTerms | None) -> str | None:
+    """What the change of the foundation model cost in the end, beside the loss; None where it cost nothing."""
+    if penalty is None:
+        return None
+    terms = (("L2-SP", penalty.l2sp), ("EWC", penalty.ewc), ("gates", penalty.gates))
+    text = ", ".join(f"{name} {number_text(value)}" for name, value in terms if value is not None)
+    compared = f", compared on {count_text(penalty.n_frames)} {penalty.source}" if penalty.n_frames else ""
+    return f"{text} (in units of the loss{compared})"
 
 
 def _method_facts(results: Results) -> Facts:
@@ -235,6 +260,7 @@ def _method_facts(results: Results) -> Facts:
         ("Rank", method.rank),
         ("Trainable parameters", share),
         ("Adapter size", None if results.adapter_bytes is None else bytes_text(results.adapter_bytes)),
+        ("Penalty on changes", _penalty_text(results.penalty)),
         ("Merges into the model", merges),
         (
             "Error under rotation",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forcetune._version import __version__
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.adapters.methods import METHODS
 from forcetune.backbones.registry import PublishedModel, find, list_models, resolve
 from forcetune.deployment.loading import adapter_folder
@@ -31,14 +31,14 @@ METHOD_PAPERS: dict[str, tuple[str, ...]] = {
     "readout": (),
     "scratch": (),
 }
-"""Of each method of :data:`forcetune.adapters.methods.METHODS`; none where it is nobody's in particular."""
+"""Papers of each method of :data:`forcetune.adapters.methods.METHODS`; none for a method that has no paper."""
 UPDATE_PAPERS = {
     "Gate": "jin2026mmea",
     "LowRank": "wang2025elora",
     "SoftThreshold": "cho2026sparsity",
     "Bottleneck": "houlsby2019adapter",
 }
-"""Of updates in a table of a user's own."""
+"""Papers of updates, for a table that the user writes."""
 LIBRARY_PAPERS = {
     "mace": ("batatia2022mace",),
     "sevennet": ("park2024sevennet", "batzner2022nequip"),
@@ -73,24 +73,24 @@ def cite(name: str) -> str:
     folder = adapter_folder(name)
     if folder is not None:
         config = read_adapter_config(folder)
-        keys = [key for method in config.methods for key in _method_keys(method.to_json())]
-        keys += model_keys(config.base.name, config.base.library, config.base.sha256)
+        keys = [key for method in config.methods for key in _list_method_keys(method.to_json())]
+        keys += list_model_keys(config.base.name, config.base.library, config.base.sha256)
     elif name in METHODS:
         keys = list(METHOD_PAPERS[name])
     elif Path(name).is_file():
         resolved = resolve(name)
-        keys = model_keys("", resolved.library, resolved.sha256)
+        keys = list_model_keys("", resolved.library, resolved.sha256)
     elif (model := find(name)) is not None:
-        keys = model_keys(model.name, model.library, "")
+        keys = list_model_keys(model.name, model.library, "")
     else:
         raise InputError(
             f"{name}: is no run folder, model or method; methods are {', '.join(METHODS)}, and `forcetune models` "
             "lists models."
         )
-    return "\n\n".join([SOFTWARE, *entries(keys)]) + "\n"
+    return "\n\n".join([SOFTWARE, *select_entries(keys)]) + "\n"
 
 
-def model_keys(name: str, library: str, sha256: str) -> list[str]:
+def list_model_keys(name: str, library: str, sha256: str) -> list[str]:
     """Keys for a foundation model.
 
     Args:
@@ -101,15 +101,15 @@ def model_keys(name: str, library: str, sha256: str) -> list[str]:
     published = _published_file(sha256)
     if published is None and (namesake := find(name)) is not None and not (sha256 and namesake.sha256):
         published = namesake
-    named = published.name if published is not None else ""
-    own = next((papers for beginning, papers in _MODEL_PAPERS if named.startswith(beginning)), ())
-    return [*LIBRARY_PAPERS.get(library, ()), *own]
+    published_name = published.name if published is not None else ""
+    papers = next((papers for beginning, papers in _MODEL_PAPERS if published_name.startswith(beginning)), ())
+    return [*LIBRARY_PAPERS.get(library, ()), *papers]
 
 
-def entries(keys: Iterable[str]) -> list[str]:
+def select_entries(keys: Iterable[str]) -> list[str]:
     """The entries of the bibliography, each once, in the order of the keys."""
-    known = read_bibliography()
-    return [known[key] for key in dict.fromkeys(keys)]
+    bibliography = read_bibliography()
+    return [bibliography[key] for key in dict.fromkeys(keys)]
 
 
 def read_bibliography() -> dict[str, str]:
@@ -123,8 +123,8 @@ def _published_file(sha256: str) -> PublishedModel | None:
     return next((model for model in list_models() if sha256 and model.sha256 == sha256), None)
 
 
-def _method_keys(method: Mapping[str, Any]) -> list[str]:
-    """Of a method as it stands in an adapter: by its name, or by the updates of a table of one's own."""
+def _list_method_keys(method: Mapping[str, Any]) -> list[str]:
+    """Keys for a method as it stands in an adapter: by its name, or by the updates of its table."""
     updates = [update for kind in method["table"].values() for update in kind]
     keys = list(METHOD_PAPERS.get(method["name"], ()))
     if method["name"] not in METHOD_PAPERS:

@@ -15,17 +15,17 @@ from forcetune.adapters.methods import METHODS, build_method, option_names
 from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
-from forcetune.diagnostics.doctor import check_frames
+from forcetune.diagnostics.run_checks import check_frames
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
 from forcetune.reports.learning_curve import Curve, read_curves
-from forcetune.runs.comparison_plan import Plan, check_sizes, config_of_run, plan_runs
-from forcetune.runs.continuation import is_begun, is_finished, stored_defaults, with_stored_defaults
+from forcetune.runs.comparison_plan import ComparisonPlan, Runs, check_sizes
+from forcetune.runs.continuation import is_begun, is_finished, read_stored_defaults, with_stored_defaults
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, input_files
-from forcetune.runs.search import Searched, check_search, search_options
+from forcetune.runs.search import SearchResult, check_search, search_options
 from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.processes import WorkerDiedError, as_they_end
 
@@ -80,7 +80,7 @@ def compare(
     methods that have them. A run that is finished with the same configuration is not repeated and one that was
     interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
     again. Runs that join those of an earlier version have the learning rates, epochs and weight of stress of these
-    where none are given.
+    where none are set.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -104,58 +104,73 @@ def compare(
         ForcetuneError: a run failed; the others are kept.
     """
     console = console or Console(stderr=True, soft_wrap=True)
+    config.require_no_learning()
     _check_methods(config, methods)
     _check_targets(targets or {})
     folder = Path(config.output.run)
-    config, stored = _with_model(config, model, folder)
-    first = [config_of_run(config, name, config.training.seed, folder, processes) for name in methods]
-    _check_runs(first, searches=search is not None)
+    config, model_to_store = _with_model(config, model, folder)
+    plan = ComparisonPlan(config, folder, processes)
+    configs = [plan.configure(name, config.training.seed) for name in methods]
+    _check_runs(configs, searches=search is not None)
     _check_inputs(config, inputs, folder)
     sizes = check_sizes(learning_curve, _count_frames(config), seeds)
     _check_folder(folder)
-    plan = plan_runs(config, methods, seeds, sizes, processes, {})
-    continued = _continued(plan, console) if search is None else []
+    runs = plan.configure_all(methods, seeds, sizes, {})
+    continued = _continue_runs(runs, console) if search is None else []
     config.save(folder / MARK_NAME)
-    if stored is not None:
-        store_base(stored, folder / MODEL_NAME)
-    searched: dict[str, Searched] = {}
+    if model_to_store is not None:
+        store_base(model_to_store, folder / MODEL_NAME)
+    searches: dict[str, SearchResult] = {}
     if search is not None:
-        searched = _search_all(first, folder, search, processes, console)
-        plan = plan_runs(config, methods, seeds, sizes, processes, searched)
-        continued = _continued(plan, console)
+        searches = _search_all(configs, folder, search, processes, console)
+        settings = {name: result.settings for name, result in searches.items()}
+        runs = plan.configure_all(methods, seeds, sizes, settings)
+        continued = _continue_runs(runs, console)
     _run_all(continued, processes, console)
-    places = {key: {seed: Path(one.output.run) for seed, one in by_seed.items()} for key, by_seed in plan.items()}
-    runs = {name: places[name, sizes[-1]] for name in methods}
-    comparison = read_comparison(runs)
+    folders = {key: {seed: Path(run.output.run) for seed, run in by_seed.items()} for key, by_seed in runs.items()}
+    return _write_results(folder, methods, sizes, folders, targets or {}, searches)
+
+
+def _write_results(
+    folder: Path,
+    methods: Sequence[str],
+    sizes: Sequence[int | None],
+    folders: Mapping[tuple[str, int | None], Mapping[int, Path]],
+    targets: Mapping[str, Sequence[float]],
+    searches: Mapping[str, SearchResult],
+) -> ComparisonRun:
+    """Read the runs, whose folders are by method, number of training frames and seed; write page and figures."""
+    largest = {name: folders[name, sizes[-1]] for name in methods}
+    comparison = read_comparison(largest)
     curves: tuple[Curve, ...] = ()
-    if learning_curve:
-        by_size = {name: {size: places[name, size] for size in sizes if size is not None} for name in methods}
-        curves = tuple(read_curves(by_size, comparison.split, targets or {}))
-    page = write_comparison(folder, comparison, runs, curves)
+    if sizes[-1] is not None:
+        by_size = {name: {size: folders[name, size] for size in sizes if size is not None} for name in methods}
+        curves = tuple(read_curves(by_size, comparison.split, targets))
+    page = write_comparison(folder, comparison, largest, curves)
     run = ComparisonRun(folder, comparison, page, curves)
     content = run.to_json()
-    if searched:
-        content["search"] = {name: asdict(one) for name, one in searched.items()}
+    if searches:
+        content["search"] = {name: asdict(result) for name, result in searches.items()}
     write_json(folder / COMPARISON_NAME, content)
     return run
 
 
-def _continued(plan: Plan, console: Console) -> list[RunConfig]:
-    """All runs of a plan, those still to be made with the defaults that the others were made with.
+def _continue_runs(runs: Runs, console: Console) -> list[RunConfig]:
+    """All runs of a comparison, those that are not begun with the defaults of those that are.
 
     Raises:
-        InputError: runs that are there were made with different defaults.
+        InputError: runs that are begun have different defaults.
     """
-    planned = [one for by_seed in plan.values() for one in by_seed.values()]
-    stored = stored_defaults(planned)
-    continued = []
+    configs = [config for by_seed in runs.values() for config in by_seed.values()]
+    defaults = read_stored_defaults(configs)
+    continued: list[RunConfig] = []
     texts: dict[str, None] = {}
-    for one in planned:
-        if is_begun(one):
-            continued.append(one)
+    for config in configs:
+        if is_begun(config):
+            continued.append(config)
             continue
-        continued.append(with_stored_defaults(one, stored))
-        texts |= dict.fromkeys(stored.texts(one))
+        continued.append(with_stored_defaults(config, defaults))
+        texts |= dict.fromkeys(defaults.describe(config))
     if texts:
         console.print(f"as in the runs that are there: {', '.join(texts)}", highlight=False)
     return continued
@@ -219,16 +234,16 @@ def _check_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another folder with --out.")
-    ours = (folder / MARK_NAME).is_file()
+    is_comparison = (folder / MARK_NAME).is_file()
     for path in folder.iterdir() if folder.is_dir() else ():
         known = path.name.startswith("comparison.") or path.name == SEARCH_NAME or (path / CONFIG_NAME).is_file()
         empty = path.is_dir() and not any(path.iterdir())
-        if not (ours and (known or empty)):
+        if not (is_comparison and (known or empty)):
             raise InputError(f"{path}: is not of a comparison; choose another folder with --out.")
 
 
 def _run_one(config: RunConfig) -> str | None:
-    """Carry out one run in a process of its own; returns what went wrong."""
+    """Train or resume one run, in a process of its own; returns what went wrong."""
     quiet = Console(quiet=True)
     try:
         if is_begun(config):
@@ -240,7 +255,7 @@ def _run_one(config: RunConfig) -> str | None:
     return None
 
 
-def _search_one(job: tuple[RunConfig, Path, int]) -> Searched:
+def _search_one(job: tuple[RunConfig, Path, int]) -> SearchResult:
     return search_options(*job)
 
 
@@ -262,36 +277,36 @@ def _in_processes(
 
 def _search_all(
     configs: Sequence[RunConfig], folder: Path, trials: int, processes: int, console: Console
-) -> dict[str, Searched]:
+) -> dict[str, SearchResult]:
     """The options that the searches chose, by method.
 
     Raises:
         WorkerDiedError: a process died.
     """
     jobs = [(config, folder / SEARCH_NAME, trials) for config in configs]
-    searched: dict[str, Searched] = {}
+    searches: dict[str, SearchResult] = {}
     for _, result in _in_processes(_search_one, jobs, processes, console, "searches"):
         if isinstance(result, WorkerDiedError):
             raise result
-        searched[result.method] = result
+        searches[result.method] = result
     for config in configs:
-        result = searched[config.method.name]
+        result = searches[config.method.name]
         chosen = ", ".join(f"{key}={value:g}" for key, value in result.settings.items())
         console.print(f"{result.method}: {chosen}, the best of {len(result.trials)} trials", highlight=False)
-    return searched
+    return searches
 
 
 def _run_all(configs: Sequence[RunConfig], processes: int, console: Console) -> None:
-    """Carry out the runs that are not finished.
+    """Train the runs that are not finished.
 
     Raises:
         ForcetuneError: some failed; the others are kept.
     """
-    missing = [config for config in configs if not is_finished(config)]
-    if len(missing) < len(configs):
-        console.print(f"{len(configs) - len(missing)} of {len(configs)} runs are finished already")
+    unfinished = [config for config in configs if not is_finished(config)]
+    if len(unfinished) < len(configs):
+        console.print(f"{len(configs) - len(unfinished)} of {len(configs)} runs are finished already")
     failures = []
-    for config, failure in _in_processes(_run_one, missing, processes, console, "runs"):
+    for config, failure in _in_processes(_run_one, unfinished, processes, console, "runs"):
         if isinstance(failure, WorkerDiedError):
             failure = f"{Path(config.output.run).name}: {str(failure).rstrip('.')}"
         if failure:
@@ -303,7 +318,7 @@ def _run_all(configs: Sequence[RunConfig], processes: int, console: Console) -> 
 def _with_model(
     config: RunConfig, model: str | Path | Backbone | None, folder: Path
 ) -> tuple[RunConfig, Backbone | None]:
-    """The configuration with a model given beside it, and the model if it must be stored to be found by the runs.
+    """The configuration with a model passed beside it, and the model if it must be stored for the runs to load it.
 
     Raises:
         InputError: it carries an adapter, or is not what the configuration asks for.
@@ -315,10 +330,10 @@ def _with_model(
     if get_adapter(model) is not None:
         raise InputError("this model already carries an adapter; detach it first.")
     load(model, **asked_of_loaded(config.model))
-    changed, stored = with_loaded(config, model, folder / MODEL_NAME)
+    changed, must_be_stored = with_loaded(config, model, folder / MODEL_NAME)
     if "elements" in config.model.model_fields_set:
         changed = _with_options(changed, {"elements": config.model.elements})
-    return changed, model if stored else None
+    return changed, model if must_be_stored else None
 
 
 def _with_options(config: RunConfig, options: Mapping[str, Any]) -> RunConfig:

@@ -41,29 +41,29 @@ class StoredDefaults:
 
     values: Mapping[Key, Any]
 
-    def of(self, config: RunConfig) -> dict[str, Any]:
+    def select(self, config: RunConfig) -> dict[str, Any]:
         """Those that a run of this configuration takes, by dotted name."""
         values = {name: self.values.get(_key(name, config)) for name in SETTLED if not is_given(config, name)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def texts(self, config: RunConfig) -> list[str]:
+    def describe(self, config: RunConfig) -> list[str]:
         """The same, as one writes them."""
         method = f" ({config.method.name})"
-        return [f"{name}={value:g}{method if name == RATE else ''}" for name, value in self.of(config).items()]
+        return [f"{name}={value:g}{method if name == RATE else ''}" for name, value in self.select(config).items()]
 
 
-def stored_defaults(planned: Iterable[RunConfig]) -> StoredDefaults:
+def read_stored_defaults(configs: Iterable[RunConfig]) -> StoredDefaults:
     """The defaults that runs were made with which are there already.
 
     Args:
-        planned: of all runs of a comparison.
+        configs: of all runs of a comparison.
 
     Raises:
         InputError: they differ between runs that have to be alike; names both and the option.
     """
     values: dict[Key, Any] = {}
     origins: dict[Key, Path] = {}
-    for config in planned:
+    for config in configs:
         if not is_begun(config):
             continue
         run = Path(config.output.run)
@@ -84,14 +84,14 @@ def stored_defaults(planned: Iterable[RunConfig]) -> StoredDefaults:
 
 
 def with_stored_defaults(config: RunConfig, stored: StoredDefaults) -> RunConfig:
-    """The configuration with the stored defaults, which do not count as given; the same object if there are none."""
-    taken = stored.of(config)
-    if not taken:
+    """The configuration with the stored defaults, which do not count as set; the same object if there are none."""
+    values = stored.select(config)
+    if not values:
         return config
     content = config.model_dump(exclude_unset=True)
-    for name, value in taken.items():
+    for name, value in values.items():
         set_value(content, name, value)
-    return with_unset(RunConfig.model_validate(content), taken)
+    return with_unset(RunConfig.model_validate(content), values)
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -104,13 +104,13 @@ def is_begun(config: RunConfig) -> bool:
     run = Path(config.output.run)
     if not (run / CONFIG_NAME).is_file():
         return False
-    return _resolved(load_config(run / CONFIG_NAME)) == _resolved(config)
+    return _resolve(load_config(run / CONFIG_NAME)) == _resolve(config)
 
 
-def _resolved(config: RunConfig) -> dict[str, Any]:
+def _resolve(config: RunConfig) -> dict[str, Any]:
     """All that decides the result of a run of this configuration, but for defaults that are settled when it starts."""
-    chosen = build_method(config.method)
-    full = config.with_defaults_of(chosen.learning_rate, chosen.optimizer)
+    method = build_method(config.method)
+    full = config.with_defaults_of(method.learning_rate, method.optimizer)
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)
     content["output"].pop("overwrite")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forcetune.adapters.attach import get_adapter
-from forcetune.adapters.file import read_adapter_config
+from forcetune.adapters.config import read_adapter_config
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
@@ -23,7 +23,7 @@ from forcetune.magnetism.options import Magnetism
 from forcetune.runs.folder import ADAPTER_NAME
 from forcetune.runs.uncertainty import describe_reliability, ensemble_deviations, run_folder
 from forcetune.uncertainty.file import load_uncertainty
-from forcetune.uncertainty.last_layer import standard_deviations
+from forcetune.uncertainty.last_layer import predict_deviations
 
 
 def evaluate(
@@ -177,8 +177,8 @@ def evaluate_uncertainty(
         calibration = load_uncertainty(run_folder(run), [folder for folder, *_ in members.members])
         frames = _labelled_frames(data, keys, members.magnetism, type_map)
         mean, energy, forces = ensemble_deviations(members, frames)
-        found = describe_reliability(mean, energy, forces, calibration)
-        return mean.errors().to_json() | {"uncertainty": found | {"cost_ratio": float(len(members.members))}}
+        reliability = describe_reliability(mean, energy, forces, calibration)
+        return mean.errors().to_json() | {"uncertainty": reliability | {"cost_ratio": float(len(members.members))}}
     folder = run_folder(run)
     calibration = load_uncertainty(folder, [folder / ADAPTER_NAME])
     assert calibration.posterior is not None
@@ -191,7 +191,7 @@ def evaluate_uncertainty(
     started = clock()
     check_finite(predict(backbone, graphs), frames)
     plain = clock() - started
-    predictions, energy, forces = standard_deviations(backbone, graphs, calibration.posterior)
+    predictions, energy, forces = predict_deviations(backbone, graphs, calibration.posterior)
     cost = (clock() - started - plain) / max(plain, 1e-9)
-    found = describe_reliability(predictions, energy, forces, calibration)
-    return predictions.errors().to_json() | {"uncertainty": found | {"cost_ratio": cost}}
+    reliability = describe_reliability(predictions, energy, forces, calibration)
+    return predictions.errors().to_json() | {"uncertainty": reliability | {"cost_ratio": cost}}

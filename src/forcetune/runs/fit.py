@@ -100,6 +100,7 @@ def run_fit(
     Raises:
         InputError, ForcetuneError: as :func:`fit`.
     """
+    config.require_no_learning()
     console = console or Console(stderr=True, soft_wrap=True)
     with (
         _among_others(config, console) as (config, console),

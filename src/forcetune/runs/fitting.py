@@ -24,19 +24,22 @@ from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
+from forcetune.evaluation.softening import measure_softening
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
     choose_shown,
     predict_shown,
     shown,
+    shown_frames,
 )
-from forcetune.evaluation.summaries import Forgetting
+from forcetune.evaluation.summaries import Forgetting, Softening
 from forcetune.evaluation.symmetry import rotation_error
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.reports.run_page import write_report
 from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
 from forcetune.runs.folder import (
     ADAPTER_NAME,
+    ANCHOR,
     CONFIG_NAME,
     UNREFINED,
     check_folder,
@@ -56,7 +59,9 @@ from forcetune.runs.summaries import (
     summarize_references,
     summarize_replay,
 )
+from forcetune.training.anchor import save_anchor
 from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.training.penalty import Penalty
 from forcetune.training.refine import refine
 from forcetune.training.trackers import check_trackers, start_trackers
 from forcetune.training.train import train
@@ -131,6 +136,8 @@ class Fitting:
         if self._stores_base:
             with disable_adapter(start.backbone):
                 store_base(start.backbone, self.folder / BASE_NAME)
+        if start.anchor is not None:
+            save_anchor(self.folder / ANCHOR, start.anchor, start.anchor_key)
         self.config.save(self.folder / CONFIG_NAME)
         return self._finish(start, None)
 
@@ -191,7 +198,8 @@ class Fitting:
         errors_before = {name: start.before[name].errors() for name in after}
         errors_after = {name: predictions.errors() for name, predictions in after.items()}
         self._warn_of_worse_errors(errors_before, errors_after)
-        results = self._results(start, self._training_summary(outcome, refinement), errors_before, errors_after)
+        summary = self._training_summary(outcome, refinement)
+        results = self._results(start, summary, errors_before, errors_after, self._softening(start, *arrays))
         write_results(self.folder, results)
         write_report(self.folder)
         return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
@@ -231,8 +239,13 @@ class Fitting:
             observe=self.observe,
             console=self.console,
             replay=start.replay,
+            penalty=self._penalty(start),
             frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
+
+    def _penalty(self, start: PreparedRun) -> Penalty | None:
+        """Of the adapter that is attached now."""
+        return None if start.anchor is None else Penalty(self.training.penalty, start.backbone, start.anchor)
 
     def _refine(self, start: PreparedRun) -> Refinement:
         """Refine the best adapter; a run that died meanwhile begins this again from the same weights."""
@@ -251,6 +264,7 @@ class Fitting:
                 start.graphs["train"],
                 start.graphs["valid"],
                 replay=start.replay,
+                penalty=self._penalty(start),
                 progress=lambda done: bar.update(task, completed=done),
             )
         self.console.print(
@@ -303,7 +317,12 @@ class Fitting:
         )
 
     def _results(
-        self, start: PreparedRun, training: TrainingSummary, before: Mapping[str, Errors], after: Mapping[str, Errors]
+        self,
+        start: PreparedRun,
+        training: TrainingSummary,
+        before: Mapping[str, Errors],
+        after: Mapping[str, Errors],
+        softening: Mapping[str, Softening],
     ) -> Results:
         """Everything that goes into ``results.json``; what does not concern the run is left out."""
         backbone = start.backbone
@@ -313,8 +332,13 @@ class Fitting:
             optional["sparsity"] = sparsity
         if start.replay_frames is not None:
             optional["replay"] = summarize_replay(start.replay_frames, self.config.replay)
+        penalty = self._penalty(start)
+        if penalty is not None:
+            optional["penalty"] = penalty.terms()
         if self.config.output.forgetting:
             optional["forgetting"] = self._forgetting(start)
+        if softening:
+            optional["softening"] = dict(softening)
         return Results(
             forcetune=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -333,6 +357,20 @@ class Fitting:
             warnings=list(self.messages),
             errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
         )
+
+    @staticmethod
+    def _softening(
+        start: PreparedRun, before: Mapping[str, Predictions], after: Mapping[str, Predictions]
+    ) -> dict[str, Softening]:
+        """Of all splits with periodic frames that were not trained on."""
+        by_split = {}
+        for name in after:
+            frames = start.dataset.splits[name].frames
+            if name != "train" and len(frames):
+                softening = measure_softening(shown_frames(frames, start.before[name]), before[name], after[name])
+                if softening is not None:
+                    by_split[name] = softening
+        return by_split
 
     def _forgetting(self, start: PreparedRun) -> Forgetting:
         """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""

@@ -1,4 +1,4 @@
-"""The folder of a run: made, checked, and its state kept so that nothing is lost when the run dies."""
+"""The folder of a run: made, checked, and its state stored so that nothing is lost when the run dies."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ CONFIG_NAME = "config.yaml"
 ADAPTER_NAME = "adapter"
 FINISHED = ("finished", "stopped early")
 CHECKPOINT = Path("checkpoints") / "last.pt"
+ANCHOR = Path("checkpoints") / "penalty.safetensors"
+"""What the penalty compares with, where the run has one."""
 UNREFINED = Path("checkpoints") / "unrefined"
 """The adapter as training left it, where a refinement follows."""
 KEYS = {"training", "reference_energies", "data", "base"}
@@ -45,7 +47,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     f".{ADAPTER_NAME}.*": ADAPTER_FILES,
     UNREFINED.as_posix(): ADAPTER_FILES,
     (UNREFINED.parent / f".{UNREFINED.name}.*").as_posix(): ADAPTER_FILES,
-    CHECKPOINT.parent.as_posix(): (CHECKPOINT.name, f".{CHECKPOINT.name}.*"),
+    CHECKPOINT.parent.as_posix(): (CHECKPOINT.name, f".{CHECKPOINT.name}.*", ANCHOR.name, f".{ANCHOR.name}.*"),
     TENSORBOARD_NAME: ("events.out.tfevents.*", "hparams.yaml"),
 }
 """What forcetune writes into a run folder: patterns of folders in it, inner ones first, with patterns of files."""
@@ -137,7 +139,8 @@ def input_files(config: RunConfig, others: Sequence[str | Path] = ()) -> list[Pa
         InputError: a file of frames is missing.
     """
     data = config.data
-    named = [*data.train, *(data.valid if isinstance(data.valid, list) else ()), *data.test, *config.replay.data]
+    named = [*data.train, *data.train_only, *(data.valid if isinstance(data.valid, list) else ()), *data.test]
+    named += [*config.replay.data, *config.training.penalty.data]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever reads them says what is named twice
         frames = [file for name in named for file in expand(name)]

@@ -43,7 +43,7 @@ def inspect(
         run: run folder or adapter folder.
         data: frames over which gates are watched; by default the run's training frames, if they are still there.
         against: another run or adapter on the same base, to compare the changes with.
-        model: the base, when it is no longer where the run found it: name, path or loaded backbone, which stays as it
+        model: the base, when it is no longer where it was in the run: name, path or loaded backbone, which stays as it
             is.
         trust: as :func:`forcetune.load`.
 

@@ -2,8 +2,8 @@
 
 mace-torch 0.3.16 (``mace.modules.lora``) puts two factors beside the weight of every linear layer, dense layer and
 layer of the radial perceptrons: W + (α / r) A B. It merges them into the model that it saves (``NAME.model``), where
-they can no longer be told from the base; checkpoints (``checkpoints/NAME_run-SEED_epoch-N.pt``) have base and factors
-apart.
+they can no longer be separated from the base; checkpoints (``checkpoints/NAME_run-SEED_epoch-N.pt``) have base and
+factors apart.
 
 For an equivariant linear layer A goes from the input to r copies of each irrep and B from there to the output, each
 with e3nn's normalisation of its own: with 1 / √m_in and 1 / √r where the layer itself has 1 / √m_in, so that inside
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from forcetune.adapters.adapter import Adapter, parameter_at
 from forcetune.adapters.attach import attach
-from forcetune.adapters.file import AdapterConfig, save_adapter
+from forcetune.adapters.config import AdapterConfig
+from forcetune.adapters.file import save_adapter
 from forcetune.adapters.methods import method
 from forcetune.adapters.updates import WeightUpdate
 from forcetune.adapters.updates.low_rank import LowRankWeight
@@ -56,13 +57,13 @@ def convert_mace_lora(
             not finite or not of the model's shapes.
     """
     state = _read_state(as_path(str(checkpoint)))
-    factors = dict(_factors(state, checkpoint))
+    factors = dict(_list_factors(state, checkpoint))
     if not factors:
         raise InputError(
             f"{checkpoint}: has no LoRA factors; only checkpoints of mace_run_train --lora True do. A model that was "
             "trained without is used by its path."
         )
-    numbers = _elements(state, checkpoint)
+    numbers = _read_elements(state, checkpoint)
     energies = _tensor(state, "atomic_energies_fn.atomic_energies", checkpoint).reshape(-1)
     if len(energies) != len(numbers):
         raise InputError(f"{checkpoint}: has several heads, of which an adapter has one; train one head.")
@@ -82,7 +83,7 @@ def convert_mace_lora(
     adapter = attach(backbone, method("lora", rank=rank, alpha=float(alpha)))
     for name, pair in factors.items():
         _set_factors(adapter, by_name[name], pair, rank, checkpoint)
-    shift = _shift(state, backbone, checkpoint)
+    shift = _extra_shift(state, backbone, checkpoint)
     backbone.set_reference_energies(
         {number: float(energy) + shift for number, energy in zip(numbers, energies, strict=True)}
     )
@@ -101,7 +102,7 @@ def _read_state(path: Path) -> Mapping[str, Any]:
     if isinstance(content, Record):
         raise InputError(
             f"{path}: is a whole model, into which mace merges --lora before it is saved, so that its factors "
-            "cannot be told apart; name the checkpoint (checkpoints/NAME_run-SEED_epoch-N.pt), or use the model."
+            "cannot be separated; name the checkpoint (checkpoints/NAME_run-SEED_epoch-N.pt), or use the model."
         )
     state = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
@@ -109,7 +110,7 @@ def _read_state(path: Path) -> Mapping[str, Any]:
     return state
 
 
-def _factors(state: Mapping[str, Any], source: str | Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+def _list_factors(state: Mapping[str, Any], source: str | Path) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
     """Name of a layer with A and B: flat ones of an equivariant layer, or matrices with the product ΔW as stored.
 
     Raises:
@@ -144,7 +145,7 @@ def _tensor(state: Mapping[str, Any], key: str, source: str | Path) -> Tensor:
     return value
 
 
-def _elements(state: Mapping[str, Any], source: str | Path) -> list[int]:
+def _read_elements(state: Mapping[str, Any], source: str | Path) -> list[int]:
     """Atomic numbers of the model in a checkpoint.
 
     Raises:
@@ -178,7 +179,8 @@ def _outputs(site: Site) -> tuple[Block, ...]:
 
 def _shared(site: Site) -> set[tuple[int, str]]:
     """Irreps, by order and parity, that are both in and out."""
-    return {(one.order, one.parity) for one in _inputs(site)} & {(one.order, one.parity) for one in _outputs(site)}
+    inputs, outputs = _inputs(site), _outputs(site)
+    return {(block.order, block.parity) for block in inputs} & {(block.order, block.parity) for block in outputs}
 
 
 def _shared_channels(site: Site, blocks: tuple[Block, ...]) -> int:
@@ -204,39 +206,44 @@ def _check_base(state: Mapping[str, Any], backbone: Backbone, checkpoint: str | 
                 f"{checkpoint}: its weight {site.name} is not that of {model}, so this run started from another model; "
                 "name that one."
             )
-    own = backbone.model.state_dict().get("scale_shift.scale")
-    if own is None and "scale_shift.scale" not in state:
+    base_scale = backbone.model.state_dict().get("scale_shift.scale")
+    if base_scale is None and "scale_shift.scale" not in state:
         return
     scale = _tensor(state, "scale_shift.scale", checkpoint)
     if (
-        own is None
-        or scale.numel() != own.numel()
-        or not torch.allclose(scale.double().reshape(-1), own.double().reshape(-1))
+        base_scale is None
+        or scale.numel() != base_scale.numel()
+        or not torch.allclose(scale.double().reshape(-1), base_scale.double().reshape(-1))
     ):
         raise InputError(f"{checkpoint}: scales energies otherwise than {model}; name the base of this run.")
 
 
-def _shift(state: Mapping[str, Any], backbone: Backbone, checkpoint: str | Path) -> float:
+def _extra_shift(state: Mapping[str, Any], backbone: Backbone, checkpoint: str | Path) -> float:
     """What the checkpoint adds to every atom's energy beyond the foundation model, eV.
 
     Raises:
         InputError: it has no such number, or several.
     """
-    own = backbone.model.state_dict().get("scale_shift.shift")
-    if own is None:
+    base_shift = backbone.model.state_dict().get("scale_shift.shift")
+    if base_shift is None:
         return 0.0
-    stored = _tensor(state, "scale_shift.shift", checkpoint)
-    if stored.numel() != 1 or own.numel() != 1:
+    shift = _tensor(state, "scale_shift.shift", checkpoint)
+    if shift.numel() != 1 or base_shift.numel() != 1:
         raise InputError(f"{checkpoint}: has energy shifts of several heads, an adapter that of one; train one head.")
-    return float(stored.double()) - float(own.double())
+    return float(shift.double()) - float(base_shift.double())
 
 
 def _set_factors(adapter: Adapter, site: Site, pair: tuple[Tensor, Tensor], rank: int, checkpoint: str | Path) -> None:
+    """Put A and B of a layer into the adapter.
+
+    Raises:
+        InputError: they do not have its shapes.
+    """
     part = adapter.part(site, WeightUpdate)
     assert isinstance(part, LowRankWeight)
     if pair[1].ndim == 1 and pair[1].numel() != rank * _shared_channels(site, _outputs(site)):
         raise InputError(f"{checkpoint}: the factors at {site.name} do not have the shape of the layer.")
-    blocks = dict(_blocks(site, pair, rank))
+    blocks = dict(_split_factors(site, pair, rank))
     for path in site.paths:
         a, b = blocks.get(path.start, (None, None))
         if a is None or b is None:
@@ -248,7 +255,7 @@ def _set_factors(adapter: Adapter, site: Site, pair: tuple[Tensor, Tensor], rank
             part.B[path.name].copy_(b)
 
 
-def _blocks(site: Site, pair: tuple[Tensor, Tensor], rank: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+def _split_factors(site: Site, pair: tuple[Tensor, Tensor], rank: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """Start of a path in the flat weight → its A and B inside the layer's normalisation."""
     a, b = pair
     if a.ndim == 2:
@@ -256,20 +263,21 @@ def _blocks(site: Site, pair: tuple[Tensor, Tensor], rank: int) -> Iterator[tupl
         return
     inputs, outputs, shared = _inputs(site), _outputs(site), _shared(site)
     middle = sorted(shared, key=lambda irrep: (irrep[0], 1 if irrep[1] == "e" else -1))
-    first: dict[int, Tensor] = {}
+    a_blocks: dict[int, Tensor] = {}
     start = 0
     for index, block in enumerate(inputs):
         if (block.order, block.parity) in shared:
-            first[index] = a[start : (start := start + block.multiplicity * rank)].view(block.multiplicity, rank)
-    second: dict[int, Tensor] = {}
+            a_blocks[index] = a[start : (start := start + block.multiplicity * rank)].view(block.multiplicity, rank)
+    b_blocks: dict[int, Tensor] = {}
     start = 0
     for irrep in middle:
         for index, block in enumerate(outputs):
             if (block.order, block.parity) == irrep:
-                second[index] = b[start : (start := start + rank * block.multiplicity)].view(rank, block.multiplicity)
+                width = block.multiplicity
+                b_blocks[index] = b[start : (start := start + rank * width)].view(rank, width)
     start = 0
     for i, source in enumerate(inputs):
         for j, target in enumerate(outputs):
             if (source.order, source.parity) == (target.order, target.parity):
-                yield start, (first[i], second[j] / math.sqrt(rank))
+                yield start, (a_blocks[i], b_blocks[j] / math.sqrt(rank))
                 start += source.multiplicity * target.multiplicity

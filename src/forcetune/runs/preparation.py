@@ -5,6 +5,7 @@ Nothing is written.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,14 +18,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from forcetune.adapters.attach import get_adapter
+from forcetune.adapters.file import start_from
 from forcetune.adapters.magnetic import with_magnetism
 from forcetune.adapters.methods import Method
 from forcetune.backbones.loading import asked_of_loaded, load, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.config.training import MOST_EPOCHS
-from forcetune.deployment.loading import BASE_NAME
-from forcetune.diagnostics.doctor import check_frames, check_predictions
+from forcetune.deployment.loading import BASE_NAME, adapter_folder
+from forcetune.diagnostics.run_checks import check_frames, check_predictions
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_elements, check_finite, predict
 from forcetune.evaluation.streamed import (
@@ -41,12 +43,15 @@ from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label
 from forcetune.runs.console import say_adapter, say_data, say_isolated, say_kernels, say_weights
+from forcetune.runs.folder import ANCHOR
 from forcetune.runs.results import ParameterSummary
 from forcetune.runs.summaries import (
     summarize_parameters,
 )
+from forcetune.training.anchor import Anchor, AnchorFrames, anchor_key, make_anchor, read_anchor, read_anchor_frames
 from forcetune.training.initialization import attach_for_training
 from forcetune.training.label_weights import settle
+from forcetune.training.penalty import check_penalty, unpenalized_parts
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.train import check_trainable_labels
 from forcetune.utils.option_defaults import is_given
@@ -65,6 +70,8 @@ class PreparedRun:
         parameters: description of what is trained.
         replay_frames, replay: as they were read, and ready for the training; None without replay.
         data: hash of the frames trained on.
+        anchor: what the penalty compares with; None without one.
+        anchor_key: hash of what it depends on.
     """
 
     dataset: Dataset
@@ -77,6 +84,8 @@ class PreparedRun:
     replay_frames: ReplayFrames | None
     replay: Replay | None
     data: str
+    anchor: Anchor | None
+    anchor_key: str
 
 
 class Preparation:
@@ -103,9 +112,12 @@ class Preparation:
         dataset = self._read()
         self.method = with_magnetism(self.method, self.config.magnetism, dataset.train.keys, dataset.train.frames)
         replay = read_replay(self.config.replay, self.config.data)
+        named = read_anchor_frames(self.config.training.penalty, self.config.data.type_map)
         say_data(self.console, dataset, replay, self.config.replay)
         self._settle_epochs(len(dataset.train.frames))
-        backbone = self._load((*dataset.elements, *(replay.elements if replay else ())), backbone)
+        others = [frames.elements for frames in (replay, named) if frames is not None]
+        backbone = self._load([*dataset.elements, *itertools.chain(*others)], backbone)
+        check_penalty(self.config.training.penalty, self.method, backbone.sites())
         if self.takes_rate and self.method.name in backbone.learning_rates:
             self.config = self.config.with_default_rate(backbone.learning_rates[self.method.name])
         examined = self.config.data.doctor == "on"
@@ -137,18 +149,49 @@ class Preparation:
         adapter = attach_for_training(
             backbone, self.method, self.training, graphs["train"], references.energies, elements
         )
+        if self.training.start_from is not None:
+            start_from(adapter, backbone, _start_folder(self.training.start_from))
         backbone.set_reference_energies(references.energies)
         say_adapter(self.console, self.method, backbone, adapter)
         parameters = summarize_parameters(adapter)
-        data = data_hash(dataset.train.sha256, replay)
+        data = data_hash(dataset.train.sha256, *(None if one is None else one.sha256 for one in (replay, named)))
+        key = anchor_key(self.training, backbone.base.fingerprint, data, self.method.to_json())
+        anchor = self._anchor(backbone, named or _known_frames(dataset, replay), key)
         return PreparedRun(
-            dataset, backbone, graphs, references, model_references, before, parameters, replay, prepared, data
+            dataset,
+            backbone,
+            graphs,
+            references,
+            model_references,
+            before,
+            parameters,
+            replay,
+            prepared,
+            data,
+            anchor,
+            key,
         )
+
+    def _anchor(self, backbone: Backbone, frames: AnchorFrames, key: str) -> Anchor | None:
+        """What the penalty compares with: that of the run folder, where the run is resumed, or made here."""
+        penalty = self.training.penalty
+        if not penalty.is_set:
+            return None
+        free = unpenalized_parts(penalty, self.method, backbone.sites())
+        if free is not None:
+            self.console.print(f"penalty: {free}", highlight=False)
+        anchor = read_anchor(Path(self.config.output.run) / ANCHOR, key, backbone.device)
+        if anchor is None:
+            with self.console.status("what the penalty compares with"):
+                anchor = make_anchor(backbone, self.training, frames)
+        if anchor.n_frames:
+            self.console.print(f"penalty: compared on {anchor.n_frames} {anchor.source}", highlight=False)
+        return anchor
 
     def _references(
         self, dataset: Dataset, model_energies: FloatArray, model_references: dict[int, float]
     ) -> ReferenceEnergies:
-        """Reference energies of the run, told with what they and isolated atoms in the files leave unexplained."""
+        """Reference energies of the run, printed with what they and isolated atoms in the files leave unexplained."""
         mode, table = self.config.references.mode, self.config.references.table
         if mode in ("estimate", "average") and self.config.data.energy_key == NONE:
             mode = "model"
@@ -260,6 +303,25 @@ class Preparation:
     def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
         with counting(self.console, f"{name}, neighbours", len(frames)) as advance:
             return build_graphs(backbone, frames, advance, worker_count(self.config.data.workers))
+
+
+def _start_folder(place: str) -> str | Path:
+    """The adapter that a training starts from.
+
+    Raises:
+        InputError: there is none at this place.
+    """
+    folder = adapter_folder(place)
+    if folder is None:
+        raise InputError(f"training.start_from: {place} is no run or adapter folder.")
+    return folder
+
+
+def _known_frames(dataset: Dataset, replay: ReplayFrames | None) -> AnchorFrames:
+    """What a penalty looks at where it names no frames."""
+    if replay is not None:
+        return AnchorFrames(replay.frames, "replay frames")
+    return AnchorFrames(dataset.train.frames, "training frames")
 
 
 def predict_split(

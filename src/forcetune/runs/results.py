@@ -7,18 +7,18 @@ stands in it as it is; what a run puts together has a section here.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from forcetune._version import __version__
-from forcetune.adapters.summaries import Coverage, PathChange, Sparsity
+from forcetune.adapters.summaries import PathChange, SiteCoverage, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.summaries import Forgetting, RotationError
-from forcetune.training.outcome import Refinement, TrainingOutcome
+from forcetune.evaluation.summaries import Forgetting, RotationError, Softening
+from forcetune.training.outcome import PenaltyTerms, Refinement, TrainingOutcome
 from forcetune.utils.files import write_json
 
 RESULTS_NAME = "results.json"
@@ -62,7 +62,7 @@ class ParameterSummary(Summary):
     trainable: int | None = None
     total: int | None = None
     share: float | None = None
-    coverage: list[Coverage] = []
+    coverage: list[SiteCoverage] = []
 
 
 class ElementReference(Summary):
@@ -112,7 +112,8 @@ class TrainingSummary(TrainingOutcome):
     """How the training went, with the options that decide how long it takes and what it minimises.
 
     Attributes:
-        epochs, optimizer, learning_rate, batch_size, seed, loss: options of the run, defaults filled in.
+        epochs, optimizer, learning_rate, batch_size, seed: options of the run, defaults filled in.
+        loss: as ``training.loss`` of the configuration; empty where an earlier version did not write it.
         refinement: what L-BFGS did after it, None where it did nothing.
     """
 
@@ -121,7 +122,7 @@ class TrainingSummary(TrainingOutcome):
     learning_rate: float
     batch_size: int
     seed: int
-    loss: dict[str, Any]
+    loss: dict[str, Any] = field(default_factory=dict)
     refinement: Refinement | None = None
 
 
@@ -171,7 +172,9 @@ class Results(Summary):
     changes: list[PathChange] = []
     sparsity: Sparsity | None = None
     replay: ReplaySummary | None = None
+    penalty: PenaltyTerms | None = None
     forgetting: Forgetting | None = None
+    softening: dict[str, Softening] = {}
     warnings: list[str] = []
     errors: dict[str, ErrorPair | None] = {}
     dynamics: DynamicsSummary | None = None

@@ -45,33 +45,32 @@ class OptionInfo:
 @cache
 def method_options() -> dict[str, dict[str, tuple[Any, Any, str]]]:
     """Method → option → annotation, default and description, as the method's function and its updates have them."""
-    return {name: dict(_options_of(make)) for name, make in METHODS.items()}
+    return {name: dict(_list_method_options(make)) for name, make in METHODS.items()}
 
 
-def _options_of(make: Callable[..., Method]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:
+def _list_method_options(make: Callable[..., Method]) -> Iterator[tuple[str, tuple[Any, Any, str]]]:
     hints = get_type_hints(make, include_extras=True)
-    texts = _described(make.__doc__ or "", "Args")
-    made = {field.name: update for updates in make().table.values() for update in updates for field in fields(update)}
+    texts = _parse_descriptions(make.__doc__ or "", "Args")
+    update_fields = {field.name for updates in make().table.values() for update in updates for field in fields(update)}
     for parameter in inspect.signature(make).parameters.values():
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
             yield parameter.name, (hints[parameter.name], parameter.default, texts.get(parameter.name, ""))
             continue
         _, update = get_args(hints[parameter.name])
-        example = next(
-            (one for updates in make().table.values() for one in updates if isinstance(one, update)), update()
-        )
-        yield from _fields_of(update, example)
-    assert set(option_names(make)) <= {*made, *inspect.signature(make).parameters}
+        examples = (example for updates in make().table.values() for example in updates if isinstance(example, update))
+        yield from _list_update_options(update, next(examples, update()))
+    assert set(option_names(make)) <= {*update_fields, *inspect.signature(make).parameters}
 
 
-def _fields_of(update: type[Update], example: Update) -> Iterator[tuple[str, tuple[Any, Any, str]]]:
+def _list_update_options(update: type[Update], example: Update) -> Iterator[tuple[str, tuple[Any, Any, str]]]:
     """The options of an update, with the values that a method gives them."""
-    hints, texts = get_type_hints(update, include_extras=True), _described(update.__doc__ or "", "Attributes")
+    hints = get_type_hints(update, include_extras=True)
+    texts = _parse_descriptions(update.__doc__ or "", "Attributes")
     for name in update.option_names():
         yield name, (hints[name], getattr(example, name), texts.get(name, ""))
 
 
-def _described(docstring: str, heading: str) -> dict[str, str]:
+def _parse_descriptions(docstring: str, heading: str) -> dict[str, str]:
     """Names and descriptions under a heading of a docstring."""
     text = inspect.cleandoc(docstring)
     block = re.search(rf"^{heading}:\n(.*?)(?=^\S|\Z)", text, flags=re.MULTILINE | re.DOTALL)
@@ -101,14 +100,14 @@ def build_schema() -> dict[str, Any]:
             # null stands for an option that is not set
             entry = {rule: value for rule, value in properties[key].items() if rule not in ("title", "default")}
             properties[key] = {"anyOf": [entry, {"type": "null"}], "description": description, "default": default}
-        # a table of one's own has a label of one's own, or the default of the name
+        # a table that the user writes has a name that the user chooses, or the default of the name
         condition: dict[str, Any] = {"properties": {"name": {"const": name}, "table": {"type": "null"}}}
         if name != "mmea":
             condition["required"] = ["name"]
         allowed = {"properties": {**dict.fromkeys(shared, True), **properties}, "additionalProperties": False}
         branches.append({"if": condition, "then": allowed})
     method["allOf"] = branches
-    # a run's own file records which options were not given
+    # the file that a run writes records which options were not set
     schema["properties"][RECORD] = {"type": "object", "description": "Written by forcetune."}
     return {
         "$schema": DIALECT,
@@ -129,15 +128,16 @@ def _list_section(model: type[BaseModel], name: str, prefix: str) -> list[Option
     field, dotted = model.model_fields[name], f"{prefix}{name}"
     inner = field.annotation
     if isinstance(inner, type) and issubclass(inner, BaseModel):
-        found = [entry for key in inner.model_fields for entry in _list_section(inner, key, f"{dotted}.")]
-        return found + (_method_infos() if dotted == "method" else [])
+        options = [option for key in inner.model_fields for option in _list_section(inner, key, f"{dotted}.")]
+        return options + (_describe_method_options() if dotted == "method" else [])
     required = field.is_required()
     properties = model.model_json_schema()
-    kind = _kind(properties["properties"][name], properties.get("$defs", {}))
+    kind = _describe_type(properties["properties"][name], properties.get("$defs", {}))
     return [OptionInfo(dotted, kind, None if required else field.default, field.description or "", (), required)]
 
 
-def _method_infos() -> list[OptionInfo]:
+def _describe_method_options() -> list[OptionInfo]:
+    """Each option of a method once, with the methods that take it."""
     by_option: dict[str, list[tuple[str, Any, Any, str]]] = {}
     for method, options in method_options().items():
         for name, (annotation, default, description) in options.items():
@@ -151,7 +151,7 @@ def _method_infos() -> list[OptionInfo]:
         infos.append(
             OptionInfo(
                 f"method.{name}",
-                _kind(schema["properties"]["value"], schema.get("$defs", {})),
+                _describe_type(schema["properties"]["value"], schema.get("$defs", {})),
                 next(iter(defaults.values())) if same else defaults,
                 " / ".join(dict.fromkeys(description for *_, description in uses if description)),
                 tuple(defaults),
@@ -163,18 +163,18 @@ def _method_infos() -> list[OptionInfo]:
 _WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "null"}
 
 
-def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+def _describe_type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     """A type in words: ``number, at least 0``, ``one of: a, b``."""
     if "$ref" in schema:
-        return _kind(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+        return _describe_type(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_kind(part, definitions) for part in schema["anyOf"]))
+        return " or ".join(dict.fromkeys(_describe_type(part, definitions) for part in schema["anyOf"]))
     if "enum" in schema:
         return f"one of: {', '.join(map(str, schema['enum']))}"
     if "const" in schema:
         return str(schema["const"])
     if schema.get("type") == "array":
-        return f"list of {_kind(schema.get('items', {}), definitions)}"
+        return f"list of {_describe_type(schema.get('items', {}), definitions)}"
     if schema.get("type") == "object":
         return "mapping"
     limits = [

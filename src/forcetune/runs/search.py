@@ -34,7 +34,7 @@ FIRST = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -86,17 +86,17 @@ def check_search(config: RunConfig) -> None:
     """
     if find_spec("optuna") is None:
         raise InputError("--search needs Optuna: pip install 'forcetune[tune]'.")
-    _names(config)
+    _list_options(config)
 
 
-def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
+def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult:
     """Try ``trials`` sets of options for a method, each with the full number of epochs unless it is pruned.
 
     A trial is pruned when its score is worse than the median of the others at the same epoch. Trials are kept in a
-    journal in ``folder``, so that a search that died goes on.
+    journal in ``folder``, so that a search that died is continued.
 
     Args:
-        config: of one run of the method; options that were given there are not searched.
+        config: of one run of the method; options that are set there are not searched.
         folder: for the journal and the trials' runs.
         trials: number of them, those done before included.
 
@@ -123,44 +123,55 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> Searched:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST),
         load_if_exists=True,
     )
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    complete, pruned = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     if not study.trials:
         study.enqueue_trial(defaults)
+    remaining = trials - len(study.get_trials(deepcopy=False, states=(complete, pruned)))
+    if remaining > 0:
 
-    def objective(trial: Any) -> float:
-        settings = _suggested(trial, defaults)
-        best = float("inf")
+        def run_trial(trial: Any) -> float:
+            return _run_trial(trial, config, defaults, folder / f"{name}-{trial.number}")
 
-        def observe(epoch: int, errors: Errors) -> None:
-            nonlocal best
-            best = min(best, score(errors, config.training.loss, config.magnetism.layer != "off"))
-            trial.report(best, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        one = _with(config, settings, folder / f"{name}-{trial.number}")
-        try:
-            run_fit(one, console=Console(quiet=True), observe=observe)
-        except InputError:
-            raise
-        except ForcetuneError as error:  # these options let the training diverge
-            raise optuna.TrialPruned(str(error)) from error
-        return best
-
-    left = trials - len(study.get_trials(deepcopy=False, states=ended))
-    if left > 0:
-        study.optimize(objective, n_trials=left)
-    if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
+        study.optimize(run_trial, n_trials=remaining)
+    if not study.get_trials(deepcopy=False, states=(complete,)):
         raise ForcetuneError(f"{name}: no trial of the search ended well; see {folder}.")
     rows = tuple(
         {
-            **_settings(trial.params),
+            **_round_settings(trial.params),
             "score": trial.value if trial.value is not None else _last(trial.intermediate_values),
-            "pruned": trial.state == optuna.trial.TrialState.PRUNED,
+            "pruned": trial.state == pruned,
         }
-        for trial in study.get_trials(states=ended)
+        for trial in study.get_trials(states=(complete, pruned))
     )
-    return Searched(config.method.name, _settings(study.best_params), float(study.best_value), rows)
+    return SearchResult(config.method.name, _round_settings(study.best_params), float(study.best_value), rows)
+
+
+def _run_trial(trial: Any, config: RunConfig, defaults: Mapping[str, Any], run: Path) -> float:
+    """Train with options that the trial suggests; returns the best score of all epochs.
+
+    Raises:
+        InputError: as :func:`forcetune.runs.fit.run_fit`.
+        optuna.TrialPruned: the score is worse than that of other trials, or the training diverged.
+    """
+    import optuna
+
+    settings = _suggest(trial, defaults)
+    best = float("inf")
+
+    def observe(epoch: int, errors: Errors) -> None:
+        nonlocal best
+        best = min(best, score(errors, config.training.loss, config.magnetism.layer != "off"))
+        trial.report(best, epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+
+    try:
+        run_fit(_with(config, settings, run), console=Console(quiet=True), observe=observe)
+    except InputError:
+        raise
+    except ForcetuneError as error:  # these options let the training diverge
+        raise optuna.TrialPruned(str(error)) from error
+    return best
 
 
 def _digest(config: RunConfig, defaults: Mapping[str, Any]) -> str:
@@ -174,11 +185,11 @@ def _last(values: Mapping[int, float]) -> float | None:
     return values[max(values)] if values else None
 
 
-def _names(config: RunConfig) -> list[str]:
-    """Options to search; what the user gave stays.
+def _list_options(config: RunConfig) -> list[str]:
+    """Options to search; what the user set stays.
 
     Raises:
-        InputError: all of them are given.
+        InputError: all of them are set.
     """
     loss = config.training.loss
     names = []
@@ -190,7 +201,7 @@ def _names(config: RunConfig) -> list[str]:
         names.append(FORCES)
     if not names:
         raise InputError(
-            f"--search: learning rate, rank and weight of the forces are all given for {config.method.name}."
+            f"--search: learning rate, rank and weight of the forces are all set for {config.method.name}."
         )
     return names
 
@@ -201,9 +212,9 @@ def default_options(config: RunConfig) -> dict[str, Any]:
     The learning rate is the foundation model's for the method, or the method's.
 
     Raises:
-        InputError: all of them are given, or there is no such model.
+        InputError: all of them are set, or there is no such model.
     """
-    names = _names(config)
+    names = _list_options(config)
     defaults: dict[str, Any] = {RANK: 16, FORCES: config.training.loss.forces}
     if RATE in names:
         method = build_method(config.method)
@@ -212,20 +223,20 @@ def default_options(config: RunConfig) -> dict[str, Any]:
     return {name: defaults[name] for name in names}
 
 
-def _suggested(trial: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _suggest(trial: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a trial, around the defaults."""
-    suggested: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, default in defaults.items():
         if name == RANK:
-            suggested[name] = trial.suggest_categorical(name, RANKS)
+            values[name] = trial.suggest_categorical(name, RANKS)
         else:
             least, most = RATES if name == RATE else WEIGHTS
-            suggested[name] = trial.suggest_float(name, least * default, most * default, log=True)
-    return _settings(suggested)
+            values[name] = trial.suggest_float(name, least * default, most * default, log=True)
+    return _round_settings(values)
 
 
-def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Rounded as one would write them, so that the same options are trained and told."""
+def _round_settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Rounded as one would write them, so that the options that are trained are those that are reported."""
     return {key: float(f"{value:.3g}") if isinstance(value, float) else value for key, value in params.items()}
 
 

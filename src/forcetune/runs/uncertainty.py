@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from forcetune.adapters.file import AdapterConfig
+from forcetune.adapters.config import AdapterConfig
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig, load_config
-from forcetune.deployment.ensemble import Ensemble, load_ensemble, mean_of, spread
+from forcetune.deployment.ensemble import Ensemble, average_predictions, load_ensemble, spread
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_finite
@@ -25,7 +25,13 @@ from forcetune.frames.read import read_frames
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.runs.folder import ADAPTER_NAME, CONFIG_NAME
 from forcetune.runs.preparation import counting
-from forcetune.uncertainty.calibration import Calibration, Reliability, calibrate_all, measure_reliability, quantities
+from forcetune.uncertainty.calibration import (
+    Calibration,
+    Reliability,
+    calibrate_all,
+    collect_deviations,
+    measure_reliability,
+)
 from forcetune.uncertainty.file import (
     CalibrationRecord,
     Uncertainty,
@@ -34,7 +40,7 @@ from forcetune.uncertainty.file import (
     save_uncertainty,
 )
 from forcetune.uncertainty.fit import fit_last_layer
-from forcetune.uncertainty.last_layer import network_of
+from forcetune.uncertainty.last_layer import require_network
 
 MOST_FRAMES = 2000
 """Training and validation frames each that a calibration looks at by default."""
@@ -90,7 +96,7 @@ def calibrate(
         return CalibratedRun(*save_uncertainty(folder, record, None), time.perf_counter() - started)
     deployed = deploy(base, folder, device=device, trust=trust)
     backbone = deployed.backbone
-    network_of(backbone)
+    require_network(backbone)
     train_frames, valid_frames, files = _frames(config, valid, deployed.adapter, console)
     sets = [_sample(train_frames, frames, "training", console), _sample(valid_frames, frames, "validation", console)]
     graphs = [build_graphs(backbone, frames) for frames in sets]
@@ -122,7 +128,7 @@ def run_folder(run: str | Path) -> Path:
 
 
 def _records(calibrations: dict[str, Calibration]) -> dict[str, CalibrationRecord]:
-    return {name: CalibrationRecord.of(one) for name, one in calibrations.items()}
+    return {name: CalibrationRecord.from_calibration(calibration) for name, calibration in calibrations.items()}
 
 
 def _frames(
@@ -145,8 +151,8 @@ def _frames(
         return dataset.train.frames, dataset.valid.frames, dataset.valid.files
     keys = {f"{label}_key": getattr(data, f"{label}_key") for label in ("energy", "forces")}
     named = [valid] if isinstance(valid, (str, Path)) else list(valid)
-    found = read_frames(named, **keys, stress_key=NONE, require=(), name="validation data", type_map=data.type_map)
-    return dataset.train.frames, found.frames, found.files
+    valid_set = read_frames(named, **keys, stress_key=NONE, require=(), name="validation data", type_map=data.type_map)
+    return dataset.train.frames, valid_set.frames, valid_set.files
 
 
 def _sample(frames: Sequence[Frame], most: int, name: str, console: Console) -> Sequence[Frame]:
@@ -181,7 +187,7 @@ def _calibrate_ensemble(
         adapters=[identify_adapter(folder) for folder, *_ in ensemble.members],
         n_valid=len(frames),
         valid=list(files),
-        calibrations=_records(calibrate_all(quantities(mean, energy, forces))),
+        calibrations=_records(calibrate_all(collect_deviations(mean, energy, forces))),
     )
 
 
@@ -192,12 +198,12 @@ def ensemble_deviations(ensemble: Ensemble, frames: Sequence[Frame]) -> tuple[Pr
         InputError: a prediction is not finite.
     """
     predictions = ensemble.predict(build_graphs(ensemble.backbone, frames))
-    for one in predictions:
-        check_finite(one, frames)
+    for member in predictions:
+        check_finite(member, frames)
     return (
-        mean_of(predictions),
-        spread([one.energy for one in predictions]),
-        spread([one.forces for one in predictions]),
+        average_predictions(predictions),
+        spread([member.energy for member in predictions]),
+        spread([member.forces for member in predictions]),
     )
 
 
@@ -206,11 +212,11 @@ def describe_reliability(
 ) -> dict[str, Any]:
     """The part ``uncertainty`` of what ``evaluate --uncertainty --json`` prints; eV/atom and eV/Å."""
     measured: dict[str, Reliability | None] = {}
-    for name, deviations in quantities(predictions, energy, forces).items():
+    for name, deviations in collect_deviations(predictions, energy, forces).items():
         calibration = uncertainty.calibrations.get(name)
         measured[name] = None if calibration is None else measure_reliability(deviations, calibration)
     return {
         "kind": uncertainty.record.kind,
         "calibrated_on": uncertainty.record.n_valid,
-        **{name: None if one is None else asdict(one) for name, one in measured.items()},
+        **{name: None if reliability is None else asdict(reliability) for name, reliability in measured.items()},
     }

@@ -28,7 +28,7 @@ VALID_KEYS = (
     "moment_rmse_mub",
 )
 COLUMNS = (
-    *("epoch", "step", "learning_rate", "stage", "train_loss", "valid_loss"),
+    *("epoch", "step", "learning_rate", "stage", "train_loss", "train_penalty", "valid_loss"),
     *(f"valid_{key}" for key in VALID_KEYS),
     *("zeros_of_wrapped", "zeros_of_all", "seconds"),
 )
@@ -42,6 +42,7 @@ def metrics_row(module: FineTuning, seconds: float) -> dict[str, Any]:
         "learning_rate": module.learning_rate,
         "stage": module.stage,
         "train_loss": module.train_loss,
+        "train_penalty": module.train_penalty,
         "seconds": round(seconds, 3),
     }
     if module.epoch % module.config.valid_every == 0 and module.valid_errors is not None:

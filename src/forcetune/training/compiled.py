@@ -284,7 +284,7 @@ class CompiledTraining:
         self._step: CompiledStep | None = None
 
     def loss(self, config: LossConfig, batch: Batch) -> Tensor | None:
-        """The loss of a batch, or None where it has to be found eagerly.
+        """The loss of a batch, or None where it has to be computed eagerly.
 
         Raises:
             CompileError: for good.

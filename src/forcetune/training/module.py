@@ -24,6 +24,7 @@ from forcetune.training.compiled import CompiledTraining
 from forcetune.training.failure import Cause, cause_in, copy_values, describe_failure, put_back
 from forcetune.training.losses import LossSums, compute_loss
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
+from forcetune.training.penalty import Penalty
 from forcetune.training.replay_head import ReplayHead, objective
 from forcetune.utils import distributed
 
@@ -71,7 +72,8 @@ class FineTuning:
         stage: 1, or 2 once the second stage has begun.
         best_loss, best_epoch: lowest validation loss of the current stage and its epoch, counted from 1.
         valid_loss, valid_errors, sparsity: of the last validation.
-        train_loss: mean over the steps of the epoch.
+        train_loss: mean over the steps of the epoch, without the penalty.
+        train_penalty: the same of the penalty; None without one.
         waited: validations since the last improvement.
         epochs_done, steps_done: complete epochs and optimizer steps, those before a resumption included.
         stopped: early stopping ended the run.
@@ -93,6 +95,7 @@ class FineTuning:
         save_best: Callable[[Errors], None],
         observe: Callable[[int, Errors], None] | None = None,
         head: ReplayHead | None = None,
+        penalty: Penalty | None = None,
     ) -> None:
         self.backbone = backbone
         self.adapter = require_adapter(backbone)
@@ -101,6 +104,7 @@ class FineTuning:
         self.save_best = save_best
         self.observe = observe
         self.head = head
+        self.penalty = penalty
         self.first_rate = learning_rate
         self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
         averaged = config.ema is not None and config.optimizer != "schedulefree"
@@ -112,6 +116,7 @@ class FineTuning:
         self.valid_errors: Errors | None = None
         self.sparsity: Sparsity | None = None
         self.train_loss = math.nan
+        self.train_penalty: float | None = None
         self.waited = 0
         self.epochs_done = 0
         self.steps_done = 0
@@ -128,6 +133,7 @@ class FineTuning:
         self._in_epoch = False
         self._n_batches = 0
         self._losses: list[Tensor] = []
+        self._penalties: list[Tensor] = []
         self._began_with: list[Tensor] = []
 
     @property
@@ -224,7 +230,7 @@ class FineTuning:
 
         Args:
             validation: batches of the validation frames.
-            observers: are told of what happens, in this order.
+            observers: called as things happen, in this order.
 
         Raises:
             ForcetuneError: the loss is no longer finite.
@@ -250,6 +256,7 @@ class FineTuning:
         self.train_loss = float(distributed.total(torch.stack(self._losses).mean()))
         if not math.isfinite(self.train_loss):
             raise ForcetuneError(self._why_not_finite())
+        self.train_penalty = float(torch.stack(self._penalties).mean()) if self._penalties else None
         if self.epoch % self.config.valid_every == 0:
             self._validate(validation)
         for observer in observers:
@@ -261,6 +268,7 @@ class FineTuning:
         self.loader.epoch = self.epoch - 1
         self._n_batches = self.loader.n_batches
         self._losses.clear()
+        self._penalties.clear()
         if self.config.optimizer == "schedulefree":
             optimizer: Any = self._optimizer
             optimizer.train()
@@ -280,6 +288,10 @@ class FineTuning:
             placed = self.backbone.place(batch)
             loss = objective(self.backbone, self.head, self.loss_config, placed, total=distributed.total)
         self._losses.append(loss.detach())
+        if self.penalty is not None:
+            cost = self.penalty.compute()
+            self._penalties.append(cost.detach())
+            loss = loss + distributed.share(cost)
         self._optimizer.zero_grad()
         loss.backward()
         distributed.sum_gradients([*self.adapter.parameters(), *(self.head.parameters() if self.head else ())])

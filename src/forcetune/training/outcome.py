@@ -1,4 +1,4 @@
-"""How a training and a refinement went, in numbers, as ``results.json`` holds it."""
+"""How a training and a refinement went, and what changes cost, in numbers, as ``results.json`` holds it."""
 
 from __future__ import annotations
 
@@ -48,3 +48,19 @@ class Refinement:
     train_loss_after: float
     valid_loss_before: float
     valid_loss_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class PenaltyTerms:
+    """Values of the terms, in units of the loss; None for those that are left out.
+
+    Attributes:
+        l2sp, ewc, gates: λ/2 · (…) of each.
+        source, n_frames: frames that ``ewc`` and ``gates`` looked at; empty and 0 where neither is set.
+    """
+
+    l2sp: float | None
+    ewc: float | None
+    gates: float | None
+    source: str = ""
+    n_frames: int = 0

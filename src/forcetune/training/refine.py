@@ -17,6 +17,7 @@ from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.training.losses import LossSums, compute_loss, label_weights
 from forcetune.training.outcome import Refinement
+from forcetune.training.penalty import Penalty
 from forcetune.training.replay import Replay
 from forcetune.training.replay_head import objective
 
@@ -33,6 +34,7 @@ def refine(
     validation: Sequence[Batch],
     *,
     replay: Replay | None = None,
+    penalty: Penalty | None = None,
     progress: Callable[[int], None] | None = None,
     batch_atoms: int = EVALUATION_ATOMS,
 ) -> Refinement:
@@ -46,6 +48,7 @@ def refine(
         config: ``refine`` iterations at most, and the loss.
         training, validation: graphs with labels.
         replay: graphs that count as they do in training, all of them here; their head is no longer trained.
+        penalty: counts beside the loss of the training frames, and is part of the losses reported for them.
         progress: called with the number of each iteration.
         batch_atoms: atoms whose loss is differentiated at once, which takes memory.
     """
@@ -56,7 +59,7 @@ def refine(
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=1, max_eval=1 + EVALUATIONS, history_size=HISTORY, line_search_fn="strong_wolfe"
     )
-    training_loss = _TrainingLoss(backbone, loss, _Weighted(training, replay, backbone, batch_atoms), replay)
+    training_loss = _TrainingLoss(backbone, loss, _Weighted(training, replay, backbone, batch_atoms), replay, penalty)
     validation_loss = _ValidationLoss(backbone, loss, validation, batch_atoms)
 
     def closure() -> Tensor:
@@ -90,10 +93,17 @@ def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _TrainingLoss:
-    """The loss of all training frames, batch by batch."""
+    """The loss of all training frames, batch by batch, and the penalty."""
 
-    def __init__(self, backbone: Backbone, loss: LossConfig, batches: Iterable[Batch], replay: Replay | None) -> None:
-        self.backbone, self.loss, self.batches = backbone, loss, batches
+    def __init__(
+        self,
+        backbone: Backbone,
+        loss: LossConfig,
+        batches: Iterable[Batch],
+        replay: Replay | None,
+        penalty: Penalty | None,
+    ) -> None:
+        self.backbone, self.loss, self.batches, self.penalty = backbone, loss, batches, penalty
         self.head = None if replay is None else replay.head
         self.label_weights = _label_weights(backbone, loss, batches)
 
@@ -108,6 +118,10 @@ class _TrainingLoss:
             )
             part.backward()
             total += part.detach()
+        if self.penalty is not None:
+            cost = self.penalty.compute()
+            cost.backward()
+            total += cost.detach()
         return total
 
 

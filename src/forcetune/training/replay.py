@@ -183,6 +183,7 @@ def shifted_frames(frames: Sequence[Frame], shift: Mapping[int, float]) -> list[
     ]
 
 
-def data_hash(training: str, replay: ReplayFrames | None) -> str:
-    """What a resumed run compares: the hash of the training frames, and of the replay frames where there are some."""
-    return training if replay is None else hashlib.sha256(f"{training} {replay.sha256}".encode()).hexdigest()
+def data_hash(training: str, *others: str | None) -> str:
+    """What a resumed run compares: the hash of the training frames, and of replay and penalty frames if there are."""
+    parts = [training, *(other for other in others if other is not None)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest() if len(parts) > 1 else training

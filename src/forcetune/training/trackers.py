@@ -25,7 +25,7 @@ from forcetune.utils.optional import missing_package
 TENSORBOARD_NAME = "tensorboard"
 """Folder of its logs, in the run folder."""
 TRACKERS_NAME = "trackers.json"
-"""File of the run folder with the names that the programs gave the run, so that a resumed run goes on there."""
+"""File of the run folder with the names that the programs gave the run, so that a resumed run continues there."""
 LONGEST_VALUE = 500
 """Characters of an option that MLflow takes."""
 
@@ -43,16 +43,16 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, folder: Path, project: str, options: Mapping[str, Any], identity: str | None) -> str | None:
-        """Begin a run, or go on with one.
+        """Begin a run, or resume one.
 
         Args:
             folder: run folder; its name is that of the run.
             project: what runs are grouped under, where the program groups them.
             options: of the run, by dotted name.
-            identity: what an earlier call returned, to go on with that run.
+            identity: what an earlier call returned, to resume that run.
 
         Returns:
-            what names the run; None where nothing is needed to go on.
+            what names the run; None where nothing is needed to resume it.
         """
 
     @abstractmethod
@@ -133,15 +133,15 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Weigh
 
 
 class TrackerLog(Observer):
-    """Hands the numbers of every epoch to a tracker; one that fails is left out, and the training goes on."""
+    """Passes the numbers of every epoch to a tracker; one that fails is left out, and the training continues."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self.name = name
         self.tracker: Tracker | None = tracker
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
     def on_epoch(self, training: FineTuning) -> None:
-        row = metrics_row(training, time.monotonic() - self.began)
+        row = metrics_row(training, time.monotonic() - self.start_time)
         values = {key: float(value) for key, value in row.items() if value not in (None, "")}
         del values["epoch"]
         if self.tracker is None:
@@ -165,9 +165,10 @@ class TrackerLog(Observer):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """
+    """Check that the packages of trackers are installed.
+
     Raises:
-        InputError: the package of a tracker is not installed.
+        InputError: one is not.
     """
     for name in names:
         tracker = TRACKERS[name]
@@ -188,7 +189,7 @@ def start_trackers(
         folder: run folder.
         project: what runs are grouped under.
         options: of the run, nested.
-        resumed: the run goes on, there as well.
+        resumed: the run is resumed, in the trackers as well.
 
     Raises:
         InputError: a tracker cannot be started.

@@ -20,6 +20,7 @@ from forcetune.kernels.precision import full_precision
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
 from forcetune.training.module import FineTuning, Observer
 from forcetune.training.outcome import TrainingOutcome
+from forcetune.training.penalty import Penalty
 from forcetune.training.replay import Replay
 from forcetune.utils import distributed
 
@@ -39,6 +40,7 @@ def train(
     observe: Callable[[int, Errors], None] | None = None,
     console: Console | None = None,
     replay: Replay | None = None,
+    penalty: Penalty | None = None,
     frame_name: Callable[[int], str] | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
@@ -57,6 +59,7 @@ def train(
         observe: called with epoch and errors of every validation; what it raises ends the training.
         console: where progress is printed; standard error by default.
         replay: graphs that every epoch has some of between those of ``training``.
+        penalty: what changes of the foundation model cost in every step.
         frame_name: what to call the frame of a number among ``training``, for messages.
 
     Raises:
@@ -66,7 +69,7 @@ def train(
     check_trainable_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     head = None if replay is None else replay.head
-    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head)
+    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head, penalty)
     module.shares_validation = _shares_validation(validation)
     module.keeps_validation = not isinstance(validation, StoredGraphs)
     module.frame_name = frame_name

@@ -65,24 +65,24 @@ def conformal_quantile(scores: FloatArray, groups: IntArray, level: float) -> fl
     scores, groups = scores[known], groups[known]
     if not len(scores):
         return None
-    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    _, group_index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     # in units of 1 / (frames + 1), so that frames with one score each add up to whole numbers
-    weights = 1.0 / sizes[place]
+    weights = 1.0 / sizes[group_index]
     order = np.argsort(scores, kind="stable")
-    reached = np.cumsum(weights[order])
+    cumulative = np.cumsum(weights[order])
     needed = level * (len(sizes) + 1)
     # sums of 1/3 + 1/3 + 1/3 are not exactly 1
-    index = int(np.searchsorted(reached, needed - 1e-9 * len(sizes)))
+    index = int(np.searchsorted(cumulative, needed - 1e-9 * len(sizes)))
     return float(scores[order][index]) if index < len(scores) else None
 
 
-def rank_correlation(one: FloatArray, other: FloatArray) -> float | None:
+def rank_correlation(first: FloatArray, second: FloatArray) -> float | None:
     """Spearman's; None where it has no meaning."""
-    known = np.isfinite(one) & np.isfinite(other)
-    one, other = one[known], other[known]
-    if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
+    known = np.isfinite(first) & np.isfinite(second)
+    first, second = first[known], second[known]
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
-    return float(np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1])
+    return float(np.corrcoef(stats.rankdata(first), stats.rankdata(second))[0, 1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,8 +112,10 @@ class Deviations:
         return np.abs(self.errors) / np.maximum(self.deviations, SMALLEST)
 
 
-def quantities(predictions: Predictions, energy: FloatArray, forces: FloatArray | None) -> dict[str, Deviations]:
-    """Energies per atom, force components and force vectors.
+def collect_deviations(
+    predictions: Predictions, energy: FloatArray, forces: FloatArray | None
+) -> dict[str, Deviations]:
+    """Errors and raw standard deviations of energies per atom, force components and force vectors, by quantity.
 
     Args:
         predictions: with labels.
@@ -121,15 +123,15 @@ def quantities(predictions: Predictions, energy: FloatArray, forces: FloatArray 
         forces: (atoms, 3), eV/Å, or None.
     """
     atoms, frames = predictions.atoms, np.arange(len(predictions.atoms))
-    found = {
+    deviations = {
         "energy_per_atom": Deviations((predictions.energy - predictions.energy_label) / atoms, energy / atoms, frames)
     }
     if forces is not None:
-        error, of_atom = predictions.forces - predictions.forces_label, np.repeat(frames, atoms)
-        found["forces"] = Deviations(error.ravel(), forces.ravel(), np.repeat(of_atom, 3))
+        error, atom_frames = predictions.forces - predictions.forces_label, np.repeat(frames, atoms)
+        deviations["forces"] = Deviations(error.ravel(), forces.ravel(), np.repeat(atom_frames, 3))
         lengths = np.linalg.norm(error, axis=1), np.linalg.norm(forces, axis=1)
-        found["forces_of_atoms"] = Deviations(*lengths, of_atom, degrees=3)
-    return found
+        deviations["forces_of_atoms"] = Deviations(*lengths, atom_frames, degrees=3)
+    return deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,9 @@ class Calibration:
     n_values: int
 
     @staticmethod
-    def of(measured: Deviations) -> Calibration:
-        """
+    def fit(measured: Deviations) -> Calibration:
+        """Scale and quantiles from the errors of validation frames.
+
         Raises:
             InputError: as :func:`fit_scale`.
         """
@@ -163,23 +166,27 @@ class Calibration:
 
 
 def calibrate_all(measured: dict[str, Deviations]) -> dict[str, Calibration]:
-    """Of every quantity that has labels.
+    """The calibration of every quantity that has labels.
 
     Raises:
         InputError: none has.
     """
-    found = {name: Calibration.of(one) for name, one in measured.items() if np.isfinite(one.errors).any()}
-    if not found:
+    calibrations = {
+        name: Calibration.fit(deviations)
+        for name, deviations in measured.items()
+        if np.isfinite(deviations.errors).any()
+    }
+    if not calibrations:
         raise InputError("The validation frames have neither energies nor forces; name others with --valid FILE.")
-    return found
+    return calibrations
 
 
 @dataclass(frozen=True, slots=True)
-class Coverage:
+class IntervalCoverage:
     """How many errors lie within an interval that shall hold ``level`` of them.
 
     Attributes:
-        level: asked for.
+        level: share of errors that the interval shall hold.
         before: share within normal intervals of the raw standard deviations.
         after: the same with the calibrated ones.
         conformal: share within conformal intervals; None where calibration had too few frames.
@@ -211,7 +218,7 @@ class Reliability:
     mean_deviation: float
     ratio: float | None
     correlation: float | None
-    coverage: tuple[Coverage, ...]
+    coverage: tuple[IntervalCoverage, ...]
     curve: tuple[tuple[float, float, float], ...]
 
 
@@ -224,17 +231,17 @@ def measure_reliability(
         return None
     scores, deviations, errors = measured.scores[known], measured.deviations[known], np.abs(measured.errors[known])
 
-    def within(limit: float) -> float:
+    def share_within(limit: float) -> float:
         # the frames of the calibration themselves lie on the limit, but for rounding
         return float((scores <= limit * (1 + 1e-9)).mean())
 
-    def coverage(level: float) -> Coverage:
+    def measure_coverage(level: float) -> IntervalCoverage:
         width, quantile = measured.gaussian_width(level), calibration.quantiles.get(level)
-        return Coverage(
+        return IntervalCoverage(
             level,
-            within(width),
-            within(width * calibration.scale),
-            None if quantile is None else within(quantile),
+            share_within(width),
+            share_within(width * calibration.scale),
+            None if quantile is None else share_within(quantile),
             None if quantile is None else quantile * float(deviations.mean()),
         )
 
@@ -243,13 +250,13 @@ def measure_reliability(
     curve = []
     for level in np.arange(0.05, 1.0, 0.05):
         width = measured.gaussian_width(float(level))
-        curve.append((round(float(level), 2), within(width), within(width * calibration.scale)))
+        curve.append((round(float(level), 2), share_within(width), share_within(width * calibration.scale)))
     return Reliability(
         int(known.sum()),
         rms,
         calibration.scale * float(deviations.mean()),
         rms / rms_deviation if rms_deviation > 0 else None,
         rank_correlation(deviations, errors),
-        tuple(map(coverage, levels)),
+        tuple(map(measure_coverage, levels)),
         tuple(curve),
     )

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from forcetune._version import __version__
-from forcetune.adapters.file import TENSORS_NAME, read_adapter_config
+from forcetune.adapters.config import read_adapter_config
+from forcetune.adapters.file import TENSORS_NAME
 from forcetune.errors import InputError
 from forcetune.uncertainty.calibration import Calibration
 from forcetune.uncertainty.last_layer import Posterior
@@ -40,7 +41,7 @@ class CalibrationRecord(BaseModel):
     n_values: int
 
     @staticmethod
-    def of(calibration: Calibration) -> CalibrationRecord:
+    def from_calibration(calibration: Calibration) -> CalibrationRecord:
         content = asdict(calibration)
         content["quantiles"] = {f"{level:g}": value for level, value in calibration.quantiles.items()}
         return CalibrationRecord(**content)
@@ -116,8 +117,8 @@ def identify_adapter(folder: Path) -> str:
         tensors = compute_sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); copy the adapter folder again.") from error
-    belongs = [tensors, config.reference_energies_ev, config.base.fingerprint]
-    return hashlib.sha256(json.dumps(belongs, sort_keys=True).encode()).hexdigest()
+    identity = [tensors, config.reference_energies_ev, config.base.fingerprint]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def save_uncertainty(
@@ -172,7 +173,7 @@ def load_uncertainty(run: Path, adapters: Sequence[Path]) -> Uncertainty:
     if sorted(record.adapters) != sorted(map(identify_adapter, adapters)):
         raise InputError(f"{path}: belongs to other adapters than those in use; run `{command}` again.")
     posterior = None if ensemble else _read_posterior(run / ARRAYS_NAME, record, command)
-    calibrations = {name: one.calibration for name, one in record.calibrations.items()}
+    calibrations = {name: quantity.calibration for name, quantity in record.calibrations.items()}
     return Uncertainty(calibrations, posterior, record)
 
 
@@ -182,13 +183,13 @@ def _read_posterior(path: Path, record: UncertaintyRecord, command: str) -> Post
         InputError: missing, damaged, or not what the JSON describes.
     """
     try:
-        fits = record.arrays_sha256 in (None, compute_sha256(path))
+        matches = record.arrays_sha256 in (None, compute_sha256(path))
         arrays: dict[str, Any] = load_file(path)
         values, vectors = arrays["eigenvalues"], arrays["eigenvectors"]
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read; run `{command}` again.") from error
     size = record.features
-    fits &= values.shape == (size,) and vectors.shape == (size, size) and values.dtype == vectors.dtype == np.float64
-    if not fits or record.ridge is None or not (np.isfinite(values).all() and np.isfinite(vectors).all()):
+    matches &= values.shape == (size,) and vectors.shape == (size, size) and values.dtype == vectors.dtype == np.float64
+    if not matches or record.ridge is None or not (np.isfinite(values).all() and np.isfinite(vectors).all()):
         raise InputError(f"{path}: does not fit {JSON_NAME}; run `{command}` again.")
     return Posterior(values, vectors, record.ridge)

@@ -14,10 +14,10 @@ from forcetune.graphs.graph import Batch
 from forcetune.uncertainty.calibration import (
     Calibration,
     calibrate_all,
+    collect_deviations,
     log_likelihood,
-    quantities,
 )
-from forcetune.uncertainty.last_layer import Posterior, describe_batches, joined, training_gram
+from forcetune.uncertainty.last_layer import Posterior, compute_training_gram, join_predictions, predict_with_features
 
 RIDGES = tuple(10.0**power for power in range(-10, 1))
 """ς² in units of the mean eigenvalue of GᵀG, of which the likeliest is taken."""
@@ -26,7 +26,7 @@ CHOSEN_BY = ("energy_per_atom", "forces")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LastLayerFit:
-    """What :func:`fit_last_layer` found.
+    """The result of :func:`fit_last_layer`.
 
     Attributes:
         posterior: with the regularisation that suits the validation frames best.
@@ -56,17 +56,17 @@ def fit_last_layer(
     Raises:
         InputError: no labels, or a model whose last layer is not known.
     """
-    posterior = Posterior.of(training_gram(backbone, train, progress=progress), 0.0)
+    posterior = Posterior.from_gram(compute_training_gram(backbone, train, progress=progress), 0.0)
     unit = float(posterior.eigenvalues.mean())
     inverses = 1 / (posterior.eigenvalues[:, None] + unit * np.array(RIDGES))
     predictions, energy, forces = _candidate_deviations(backbone, valid, posterior, inverses, progress)
     likelihoods = []
     for candidate in range(len(RIDGES)):
-        measured = quantities(predictions, energy[candidate], forces[candidate])
+        measured = collect_deviations(predictions, energy[candidate], forces[candidate])
         terms = [measured[name] for name in CHOSEN_BY if np.isfinite(measured[name].errors).any()]
-        likelihoods.append(sum(log_likelihood(one.errors, one.deviations) for one in terms))
+        likelihoods.append(sum(log_likelihood(term.errors, term.deviations) for term in terms))
     best = int(np.argmax(likelihoods))
-    calibrations = calibrate_all(quantities(predictions, energy[best], forces[best]))
+    calibrations = calibrate_all(collect_deviations(predictions, energy[best], forces[best]))
     return LastLayerFit(posterior.with_ridge(unit * RIDGES[best]), RIDGES[best], calibrations)
 
 
@@ -78,10 +78,10 @@ def _candidate_deviations(
     progress: Callable[[int], None] | None,
 ) -> tuple[Predictions, FloatArray, FloatArray]:
     """Predictions, and standard deviations for each candidate: (candidates, frames), (candidates, atoms, 3)."""
-    found, energies, forces = [], [], []
-    for one in describe_batches(backbone, graphs, posterior.eigenvectors.T, progress=progress):
-        found.append(one.predictions)
-        energies.append(np.sqrt((one.features @ posterior.eigenvectors) ** 2 @ inverses).T)
-        assert one.force_features is not None
-        forces.append(np.sqrt(np.tensordot(inverses.T, one.force_features**2, axes=1)))
-    return joined(found), np.concatenate(energies, axis=1), np.concatenate(forces, axis=1)
+    predictions, energies, forces = [], [], []
+    for batch in predict_with_features(backbone, graphs, posterior.eigenvectors.T, progress=progress):
+        predictions.append(batch.predictions)
+        energies.append(np.sqrt((batch.features @ posterior.eigenvectors) ** 2 @ inverses).T)
+        assert batch.force_features is not None
+        forces.append(np.sqrt(np.tensordot(inverses.T, batch.force_features**2, axes=1)))
+    return join_predictions(predictions), np.concatenate(energies, axis=1), np.concatenate(forces, axis=1)

@@ -24,7 +24,7 @@ from forcetune.frames.frame import FloatArray
 from forcetune.graphs.graph import Batch
 
 
-def network_of(backbone: Backbone) -> NetworkBackbone:
+def require_network(backbone: Backbone) -> NetworkBackbone:
     """The backbone as one whose last layers are known.
 
     Raises:
@@ -58,7 +58,7 @@ class Posterior:
     ridge: float
 
     @staticmethod
-    def of(gram: FloatArray, ridge: float) -> Posterior:
+    def from_gram(gram: FloatArray, ridge: float) -> Posterior:
         """From GᵀG, (features, features)."""
         values, vectors = np.linalg.eigh((gram + gram.T) / 2)
         return Posterior(values.clip(min=0), vectors, ridge)
@@ -78,13 +78,13 @@ class Posterior:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Described:
+class FeaturedPredictions:
     """Predictions for frames with the features that they depend on.
 
     Attributes:
         predictions: with labels.
         features: (frames, features) of the energies.
-        force_features: (directions, atoms, 3); None where they were not asked for.
+        force_features: (directions, atoms, 3); None without directions.
     """
 
     predictions: Predictions
@@ -92,14 +92,14 @@ class Described:
     force_features: FloatArray | None
 
 
-def describe_batches(
+def predict_with_features(
     backbone: Backbone,
     graphs: Sequence[Batch],
     directions: FloatArray | None = None,
     *,
     atoms: int = EVALUATION_ATOMS,
     progress: Callable[[int], None] | None = None,
-) -> Iterator[Described]:
+) -> Iterator[FeaturedPredictions]:
     """Predictions and features batch by batch, which is all that is in memory.
 
     Args:
@@ -109,13 +109,13 @@ def describe_batches(
         atoms: of a batch.
         progress: called with the number of frames done.
     """
-    network = network_of(backbone)
+    network = require_network(backbone)
     along = None if directions is None else torch.from_numpy(directions)
     for batch in evaluation_batches(graphs, atoms=atoms):
         placed = network.place(batch)
         prediction = network.predict(placed, stress=False).detached()
         features: ReadoutFeatures = network.readout_features(placed, along)
-        yield Described(
+        yield FeaturedPredictions(
             Predictions.of(*gather([(batch, prediction)])),
             features.graphs.cpu().numpy(),
             None if features.gradients is None else features.gradients.cpu().numpy(),
@@ -125,13 +125,13 @@ def describe_batches(
 
 
 def count_features(backbone: Backbone, graph: Batch) -> int:
-    """Derivatives that a prediction has by the last layers."""
-    network = network_of(backbone)
+    """Number of weights of the last layers, by which a prediction has derivatives."""
+    network = require_network(backbone)
     return network.readout_features(network.place(graph)).graphs.shape[1]
 
 
 @dataclass(slots=True)
-class Sums:
+class GramSum:
     """Σ g gᵀ over labelled rows, and the squared errors of the labels.
 
     Attributes:
@@ -161,7 +161,7 @@ class Sums:
         return self.gram / self.noise**2
 
 
-def training_gram(
+def compute_training_gram(
     backbone: Backbone,
     graphs: Sequence[Batch],
     *,
@@ -177,24 +177,24 @@ def training_gram(
         progress: called with the number of frames done.
 
     Raises:
-        InputError: as :func:`network_of`, or no frame has a label.
+        InputError: as :func:`require_network`, or no frame has a label.
     """
     size = count_features(backbone, graphs[0])
-    energy, force = Sums(np.zeros((size, size))), Sums(np.zeros((size, size)))
+    energy_sum, force_sum = GramSum(np.zeros((size, size))), GramSum(np.zeros((size, size)))
     directions = np.eye(size) if forces else None
-    for one in describe_batches(backbone, graphs, directions, progress=progress):
-        found = one.predictions
-        atoms = found.atoms[:, None]
-        energy.add(one.features / atoms, (found.energy - found.energy_label) / found.atoms)
-        if one.force_features is not None:
-            rows = one.force_features.reshape(size, -1).T
-            force.add(rows, (found.forces - found.forces_label).ravel())
-    if not (energy.count or force.count):
+    for batch in predict_with_features(backbone, graphs, directions, progress=progress):
+        predictions = batch.predictions
+        energy_errors = (predictions.energy - predictions.energy_label) / predictions.atoms
+        energy_sum.add(batch.features / predictions.atoms[:, None], energy_errors)
+        if batch.force_features is not None:
+            rows = batch.force_features.reshape(size, -1).T
+            force_sum.add(rows, (predictions.forces - predictions.forces_label).ravel())
+    if not (energy_sum.count or force_sum.count):
         raise InputError("The training frames have neither energies nor forces; there is nothing to learn from them.")
-    return energy.whitened + force.whitened
+    return energy_sum.whitened + force_sum.whitened
 
 
-def standard_deviations(
+def predict_deviations(
     backbone: Backbone,
     graphs: Sequence[Batch],
     posterior: Posterior,
@@ -208,27 +208,27 @@ def standard_deviations(
         predictions; (frames,) eV; (atoms, 3) eV/Å, None where they are not wanted.
     """
     whitening = posterior.whitening
-    found, energies, components = [], [], []
-    for one in describe_batches(backbone, graphs, whitening if forces else None, progress=progress):
-        found.append(one.predictions)
-        energies.append(np.linalg.norm(one.features @ whitening.T, axis=1))
-        if one.force_features is not None:
-            components.append(np.linalg.norm(one.force_features, axis=0))
-    predictions = joined(found)
+    parts, energies, components = [], [], []
+    for batch in predict_with_features(backbone, graphs, whitening if forces else None, progress=progress):
+        parts.append(batch.predictions)
+        energies.append(np.linalg.norm(batch.features @ whitening.T, axis=1))
+        if batch.force_features is not None:
+            components.append(np.linalg.norm(batch.force_features, axis=0))
+    predictions = join_predictions(parts)
     return predictions, np.concatenate(energies), np.concatenate(components) if forces else None
 
 
-def joined(parts: Sequence[Predictions]) -> Predictions:
+def join_predictions(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of batches as one, without stress and moments."""
     names = ("numbers", "atoms", "energy", "energy_label", "forces", "forces_label")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return Predictions(**columns, stress=None, stress_label=None)
 
 
-def batch_deviations(
+def compute_deviations(
     backbone: Backbone, batch: Batch, whitening: Tensor, *, forces: bool = True
 ) -> tuple[FloatArray, FloatArray | None]:
-    """Of one batch on the model's device for α = 1: (graphs,) eV, and (atoms, 3) eV/Å where wanted.
+    """Standard deviations of a batch on the model's device for α = 1: (graphs,) eV, and (atoms, 3) eV/Å where wanted.
 
     Args:
         backbone: the model.
@@ -236,7 +236,7 @@ def batch_deviations(
         whitening: of the posterior, (features, features).
         forces: whether deviations of the forces are wanted, which take a backward pass for each feature.
     """
-    features = network_of(backbone).readout_features(batch, whitening if forces else None)
+    features = require_network(backbone).readout_features(batch, whitening if forces else None)
     energy = torch.linalg.vector_norm(features.graphs.cpu() @ whitening.T, dim=1).numpy()
     if features.gradients is None:
         return energy, None

@@ -66,21 +66,21 @@ def standardize(pool: FloatArray, labelled: FloatArray) -> tuple[FloatArray, Flo
     return (pool - mean) * factor, (labelled - mean) * factor
 
 
-def nearest(points: FloatArray, others: FloatArray, block: int = 256) -> FloatArray:
+def nearest_distances(points: FloatArray, others: FloatArray, block: int = 256) -> FloatArray:
     """(points,) distance to the nearest of others; infinite where there is none."""
-    found = np.full(len(points), np.inf)
+    squared = np.full(len(points), np.inf)
     for start in range(0, len(others), block):
         part = others[start : start + block]
-        squares = (points**2).sum(1)[:, None] + (part**2).sum(1)[None] - 2 * points @ part.T
-        np.minimum(found, squares.min(axis=1), out=found)
+        pairs = (points**2).sum(1)[:, None] + (part**2).sum(1)[None] - 2 * points @ part.T
+        np.minimum(squared, pairs.min(axis=1), out=squared)
     # differences of large numbers, where it matters whether two are the same
-    close = np.flatnonzero(found < 1e-6)
+    close = np.flatnonzero(squared < 1e-6)
     for index in close:
-        found[index] = ((others - points[index]) ** 2).sum(axis=1).min()
-    return np.sqrt(found.clip(min=0))
+        squared[index] = ((others - points[index]) ** 2).sum(axis=1).min()
+    return np.sqrt(squared.clip(min=0))
 
 
-def labelled_already(pool: Pool, labelled: FloatArray, compositions: Sequence[str]) -> np.ndarray:
+def find_labelled(pool: Pool, labelled: FloatArray, compositions: Sequence[str]) -> np.ndarray:
     """(structures,) whether each is one of the labelled ones, whatever its orientation and order of atoms.
 
     Args:
@@ -92,7 +92,7 @@ def labelled_already(pool: Pool, labelled: FloatArray, compositions: Sequence[st
     ours, theirs = np.array(pool.compositions), np.array(compositions)
     for formula in set(compositions) & set(pool.compositions):
         members = np.flatnonzero(ours == formula)
-        same[members] = nearest(pool.descriptors[members], labelled[theirs == formula]) < SAME
+        same[members] = nearest_distances(pool.descriptors[members], labelled[theirs == formula]) < SAME
     return same
 
 
@@ -170,6 +170,7 @@ def choose(
     allowed: np.ndarray | None = None,
     quota: Mapping[str, int] | None = None,
     seed: int = 0,
+    apart: float = 0.0,
 ) -> list[Choice]:
     """Greedy choice, one structure after the other.
 
@@ -186,6 +187,7 @@ def choose(
         allowed: (structures,) those that may be chosen; all if None.
         quota: how many of each composition.
         seed: as above.
+        apart: least distance to all that is labelled or chosen.
     """
     open_ = np.ones(len(pool.descriptors), dtype=bool) if allowed is None else allowed.copy()
     left = None if quota is None else dict(quota)
@@ -194,7 +196,8 @@ def choose(
         open_ &= np.isin(formulas, [formula for formula, count in left.items() if count > 0])
     weights = _weights(pool, open_)
     random = np.random.default_rng(seed)
-    to_labelled = nearest(pool.descriptors, labelled)
+    to_labelled = nearest_distances(pool.descriptors, labelled)
+    open_ &= to_labelled >= apart
     to_chosen = np.full(len(open_), np.inf)
     volume = _Volume(pool.descriptors * weights[:, None], labelled) if strategy == "determinant" else None
     chosen: list[Choice] = []
@@ -209,9 +212,10 @@ def choose(
             index = int(np.argmax(np.where(open_, scores, -np.inf)))
             score = float(scores[index])
         chosen.append(Choice(index, score, _finite(to_labelled[index]), _finite(to_chosen[index])))
-        to_this = nearest(pool.descriptors, pool.descriptors[index : index + 1])
+        to_this = nearest_distances(pool.descriptors, pool.descriptors[index : index + 1])
         np.minimum(to_chosen, to_this, out=to_chosen)
         open_[index] = False
+        open_ &= to_this >= apart
         if strategy != "random":
             # copies of what was chosen, which say nothing new
             open_ &= ~((to_this < SAME) & (formulas == formulas[index]))

@@ -85,6 +85,11 @@ def total(value: Tensor) -> Tensor:
     return result
 
 
+def share(value: Tensor) -> Tensor:
+    """The part of a value, the same in all processes, that this one adds to a sum over all of them."""
+    return value / place().count if joined() else value
+
+
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace every gradient by its sum over all processes, in one message."""
     if not joined():

@@ -20,25 +20,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
 from forcetune.errors import ForcetuneError, InputError
+from forcetune.utils.file_lock import locked
 from forcetune.utils.files import compute_checksum, compute_sha256, write_text
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 ProgressCallback = Callable[[int, int | None], None]
 
 _ATTEMPTS = 4
 _BACKOFF = 1.0  # s, doubled after each attempt that brought nothing new
 _BLOCK = 1 << 18
-_STALE_LOCK = 300.0  # s without a byte, after which a lock file is taken to be left over
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _UNREACHABLE = {errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN}
 
@@ -99,12 +94,12 @@ def download(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         before = _signature(target)
-        with _locked(target):
+        part = _Part(url, target)
+        with locked(target, part.path):
             if _signature(target) != before and target.exists():
                 digest = compute_sha256(target)  # another process finished while this one waited
                 if _differing(target, digest, sha256, md5) is None:
                     return digest
-            part = _Part(url, target)
             part.fetch(progress, timeout)
             return part.finish(sha256, md5)
     except OSError as error:
@@ -335,55 +330,6 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the right to write ``target``, against other threads and processes; waits for whoever holds it."""
-    lock = target.with_name(f".{target.name}.lock")
-    handle = _flock(lock)
-    if handle is None:
-        lock = target.with_name(f".{target.name}.lock-file")
-        _create_lock(lock, target)
-    try:
-        yield
-    finally:
-        # Removed while still held: whoever waits for it finds it gone and takes a new one.
-        lock.unlink(missing_ok=True)
-        if handle is not None:
-            os.close(handle)
-
-
-def _flock(lock: Path) -> int | None:
-    """Descriptor of a lock file held by this caller; None where the system or file system has no flock."""
-    if fcntl is None:
-        return None
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            os.close(handle)
-            lock.unlink(missing_ok=True)
-            return None
-        with suppress(FileNotFoundError):
-            if os.fstat(handle).st_ino == lock.stat().st_ino:
-                return handle
-        os.close(handle)
-
-
-def _create_lock(lock: Path, target: Path) -> None:
-    part = target.with_name(f".{target.name}.part")
-    while True:
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            return
-        except FileExistsError:
-            signs = [path.stat().st_mtime for path in (lock, part) if path.exists()]
-            if signs and time.time() - max(signs) > _STALE_LOCK:
-                lock.unlink(missing_ok=True)
-            else:
-                time.sleep(0.2)
 
 
 @contextmanager

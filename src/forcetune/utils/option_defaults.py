@@ -25,7 +25,8 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "training.learning_rate": (*METHOD, "model.model"),
     # what decides the number of frames and of steps, and what no default is chosen beside
     "training.epochs": (
-        *("data.train", "data.valid", "data.train_frames", "training.valid_every", "training.second_stage.start"),
+        *("data.train", "data.valid", "data.train_only", "data.train_frames"),
+        *("training.valid_every", "training.second_stage.start"),
         *("training.batch_size", "training.batch_atoms", "training.batch_edges", "training.schedule.warmup_epochs"),
     ),
     "training.optimizer": METHOD,

@@ -19,7 +19,7 @@ from forcetune.backbones.nequip.backbone import NequIPBackbone
 from forcetune.backbones.nequip.content import EMBEDDING, SCALES, SHIFTS, network_name
 from forcetune.backbones.nequip.reading import is_package
 from forcetune.backbones.registry import library_of_file
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from nequip_models import NEWEST, RECIPES, backbone_of
@@ -40,7 +40,7 @@ def marked(cases: Sequence[tuple[str, str]]) -> list[object]:
 
 
 def batch_of(backbone: NequIPBackbone, atoms: Atoms) -> Batch:
-    return collate(build_graphs(backbone, [frame_of(atoms)]))
+    return collate(build_graphs(backbone, [build_frame(atoms)]))
 
 
 def compare(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:

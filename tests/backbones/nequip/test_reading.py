@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
 import time
@@ -11,14 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import forcetune
+from forcetune.backbones import registry
 from forcetune.backbones.nequip.backbone import NequIPBackbone
 from forcetune.backbones.nequip.checkpoint import MODEL
-from forcetune.backbones.registry import find, library_of_file
+from forcetune.backbones.registry import find, library_of_file, list_models
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs, predict
+from forcetune.utils.files import compute_sha256
+from loopback import Content, Loopback
 from nequip_models import RECIPES, checkpoint, write_checkpoint
 from nequip_oracle import NequIPs
 from sevennet_models import structures
@@ -147,6 +153,34 @@ class Bomb:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.mark),)
+
+
+def test_published_models_are_downloaded_by_their_name(
+    nequips: NequIPs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a mirror on this machine, with a small package in the place of the published one."""
+    published = find("nequip-oam-l")
+    assert published is not None
+    source = nequips.make(["smallest"])[0].package
+    small = dataclasses.replace(published, sha256=compute_sha256(source))
+    others = [model for model in list_models() if model.name != small.name]
+    monkeypatch.setattr(registry, "PUBLISHED_MODELS", (*others, small))
+    monkeypatch.setenv("FORCETUNE_HOME", str(tmp_path))
+    with Loopback({f"/{published.file}": Content(source.read_bytes())}) as server:
+        monkeypatch.setenv("FORCETUNE_MODELS_URL", server.url)
+        model = forcetune.load("NequIP-OAM-L", elements=[1, 8])
+        assert [address for address, _ in server.requests] == ["/NequIP-OAM-L-0.1.nequip.zip"]
+        monkeypatch.setattr(registry, "PUBLISHED_MODELS", (*others, published))
+        with pytest.raises(InputError, match="is not the published one"):
+            forcetune.load("nequip-oam-l")
+    assert (model.base.name, model.base.licence) == ("nequip-oam-l", "CC-BY-4.0")
+    assert model.elements == (1, 8)
+    expected = NequIPBackbone.load(source)
+    assert model.base.fingerprint == expected.base.fingerprint
+    frames = frames_of(*structures(("H", "O"))[:2])
+    one, other = (predict(each, build_graphs(each, frames)) for each in (model, expected))
+    assert np.array_equal(one.energy, other.energy)
+    assert np.array_equal(one.forces, other.forces)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 import forcetune
 from forcetune.backbones.sevennet.backbone import SevenNetBackbone
 from forcetune.backbones.sevennet.content import Cut
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from sevennet_models import ALL_VERSIONS, PUBLISHED, RECIPES, structures, universal_structures
@@ -49,7 +49,7 @@ def marked(cases: Sequence[tuple[str, str]]) -> list[object]:
 
 
 def batch_of(backbone: SevenNetBackbone, atoms: Atoms) -> Batch:
-    return collate(build_graphs(backbone, [frame_of(atoms)]))
+    return collate(build_graphs(backbone, [build_frame(atoms)]))
 
 
 def assert_parity(

@@ -26,7 +26,7 @@ from forcetune.frames.frame import FrameSet, LabelKeys
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import file_format
 from forcetune.frames.splits import separate_isolated
-from forcetune.frames.store import chunks, streaming
+from forcetune.frames.store import chunks, new_store, streaming
 from forcetune.frames.store.rows import RowReader
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.frames.store.streaming import stream_frames
@@ -153,7 +153,7 @@ def test_the_same_keys_are_chosen_and_the_same_is_complained_about(
     path = write_xyz(tmp_path / "a.xyz", frames)
     expected = outcome(lambda: read_frames(path, require=require))
     assert outcome(lambda: stream(path, require=require)) == expected
-    # what was told is told again when the store is found
+    # warnings are repeated when the store is used again
     assert outcome(lambda: stream(path, require=require)) == expected
     assert not [file for file in tmp_path.glob("store/*") if isinstance(expected[0], str)]
     asked = {"energy_key": "nonsense"}
@@ -264,10 +264,10 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     stream(path)
     (place,) = (tmp_path / "store").iterdir()
     shutil.rmtree(place)
-    with streaming._scratch(place) as busy:
+    with new_store._scratch(place) as busy:
         code = (
-            "import os, sys; from pathlib import Path; from forcetune.frames.store import streaming\n"
-            "with streaming.new_store(Path(sys.argv[1])) as store:\n"
+            "import os, sys; from pathlib import Path; from forcetune.frames.store import new_store\n"
+            "with new_store.new_store(Path(sys.argv[1])) as store:\n"
             "    (store / 'rows.bin').write_bytes(bytes(1000)); os.kill(os.getpid(), 9)"
         )
         subprocess.run([sys.executable, "-c", code, str(place)], check=False, env=os.environ | {"PYTHONPATH": SOURCES})

@@ -26,7 +26,7 @@ class GateActivation(ActivationUpdate):
     """Shift of even scalars and gain of all other channels, computed from the input's even scalars.
 
     z = SiLU(W↓ h⁽⁰⁾ + b↓); even scalars: out + W↑ z + b↑; others: out · φ(W↑ z + b↑), one number for each
-    irrep and multiplicity of the output, the same for its 2 l + 1 components. A gate that is told the species
+    irrep and multiplicity of the output, the same for its 2 l + 1 components. A gate that knows the species
     adds to b↓ a vector for the element of each atom.
 
     Attributes:
@@ -83,13 +83,13 @@ class GateActivation(ActivationUpdate):
 
     def weights(self) -> GateWeights:
         """All weights, for a gate with one bottleneck."""
-        found: list[Tensor | None] = []
+        weights: list[Tensor | None] = []
         # read where modules keep them, which is several times as fast as by their attributes
         for name in ("down", "shift", "gain"):
             layer = self._modules.get(name)
             table = _NO_WEIGHTS if layer is None else layer._parameters
-            found += (table["weight"], table["bias"])
-        return GateWeights(*found)  # pyright: ignore[reportArgumentType]
+            weights += (table["weight"], table["bias"])
+        return GateWeights(*weights)  # pyright: ignore[reportArgumentType]
 
     def structure_on(self, layer: EquivariantLinear) -> GatedStructure | None:
         """Of a layer and this gate computed together; None where that takes the layer's output."""
@@ -120,17 +120,30 @@ class GateActivation(ActivationUpdate):
         )
 
     def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
-        parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
-        scalars = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        hidden = self._bottleneck(self.down, scalars, species)
-        shifts = self.shift(hidden) if self.shift is not None else None
-        gains = None
-        if self.gain is not None:
-            hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars, species)
-            gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
+        shifts, gains = self.shifts_and_gains(self.even_scalars(inputs), species)
         if self.watcher is not None:
             self.watcher(shifts, gains, self._parts_of(outputs))
         return self._changed(inputs, outputs, self.per_block(shifts, gains))
+
+    def even_scalars(self, inputs: Tensor) -> Tensor:
+        """The part of the layer's input that drives the gate, (atoms, scalars)."""
+        parts = [inputs[..., block.start : block.stop] for block in self.scalars_in]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def shifts_and_gains(self, scalars: Tensor, species: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """What the gate adds to even scalars, (atoms, shifts), and factors of the rest, (atoms, gains); None for none.
+
+        Args:
+            scalars: as :meth:`even_scalars` gives them.
+            species: (atoms, elements) one-hot, for a gate that reads it.
+        """
+        hidden = self._bottleneck(self.down, scalars, species)
+        shifts = self.shift(hidden) if self.shift is not None else None
+        if self.gain is None:
+            return shifts, None
+        hidden = hidden if self.down_gain is None else self._bottleneck(self.down_gain, scalars, species)
+        gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
+        return shifts, gains
 
     def _parts_of(self, outputs: Any) -> list[Tensor]:
         """The output's blocks, (…, anything)."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from forcetune.backbones.mace.module_spec import UNKNOWN, Node, canonical, irreps_text
 from forcetune.backbones.safe_unpickle.reader import Record
 from forcetune.irreps import irreps_text as blocks_text
@@ -104,3 +106,23 @@ def same_rows(rows: list[tuple[Any, ...]], expected: list[tuple[Any, ...]], tole
         (*one[:5], tuple(one[6])) == (*other[:5], other[6]) and math.isclose(one[5], other[5], rel_tol=tolerance)
         for one, other in zip(rows, expected, strict=True)
     )
+
+
+def find_module(network: nn.Module, path: str, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> Any:
+    """The network's module of the same name.
+
+    Raises:
+        UnfitError: it has none of this kind there.
+    """
+    try:
+        module = network.get_submodule(path)
+    except AttributeError:
+        module = None
+    if not isinstance(module, kind):
+        raise UnfitError(f"{path} is a layer in an unknown place")
+    return module
+
+
+def parent_path(path: str, levels: int) -> str:
+    """The path of the module so many levels above."""
+    return ".".join(path.split(".")[:-levels])

@@ -20,7 +20,7 @@ def import_mace() -> ModuleType:
     allowed. Importing mace makes ``torch.load`` unsafe by default for the whole process (it sets
     ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``, which its calculator needs); forcetune never relies on that default.
 
-    TorchScript is told to fuse nothing in this process: it would fuse after the first calls, a fused kernel rounds
+    TorchScript is set to fuse nothing in this process: it would fuse after the first calls, a fused kernel rounds
     differently, and a resumed run would not be equal to one that was left in peace.
 
     Raises:

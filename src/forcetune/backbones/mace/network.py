@@ -247,11 +247,15 @@ class MaceNetwork(nn.Module):
         species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         numbers = self.atomic_numbers[species]
         first, second = numbers[plan.sender], numbers[plan.receiver]
-        radial, cutoff = self.radial_embedding(lengths, first, second)
+        splined = self._splined(plan, phase, lengths, ghosts)
+        if splined is None or any(block.has_density for block in self.interactions):
+            radial, cutoff = self.radial_embedding(lengths, first, second)
+        else:
+            radial, cutoff = lengths[:, :0], None  # which nobody reads
         step = Step(
             plan=plan,
             phase=phase,
-            splined=self._splined(plan, phase, lengths, ghosts),
+            splined=splined,
             harmonics=self.spherical_harmonics(vectors, lengths),
             radial=radial if can_train(self.radial_embedding) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=cutoff,

@@ -66,8 +66,8 @@ _HARMLESS_MODIFIERS = ("enable_OpenEquivariance", "enable_CuEquivariance", "modi
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
-    """What a configuration says.
+class ConfigurationContent:
+    """What a configuration says of the model.
 
     Attributes:
         architecture: of the model.
@@ -80,7 +80,7 @@ class Described:
     trained: frozenset[str]
 
 
-def read_configuration(config: Any, version: tuple[int, int]) -> Described:
+def read_configuration(config: Any, version: tuple[int, int]) -> ConfigurationContent:
     """
     Args:
         config: of the model, with its builder under ``_target_``.
@@ -122,7 +122,7 @@ def builder_config(config: Any) -> tuple[str, dict[str, Any]]:
     return name, {str(key): value for key, value in config.items() if key != "_target_"}
 
 
-def _read(config: Any, version: tuple[int, int]) -> Described:
+def _read(config: Any, version: tuple[int, int]) -> ConfigurationContent:
     name, options = builder_config(config)
     kind = _BUILDERS[name]
     if kind == "preset":
@@ -183,7 +183,7 @@ def _read(config: Any, version: tuple[int, int]) -> Described:
         "per_type_energy_scale_shift.scales": "per_type_energy_scales_trainable",
         "per_type_energy_scale_shift.shifts": "per_type_energy_shifts_trainable",
     }
-    return Described(
+    return ConfigurationContent(
         architecture, norms, frozenset(name for name, key in trained.items() if flag(options.get(key, False), key))
     )
 

@@ -21,7 +21,7 @@ from forcetune.kernels.harmonics import SphericalHarmonics
 from forcetune.kernels.layers import Convolution, EquivariantLinear, GatedActivation, channelwise_paths
 from forcetune.kernels.phase import Cut, Phase
 from forcetune.kernels.splines import Function, RadialFunctions, RadialSplines, Splined
-from forcetune.kernels.step import Step, can_train
+from forcetune.kernels.step import Ghosts, Step, can_train, one_hot_species
 from forcetune.kernels.tensors import TensorSource, UnfitError, register
 
 
@@ -72,11 +72,17 @@ class EdgeNormalizer(nn.Module):
         self.by_type, self.known = table is not None, known
         self.symmetric = table is None or torch.equal(table, table.T)
 
-    def forward(self, lengths: Tensor, plan: Plan) -> Tensor:
-        """(pairs, 1) Å to (pairs, 1); the receiver's type names the row of the table."""
+    def forward(self, lengths: Tensor, plan: Plan, species: Tensor) -> Tensor:
+        """(pairs, 1) Å to (pairs, 1); the receiver's type names the row of the table.
+
+        Args:
+            lengths: (pairs, 1), Å.
+            plan: of the batch.
+            species: (senders,) of the plan's atoms, and of ghosts behind them.
+        """
         if not self.by_type:
             return lengths * self._rmax_recip
-        place = plan.species[plan.receiver] * self.known + plan.species[plan.sender]
+        place = species[plan.receiver] * self.known + species[plan.sender]
         return lengths * self._rmax_recip.index_select(0, place).unsqueeze(1)
 
 
@@ -92,10 +98,15 @@ class NeighborNorm(nn.Module):
             raise UnfitError("its numbers of neighbors do not fit its types")
         register(self, "norm_const", stored)
 
-    def forward(self, features: Features, plan: Plan) -> Features:
+    def forward(self, features: Features, species: Tensor) -> Features:
+        """
+        Args:
+            features: of all senders, or of the plan's atoms, which are the first of them.
+            species: (senders,).
+        """
         if len(self.norm_const) == 1:
             return features.scaled(self.norm_const)
-        return features.scaled(self.norm_const.index_select(0, plan.species).unsqueeze(2))
+        return features.scaled(self.norm_const.index_select(0, species[: len(features)]).unsqueeze(2))
 
 
 class Interaction(nn.Module):
@@ -120,8 +131,8 @@ class Interaction(nn.Module):
         if architecture.self_connections[layer]:
             self.sc = AttributeLinear(before, after, architecture.attributes, source.within("sc"))
 
-    def before(self, features: Features, plan: Plan) -> Features:
-        return self.avg_num_neighbors_norm(self.linear_1(features), plan)
+    def before(self, features: Features, species: Tensor) -> Features:
+        return self.avg_num_neighbors_norm(self.linear_1(features), species)
 
     def self_connection(self, step: Step, attributes: Tensor) -> Callable[[Features], Features] | None:
         layer = self.sc
@@ -140,19 +151,26 @@ class ConvolutionLayer(nn.Module):
         self.conv = Interaction(architecture, layer, known, self.equivariant_nonlin, source.within("conv"))
         self.residual = architecture.residual[layer]
 
-    def forward(self, features: Features, step: Step, attributes: Tensor) -> Features:
+    def forward(self, features: Features, step: Step, attributes: Tensor, species: Tensor) -> Features:
+        """
+        Args:
+            features: of the atoms; of all senders where they depend on the species only.
+            step: of this pass.
+            attributes: (types present, attributes), of each type of the batch.
+            species: (senders,).
+        """
         outputs = interact(
             features,
             step,
             self_connection=self.conv.self_connection(step, attributes),
-            before=partial(self.conv.before, plan=step.plan),
+            before=partial(self.conv.before, species=species),
             radial=self.conv.edge_mlp.mlp,
             convolution=self.conv.tp_scatter,
             denominator=None,
             after=self.conv.linear_2,
             gate=self.equivariant_nonlin,
         )
-        return features.plus(outputs) if self.residual else outputs
+        return step.of_atoms(features).plus(outputs) if self.residual else outputs
 
 
 class ScaleShift(nn.Module):
@@ -256,45 +274,50 @@ class NequIPNetwork(nn.Module):
         functions = RadialFunctions(function, networks, channels, modules)
         return self._splines.at(functions, phase, self.layers[0].conv.tp_scatter.kernels, ratio)
 
-    def forward(self, plan: Plan, phase: Phase, vectors: Tensor) -> tuple[Tensor, list[Features]]:
+    def forward(
+        self, plan: Plan, phase: Phase, vectors: Tensor, ghosts: Ghosts | None = None
+    ) -> tuple[Tensor, list[Features]]:
         """Interaction energies of a batch's atoms.
 
         Args:
             plan: of the batch.
             phase: which derivatives are wanted.
             vectors: (pairs, 3) from sender to receiver, Å.
+            ghosts: further senders.
 
         Returns:
             (atoms,) eV without energies of isolated atoms, and the features of all layers; atoms in the plan's order.
         """
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        ratio = self.edge_norm(lengths, plan)
-        radial = self.bessel_encode(ratio)
-        # one-hot without a look at the values, which a recorded step must not have
-        one_hot = (plan.species.unsqueeze(1) == self._species.on(vectors.device)).to(vectors.dtype)
+        species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
+        ratio = self.edge_norm(lengths, plan, species)
+        splined = self._splined(phase, ratio)
+        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # which nobody reads
         step = Step(
             plan=plan,
             phase=phase,
             harmonics=self.spherical(-vectors, lengths),
             radial=radial if can_train(self.bessel_encode) else Cut.apply(radial, phase),  # pyright: ignore[reportArgumentType]
             cutoff=None,
-            attributes=one_hot,
-            splined=self._splined(phase, ratio),
+            attributes=of_senders if ghosts is None else of_senders[: plan.n_atoms],
+            ghosts=ghosts,
+            sender_attributes=of_senders,
+            splined=splined,
         )
         features: Features = self.type_embed.embed_module(
-            Features([one_hot.unsqueeze(1)], geometric=False, trains=False)
+            Features([of_senders.unsqueeze(1)], geometric=False, trains=False)
         )
         # atoms are sorted by species: the first of each stands for all
-        groups = features.blocks[0][:, 0].split(list(plan.counts))
+        groups = features.blocks[0][: plan.n_atoms, 0].split(list(plan.counts))
         attributes = torch.cat([group[:1] for group in groups])
         behind: list[Features] = []
         for layer in self.layers:
-            features = layer(features, step, attributes)
+            features = layer(features, step, attributes, species)
             behind.append(features)
         energies = self.per_atom_energy_readout(features.blocks[0][:, 0])
         energies = energies * self.per_type_energy_scale_shift.scales[plan.species]
         if self.pair_potential is not None:
-            charges = self._charges.like(lengths)[plan.species].unsqueeze(1)
+            charges = self._charges.like(lengths)[species].unsqueeze(1)
             repulsion = self.pair_potential(lengths, ratio, (charges[plan.receiver], charges[plan.sender]))
             energies = energies.index_add(0, plan.edge_receiver, repulsion[plan.edge_pair, 0])
         return energies, behind

@@ -357,7 +357,8 @@ class SevenNetNetwork(nn.Module):
             (atoms,) eV without energies of isolated atoms, and the features of all layers; atoms in the plan's order.
         """
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        radial = self.edge_embedding(lengths)
+        splined = self._splined(phase, lengths)
+        radial = self.edge_embedding(lengths) if splined is None else lengths[:, :0]  # which nobody reads
         _, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         step = Step(
             plan=plan,
@@ -368,7 +369,7 @@ class SevenNetNetwork(nn.Module):
             attributes=of_senders if ghosts is None else of_senders[: plan.n_atoms],
             ghosts=ghosts,
             sender_attributes=of_senders,
-            splined=self._splined(phase, lengths),
+            splined=splined,
         )
         features: Features = self.onehot_to_feature_x(
             Features([of_senders.unsqueeze(1)], geometric=False, trains=False)

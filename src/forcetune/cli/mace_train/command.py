@@ -45,11 +45,12 @@ def mace_train(context: typer.Context) -> None:
 
 def _run(translation: Translation) -> Run:
     """Train, or resume what an earlier call began."""
-    from forcetune.cli.mace_train.restart import check_same_run, is_begun
+    from forcetune.cli.mace_train.restart import check_same_run
     from forcetune.runs.fit import resume, run_fit
+    from forcetune.runs.folder import is_run_folder
 
     folder = Path(translation.config.output.run)
-    if translation.resume and is_begun(folder):
+    if translation.resume and is_run_folder(folder):
         check_same_run(folder, translation.options)
         return resume(folder)
     return run_fit(translation.config)

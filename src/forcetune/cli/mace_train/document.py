@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from forcetune.cli.mace_train.models import NAMES
-from forcetune.cli.mace_train.option import Fate, MaceOption
+from forcetune.cli.mace_train.option import Handling, MaceOption
 from forcetune.cli.mace_train.options import MACE_VERSION, OPTIONS
 
 _HEAD = f"""# The arguments of `mace_run_train`
@@ -22,7 +22,7 @@ It prints the `forcetune fit` command and the YAML configuration that do the sam
 ends with mace's error table. `--dry_run` stops before the training. Options of its own: `--method`, `--rank`, `--out`,
 `--overwrite`, `--trust`, and `--set section.key=value`, which wins over everything else. Not given, an option has mace's
 default (except label keys, which are detected). An option without a counterpart is refused (exit code 2) where it would
-change the result, and named and left aside where it would not; nothing is passed over in silence. mace need not be
+change the result, and named and ignored where it would not; nothing is passed over in silence. mace need not be
 installed.
 
 Methods that merge also write `model_dir/name.model`, which mace loads; where that fails, the run stays and the exit code is
@@ -32,7 +32,7 @@ Methods that merge also write `model_dir/name.model`, which mace loads; where th
 
 Checkpoints of `mace_run_train --lora True` have base and factors apart, and become an adapter of method `lora` that gives
 the same energies: `forcetune import-lora checkpoints/NAME_run-123_epoch-10.pt --model BASE --alpha 1.0 -o adapter`. The
-`.model` that mace writes has them merged, where they cannot be told apart; it is used as any other model.
+`.model` that mace writes has them merged, where they cannot be separated; it is used as any other model.
 
 ## Losses
 
@@ -77,10 +77,10 @@ Other names are those of `forcetune models`, or paths.
 
 """
 _TITLES = {
-    Fate.MAPPED: "Mapped",
-    Fate.NETWORK: "Of the foundation model",
-    Fate.LEFT: "Named and left aside",
-    Fate.REFUSED: "Refused unless it has mace's default",
+    Handling.MAPPED: "Mapped",
+    Handling.NETWORK: "Of the foundation model",
+    Handling.IGNORED: "Named and ignored",
+    Handling.REFUSED: "Refused unless it has mace's default",
 }
 _NETWORK_NOTE = (
     "The architecture is that of the foundation model, in mace, too; the line that names them says so: {names}.\n"
@@ -91,10 +91,10 @@ def document() -> str:
     """The page."""
     models = "| mace | forcetune |\n|---|---|\n" + "\n".join(f"| `{a}` | `{b}` |" for a, b in NAMES.items())
     parts = [_HEAD.replace("{models}", models)]
-    for fate, title in _TITLES.items():
-        options = [option for option in OPTIONS if option.fate is fate]
+    for handling, title in _TITLES.items():
+        options = [option for option in OPTIONS if option.handling is handling]
         parts.append(f"### {title}\n\n")
-        if fate is Fate.NETWORK:
+        if handling is Handling.NETWORK:
             parts.append(_NETWORK_NOTE.format(names=", ".join(f"`{option.flags[0]}`" for option in options)) + "\n")
             continue
         parts.append("| option | default of mace | what becomes of it |\n|---|---|---|\n")
@@ -107,8 +107,8 @@ def _row(option: MaceOption) -> str:
     flags = ", ".join(f"`{flag}`" for flag in option.flags)
     origin = " (MMEA)" if option.origin == "MMEA" else ""
     default = "" if option.default is None or option.kind in ("set", "unset") else f"`{option.default}`"
-    becomes = option.becomes.replace("|", "\\|")
-    return f"| {flags}{origin} | {default} | {becomes} |\n"
+    explanation = option.explanation.replace("|", "\\|")
+    return f"| {flags}{origin} | {default} | {explanation} |\n"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ _NETWORK = ("compute_avg_num_neighbors", "avg_num_neighbors", "mean", "std")
 _UNUSED_KEYS = (*("virials", "dipole", "polarizability", "charges", "head", "elec_temp", "total_spin", "total_charge"),)
 
 
-def with_heads_written_out(arguments: Arguments, notes: list[str]) -> Arguments:
+def expand_heads(arguments: Arguments, notes: list[str]) -> Arguments:
     """The same options without ``--heads``.
 
     Raises:
@@ -36,11 +36,11 @@ def with_heads_written_out(arguments: Arguments, notes: list[str]) -> Arguments:
             f"--heads: {len(tuned)} heads to tune ({short(tuned)}); forcetune tunes one: keep one of them, and fit the "
             "others in runs of their own."
         )
-    given = {name: value for name, value in arguments.given.items() if name != "heads"}
-    given |= _head_options(tuned[0], heads[tuned[0]], notes)
+    options = {name: value for name, value in arguments.values.items() if name != "heads"}
+    options |= _head_options(tuned[0], heads[tuned[0]], notes)
     if REPLAY_HEAD in heads:
-        given |= _replay_options(heads[REPLAY_HEAD], given)
-    return Arguments(given, arguments.own)
+        options |= _replay_options(heads[REPLAY_HEAD], options)
+    return Arguments(options, arguments.forcetune)
 
 
 def _head_options(head: str, content: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -51,19 +51,19 @@ def _head_options(head: str, content: Mapping[str, Any], notes: list[str]) -> di
                 if label in ("energy", "forces", "stress"):
                     options[f"{label}_key"] = name
                 elif label in _UNUSED_KEYS:
-                    notes.append(f"--heads: {label} of head {head} is left aside, as no loss here uses it")
+                    notes.append(f"--heads: {label} of head {head} is ignored, as no loss here uses it")
                 else:
                     raise InputError(f"--heads: head {head} has a key of {short(label)}, which mace does not read.")
         elif key in _DIRECT:
             options[key] = value
         elif key in _NETWORK or key.removesuffix("_key") in _UNUSED_KEYS:
-            notes.append(f"--heads: {key} of head {head} is left aside, as the same option without --heads is")
+            notes.append(f"--heads: {key} of head {head} is ignored, as the same option without --heads is")
         else:
             raise InputError(f"--heads: option {short(key)} of head {head} has no counterpart; leave it out.")
     return options
 
 
-def _replay_options(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _replay_options(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Of the head that replays."""
     for key, value in content.items():
         if key not in ("train_file", "valid_file", "valid_fraction", "E0s"):
@@ -73,6 +73,6 @@ def _replay_options(content: Mapping[str, Any], given: Mapping[str, Any]) -> dic
             )
         if key == "E0s" and str(value).lower() != "foundation":
             raise InputError(f"--heads: E0s of {REPLAY_HEAD} follow from the replay frames; write 'foundation'.")
-    if "train_file" not in content and "pt_train_file" not in given:
+    if "train_file" not in content and "pt_train_file" not in options:
         raise InputError(f"--heads: {REPLAY_HEAD} has no train_file.")
     return {f"pt_{key}": content[key] for key in ("train_file", "valid_file") if key in content}

@@ -28,7 +28,7 @@ NAMES = {
     "large_off": "mace-off23-large",
 }
 """mace's names of its foundation models, and forcetune's."""
-_WITHOUT = {
+_NOT_PUBLISHED = {
     **dict.fromkeys(("mh-0", "mh-1"), "download its file and name it by its path, with --foundation_head"),
     "mace_omol": "download its file and name it by its path",
     **dict.fromkeys(("polar-1-s", "polar-1-m", "polar-1-l"), "forcetune does not compute PolarMACE"),
@@ -50,11 +50,11 @@ def translate_model(arguments: Arguments) -> str:
             "--foundation_model is missing: forcetune starts from a foundation model, by mace's name such as medium, a "
             "name that `forcetune models` lists, or a path; with --method scratch its weights are drawn at random."
         )
-    if Path(name).is_file() or name not in (*NAMES, *_WITHOUT):
+    if Path(name).is_file() or name not in (*NAMES, *_NOT_PUBLISHED):
         # a name of the registry, or a path, which loading checks
         return name
-    if name in _WITHOUT:
-        raise InputError(f"--foundation_model {name}: is not among the published models here; {_WITHOUT[name]}.")
+    if name in _NOT_PUBLISHED:
+        raise InputError(f"--foundation_model {name}: is not among the published models here; {_NOT_PUBLISHED[name]}.")
     published = find(NAMES[name])
     assert published is not None
     return published.name

@@ -10,12 +10,12 @@ Kind = Literal["text", "int", "float", "float or None", "bool", "set", "unset", 
 """How its value is read; ``set`` and ``unset`` are switches without a value, ``texts`` several values."""
 
 
-class Fate(Enum):
+class Handling(Enum):
     """What becomes of an option."""
 
     MAPPED = "mapped"
     NETWORK = "of the foundation model"
-    LEFT = "left aside"
+    IGNORED = "ignored"
     REFUSED = "refused"
 
 
@@ -27,8 +27,8 @@ class MaceOption:
         flags: as written on the command line, the first one gives the name.
         kind: how its value is read.
         default: mace's value where the option is not given.
-        fate: what becomes of it.
-        becomes: of a mapped option what it is here; of one that is left aside or refused why, and what to do instead.
+        handling: what becomes of it.
+        explanation: of a mapped option what it is here; of one that is ignored or refused why, and what to do instead.
         choices: the values that mace takes; all, where there are none here.
         origin: ``mace`` or ``MMEA``, whose parser has it.
     """
@@ -36,8 +36,8 @@ class MaceOption:
     flags: tuple[str, ...]
     kind: Kind
     default: Any
-    fate: Fate
-    becomes: str
+    handling: Handling
+    explanation: str
     choices: tuple[str, ...] = ()
     origin: Literal["mace", "MMEA"] = "mace"
 
@@ -47,21 +47,21 @@ class MaceOption:
         return self.flags[0].removeprefix("--")
 
 
-def mapped(flags: str, kind: Kind, default: Any, becomes: str, **more: Any) -> MaceOption:
+def mapped(flags: str, kind: Kind, default: Any, explanation: str, **more: Any) -> MaceOption:
     """An option that has a counterpart."""
-    return MaceOption(tuple(flags.split()), kind, default, Fate.MAPPED, becomes, **more)
+    return MaceOption(tuple(flags.split()), kind, default, Handling.MAPPED, explanation, **more)
 
 
 def network(flags: str, kind: Kind, default: Any, choices: tuple[str, ...] = ()) -> MaceOption:
     """A part of the architecture, which is that of the foundation model in mace, too."""
-    return MaceOption(tuple(flags.split()), kind, default, Fate.NETWORK, "", choices)
+    return MaceOption(tuple(flags.split()), kind, default, Handling.NETWORK, "", choices)
 
 
-def left(flags: str, kind: Kind, default: Any, becomes: str, **more: Any) -> MaceOption:
+def ignored(flags: str, kind: Kind, default: Any, explanation: str, **more: Any) -> MaceOption:
     """An option without a counterpart that changes nothing in the result."""
-    return MaceOption(tuple(flags.split()), kind, default, Fate.LEFT, becomes, **more)
+    return MaceOption(tuple(flags.split()), kind, default, Handling.IGNORED, explanation, **more)
 
 
-def refused(flags: str, kind: Kind, default: Any, becomes: str, **more: Any) -> MaceOption:
+def refused(flags: str, kind: Kind, default: Any, explanation: str, **more: Any) -> MaceOption:
     """An option without a counterpart that would change the result; its default is accepted."""
-    return MaceOption(tuple(flags.split()), kind, default, Fate.REFUSED, becomes, **more)
+    return MaceOption(tuple(flags.split()), kind, default, Handling.REFUSED, explanation, **more)

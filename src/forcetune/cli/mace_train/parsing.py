@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from forcetune.cli.mace_train.option import Fate, MaceOption
+from forcetune.cli.mace_train.option import Handling, MaceOption
 from forcetune.cli.mace_train.options import BY_NAME, MACE_VERSION, OPTIONS
 from forcetune.errors import InputError
 from forcetune.utils.parsing import parse_yaml, short
@@ -20,11 +20,11 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class ForcetuneOptions:
     """Options of ``forcetune mace-train`` that mace does not have.
 
     Attributes:
-        method: of the fine-tuning; None where none was given.
+        method: of the fine-tuning; None where it is not set.
         rank: of the method's updates.
         out: run folder.
         overwrite: replace an existing run folder.
@@ -44,20 +44,20 @@ class Arguments:
     """The options of a command line of mace.
 
     Attributes:
-        given: names and values of those that were given, on the command line or in the YAML file.
-        own: the options that mace does not have.
+        values: of the options of mace that are set on the command line or in the YAML file.
+        forcetune: the options that mace does not have.
     """
 
-    def __init__(self, given: Mapping[str, Any], own: Own) -> None:
-        self.given = dict(given)
-        self.own = own
+    def __init__(self, values: Mapping[str, Any], forcetune: ForcetuneOptions) -> None:
+        self.values = dict(values)
+        self.forcetune = forcetune
 
     def __getitem__(self, name: str) -> Any:
         """The value of an option, mace's default where it was not given."""
-        return self.given.get(name, BY_NAME[name].default)
+        return self.values.get(name, BY_NAME[name].default)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.given
+        return name in self.values
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,11 +92,11 @@ _READ: dict[str, Any] = {
 
 def _help(option: MaceOption) -> str:
     text = {
-        Fate.MAPPED: option.becomes,
-        Fate.NETWORK: "that of the foundation model, as in mace",
-        Fate.LEFT: f"left aside: {option.becomes}",
-        Fate.REFUSED: f"refused: {option.becomes}",
-    }[option.fate]
+        Handling.MAPPED: option.explanation,
+        Handling.NETWORK: "that of the foundation model, as in mace",
+        Handling.IGNORED: f"ignored: {option.explanation}",
+        Handling.REFUSED: f"refused: {option.explanation}",
+    }[option.handling]
     return text.replace("%", "%%")
 
 
@@ -108,24 +108,26 @@ def build_parser() -> argparse.ArgumentParser:
         f"{DOCUMENT} has a table of them.",
         argument_default=argparse.SUPPRESS,
     )
-    own = parser.add_argument_group("options of forcetune")
-    own.add_argument("--method", help="method of the fine-tuning; mmea if not given")
-    own.add_argument("--rank", type=int, help="rank of the method's updates")
-    own.add_argument("--out", help="run folder instead of work_dir/name_run-seed")
-    own.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
-    own.add_argument("--trust", action="store_true", help="as of `forcetune fit`")
-    own.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", help="any option of `forcetune fit`; wins")
-    theirs = parser.add_argument_group("options of mace_run_train")
+    group = parser.add_argument_group("options of forcetune")
+    group.add_argument("--method", help="method of the fine-tuning; mmea if not given")
+    group.add_argument("--rank", type=int, help="rank of the method's updates")
+    group.add_argument("--out", help="run folder instead of work_dir/name_run-seed")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
+    group.add_argument("--trust", action="store_true", help="as of `forcetune fit`")
+    group.add_argument(
+        "--set", action="append", metavar="SECTION.KEY=VALUE", help="any option of `forcetune fit`; wins"
+    )
+    group = parser.add_argument_group("options of mace_run_train")
     for option in OPTIONS:
-        more: dict[str, Any] = {"dest": option.name, "help": _help(option)}
+        keywords: dict[str, Any] = {"dest": option.name, "help": _help(option)}
         if option.kind in ("set", "unset"):
-            more["action"] = "store_true" if option.kind == "set" else "store_false"
+            keywords["action"] = "store_true" if option.kind == "set" else "store_false"
         else:
-            more["type"] = _READ[option.kind]
-            more["choices"] = option.choices or None
-            more["metavar"] = option.name.upper() if option.choices == () else None
-            more["nargs"] = "+" if option.kind == "texts" else None
-        theirs.add_argument(*option.flags, **more)
+            keywords["type"] = _READ[option.kind]
+            keywords["choices"] = option.choices or None
+            keywords["metavar"] = option.name.upper() if option.choices == () else None
+            keywords["nargs"] = "+" if option.kind == "texts" else None
+        group.add_argument(*option.flags, **keywords)
     return parser
 
 
@@ -136,19 +138,19 @@ def parse_arguments(words: Sequence[str]) -> Arguments:
         InputError: an unknown option, a value that is not of its kind, or an unreadable YAML file.
     """
     parser = build_parser()
-    first = vars(parser.parse_args(list(words)))
-    if "config" in first:
+    values = vars(parser.parse_args(list(words)))
+    if "config" in values:
         # what comes later wins
-        first = vars(parser.parse_args([*_yaml_words(first["config"]), *words]))
-    own = Own(
-        method=first.pop("method", None),
-        rank=first.pop("rank", None),
-        out=first.pop("out", None),
-        overwrite=first.pop("overwrite", False),
-        trust=first.pop("trust", False),
-        settings=tuple(first.pop("set", ())),
+        values = vars(parser.parse_args([*_yaml_words(values["config"]), *words]))
+    forcetune = ForcetuneOptions(
+        method=values.pop("method", None),
+        rank=values.pop("rank", None),
+        out=values.pop("out", None),
+        overwrite=values.pop("overwrite", False),
+        trust=values.pop("trust", False),
+        settings=tuple(values.pop("set", ())),
     )
-    return Arguments(first, own)
+    return Arguments(values, forcetune)
 
 
 def _yaml_words(path: str) -> list[str]:

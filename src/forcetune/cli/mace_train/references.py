@@ -78,10 +78,10 @@ def _marks_isolated_atoms(file: str) -> bool:
     path = Path(file)
     if path.suffix.lower() not in (".xyz", ".extxyz") or not path.is_file():
         return False
-    rest = b""
+    overlap = b""
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
-            if _ISOLATED in rest + chunk:
+            if _ISOLATED in overlap + chunk:
                 return True
-            rest = chunk[-len(_ISOLATED) :]
+            overlap = chunk[-len(_ISOLATED) :]
     return False

@@ -38,14 +38,14 @@ def is_replayed(arguments: Arguments) -> bool:
     Raises:
         InputError: it would download data for that, or has nothing to replay.
     """
-    named = arguments["pt_train_file"]
+    replay_file = arguments["pt_train_file"]
     if not arguments["multiheads_finetuning"]:
-        if named is not None:
+        if replay_file is not None:
             raise InputError(
                 "--pt_train_file: replay is switched off by --multiheads_finetuning=False; leave one of them out."
             )
         return False
-    if named is None:
+    if replay_file is None:
         if arguments["foundation_model"] in _WITH_DATA:
             raise InputError(
                 f"--foundation_model {arguments['foundation_model']}: mace would download Materials Project data to "
@@ -58,11 +58,11 @@ def is_replayed(arguments: Arguments) -> bool:
                 "write --multiheads_finetuning=False."
             )
         return False
-    if named in DOWNLOADED:
+    if replay_file in DOWNLOADED:
         raise InputError(
-            f"--pt_train_file {named}: forcetune does not download and select replay data; download the file from "
-            "github.com/ACEsuit/mace-foundations/releases, choose frames of it (mace.cli.fine_tuning_select), and name "
-            "that file."
+            f"--pt_train_file {replay_file}: forcetune does not download and select replay data; download the file "
+            "from github.com/ACEsuit/mace-foundations/releases, choose frames of it (mace.cli.fine_tuning_select), and "
+            "name that file."
         )
     if str(arguments["E0s"]).lower() == "average":
         raise InputError(
@@ -85,17 +85,17 @@ def plan_replay(arguments: Arguments, train: Sequence[str], valid: list[str] | f
     from forcetune.frames.splits import separate_isolated
 
     files = read_files("pt_train_file", arguments["pt_train_file"])
-    fraction = 0.0 if isinstance(valid, list) else valid
-    held = arguments["valid_fraction"] if arguments["pt_valid_file"] is None else 0.0
+    valid_fraction = 0.0 if isinstance(valid, list) else valid
+    replay_fraction = arguments["valid_fraction"] if arguments["pt_valid_file"] is None else 0.0
 
-    def count(sources: Sequence[str], left_out: float, name: str) -> int:
+    def count(sources: Sequence[str], excluded_fraction: float, name: str) -> int:
         frames = separate_isolated(read_frames(sources, require=(), name=name).frames)[0]
-        return max(1, len(frames) - int(left_out * len(frames)))
+        return max(1, len(frames) - int(excluded_fraction * len(frames)))
 
-    n_train = count(train, fraction, "training data")
-    n_replay = count(files, held, "replay data")
-    share, threshold = n_train / n_replay, arguments["real_pt_data_ratio_threshold"]
-    repeats = 1 + int(threshold / share) if share < threshold else 1
+    n_train = count(train, valid_fraction, "training data")
+    n_replay = count(files, replay_fraction, "replay data")
+    train_ratio, threshold = n_train / n_replay, arguments["real_pt_data_ratio_threshold"]
+    repeats = 1 + int(threshold / train_ratio) if train_ratio < threshold else 1
     ratio = n_replay / (n_train * repeats)
     notes.append(
         f"replay: {n_replay} frames beside {n_train} to train on; what pt_head is in mace is an energy "

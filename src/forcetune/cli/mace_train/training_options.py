@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forcetune.cli.mace_train.option import MaceOption, left, mapped, refused
+from forcetune.cli.mace_train.option import MaceOption, ignored, mapped, refused
 
 _FACTORS = ("embedding", "interactions", "products", "readouts")
 _DIPOLES = "belongs to losses of dipoles, which are refused"
@@ -32,10 +32,10 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
         10.0,
         f"{_STAGE_TWO('loss.stress')}, with --loss virials",
     ),
-    left("--dipole_weight", "float", 1.0, _DIPOLES),
-    left("--swa_dipole_weight --stage_two_dipole_weight", "float", 1.0, _DIPOLES),
-    left("--swa_polarizability_weight --stage_two_polarizability_weight", "float", 1.0, _DIPOLES),
-    left("--polarizability_weight", "float", 1.0, _DIPOLES),
+    ignored("--dipole_weight", "float", 1.0, _DIPOLES),
+    ignored("--swa_dipole_weight --stage_two_dipole_weight", "float", 1.0, _DIPOLES),
+    ignored("--swa_polarizability_weight --stage_two_polarizability_weight", "float", 1.0, _DIPOLES),
+    ignored("--polarizability_weight", "float", 1.0, _DIPOLES),
     mapped(
         "--config_type_weights",
         "text",
@@ -54,7 +54,7 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
     refused("--beta1_schedulefree", "float", 0.9, "β₁ is 0.9; leave it out"),
     mapped("--beta2_schedulefree", "float", 0.98, "only 0.999 is accepted, which is what schedulefree has here"),
     mapped("--batch_size", "int", 10, "`training.batch_size`; the last, smaller batch of an epoch is trained on, too"),
-    left("--valid_batch_size", "int", 10, "it changes no result"),
+    ignored("--valid_batch_size", "int", 10, "it changes no result"),
     mapped("--lr", "float", 0.01, "`training.learning_rate`"),
     mapped("--swa_lr --stage_two_lr", "float", 1e-3, _STAGE_TWO("learning_rate")),
     mapped("--weight_decay", "float", 5e-7, "`training.weight_decay`"),
@@ -71,7 +71,7 @@ TRAINING_OPTIONS: tuple[MaceOption, ...] = (
         "`method.target`: 1 to 4 leave the embedding as it is, 5 the interactions, too, 6 the products, too; with "
         "method `full`, if none is given; 0 and less freeze nothing, as in mace",
     ),
-    left("--amsgrad", "set", True, "adam is always with amsgrad, in mace, too"),
+    ignored("--amsgrad", "set", True, "adam is always with amsgrad, in mace, too"),
     mapped(
         "--scheduler",
         "text",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forcetune.cli.mace_train.heads import with_heads_written_out
+from forcetune.cli.mace_train.heads import expand_heads
 from forcetune.cli.mace_train.literals import read_files, read_literal
 from forcetune.cli.mace_train.loss import WITH_STRESS
 from forcetune.cli.mace_train.models import translate_model
-from forcetune.cli.mace_train.option import Fate
+from forcetune.cli.mace_train.option import Handling, MaceOption
 from forcetune.cli.mace_train.options import MACE_VERSION, OPTIONS
 from forcetune.cli.mace_train.parsing import Arguments
 from forcetune.cli.mace_train.references import translate_elements, translate_references
@@ -37,7 +37,7 @@ class Translation:
     Attributes:
         options: the configuration, nested, with what follows from the command line.
         config: the same, checked.
-        notes: what is done otherwise than in mace, and what is left aside.
+        notes: what is done otherwise than in mace, and what is ignored.
         error_table: the kind of table to print at the end.
         model_file: the plain model that a method which merges also writes.
         resume, dry_run: as asked for.
@@ -59,9 +59,9 @@ def translate(arguments: Arguments) -> Translation:
         InputError: an option without a counterpart, or a value that cannot be used; names the option and the fix.
     """
     notes: list[str] = []
-    arguments = with_heads_written_out(arguments, notes)
-    _refuse(arguments)
-    notes += _left_aside(arguments)
+    arguments = expand_heads(arguments, notes)
+    _check_refused(arguments)
+    notes += _list_ignored(arguments)
     if arguments["name"] is None:
         raise InputError("--name is missing: it names the run folder and the model.")
     if arguments["train_file"] is None:
@@ -83,7 +83,7 @@ def translate(arguments: Arguments) -> Translation:
         plan = plan_replay(arguments, data["train"], data["valid"], notes)
         options["replay"], repeats = plan.section, plan.repeats
     elif arguments["pt_valid_file"] is not None:
-        notes.append("--pt_valid_file: left aside without replay, as in mace")
+        notes.append("--pt_valid_file: ignored without replay, as in mace")
     options["training"] = translate_training(arguments, loss, replayed, repeats, notes)
     if loss in WITH_STRESS and not _may_have_stress(data):
         notes.append(f"--loss {loss}: no training frame has stress, which leaves its terms out")
@@ -91,10 +91,10 @@ def translate(arguments: Arguments) -> Translation:
             if "loss" in section:
                 section["loss"]["stress"] = 0.0
     folder = Path(arguments["work_dir"])
-    run = arguments.own.out or str(folder / f"{arguments['name']}_run-{arguments['seed']}")
-    options["output"] = {"run": run} | ({"overwrite": True} if arguments.own.overwrite else {})
+    run = arguments.forcetune.out or str(folder / f"{arguments['name']}_run-{arguments['seed']}")
+    options["output"] = {"run": run} | ({"overwrite": True} if arguments.forcetune.overwrite else {})
     options["output"] |= _tracking(arguments, notes)
-    for keys, value in map(parse_setting, arguments.own.settings):
+    for keys, value in map(parse_setting, arguments.forcetune.settings):
         set_value(options, ".".join(keys), value)
     config = load_config(overrides={name: get_value(options, name) for name in leaf_names(options)})
     return Translation(
@@ -120,32 +120,36 @@ def _may_have_stress(data: dict[str, Any]) -> bool:
     return any(frame.stress is not None for frame in frames)
 
 
-def _refuse(arguments: Arguments) -> None:
+def _options_in(arguments: Arguments, handling: Handling) -> list[MaceOption]:
+    """The options of a command line that are handled so."""
+    return [option for option in OPTIONS if option.handling is handling and option.name in arguments]
+
+
+def _check_refused(arguments: Arguments) -> None:
     """
     Raises:
         InputError: an option that would change the result and has no counterpart.
     """
-    for option in OPTIONS:
-        if option.fate is Fate.REFUSED and option.name in arguments and arguments[option.name] != option.default:
+    for option in _options_in(arguments, Handling.REFUSED):
+        if arguments[option.name] != option.default:
             try:
                 same = read_literal(option.name, arguments[option.name]) == read_literal(option.name, option.default)
             except InputError:
                 same = False
             if not same:
-                raise InputError(f"{option.flags[0]} {short(arguments[option.name])}: {option.becomes}.")
+                raise InputError(f"{option.flags[0]} {short(arguments[option.name])}: {option.explanation}.")
 
 
-def _left_aside(arguments: Arguments) -> list[str]:
-    """What is given and changes nothing, one sentence for each reason."""
+def _list_ignored(arguments: Arguments) -> list[str]:
+    """Sentences about options that change nothing, one for each reason."""
     notes: list[str] = []
-    network = [option.flags[0] for option in OPTIONS if option.fate is Fate.NETWORK and option.name in arguments]
+    network = [option.flags[0] for option in _options_in(arguments, Handling.NETWORK)]
     if network:
-        notes.append(f"{', '.join(network)}: left aside, as the architecture is the foundation model's, in mace, too")
+        notes.append(f"{', '.join(network)}: ignored, as the architecture is the foundation model's, in mace, too")
     by_reason: dict[str, list[str]] = {}
-    for option in OPTIONS:
-        if option.fate is Fate.LEFT and option.name in arguments:
-            by_reason.setdefault(option.becomes, []).append(option.flags[0])
-    return notes + [f"{', '.join(flags)}: left aside; {reason}" for reason, flags in by_reason.items()]
+    for option in _options_in(arguments, Handling.IGNORED):
+        by_reason.setdefault(option.explanation, []).append(option.flags[0])
+    return notes + [f"{', '.join(flags)}: ignored; {reason}" for reason, flags in by_reason.items()]
 
 
 def _data(arguments: Arguments, loss: str, notes: list[str]) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _virials(arguments: Arguments, loss: str, notes: list[str]) -> dict[str, Any
     if "virials_key" not in arguments:
         return {}
     if loss != "virials":
-        notes.append("--virials_key: left aside without --loss virials, as in mace")
+        notes.append("--virials_key: ignored without --loss virials, as in mace")
         return {}
     key = arguments["virials_key"]
     if "virial" not in key.lower():
@@ -187,7 +191,7 @@ def _virials(arguments: Arguments, loss: str, notes: list[str]) -> dict[str, Any
             f"--virials_key {short(key)}: virials are recognised by `virial` in their name; rename them in the file."
         )
     if "stress_key" in arguments:
-        notes.append("--stress_key: left aside with --loss virials, as in mace")
+        notes.append("--stress_key: ignored with --loss virials, as in mace")
     return {"stress_key": key}
 
 
@@ -200,7 +204,7 @@ def _model(arguments: Arguments, model: str, notes: list[str]) -> dict[str, Any]
     }
     if arguments["foundation_head"] is not None:
         section["head"] = arguments["foundation_head"]
-    if arguments.own.trust:
+    if arguments.forcetune.trust:
         section["trust"] = True
     return section
 
@@ -221,16 +225,16 @@ def _tracking(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     """Of ``output``: wandb and its project, where --wandb asks for it."""
     if not arguments["wandb"]:
         if arguments["wandb_project"]:
-            notes.append("--wandb_project: left aside without --wandb, as in mace")
+            notes.append("--wandb_project: ignored without --wandb, as in mace")
         return {}
     return {"trackers": ["wandb"]} | ({"project": project} if (project := arguments["wandb_project"]) else {})
 
 
 def _method(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
-    own = arguments.own
-    if arguments["lora"] and own.method not in (None, "lora"):
-        raise InputError(f"--lora asks for method lora, --method for {own.method}; leave one of them out.")
-    name = own.method or ("lora" if arguments["lora"] else "full" if (arguments["freeze"] or 0) > 0 else "mmea")
+    chosen = arguments.forcetune
+    if arguments["lora"] and chosen.method not in (None, "lora"):
+        raise InputError(f"--lora asks for method lora, --method for {chosen.method}; leave one of them out.")
+    name = chosen.method or ("lora" if arguments["lora"] else "full" if (arguments["freeze"] or 0) > 0 else "mmea")
     method: dict[str, Any] = {"name": name}
     if name in GATED:
         method |= _gate_options(arguments, notes)
@@ -239,13 +243,14 @@ def _method(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     if arguments["lora"]:
         method |= {"rank": arguments["lora_rank"], "alpha": arguments["lora_alpha"]}
     elif "lora_rank" in arguments or "lora_alpha" in arguments:
-        notes.append("--lora_rank, --lora_alpha: left aside without --lora True, as in mace")
-    if own.rank is not None:
+        notes.append("--lora_rank, --lora_alpha: ignored without --lora True, as in mace")
+    if chosen.rank is not None:
         if arguments["lora"] and "lora_rank" in arguments:
             raise InputError(
-                f"--rank {own.rank}, --lora_rank {arguments['lora_rank']}: both set method.rank; leave one of them out."
+                f"--rank {chosen.rank}, --lora_rank {arguments['lora_rank']}: both set method.rank; leave one of them "
+                "out."
             )
-        method["rank"] = own.rank
+        method["rank"] = chosen.rank
     if arguments["freeze"] is not None:
         if arguments["freeze"] >= 7:
             raise InputError(f"--freeze {arguments['freeze']}: leaves nothing to train; 6 trains the readouts.")
@@ -278,7 +283,7 @@ def _gate_options(arguments: Arguments, notes: list[str]) -> dict[str, Any]:
     if arguments["mmea_init"] is not None:
         options["shift_init"] = arguments["mmea_std"] if arguments["mmea_init"] == "normal" else 0.0
     elif "mmea_std" in arguments:
-        notes.append("--mmea_std: left aside without --mmea_init normal, as in the MMEA code")
+        notes.append("--mmea_std: ignored without --mmea_init normal, as in the MMEA code")
     return options
 
 
@@ -286,16 +291,16 @@ def _mmea_environment(arguments: Arguments, notes: list[str]) -> dict[str, str]:
     """Variables of the MMEA code that count, which are those that no option of the command line overrides."""
     environment = {name: os.environ[name] for name in _MMEA_VARIABLES if os.environ.get(name)}
     winners = {
-        "MMEA_RANK": f"--rank {arguments.own.rank}" if arguments.own.rank is not None else "",
+        "MMEA_RANK": f"--rank {arguments.forcetune.rank}" if arguments.forcetune.rank is not None else "",
         "MMEA_STD": f"--mmea_init {arguments['mmea_init']}" if arguments["mmea_init"] is not None else "",
     }
-    for keys, _ in map(parse_setting, arguments.own.settings):
+    for keys, _ in map(parse_setting, arguments.forcetune.settings):
         for name, option in _MMEA_VARIABLES.items():
             if f"{option}.".startswith(".".join(keys) + "."):
                 winners[name] = f"--set {'.'.join(keys)}=…"
     for name, winner in winners.items():
         if winner and name in environment:
-            notes.append(f"{name}={environment.pop(name)} in the environment: left aside, as {winner} wins")
+            notes.append(f"{name}={environment.pop(name)} in the environment: ignored, as {winner} wins")
     return environment
 
 

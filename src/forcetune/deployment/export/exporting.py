@@ -53,7 +53,7 @@ def export(
         run: run folder, adapter folder, or a model by name or path.
         to: name of the target; ``forcetune.deployment.export.registry.TARGETS`` has all.
         output: file to write, or folder where the target needs several files.
-        model: the base of an adapter, when it is no longer where the run found it.
+        model: the base of an adapter, when it is no longer where it was in the run.
         head: of a model with several heads or modalities and without an adapter; adapters know theirs.
         dtype: ``float64`` or ``float32``; by default that of the training, or float64.
         trust: allow the base's file to run its own code where it cannot be rebuilt without.

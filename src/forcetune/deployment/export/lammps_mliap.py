@@ -1,4 +1,4 @@
-"""LAMMPS by its ML-IAP package, with our own network: MACE and SevenNet, gates included."""
+"""LAMMPS by its ML-IAP package, with our own network: MACE, SevenNet and NequIP, gates included."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def _stress(frame: Frame, result: LammpsResult) -> np.ndarray:
 TARGET = Target(
     name="lammps-mliap",
     about=(
-        "pair_style mliap unified FILE 0: MACE and SevenNet, gates included; LAMMPS of 2025 or later with KOKKOS, "
-        "ML-IAP and PYTHON, and forcetune in the Python that it uses"
+        "pair_style mliap unified FILE 0: MACE, SevenNet and NequIP, gates included; LAMMPS of 2025 or later with "
+        "KOKKOS, ML-IAP and PYTHON, and forcetune in the Python that it uses"
     ),
-    libraries=("mace", "sevennet"),
+    libraries=("mace", "sevennet", "nequip"),
     write=write,
     gates=True,
     suffixes=(".pt", ".pth", ".pkl"),

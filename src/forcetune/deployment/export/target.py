@@ -58,7 +58,7 @@ class Target:
     Attributes:
         name: as ``--to`` takes it.
         about: one line for users: what runs it, and what that needs.
-        libraries: of backbones that can be exported: ``mace``, ``sevennet``.
+        libraries: of backbones that can be exported: ``mace``, ``sevennet``, ``nequip``.
         write: writes to a temporary path and compares; raises where it does not agree.
         gates: whether it carries what does not merge.
         suffixes: that an output file may have; the first is shown in messages. None: the output is a folder.

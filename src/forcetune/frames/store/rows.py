@@ -197,7 +197,7 @@ class RowReader:
         self._lock = threading.Lock()
 
     def damaged(self) -> ForcetuneError:
-        """What to raise where it is found out that something else stands here than was written."""
+        """What to raise where something else stands here than was written."""
         return ForcetuneError(f"{self.folder}: stored frames are damaged; remove this folder, it is made again.")
 
     def __reduce__(self) -> tuple[Any, ...]:

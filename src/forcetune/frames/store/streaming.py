@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -34,7 +30,8 @@ from forcetune.frames.read import check_structure, labelled_frame
 from forcetune.frames.sources import content_hash, expand, file_format
 from forcetune.frames.splits import is_isolated
 from forcetune.frames.store.chunks import DANGEROUS, FileChunk, crashed, iterate_chunks
-from forcetune.frames.store.rows import RowReader, RowWriter, WriteError, add_facts, bring_to_disk, writing
+from forcetune.frames.store.new_store import new_store
+from forcetune.frames.store.rows import RowReader, RowWriter, add_facts
 from forcetune.frames.store.stored_frames import FRAME_COLUMNS, LABEL_FIELDS, StoredFrames, packed_frame
 from forcetune.frames.unread import describe_unread
 from forcetune.frames.weights import WeightTally, is_left_out
@@ -43,13 +40,7 @@ from forcetune.utils import distributed
 from forcetune.utils.files import compute_sha256
 from forcetune.utils.processes import WorkerDiedError, map_in_order
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 VERSION = 4
-_LOCK = "lock"
 Progress = Callable[[int], None]
 
 
@@ -106,7 +97,7 @@ def stream_frames(
     """
     files = expand(list(sources))
     before = [_signature(file) for file in files]
-    digest = hashlib.sha256("".join(map(_hash_of, files)).encode()).hexdigest()
+    digest = hashlib.sha256("".join(map(_hash_file, files)).encode()).hexdigest()
     columns = [asdict(column) for column in FRAME_COLUMNS]
     # other versions of ASE may read other numbers, and other candidates may choose other labels
     read_by = [VERSION, ase.__version__, hashlib.sha256(json.dumps(CANDIDATES).encode()).hexdigest()]
@@ -121,7 +112,7 @@ def stream_frames(
             try:
                 building.build(temporary)
             except ForcetuneError:
-                _check_unchanged(files, before)  # whatever was found in it then is not the reason
+                _check_unchanged(files, before)  # whatever error was reported then is not the reason
                 raise
             _check_unchanged(files, before)
 
@@ -134,7 +125,7 @@ def stream_frames(
     return FrameSet(StoredFrames(rows), keys, tuple(str(file) for file in files), digest)
 
 
-def _hash_of(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     with refusing(file):
         return compute_sha256(file) if list_files(file) == [file] else content_hash(file)
 
@@ -156,71 +147,6 @@ def _check_unchanged(files: Sequence[Path], before: Sequence[object]) -> None:
     for file, signature in zip(files, before, strict=True):
         if _signature(file) != signature:
             raise InputError(f"{file}: changed while it was read; run again when nothing writes to it any more.")
-
-
-@contextmanager
-def new_store(place: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes ``place`` when all is well, unless another process was faster.
-
-    Raises:
-        InputError: the folder cannot be written, or there is no room.
-    """
-    try:
-        with ExitStack() as stack:
-            with writing():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _remove_abandoned(place)
-                store = stack.enter_context(_scratch(place)) / "store"
-                store.mkdir()
-            yield store
-            with writing():
-                bring_to_disk(store)
-                try:
-                    store.replace(place)
-                except OSError:
-                    if not place.exists():
-                        raise
-                bring_to_disk(place.parent)
-    except WriteError as error:
-        raise InputError(
-            f"{place.parent}: streamed data cannot be written ({error.strerror or error}); set data.store to another "
-            "folder."
-        ) from error
-
-
-@contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    """A folder beside ``place`` that is removed in the end; its lock is held for as long as this process lives."""
-    while True:
-        with tempfile.TemporaryDirectory(
-            prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
-        ) as scratch:
-            lock = Path(scratch) / _LOCK
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                if fcntl is not None:
-                    with suppress(OSError):  # not every file system has locks; then nothing is taken for abandoned
-                        fcntl.flock(handle, fcntl.LOCK_EX)
-                # before it was locked another process may have taken the folder for abandoned
-                if lock.exists():
-                    yield Path(scratch)
-                    return
-            finally:
-                os.close(handle)
-
-
-def _remove_abandoned(place: Path) -> None:
-    """Remove half stores of processes that were killed while they made this one."""
-    if fcntl is None:
-        return
-    for scratch in place.parent.glob(f".{place.name}.*"):
-        with suppress(OSError):
-            handle = os.open(scratch / _LOCK, os.O_RDWR)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(scratch, ignore_errors=True)
-            finally:
-                os.close(handle)
 
 
 class _Building:
@@ -252,37 +178,37 @@ class _Building:
         Raises:
             InputError: as :func:`stream_frames`.
         """
-        heard: list[warnings.WarningMessage] = []
+        recorded: list[warnings.WarningMessage] = []
         try:
             # files are read twice or thrice, and what their readers warn of is repeated whenever the store is opened
-            with warnings.catch_warnings(record=True) as heard:
+            with warnings.catch_warnings(record=True) as recorded:
                 warnings.simplefilter("always", ForcetuneWarning)
                 keys, messages = self._read_and_write(folder)
         except ForcetuneError:
-            for text in _texts(heard):
+            for text in _texts(recorded):
                 warn(text)
             raise
-        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(heard), *messages]})
+        add_facts(folder, {"keys": keys._asdict(), "warnings": [*_texts(recorded), *messages]})
 
     def _read_and_write(self, folder: Path) -> tuple[LabelKeys, list[str]]:
-        """The keys of the labels, and what is to be told about them."""
+        """The keys of the labels, and warnings about them."""
         guess = self._guess()
         survey, weights, error = self._write(folder, guess)
         weights.check(self.name, self.files[0][0])
-        keys, messages = self._choice(survey, weights)
+        keys, messages = self._choose_and_warn(survey, weights)
         if keys != guess:
             *_, error = self._write(folder, keys)
         if error is not None:
             raise error
         return keys, messages
 
-    def _choice(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
-        """The keys of the labels, and what is to be told whenever the store is opened."""
+    def _choose_and_warn(self, survey: Survey, weights: WeightTally) -> tuple[LabelKeys, list[str]]:
+        """The keys of the labels, and warnings for whenever the store is opened."""
         with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             refusal, keys = None, LabelKeys(*[None] * len(LabelKeys._fields))
             try:
-                keys = self._chosen(survey)
+                keys = self._choose(survey)
                 for text in (weights.sentence(), describe_unread(survey.witnesses, keys, self.asked)):
                     if text is not None:
                         warn(f"{self.name}: {text}")
@@ -295,18 +221,18 @@ class _Building:
             raise refusal
         return keys, texts
 
-    def _chosen(self, survey: Survey) -> LabelKeys:
+    def _choose(self, survey: Survey) -> LabelKeys:
         return choose_keys(survey.witnesses, self.asked, self.require, self.name, survey.files, self.expect)
 
     def _guess(self) -> LabelKeys | None:
-        """The keys by the first frames; None where they do not tell."""
+        """The keys by the first frames; None where they do not decide."""
         survey = Survey(self.asked)
         for part in islice(self._parts(None, min(self.workers, self.least)), 1):
             survey.add(part.witnesses)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return self._chosen(survey)
+                return self._choose(survey)
             except InputError:
                 return None
 
@@ -364,9 +290,9 @@ class _Building:
             raise
 
 
-def _texts(heard: Sequence[warnings.WarningMessage]) -> list[str]:
+def _texts(recorded: Sequence[warnings.WarningMessage]) -> list[str]:
     """What our warnings say, each once."""
-    ours = (str(one.message) for one in heard if issubclass(one.category, ForcetuneWarning))
+    ours = (str(one.message) for one in recorded if issubclass(one.category, ForcetuneWarning))
     return list(dict.fromkeys(ours))
 
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from forcetune.kernels.compiled import assembly, contraction_code, threads
 from forcetune.kernels.compiled.assembly import Target
 from forcetune.kernels.compiled.contraction_code import ATOMS, SLOTS, Form, Slot
-from forcetune.kernels.compiled.convolution import dtype_name, spread_out
+from forcetune.kernels.compiled.convolution import contiguous, dtype_name, spread_out
 from forcetune.kernels.compiled.machine import compiled, source_hash, target
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.phase import Phase
@@ -52,16 +52,16 @@ class SparseForm:
         first_row = [0]
         for output, (start, stop) in enumerate(itertools.pairwise(ends)):
             matrices: list[np.ndarray] = []
-            parts = [_rows_of(form, index, output) for index in range(len(form.segments))]
+            parts = [_list_rows(form, index, output) for index in range(len(form.segments))]
             for target_index in range(start, stop):
                 for segment, members in zip(form.segments, parts, strict=True):
-                    for own, row, matrix in members:
-                        if own != target_index:
+                    for member_target, row, matrix in members:
+                        if member_target != target_index:
                             continue
-                        kept = np.flatnonzero(np.abs(matrix).max(axis=0, initial=0.0) > 0)
-                        rows.append((row, len(columns), len(columns) + len(kept)))
-                        columns += (segment.start + kept).tolist()
-                        matrices.append(matrix[:, kept].T)
+                        nonzero = np.flatnonzero(np.abs(matrix).max(axis=0, initial=0.0) > 0)
+                        rows.append((row, len(columns), len(columns) + len(nonzero)))
+                        columns += (segment.start + nonzero).tolist()
+                        matrices.append(matrix[:, nonzero].T)
                 first_row.append(len(rows))
             couplings = form.segments[0].basis[output].value.shape[0]
             whole = np.concatenate(matrices) if matrices else np.zeros((0, couplings))
@@ -86,7 +86,7 @@ class SparseForm:
         return whole.view(species, terms, channels // lanes, lanes).transpose(1, 2).contiguous()
 
 
-def _rows_of(form: BilinearForm, index: int, output: int) -> list[tuple[int, int, np.ndarray]]:
+def _list_rows(form: BilinearForm, index: int, output: int) -> list[tuple[int, int, np.ndarray]]:
     """Target, monomial and coefficients (couplings, columns) of an output's rows in a segment."""
     segment = form.segments[index]
     width = segment.stop - segment.start
@@ -298,13 +298,26 @@ def polynomial(
     Returns:
         Differentiable twice, but for second derivatives by the coefficients.
     """
-    setting = _Setting(form, tuple(counts), phase or Phase(), trains)
+    return run(Setting(form, tuple(counts), phase or Phase(), trains), x, coefficients)
+
+
+def run(setting: Setting, x: Sequence[Tensor], coefficients: Tensor) -> tuple[Tensor, ...]:
+    """The contraction in a setting; arguments and result as :func:`polynomial`."""
     result: tuple[Tensor, ...] = _Polynomial.apply(setting, coefficients, *x)  # pyright: ignore[reportAssignmentType]
     return result
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
+class Setting:
+    """Polynomials and their atoms; subclasses compute them in another way.
+
+    Attributes:
+        form: of the polynomials.
+        counts: atoms of each species.
+        phase: which derivatives are wanted.
+        trains: whether x depends on trainable weights.
+    """
+
     form: SparseForm
     counts: tuple[int, ...]
     phase: Phase
@@ -316,22 +329,32 @@ class _Setting:
         of_weights = self.phase.wants(geometric=False, trains=True)
         return any(needs[1:]) and of_x, needs[0] and of_weights
 
+    def value(self, x: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+        """The polynomials."""
+        form = self.form
+        return torch.ops.forcetune.contraction_value(form.tensors, form.dims, self.counts, x, coefficients)
+
+    def pull(self, g: list[Tensor], x: list[Tensor], coefficients: Tensor, wanted: list[bool]) -> list[Tensor]:
+        """Gradients of Σ g out by x and the coefficients, those that are wanted."""
+        return torch.ops.forcetune.contraction_pull(self.form.tensors, self.counts, g, x, coefficients, wanted)
+
+    def moved(
+        self, g: list[Tensor], x: list[Tensor], coefficients: Tensor, h: list[Tensor], wanted: list[bool]
+    ) -> list[Tensor]:
+        """Gradients of Σ h ∂_x Σ g out by g, x and the coefficients, those that are wanted."""
+        return torch.ops.forcetune.contraction_moved(self.form.tensors, self.counts, g, x, coefficients, h, wanted)
+
 
 class _Polynomial(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, setting: _Setting, coefficients: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, setting: Setting, coefficients: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
         ctx.setting = setting
         ctx.save_for_backward(coefficients, *x)
-        form = setting.form
-        return tuple(
-            torch.ops.forcetune.contraction_value(
-                form.tensors, form.dims, setting.counts, _contiguous(x), coefficients.contiguous()
-            )
-        )
+        return tuple(setting.value(contiguous(x), coefficients.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        setting: _Setting = ctx.setting
+        setting: Setting = ctx.setting
         wanted = setting.wanted(ctx.needs_input_grad[1:])
         return (None, *_Pull.apply(setting, wanted, len(grads), *grads, *ctx.saved_tensors))  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -341,7 +364,7 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, setting: _Setting, wanted: tuple[bool, bool], n_grads: int, *tensors: Tensor
+        ctx: Any, setting: Setting, wanted: tuple[bool, bool], n_grads: int, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.setting, ctx.n_grads = setting, n_grads
         ctx.save_for_backward(*tensors)
@@ -349,17 +372,13 @@ class _Pull(torch.autograd.Function):
         g, coefficients, x = tensors[:n_grads], tensors[n_grads], tensors[n_grads + 1 :]
         if not any(wanted):
             return (None,) * (1 + len(x))
-        found = torch.ops.forcetune.contraction_pull(
-            setting.form.tensors,
-            setting.counts,
-            *(_contiguous(g), _contiguous(x), coefficients.contiguous(), list(wanted)),
-        )
-        *of_x, of_coefficients = spread_out(found, [wanted[0]] * len(x) + [wanted[1]])
+        gradients = setting.pull(contiguous(g), contiguous(x), coefficients.contiguous(), list(wanted))
+        *of_x, of_coefficients = spread_out(gradients, [wanted[0]] * len(x) + [wanted[1]])
         return (of_coefficients, *of_x)
 
     @staticmethod
     def _twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        setting: _Setting = ctx.setting
+        setting: Setting = ctx.setting
         n: int = ctx.n_grads
         g, coefficients, x = ctx.saved_tensors[:n], ctx.saved_tensors[n], ctx.saved_tensors[n + 1 :]
         of_coefficients, *moved = tangents
@@ -370,17 +389,9 @@ class _Pull(torch.autograd.Function):
         if all(tangent is None for tangent in moved) or not any(wanted):
             return (None,) * (4 + n + len(x))
         h = [torch.zeros_like(t) if d is None else d for d, t in zip(moved, x, strict=True)]
-        found = torch.ops.forcetune.contraction_moved(
-            setting.form.tensors,
-            setting.counts,
-            *(_contiguous(g), _contiguous(x), coefficients.contiguous(), _contiguous(h), wanted),
-        )
+        gradients = setting.moved(contiguous(g), contiguous(x), coefficients.contiguous(), contiguous(h), wanted)
         flags = [wanted[0]] * n + [wanted[1]] * len(x) + [wanted[2]]
-        *others, to_coefficients = spread_out(found, flags)
+        *others, to_coefficients = spread_out(gradients, flags)
         return (None, None, None, *others[:n], to_coefficients, *others[n:])
 
     backward: Any = staticmethod(once_differentiable(_twice))
-
-
-def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
-    return [value.contiguous() for value in values]

@@ -242,13 +242,13 @@ class _Function:
         def term(e: str, sums: list[str]) -> list[str]:
             q = w.integer(self.places[Slot.COLUMNS], e)
             a = [w.load(self.a, w.times(e, self.lanes))] * count
-            found = self._fused(a, self._read(self._at(Slot.M, q)), sums[:count])
+            new_sums = self._fused(a, self._read(self._at(Slot.M, q)), sums[:count])
             if self.moved:
-                found += self._fused(a, self._read(self._at(Slot.HM, q)), sums[count:])
-            return found
+                new_sums += self._fused(a, self._read(self._at(Slot.HM, q)), sums[count:])
+            return new_sums
 
-        found = w.loop(first, last, 1, [w.zero] * (count * (1 + self.moved)), term)
-        return found[:count], found[count:]
+        sums = w.loop(first, last, 1, [w.zero] * (count * (1 + self.moved)), term)
+        return sums[:count], sums[count:]
 
     def _add_outer(self, first: str, last: str, seed: list[str], hseed: list[str]) -> None:
         """Add seed · m (or its derivative) to the gradient of a row's coefficients."""

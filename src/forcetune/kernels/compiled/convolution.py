@@ -265,12 +265,22 @@ def flat_paths(paths: Paths) -> list[int]:
     ]
 
 
-def _contiguous(values: Sequence[Tensor]) -> list[Tensor]:
+def contiguous(values: Sequence[Tensor]) -> list[Tensor]:
     return [value.contiguous() for value in values]
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
+class Setting:
+    """A convolution and its batch; subclasses compute the sums in another way.
+
+    Attributes:
+        paths: as :func:`flat_paths` gives them.
+        plan: of the batch.
+        phase: which derivatives are wanted.
+        geometric: whether the features depend on the geometry.
+        trains: whether R and whether the features depend on trainable weights.
+    """
+
     paths: list[int]
     plan: Plan
     phase: Phase
@@ -285,14 +295,6 @@ class _Setting:
         waits = [radial, angular, *[features] * (len(needs) - 2)]
         return [need and wait for need, wait in zip(needs, waits, strict=True)]
 
-    def gather(
-        self, values: Sequence[Tensor], moved: Sequence[Tensor] = (), present: Sequence[bool] = ()
-    ) -> list[Tensor]:
-        plan, (radial, angular, *features) = self.plan, _contiguous(values)
-        return torch.ops.forcetune.convolution_gather(
-            self.paths, plan.starts, plan.edges, radial, angular, features, _contiguous(moved), list(present)
-        )
-
     def pull(
         self,
         outer: Sequence[Tensor],
@@ -302,15 +304,34 @@ class _Setting:
         present: Sequence[bool] = (),
     ) -> list[Tensor | None]:
         """Gradients by R, T and x, None where they are not wanted."""
-        plan, (radial, angular, *features) = self.plan, _contiguous(values)
         if not any(wanted):
             return [None] * len(values)
-        found = torch.ops.forcetune.convolution_pull(
-            self.paths,
-            *(plan.directions, plan.sender, plan.receiver, _contiguous(outer)),
-            *(radial, angular, features, _contiguous(moved), list(present), list(wanted)),
+        return spread_out(self.pull_wanted(outer, values, wanted, moved, present), wanted)
+
+    def gather(
+        self, values: Sequence[Tensor], moved: Sequence[Tensor] = (), present: Sequence[bool] = ()
+    ) -> list[Tensor]:
+        """Messages of R, T and x; with directions of those that are present, how they change along these."""
+        plan, (radial, angular, *features) = self.plan, contiguous(values)
+        return torch.ops.forcetune.convolution_gather(
+            self.paths, plan.starts, plan.edges, radial, angular, features, contiguous(moved), list(present)
         )
-        return spread_out(found, wanted)
+
+    def pull_wanted(
+        self,
+        outer: Sequence[Tensor],
+        values: Sequence[Tensor],
+        wanted: Sequence[bool],
+        moved: Sequence[Tensor],
+        present: Sequence[bool],
+    ) -> list[Tensor]:
+        """Those gradients that are wanted."""
+        plan, (radial, angular, *features) = self.plan, contiguous(values)
+        return torch.ops.forcetune.convolution_pull(
+            self.paths,
+            *(plan.directions, plan.sender, plan.receiver, contiguous(outer)),
+            *(radial, angular, features, contiguous(moved), list(present), list(wanted)),
+        )
 
 
 def convolve(
@@ -330,21 +351,25 @@ def convolve(
         paths, plan, radial, features, phase, geometric, trains: as there; on a CPU.
         angular: T of all paths side by side, (pairs, Σ dim_in · dim_out).
     """
-    setting = _Setting(flat_paths(paths), plan, phase or Phase(), geometric, trains)
+    return run(Setting(flat_paths(paths), plan, phase or Phase(), geometric, trains), radial, angular, features)
+
+
+def run(setting: Setting, radial: Tensor, angular: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The convolution in a setting, differentiable twice; arguments as :func:`convolve`."""
     result: tuple[Tensor, ...] = _Convolution.apply(setting, radial, angular, *features)  # pyright: ignore[reportAssignmentType]
     return result
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, setting: _Setting, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, setting: Setting, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.setting = setting
         ctx.save_for_backward(*values)
         return tuple(setting.gather(values))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        setting: _Setting = ctx.setting
+        setting: Setting = ctx.setting
         needs = setting.wanted(ctx.needs_input_grad[1:])
         return (None, *_Pull.apply(setting, tuple(needs), len(grads), *grads, *ctx.saved_tensors))  # pyright: ignore[reportGeneralTypeIssues]
 
@@ -354,7 +379,7 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, setting: _Setting, needs: tuple[bool, ...], n_grads: int, *tensors: Tensor
+        ctx: Any, setting: Setting, needs: tuple[bool, ...], n_grads: int, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.setting, ctx.n_grads = setting, n_grads
         ctx.save_for_backward(*tensors)
@@ -364,7 +389,7 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def _twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of Σ (h_R ∂_R + h_T ∂_T + h_x ∂_x) Σ g out by g, R, T and x, for directions h."""
-        setting: _Setting = ctx.setting
+        setting: Setting = ctx.setting
         n_grads: int = ctx.n_grads
         grads, values = ctx.saved_tensors[:n_grads], ctx.saved_tensors[n_grads:]
         present = [tangent is not None for tangent in tangents]

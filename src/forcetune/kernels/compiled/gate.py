@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.kernels.compiled import assembly, gate_code, routine, threads
+from forcetune.kernels.compiled import assembly, gate_code, gate_loops, gate_tables, routine, threads
 from forcetune.kernels.compiled.convolution import spread_out
-from forcetune.kernels.compiled.gate_code import Form, Slot, padded
+from forcetune.kernels.compiled.gate_tables import PANEL, Form, Slot, padded, scratch_size
 from forcetune.kernels.compiled.machine import compiled, source_hash, target
 from forcetune.kernels.gain import LARGEST_EXPONENT
 
@@ -62,7 +62,7 @@ class GateLayout:
     def __init__(self, flat: tuple[int, ...], dtype: torch.dtype) -> None:
         activation, gain, self.rank, self.n_in, *rest = flat
         own = target(str(dtype).removeprefix("torch."))
-        wide = gate_code.PANEL * own.lanes
+        wide = PANEL * own.lanes
         column, first = 0, [0, 0]
         entries: list[int] = []
         self.gains: list[bool] = []
@@ -81,10 +81,12 @@ class GateLayout:
             *(self.rank_padded, self.columns_padded, ctypes.addressof(self._entries)),
         )
         self.size = dtype.itemsize
-        self.scratch = gate_code.scratch_size(self.n_in, self.rank, column, own.lanes) * self.size
+        self.scratch = scratch_size(self.n_in, self.rank, column, own.lanes) * self.size
         self.work = self.n_in * self.rank + self.rank * column
         form = Form(bool(activation), _GAINS[gain], LARGEST_EXPONENT)
-        sources = source_hash(*(str(module.__file__) for module in (assembly, routine, gate_code)))
+        sources = source_hash(
+            *(str(module.__file__) for module in (assembly, routine, gate_tables, gate_loops, gate_code))
+        )
         machine = compiled(repr((sources, own, form.name)), lambda: gate_code.module_text(form, own))
         names = ("value", "pull", "moved", "layer_value", "layer_pull")
         functions = (threads.function(machine.address(name)) for name in names)
@@ -141,7 +143,7 @@ class GateLayout:
             function: of this layout.
             h, weights: contiguous.
             kept: p and q.
-            blocks: addresses of the blocks, in the order of :class:`~gate_code.Blocks`.
+            blocks: addresses of the blocks, in the order of :class:`~gate_tables.Blocks`.
             passes: how many times the work of a plain value it is.
             by_weights: whether gradients by weights are wanted.
             to_h, moved_h: gradient by h and direction of h, for functions that take them.
@@ -424,7 +426,7 @@ class _Gate(torch.autograd.Function):
         n_weights = len(needs) - 1 - gate.n_blocks
         # while forces are computed nobody waits for gradients by weights
         edges = ctx.next_functions
-        wanted = (_go_on(edges[:1]), _go_on(edges[1 : 1 + n_weights]))
+        wanted = (will_go_on(edges[:1]), will_go_on(edges[1 : 1 + n_weights]))
         kept, h, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _Pull.apply(gate, wanted, kept, h, *tensors, *grads)
@@ -439,7 +441,7 @@ class _Gate(torch.autograd.Function):
         return tuple(result)
 
 
-def _go_on(edges: Sequence[tuple[Any, int]]) -> bool:
+def will_go_on(edges: Sequence[tuple[Any, int]]) -> bool:
     """Whether the differentiation under way goes on to what lies behind any of these edges."""
     try:
         return any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in edges)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.kernels.compiled import gate_code, threads
+from forcetune.kernels.compiled import threads
 from forcetune.kernels.compiled.gate import GateShape, addresses_of, layout_for, scratch_memory
-from forcetune.kernels.compiled.gate_code import Slot, padded
+from forcetune.kernels.compiled.gate_tables import PANEL, Slot, padded
 
 NO_WEIGHTS = (0,) * 12
 """In the place of the weights of a gate and the gradients by them."""
@@ -42,7 +42,7 @@ class FixedLayer:
         like = weights[0]
         self.layout = layout = layout_for(shape.flat, like.dtype)
         self.blocks, self.driver = blocks, driver
-        wide = gate_code.PANEL * layout.lanes
+        wide = PANEL * layout.lanes
         self.widths = [0] * len(blocks)
         self.dims = [0] * len(blocks)
         for (_, target_index, dim), matrix in zip(blocks, matrices, strict=True):

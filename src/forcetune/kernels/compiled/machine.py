@@ -1,4 +1,4 @@
-"""Machine code for this processor: compiled by LLVM once, and kept on disk for later runs."""
+"""Machine code for this processor: compiled by LLVM once, and stored on disk for later runs."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ def compiled(key: str, write: Callable[[], str]) -> Machine:
 
     Args:
         key: names what is written, and changes with whatever writes it.
-        write: is called only where nothing is kept.
+        write: is called only where there is none.
     """
     with _LOCK:
-        found = _MACHINES.get(key)
-        if found is None:
-            found = _MACHINES[key] = _loaded(key, write)
-        return found
+        machine = _MACHINES.get(key)
+        if machine is None:
+            machine = _MACHINES[key] = _load(key, write)
+        return machine
 
 
-def _loaded(key: str, write: Callable[[], str]) -> Machine:
+def _load(key: str, write: Callable[[], str]) -> Machine:
     binding = llvm()
     path = _place(key)
     code = _read(path)

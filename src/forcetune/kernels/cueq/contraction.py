@@ -20,7 +20,7 @@ from forcetune.kernels.polynomial import BilinearForm, Monomial
 
 
 class ContractionPolynomial(SegmentedPolynomial):
-    """Σ over monomials of their coefficients times themselves.
+    """Σ over monomials, each times its coefficient.
 
     Args:
         form: of the polynomials.
@@ -42,12 +42,14 @@ class ContractionPolynomial(SegmentedPolynomial):
                 ]
                 basis = segment.basis[output].value
                 width = segment.stop - segment.start
-                chosen = basis.abs().amax(0).nonzero().squeeze(1) if basis.numel() else torch.zeros(0, dtype=torch.long)
-                for place in chosen.tolist():
-                    row, column = rows[place // width], segment.start + place % width
+                nonzero = (
+                    basis.abs().amax(0).nonzero().squeeze(1) if basis.numel() else torch.zeros(0, dtype=torch.long)
+                )
+                for product in nonzero.tolist():
+                    row, column = rows[product // width], segment.start + product % width
                     factors = monomials[segment.rows[row]] + monomials[column]
                     self.terms.append((segment.targets[row], factors))
-                columns.append(basis.index_select(1, chosen))
+                columns.append(basis.index_select(1, nonzero))
             self.bases.append(Constant(torch.cat(columns, dim=1)))
 
     def build(self, cue: Any) -> Any:
@@ -74,8 +76,8 @@ class ContractionPolynomial(SegmentedPolynomial):
         """
         parts = []
         for orders, basis in zip(weights, self.bases, strict=True):
-            joined = torch.cat(list(orders), dim=1) if len(orders) > 1 else orders[0]
-            parts.append(basis.like(joined).mT @ joined)
+            weight = torch.cat(list(orders), dim=1) if len(orders) > 1 else orders[0]
+            parts.append(basis.like(weight).mT @ weight)
         return torch.cat(parts, dim=1).flatten(1)
 
     def contract(self, plan: Plan, weights: Sequence[Sequence[Tensor]], features: Sequence[Tensor]) -> list[Tensor]:
@@ -90,21 +92,22 @@ class ContractionPolynomial(SegmentedPolynomial):
             (atoms, dim, channels) of each output.
         """
         shared = len(weights[0][0]) == 1
-        chosen = weights if shared else [[one.index_select(0, plan.present) for one in orders] for orders in weights]
-        coefficients = self.fold(chosen)
+        if not shared:
+            weights = [[weight.index_select(0, plan.present) for weight in orders] for orders in weights]
+        coefficients = self.fold(weights)
         x = torch.cat([block.flatten(1) for block in features], dim=1)
         indices = {} if shared else {0: torch.searchsorted(plan.present, plan.species)}
-        found = self.evaluate([coefficients, x], indices)
-        parts = found.split([dim * self.channels for dim in self.form.dims], dim=1)
+        outputs = self.evaluate([coefficients, x], indices)
+        parts = outputs.split([dim * self.channels for dim in self.form.dims], dim=1)
         return [part.unflatten(1, (dim, self.channels)) for part, dim in zip(parts, self.form.dims, strict=True)]
 
 
 def _monomials(form: BilinearForm) -> dict[int, Monomial]:
     """Components, numbered as the features have them, of the monomial at each place of a form."""
     order = form.order
-    found: dict[int, Monomial] = {form.one: ()}
-    found |= {place: (order[component],) for component, place in enumerate(form.linear) if place >= 0}
+    monomials: dict[int, Monomial] = {form.one: ()}
+    monomials |= {place: (order[component],) for component, place in enumerate(form.linear) if place >= 0}
     for run in form.runs:
         for other in range(run.start, run.stop):
-            found[run.offset + other - run.start] = (order[run.first], order[other])
-    return found
+            monomials[run.offset + other - run.start] = (order[run.first], order[other])
+    return monomials

@@ -76,9 +76,9 @@ class ConvolutionPolynomial(SegmentedPolynomial):
         sign = direction.to(harmonics.dtype).unsqueeze(1)
         oriented = harmonics.index_select(0, pair) * torch.where(self.odd.on(pair.device), sign, sign * sign)
         x = torch.cat([block.flatten(1) for block in features], dim=1)
-        found = self.evaluate([radial, oriented, x], {0: pair, 2: sender}, (receiver, plan.n_atoms))
+        messages = self.evaluate([radial, oriented, x], {0: pair, 2: sender}, (receiver, plan.n_atoms))
         paths = self.structure.paths
-        parts = found.split([path.dim_out * path.channels for path in paths], dim=1)
+        parts = messages.split([path.dim_out * path.channels for path in paths], dim=1)
         groups: list[list[tuple[int, Tensor]]] = [[] for _ in self.structure.groups]
         for path, part in zip(paths, parts, strict=True):
             groups[path.group].append((path.column, part.unflatten(1, (path.dim_out, path.channels))))

@@ -1,7 +1,7 @@
 """cuequivariance's segmented polynomials, built when they are first evaluated; the only file that imports the library.
 
 On a CUDA device the library's kernels compute (``cuequivariance-ops-torch``), elsewhere its own fallback of PyTorch's
-operations, which is slow and there to be compared with.
+operations, which is slow and serves comparisons.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST_VERSION = (0, 6)
 
 
 @functools.cache
-def missing_reason(device_type: str) -> str | None:
+def cuequivariance_missing_reason(device_type: str) -> str | None:
     """Why cuequivariance cannot compute on a kind of device, or None."""
     try:
         library = importlib.import_module("cuequivariance_torch")
@@ -41,7 +41,7 @@ def missing_reason(device_type: str) -> str | None:
 class SegmentedPolynomial:
     """A polynomial of several tensors, each (rows, segments), whose paths subclasses list.
 
-    Copies and pickles hold the structure only: what the library makes of it is made again.
+    Copies and pickles hold the structure only; the library's modules are built again from it.
     """
 
     method = "uniform_1d"
@@ -93,7 +93,7 @@ class SegmentedPolynomial:
     def _module(self, device: torch.device) -> Any:
         module = self._modules.get(device)
         if module is None:
-            if (reason := missing_reason(device.type)) is not None:
+            if (reason := cuequivariance_missing_reason(device.type)) is not None:
                 raise InputError(f"model.kernels=cuequivariance: {reason}; or use model.kernels=auto.")
             cue, library = (importlib.import_module(name) for name in ("cuequivariance", "cuequivariance_torch"))
             on_gpu = device.type == "cuda"

@@ -59,6 +59,6 @@ class SpeciesLinearPolynomial(SegmentedPolynomial):
         ]
         chosen = torch.cat(matrices, dim=1).index_select(0, plan.present)
         x = torch.cat([block.flatten(1) for block in features], dim=1)
-        found = self.evaluate([chosen, x], {0: torch.searchsorted(plan.present, plan.species)})
-        parts = found.split([dim * channels for dim, channels in self.outputs], dim=1)
+        outputs = self.evaluate([chosen, x], {0: torch.searchsorted(plan.present, plan.species)})
+        parts = outputs.split([dim * channels for dim, channels in self.outputs], dim=1)
         return [part.unflatten(1, shape) for part, shape in zip(parts, self.outputs, strict=True)]
