@@ -189,6 +189,19 @@ def test_the_fisher_information_is_the_mean_over_random_signs() -> None:
     assert np.corrcoef(estimate.detach(), expected.detach())[0, 1] > 0.9
 
 
+def test_the_fisher_information_of_virials_for_each_atom() -> None:
+    """With the same signs: that of the stress times the square of the volume for each atom."""
+    model = backbone(**SMALL)
+    (graph,) = (one for one in fisher_graphs(model) if bool(one.cell.any()))
+    loss = LossConfig(energy=0.0, forces=0.0, stress=400.0)
+    stress = by_parameter(model, estimate_fisher(model, [graph], loss, 1, 0))
+    loss = loss.model_copy(update={"stress_per_atom": True})
+    virials = by_parameter(model, estimate_fisher(model, [graph], loss, 1, 0))
+    volume = float(torch.linalg.det(graph.cell).abs()) / graph.n_atoms
+    assert float(stress.sum()) > 0
+    assert torch.allclose(virials, volume**2 * stress, rtol=1e-10, atol=0.0)
+
+
 def test_ewc_is_the_second_order_cost_of_replay_with_labels_of_the_base() -> None:
     """A change of one weight costs what frames labelled by the foundation model would add to the loss."""
     loss = LossConfig(energy=2.0, forces=30.0)

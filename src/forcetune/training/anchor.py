@@ -205,6 +205,8 @@ def _scaled_outputs(backbone: Backbone, batch: Batch, loss: LossConfig, counts: 
     if stress:
         assert prediction.stress is not None
         scale = math.sqrt(2 * loss.stress_weight / (9 * counts.periodic))
+        if loss.stress_per_atom:
+            scale *= float(torch.linalg.det(batch.cell.double()).abs()) / batch.n_atoms
         parts.append(scale * prediction.stress.reshape(-1).double())
     return torch.cat(parts)
 
