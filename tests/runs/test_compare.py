@@ -240,4 +240,4 @@ def test_options_are_searched_and_then_used(tmp_path: Path, command: Command) ->
     code, _, err = command(
         *arguments, "--search", 4, "--set", "training.learning_rate=0.01", "--set", "training.loss.forces=10"
     )
-    assert code == 2 and "all given for readout" in err
+    assert code == 2 and "all set for readout" in err

@@ -125,7 +125,7 @@ def test_l2_sp_means_the_same_for_every_way_of_changing_a_weight() -> None:
 
 
 def fisher_graphs(model: MaceBackbone, count: int = 3) -> list[Batch]:
-    return build_graphs(model, FRAMES[:count])
+    return list(build_graphs(model, FRAMES[:count]))
 
 
 def exact_fisher(model: MaceBackbone, graphs: list[Batch], loss: LossConfig) -> torch.Tensor:
@@ -312,7 +312,7 @@ def test_an_anchor_comes_back_from_its_file_only_for_the_same_run(tmp_path: Path
 def test_terms_that_a_method_cannot_take_are_refused_by_name(name: str, term: str, message: str) -> None:
     sites = backbone(**SMALL).sites()
     with pytest.raises(InputError, match=message):
-        check_penalty(PenaltyConfig(**{term: 1.0}), method(name), sites)
+        check_penalty(PenaltyConfig.model_validate({term: 1.0}), method(name), sites)
     check_penalty(PenaltyConfig(), method(name), sites)
 
 
@@ -348,7 +348,7 @@ def test_compiled_and_eager_steps_go_the_same_way(tmp_path: Path) -> None:
 def test_a_run_with_a_penalty_moves_less_and_says_what_it_cost(tmp_path: Path, command: Command) -> None:
     frames, model = write_labelled(tmp_path / "frames.xyz", 12), write_model(tmp_path / "small.model")
     others = write_labelled(tmp_path / "others.xyz", 5, seed=3)
-    moved = {}
+    moved, results = {}, {}
     for name, settings in {
         "free": {},
         "l2sp": {"training.penalty.l2sp": 1e4},
