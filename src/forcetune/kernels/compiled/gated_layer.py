@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,7 +52,11 @@ class FixedLayer:
         self.changed = [(target, is_gain) for target, is_gain in zip(targets, layout.gains, strict=True)]
         self.gains = [target for target, is_gain in self.changed if is_gain]
         self.plain_sizes = [self.dims[target] * self.widths[target] for target in self.gains]
-        self.plain_places = [sum(self.plain_sizes[:index]) for index in range(len(self.gains))]
+        places = (TILE * sum(self.plain_sizes[:index]) for index in range(len(self.gains)))
+        # of the gradients by what gains multiply, for a tile, behind the memory of the gate's own loops
+        self.plain_places = [
+            (target, layout.scratch + place * layout.size) for target, place in zip(self.gains, places, strict=True)
+        ]
         # gradients by the results serve where φ is an exponential
         self.saved_sizes = [] if layout.by_result else self.plain_sizes
         self.scratch = layout.scratch + TILE * sum(self.plain_sizes) * layout.size
@@ -73,7 +78,20 @@ class FixedLayer:
         numbers = [len(blocks), *(tensor.data_ptr() for tensor in constants[:6]), *rows]
         self._table = (ctypes.c_int64 * len(numbers))(*numbers)
         self._tail = (ctypes.addressof(self._table), zeros.data_ptr())
-        n, m = layout.n_blocks, len(blocks)
+        n, m, o = layout.n_blocks, len(blocks), len(self.widths)
+        changed = [target for target, _ in self.changed]
+        sources, products = [source for source, _, _ in blocks], [target for _, target, _ in blocks]
+        # of the outputs, what they were before gains, and the inputs
+        self._value_order = itemgetter(
+            *(o + target for target in changed), *changed, *(2 * o + x for x in sources), *(o + y for y in products)
+        )
+        # of the gradients by outputs, outputs before gains, gradients by these, and by inputs
+        self._pull_order = itemgetter(
+            *(o + target for target in changed),
+            *(*changed, *(2 * o + target for target in changed)),
+            *(*(2 * o + y for y in products), *(3 * o + x for x in sources)),
+        )
+        self._shapes = list(zip(self.dims, self.widths, strict=True))
         self._packs = [struct.Struct(f"{Slot.BLOCKS + kinds * n + 2 * m}q").pack for kinds in (2, 3)]
 
     def value(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -84,16 +102,10 @@ class FixedLayer:
         """
         layout, like = self.layout, inputs[0]
         n_atoms = like.shape[0]
-        outputs = [like.new_empty(n_atoms, *shape) for shape in zip(self.dims, self.widths, strict=True)]
+        outputs = [like.new_empty((n_atoms, dim, channels)) for dim, channels in self._shapes]
         kept = like.new_empty(n_atoms * (layout.kept_width + sum(self.saved_sizes)))
         out = [output.data_ptr() for output in outputs]
-        before = self._plain(out, kept, n_atoms)
-        blocks = [
-            *(before[target] for target, _ in self.changed),
-            *(out[target] for target, _ in self.changed),
-            *(inputs[source].data_ptr() for source, _, _ in self.blocks),
-            *(before[target] for _, target, _ in self.blocks),
-        ]
+        blocks = self._value_order([*out, *self._plain(out, kept, n_atoms), *(x.data_ptr() for x in inputs)])
         self._run(layout.layer_value, self._packs[0], inputs, kept, 0, lambda _: blocks)
         return tuple(outputs), kept
 
@@ -108,25 +120,18 @@ class FixedLayer:
             grads: by the outputs, contiguous.
             kept: from :meth:`value`.
         """
-        layout = self.layout
         by_inputs = [torch.empty_like(x) if index in self.read else None for index, x in enumerate(inputs)]
         by_out = [grad.data_ptr() for grad in grads]
         plain = self._plain([output.data_ptr() for output in outputs], kept, inputs[0].shape[0])
         by_in = addresses_of(by_inputs)
-        head = [*(plain[target] for target, _ in self.changed), *(by_out[target] for target, _ in self.changed)]
 
-        def blocks(scratch: int) -> list[int]:
+        def blocks(scratch: int) -> tuple[int, ...]:
             by_plain = list(by_out)
-            for target, before in zip(self.gains, self.plain_places, strict=True):
-                by_plain[target] = scratch + layout.scratch + TILE * before * layout.size
-            return [
-                *head,
-                *(by_plain[target] for target, _ in self.changed),
-                *(by_plain[target] for _, target, _ in self.blocks),
-                *(by_in[source] for source, _, _ in self.blocks),
-            ]
+            for target, place in self.plain_places:
+                by_plain[target] = scratch + place
+            return self._pull_order([*by_out, *plain, *by_plain, *by_in])
 
-        self._run(layout.layer_pull, self._packs[1], inputs, kept, by_in[self.driver], blocks)
+        self._run(self.layout.layer_pull, self._packs[1], inputs, kept, by_in[self.driver], blocks)
         return by_inputs
 
     def _plain(self, addresses: list[int], kept: Tensor, n_atoms: int) -> list[int]:
@@ -148,7 +153,7 @@ class FixedLayer:
         inputs: Sequence[Tensor],
         kept: Tensor,
         to_driver: int,
-        blocks: Callable[[int], list[int]],
+        blocks: Callable[[int], tuple[int, ...]],
     ) -> None:
         """Call a function.
 
