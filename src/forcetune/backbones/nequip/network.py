@@ -256,7 +256,7 @@ class NequIPNetwork(nn.Module):
 
     def _splined(self, phase: Phase, ratio: Tensor) -> Splined:
         """Radial weights from splines, where they can be had."""
-        if phase.twice:
+        if phase.curved:
             return None
         networks = [layer.conv.edge_mlp.mlp for layer in self.layers]
         modules = [self.bessel_encode, *networks]

@@ -322,7 +322,7 @@ class SevenNetNetwork(nn.Module):
 
     def _splined(self, phase: Phase, lengths: Tensor) -> Splined:
         """Radial weights from splines, where they can be had."""
-        if phase.twice:
+        if phase.curved:
             return None
         convolutions = [convolution for _, _, convolution, _, _ in self.layers]
         networks = [convolution.weight_nn for convolution in convolutions]
