@@ -41,13 +41,13 @@ from forcetune.runs.learn_round import (
     LABELLED_NAME,
     RUN_NAME,
     Round,
+    default_bound,
     label_structures,
     measure_new_frames,
     read_errors,
     run_dynamics,
     select_structures,
     train_round,
-    default_bound,
 )
 from forcetune.runs.runtime import limited_threads
 from forcetune.utils.files import is_inside, write_json

@@ -318,7 +318,7 @@ def label_structures(
             ase.io.write(temporary, [atoms for path in done for atoms in _read_structures(path)], format="extxyz")
     if not done:
         raise ForcetuneError(
-            f"{current.folder}: none of {len(structures)} structures could be labelled, the first as {failed[0].reason}. "
-            f"Remove {current.labels.folder}/*.failed.json to try again."
+            f"{current.folder}: none of {len(structures)} structures could be labelled, the first as "
+            f"{failed[0].reason}. Remove {current.labels.folder}/*.failed.json to try again."
         )
     return failed
