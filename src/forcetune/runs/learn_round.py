@@ -31,13 +31,11 @@ from forcetune.runs.labelling import LabelFolder, compute_label
 from forcetune.runs.learn_results import DynamicsRecord, FailedLabel, read_dynamics, write_record
 from forcetune.runs.results import read_results
 from forcetune.runs.select import NothingToChoose, select
-from forcetune.runs.uncertainty import calibrate
+from forcetune.runs.uncertainty import MOST_FRAMES, calibrate
 from forcetune.uncertainty.file import has_calibration, load_uncertainty
 from forcetune.uncertainty.last_layer import predict_deviations
 from forcetune.utils.files import atomic_path
 
-MOST_FRAMES = 2000
-"""Training frames that surroundings are compared with, at random of more."""
 BOUND_SHARE, BOUND_FACTOR = 0.95, 1.5
 """The bound by default: so many times what this share of the validation frames stays below."""
 SELECTED_NAME, LABELLED_NAME, RUN_NAME = "selected.xyz", "labelled.xyz", "run"
@@ -220,6 +218,7 @@ class _Explorer:
             self.environments = Environments(_training_frames(run))
 
     def run(self, start: Atoms, flagged: Path, seed: list[int]) -> Exploration:
+        """One trajectory; structures at which the watch ends it are written to ``flagged``."""
         watch = Watch(
             frames=self.environments,
             novelty=self.options.novelty or 1.0,
@@ -230,7 +229,7 @@ class _Explorer:
 
 
 def _training_frames(run: Path) -> list[Frame]:
-    """Frames that a run was trained on, some of them where they are many."""
+    """Frames that a run was trained on, as many at random as a calibration looks at where there are more."""
     frames = read_dataset(load_config(run / CONFIG_NAME).data.model_copy(update={"test": []})).train.frames
     if len(frames) <= MOST_FRAMES:
         return list(frames)
