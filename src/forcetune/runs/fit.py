@@ -59,7 +59,7 @@ def fit(
         ForcetuneError: the training failed; the best adapter so far stays in the run folder.
     """
     options: dict[str, Any] = {
-        "data": {"train": _texts(train), "valid": _texts(valid), "test": _texts(test)},
+        "data": {"train": as_texts(train), "valid": as_texts(valid), "test": as_texts(test)},
         "model": {"model": None if isinstance(model, Backbone) else _text(model)},
         "method": {"name": method},
         "training": {"epochs": epochs},
@@ -74,7 +74,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _texts(value: Any) -> Any:
+def as_texts(value: Any) -> Any:
+    """Names of files as a configuration has them: a list of text where there are any, else the value as it is."""
     if isinstance(value, (str, Path)):
         return [str(value)]
     return [str(item) for item in value] if isinstance(value, Sequence) else value

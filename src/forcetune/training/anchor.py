@@ -1,4 +1,4 @@
-"""What a penalty holds a tuned model to: the foundation model's Fisher information, and what its gates would be given.
+"""What a penalty holds a tuned model to: the foundation model's Fisher information, and inputs of its gates.
 
 Everything here is computed once, before the training, with the foundation model on some frames, and depends on the
 run's options and data alone.

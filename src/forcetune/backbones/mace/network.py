@@ -251,7 +251,7 @@ class MaceNetwork(nn.Module):
         if splined is None or any(block.has_density for block in self.interactions):
             radial, cutoff = self.radial_embedding(lengths, first, second)
         else:
-            radial, cutoff = lengths[:, :0], None  # which nobody reads
+            radial, cutoff = lengths[:, :0], None  # not read beside splines
         step = Step(
             plan=plan,
             phase=phase,

@@ -292,7 +292,7 @@ class NequIPNetwork(nn.Module):
         species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         ratio = self.edge_norm(lengths, plan, species)
         splined = self._splined(phase, ratio)
-        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # which nobody reads
+        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # not read beside splines
         step = Step(
             plan=plan,
             phase=phase,
