@@ -5,6 +5,7 @@ A line ``<!-- generated: NAME -->`` in a page is replaced by a table.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -99,11 +100,8 @@ def _option_rows(prefix: str, section: type[BaseModel]) -> list[list[str]]:
 
 
 def _default_text(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    """A default as YAML reads it; words need no quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 import forcetune
 from forcetune.backbones.registry import list_models
-from forcetune.config import RunConfig
+from forcetune.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -81,6 +82,13 @@ def test_generated_tables_and_search_are_there(site: Path) -> None:
         assert isinstance(section.annotation, type)
         for field in section.annotation.model_fields:
             assert f"<code>{name}.{field}" in options, f"{name}.{field}"
+    # the defaults on the page, read as settings, are those of the configuration
+    cells = re.findall(r"<td><code>([\w.]+)</code></td>\s*<td><code>(.*?)</code></td>", options)
+    assert len(cells) > 100
+    shown = load_config(
+        settings=["data.train=[train.xyz]", *(f"{name}={html.unescape(value)}" for name, value in cells)]
+    )
+    assert shown.model_dump() == load_config(settings=["data.train=[train.xyz]"]).model_dump()
     # offline, the index of the search is a script
     assert "forgetting" in (site / "search" / "search_index.js").read_text(encoding="utf-8").lower()
     assert not list(site.rglob("*.py"))
