@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -128,6 +129,22 @@ def test_notebooks_are_executed_and_small() -> None:
         outputs = [output for cell in cells for output in cell.get("outputs", [])]
         assert any("image/png" in output.get("data", {}) for output in outputs), path
         assert not any(output["output_type"] == "error" for output in outputs), path
+        assert not any(output.get("name") == "stderr" for output in outputs), path
+        for cell in cells:
+            kinds = [output["output_type"] for output in cell.get("outputs", [])]
+            assert not any(pair == ("stream", "stream") for pair in pairwise(kinds)), path
         script = path.with_suffix(".py").read_text(encoding="utf-8")
         for cell in cells:
             assert cell["cell_type"] != "code" or "".join(cell["source"]) in script, path
+
+
+def test_every_tutorial_is_executed_and_listed() -> None:
+    names = {path.stem for path in (DOCS / "tutorials").glob("*.py")} - {"build"}
+    assert names == {path.stem for path in (DOCS / "tutorials").glob("*.ipynb")}
+    listings = [ROOT / "README.md", ROOT / "mkdocs.yml", DOCS / "index.md"]
+    for name in names:
+        page = (DOCS / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+        assert pictures and all((DOCS / "tutorials" / picture).is_file() for picture in pictures), name
+        for listing in listings:
+            assert f"tutorials/{name}.md" in listing.read_text(encoding="utf-8"), f"{listing.name} lacks {name}"
