@@ -19,7 +19,7 @@ from forcetune.frames.sources import expand
 from forcetune.reports.learn_page import write_learn_page
 from forcetune.runs.fit import as_texts
 from forcetune.runs.folder import input_files
-from forcetune.runs.labelling import LabelError, Labeller, compare_label, compute_label, load_labeller, name_of
+from forcetune.runs.labelling import LabelError, Labeller, compare_label, compute_label, labeller_name, load_labeller
 from forcetune.runs.learn_checks import (
     CONFIG_NAME,
     check_folder,
@@ -117,7 +117,7 @@ def learn(
         "method": {"name": method},
         "training": {"epochs": epochs},
         "output": {"run": str(out)},
-        "learn": {"start": as_texts(start), "labeller": None if labeller is None else name_of(labeller)},
+        "learn": {"start": as_texts(start), "labeller": None if labeller is None else labeller_name(labeller)},
     }
     resolved = load_config(config, given=options, overrides=settings)
     inputs = () if config is None else (config,)
