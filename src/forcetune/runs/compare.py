@@ -100,7 +100,7 @@ def compare(
         InputError: an unknown method, a name twice, an option no method has, bad data, or a folder of something else.
         ForcetuneError: a run failed; the others are kept.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     config.require_no_learning()
     _check_methods(config, methods)
     _check_targets(targets or {})
