@@ -103,7 +103,7 @@ def compare(
             of runs whose settings differ by defaults of different versions.
         ForcetuneError: a run failed; the others are kept.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     config.require_no_learning()
     _check_methods(config, methods)
     _check_targets(targets or {})

@@ -102,7 +102,7 @@ def run_fit(
         InputError, ForcetuneError: as :func:`fit`.
     """
     config.require_no_learning()
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     with (
         _among_others(config, console) as (config, console),
         collected_warnings() as messages,
@@ -132,7 +132,7 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"model": str(folder / BASE_NAME)})})
     if read_status(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing to resume.")
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     with (
         _among_others(config, console, going_on=True) as (config, console),
         collected_warnings() as messages,

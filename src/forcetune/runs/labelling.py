@@ -55,7 +55,7 @@ def load_labeller(labeller: str | Labeller, options: Mapping[str, Any]) -> Calla
     make = _import(labeller) if isinstance(labeller, str) else labeller
     try:
         calculator = make(**options)
-    except Exception as error:  # code of the user's
+    except (Exception, SystemExit) as error:  # code of the user's
         raise InputError(f"learn.labeller {name}: failed when it was called ({_describe_error(error)}).") from error
     if not callable(getattr(calculator, "get_potential_energy", None)):
         raise InputError(f"learn.labeller {name}: made {type(calculator).__name__}, which is no ASE calculator.")
@@ -79,7 +79,7 @@ def _import(name: str) -> Labeller:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
         raise InputError(f"learn.labeller {name}: cannot be imported ({_describe_error(error)}).") from error
-    except Exception as error:  # code of the user's
+    except (Exception, SystemExit) as error:  # code of the user's
         raise InputError(f"learn.labeller {name}: failed when it was imported ({_describe_error(error)}).") from error
     made = getattr(module, attribute, None)
     if not callable(made):
@@ -124,7 +124,7 @@ def compute_label(structure: Atoms, make: Callable[[], Any], *, stress: bool, la
         label["forces"] = np.array(atoms.get_forces(), dtype=np.float64)
         if stress and atoms.pbc.all() and "stress" in getattr(atoms.calc, "implemented_properties", ()):
             label["stress"] = np.array(atoms.get_stress(voigt=True), dtype=np.float64)
-    except Exception as error:  # code of the user's
+    except (Exception, SystemExit) as error:  # code of the user's
         raise LabelError(_describe_error(error)) from error
     results = getattr(atoms.calc, "results", {})
     said = [getattr(atoms.calc, "converged", None), results.get("converged") if isinstance(results, dict) else None]

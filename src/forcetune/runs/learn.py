@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from forcetune.frames.frame import Frame
 from forcetune.frames.sources import expand
 from forcetune.reports.learn_page import write_learn_page
 from forcetune.runs.fit import as_texts
+from forcetune.runs.folder import CONFIG_NAME as RUN_CONFIG_NAME
 from forcetune.runs.folder import input_files
 from forcetune.runs.labelling import LabelError, Labeller, compare_label, compute_label, labeller_name, load_labeller
 from forcetune.runs.learn_checks import (
@@ -143,7 +145,7 @@ def run_learn(
     Raises:
         InputError, ForcetuneError: as :func:`learn`.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     options, folder = config.learn, Path(config.output.run)
     check_options(config)
     check_folder(folder, config)
@@ -155,6 +157,7 @@ def run_learn(
         if is_inside(file, folder):
             raise InputError(f"{folder}: holds {file}, which is read here; choose another folder with --out.")
     loop = _Loop(config, folder, [start for _, start in starts], make, dataset, console)
+    begins, existed = not (folder / CONFIG_NAME).is_file(), folder.is_dir()
     check = None
     if not (folder / CHECK_NAME).is_file():  # also where the first command was killed before it was written
         check_model(config, dataset)
@@ -163,7 +166,21 @@ def run_learn(
     if check is not None:
         write_json(folder / CHECK_NAME, check)
     with limited_threads(config.training.threads):
-        return loop.run()
+        try:
+            return loop.run()
+        except InputError:
+            if begins and not (folder / ROUNDS_NAME / "00" / RUN_NAME / RUN_CONFIG_NAME).is_file():
+                _remove_beginning(folder, existed)
+            raise
+
+
+def _remove_beginning(folder: Path, existed: bool) -> None:
+    """Remove the options of a loop whose first fit refused them, so that the command can be repeated with others."""
+    for name in (CONFIG_NAME, CHECK_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ROUNDS_NAME, ignore_errors=True)
+    if not existed:
+        folder.rmdir()
 
 
 class _Loop:
