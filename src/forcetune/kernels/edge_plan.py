@@ -239,7 +239,7 @@ def _pairs(sender: np.ndarray, receiver: np.ndarray, shifts: np.ndarray, atoms: 
 
 def chunk_bounds(degree: np.ndarray, limit: int) -> tuple[tuple[int, int, int], ...]:
     """Consecutive receivers whose table of (receivers, width) slots is within the limit: start, stop, width."""
-    found: list[tuple[int, int, int]] = []
+    pieces: list[tuple[int, int, int]] = []
     start = 0
     while start < len(degree):
         stop, width = start + 1, int(degree[start])
@@ -248,9 +248,9 @@ def chunk_bounds(degree: np.ndarray, limit: int) -> tuple[tuple[int, int, int], 
             if wider * (stop + 1 - start) > limit:
                 break
             stop, width = stop + 1, wider
-        found.append((start, stop, width))
+        pieces.append((start, stop, width))
         start = stop
-    return tuple(found)
+    return tuple(pieces)
 
 
 def _chunks(
@@ -297,9 +297,9 @@ class PlanCache:
 
     def plan(self, edge_index: Tensor, unit_shifts: Tensor, species: Tensor) -> Plan:
         """The plan of a batch, kept or made; arguments as :func:`make_plan`."""
-        found = self._kept.get(id(edge_index))
-        if found is not None and found[0]() is edge_index and found[1] == edge_index._version:
-            plan = found[2]
+        stored = self._kept.get(id(edge_index))
+        if stored is not None and stored[0]() is edge_index and stored[1] == edge_index._version:
+            plan = stored[2]
             if torch.equal(plan.species, species[plan.order]):
                 return plan
         plan = make_plan(edge_index, unit_shifts, species, paired=self.paired)
@@ -353,5 +353,5 @@ def with_plan(owner: Any, plan: Plan) -> Iterator[None]:
 
 def given_plan(owner: Any) -> Plan | None:
     """The plan that :func:`with_plan` gives to ``owner``, if any."""
-    found, plan = _GIVEN.get()
-    return plan if found is owner else None
+    planned_for, plan = _GIVEN.get()
+    return plan if planned_for is owner else None

@@ -320,11 +320,11 @@ def _forward(structure: GatedStructure, weight: Tensor, gate: GateWeights, input
         start = _NOTHING.like(x) if shifts is None or gated.shift is None else _columns(shifts, gated.shift)
         # β 0 leaves out what the product would be added to
         beta = 0 if gated.shift is None else 1
-        found = torch.addmm(start, x.reshape(-1, block.fan_in), matrix, beta=beta, alpha=block.factor)
-        found = found.view(*x.shape[:2], block.fan_out)
+        product = torch.addmm(start, x.reshape(-1, block.fan_in), matrix, beta=beta, alpha=block.factor)
+        product = product.view(*x.shape[:2], block.fan_out)
         if gains is not None and gated.gain is not None:
-            found = found * _columns(gains, gated.gain).unsqueeze(1)
-        outputs[block.target] = found
+            product = product * _columns(gains, gated.gain).unsqueeze(1)
+        outputs[block.target] = product
     return outputs
 
 
@@ -396,9 +396,9 @@ class _Fixed(torch.autograd.Function):
     def forward(ctx: Any, fixed: _Prepared, weight: Tensor, gate: GateWeights, *inputs: Tensor) -> Any:
         ctx.fixed, ctx.weight, ctx.gate = fixed, weight, gate
         ctx.save_for_backward(*inputs)
-        found = _fixed_forward(fixed, inputs)
-        ctx.kept = found._replace(outputs=())
-        return found.outputs
+        forward = _fixed_forward(fixed, inputs)
+        ctx.kept = forward._replace(outputs=())
+        return forward.outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -408,8 +408,8 @@ class _Fixed(torch.autograd.Function):
         if torch.is_grad_enabled():
             outputs = _forward(fixed.owner.structure, ctx.weight, ctx.gate, inputs)
             return None, None, None, *_pulled_again(outputs, inputs, wanted, grads)
-        found = _fixed_backward(fixed, ctx.kept, len(inputs), grads)
-        return None, None, None, *(one if wants else None for one, wants in zip(found, wanted, strict=True))
+        gradients = _fixed_backward(fixed, ctx.kept, len(inputs), grads)
+        return None, None, None, *(one if wants else None for one, wants in zip(gradients, wanted, strict=True))
 
 
 def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
@@ -432,7 +432,7 @@ def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequenc
     if owner.structure.activation:
         hidden = torch.ops.aten.silu_backward(hidden, kept.before)
     driving = hidden.mm(fixed.down)
-    found: list[Tensor | None] = [None] * n_inputs
+    gradients: list[Tensor | None] = [None] * n_inputs
     for (source, target, drives, shift, gain), transposed in zip(owner.entries, fixed.transposed, strict=True):
         if shift >= 0 and drives:
             driving = torch.addmm(driving, by_shift[shift], transposed)
@@ -442,10 +442,10 @@ def _fixed_backward(fixed: _Prepared, kept: _Pass, n_inputs: int, grads: Sequenc
         if drives:
             driving = driving + one.squeeze(1)
             continue
-        before = found[source]
-        found[source] = one if before is None else before + one
-    found[owner.structure.scalars] = driving.unsqueeze(1)
-    return found
+        before = gradients[source]
+        gradients[source] = one if before is None else before + one
+    gradients[owner.structure.scalars] = driving.unsqueeze(1)
+    return gradients
 
 
 # ---- constant weights, compiled kernels ------------------------------------------------------------------------------

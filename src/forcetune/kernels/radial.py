@@ -79,10 +79,10 @@ class ChebyshevBasis(nn.Module):
     def forward(self, lengths: Tensor) -> Tensor:
         """(edges, 1) to (edges, size)."""
         lengths = lengths.detach()
-        found = [torch.ones_like(lengths), lengths]
+        polynomials = [torch.ones_like(lengths), lengths]
         for _ in range(self.size - 1):
-            found.append(2 * lengths * found[-1] - found[-2])
-        return torch.cat(found[1 : self.size + 1], dim=1)
+            polynomials.append(2 * lengths * polynomials[-1] - polynomials[-2])
+        return torch.cat(polynomials[1 : self.size + 1], dim=1)
 
 
 def envelope(ratio: Tensor, power: float) -> Tensor:

@@ -351,5 +351,5 @@ def radial_weights(network: nn.Module, step: Step) -> Tensor | SplinedWeights:
     if step.splined is not None and network in step.splined:
         return step.splined[network]
     options = {"twice": step.phase.twice} if isinstance(network, RadialNetwork) else {}
-    found = network(step.radial, **options)
-    return found if step.cutoff is None else found * step.cutoff
+    weights = network(step.radial, **options)
+    return weights if step.cutoff is None else weights * step.cutoff

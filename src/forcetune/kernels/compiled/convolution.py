@@ -214,8 +214,8 @@ def _pull(
     threads.run(calls)
     total = sums[0] if count == 1 else sums.sum(0)
     parts = total.split(sizes)
-    found = [part.view(x.shape) for part, x, want in zip(parts, features, wanted[2:], strict=True) if want]
-    return [value for value in (to_radial, to_angular) if value is not None] + found
+    to_features = [part.view(x.shape) for part, x, want in zip(parts, features, wanted[2:], strict=True) if want]
+    return [value for value in (to_radial, to_angular) if value is not None] + to_features
 
 
 def _gather_meta(paths: list[int], starts: Tensor, edges: Tensor, radial: Tensor, *others: Any) -> list[Tensor]:

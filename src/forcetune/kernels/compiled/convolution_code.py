@@ -302,12 +302,14 @@ class _Pull(_Form):
         receiver = w.value(f"select i1 {back}, i64 {j}, i64 {i}")
         sender = w.value(f"select i1 {back}, i64 {i}, i64 {j}")
         place = w.times(sender, size)
-        found = {slot: w.offset(here[slot], place) for slot in (Slot.FEATURES, Slot.MOVED_FEATURES, Slot.TO_FEATURES)}
-        found[Slot.OUTER] = w.offset(here[Slot.OUTER], w.times(receiver, self.outer_stride))
+        addresses = {
+            slot: w.offset(here[slot], place) for slot in (Slot.FEATURES, Slot.MOVED_FEATURES, Slot.TO_FEATURES)
+        }
+        addresses[Slot.OUTER] = w.offset(here[Slot.OUTER], w.times(receiver, self.outer_stride))
         if not self.shape.odd:
-            return found, None
+            return addresses, None
         real = w.target.real
-        return found, w.spread(w.value(f"select i1 {back}, {real} -1.0, {real} 1.0"))
+        return addresses, w.spread(w.value(f"select i1 {back}, {real} -1.0, {real} 1.0"))
 
     def _write_radial(self, values_from: Callable[[str, int], list[str]], scratch: str) -> None:
         """R of all channels of a pair, or its direction, from what gives so many vectors from a channel on."""
@@ -380,11 +382,11 @@ class _Pull(_Form):
     def _pulled(self, table: str, g: list[list[str]], m: int) -> list[str]:
         """Σ_k T[m, k] g[k]."""
         w, dim_out = self.w, self.shape.dim_out
-        found: list[str | None] = [None] * len(g[0])
+        sums: list[str | None] = [None] * len(g[0])
         for k, row in enumerate(g):
             factor = w.load_spread(table, m * dim_out + k)
-            found = [w.multiply_add(factor, v, before) for v, before in zip(row, found, strict=True)]
-        return [value for value in found if value is not None]
+            sums = [w.multiply_add(factor, v, before) for v, before in zip(row, sums, strict=True)]
+        return [value for value in sums if value is not None]
 
     def _add_at(self, pointer: str, factors: Sequence[tuple[list[str] | None, Sequence[str]]], count: int) -> None:
         w = self.w

@@ -289,9 +289,9 @@ def _pull_meta(
     shape: Sequence[int], h: Tensor, weights: list[Tensor], y: Any, kept: Any, g: Any, wanted: Sequence[bool]
 ) -> list[Tensor]:
     layout = layout_for(tuple(shape), h.dtype)
-    found = [h] * wanted[0] + weights * wanted[1]
-    found += [block for block, is_gain in zip(y, layout.gains, strict=True) if is_gain]
-    return [torch.empty_like(tensor) for tensor in found]
+    pulled = [h] * wanted[0] + weights * wanted[1]
+    pulled += [block for block, is_gain in zip(y, layout.gains, strict=True) if is_gain]
+    return [torch.empty_like(tensor) for tensor in pulled]
 
 
 def _moved_meta(
@@ -430,12 +430,12 @@ class _Gate(torch.autograd.Function):
         wanted = (will_go_on(edges[:1]), will_go_on(edges[1 : 1 + n_weights]))
         kept, h, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _Pull.apply(gate, wanted, kept, h, *tensors, *grads)
+            gradients = _Pull.apply(gate, wanted, kept, h, *tensors, *grads)
         else:
             weights, y = _parts(gate, tensors)
             flags = _pulled_flags(gate, wanted, n_weights)
-            found = spread_out(pull(gate.flat, h, weights, y, kept, grads, wanted), flags)
-        result: list[Tensor | None] = [None, *found]  # pyright: ignore[reportGeneralTypeIssues]
+            gradients = spread_out(pull(gate.flat, h, weights, y, kept, grads, wanted), flags)
+        result: list[Tensor | None] = [None, *gradients]  # pyright: ignore[reportGeneralTypeIssues]
         for number, (is_gain, _, _) in enumerate(gate.shape.blocks):
             if not is_gain:
                 result[2 + n_weights + number] = grads[number]
@@ -467,8 +467,8 @@ class _Pull(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         g = tensors[-gate.n_blocks :]
         weights, y = _parts(gate, tensors[: -gate.n_blocks])
-        found = pull(gate.flat, h, weights, y, kept, g, wanted)
-        return tuple(spread_out(found, _pulled_flags(gate, wanted, len(weights))))
+        gradients = pull(gate.flat, h, weights, y, kept, g, wanted)
+        return tuple(spread_out(gradients, _pulled_flags(gate, wanted, len(weights))))
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -491,12 +491,12 @@ class _Pull(torch.autograd.Function):
             if is_gain
         ]
         wanted = [needs[0], any(needs[1 : 1 + len(weights)])]
-        found = _call(
+        gradients = _call(
             "gate_moved",
             *(gate.flat, h, _contiguous(weights), _contiguous(y), kept, _contiguous(g), moved_h, moved_y, wanted),
         )
-        rest = spread_out(found[n:], [wanted[0], *[wanted[1]] * len(weights), *gains])
-        return (None, None, None, *rest, *found[:n])
+        rest = spread_out(gradients[n:], [wanted[0], *[wanted[1]] * len(weights), *gains])
+        return (None, None, None, *rest, *gradients[:n])
 
 
 def _by_reference(

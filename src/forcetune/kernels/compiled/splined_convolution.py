@@ -143,9 +143,9 @@ def _pull(
         calls.append((run, own.whole.ctypes.data, n_pairs * number // count, n_pairs * (number + 1) // count))
     threads.run(calls)
     total = sums[0] if count == 1 else sums.sum(0)
-    found = [p.view(x.shape) for p, x, want in zip(total.split(sizes), features, wanted[2:], strict=True) if want]
+    to_features = [p.view(x.shape) for p, x, want in zip(total.split(sizes), features, wanted[2:], strict=True) if want]
     by_length = None if to_lengths is None else to_lengths.sum(0).unsqueeze(1)
-    return [value for value in (by_length, to_angular) if value is not None] + found
+    return [value for value in (by_length, to_angular) if value is not None] + to_features
 
 
 def _gather_meta(paths: list[int], starts: Tensor, *others: Any) -> list[Tensor]:
@@ -216,12 +216,12 @@ class _Setting:
         if not any(wanted):
             return [None] * len(wanted)
         plan, radial = self.plan, self.radial
-        found = torch.ops.forcetune.splined_convolution_pull(
+        gradients = torch.ops.forcetune.splined_convolution_pull(
             *(self.paths, plan.directions, plan.sender, plan.receiver, list(outer)),
             *(radial.table, radial.places, radial.weights, radial.slopes, angular, list(features)),
             *(list(moved), list(present), list(wanted)),
         )
-        return spread_out(found, wanted)
+        return spread_out(gradients, wanted)
 
 
 def convolve(
