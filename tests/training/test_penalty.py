@@ -374,7 +374,7 @@ def test_a_run_with_a_penalty_moves_less_and_says_what_it_cost(tmp_path: Path, c
     start = ("fit", frames, "--model", model, "--out", tmp_path / "run", "--valid", "4", "--epochs", "1")
     for setting, message in (
         ("training.penalty.l2sp=-1", "training.penalty.l2sp"),
-        ("training.penalty.data=[a.xyz]", "penalty.data names frames for ewc and gates"),
+        ("training.penalty.data=[a.xyz]", "data names frames for ewc and gates"),
         ("training.penalty.gates=1", "method elora has no gates"),
     ):
         code, _, err = command(*start, "--method", "elora", "--set", setting)

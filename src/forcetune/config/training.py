@@ -121,7 +121,7 @@ class PenaltyConfig(Section):
     @model_validator(mode="after")
     def _data_has_a_use(self) -> PenaltyConfig:
         if self.data and not self.needs_frames:
-            raise ValueError("penalty.data names frames for ewc and gates; set one of them, or leave data out")
+            raise ValueError("data names frames for ewc and gates; set one of them, or leave data out")
         return self
 
     @property

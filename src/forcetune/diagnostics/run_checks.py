@@ -94,6 +94,6 @@ def _report(findings: Sequence[Finding], *, quiet: bool = False) -> list[Finding
         messages = " ".join(f"{finding} [{finding.code}]" for finding in errors)
         raise InputError(
             f"{messages} If you know better, `--set data.doctor=off` trains on these data as they are; `forcetune "
-            "doctor` tells more."
+            "doctor` shows the details."
         )
     return list(ordered)

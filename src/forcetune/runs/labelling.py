@@ -258,7 +258,8 @@ def compare_label(frame: Frame, label: Mapping[str, Any], labeller: str) -> None
     """
     differences = []
     if frame.forces is not None:
-        forces = float(np.sqrt(np.mean((label["forces"] - frame.forces) ** 2)))
+        # atoms without a label have NaN
+        forces = float(np.sqrt(np.nanmean((label["forces"] - frame.forces) ** 2)))
         if forces > NEAR_FORCES:
             differences.append(f"forces by {1000 * forces:.3g} meV/Å")
     if frame.energy is not None:
