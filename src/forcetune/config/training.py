@@ -24,6 +24,17 @@ class LossConfig(Section):
         "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
     )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
+    hessian: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the Hessian term, which takes force predictions for displaced copies of the frames that "
+        "have such a label; 0 leaves these labels out.",
+    )
+    hessian_directions: int = Field(
+        default=4,
+        ge=1,
+        description="Random directions in which each frame's Hessian is compared in a step, two predictions each.",
+    )
     form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
     huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
     energy_per_atom: bool = Field(

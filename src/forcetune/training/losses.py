@@ -74,6 +74,15 @@ def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
     return [weights.sum() for weights in by_label]
 
 
+def pointwise_loss(config: LossConfig, errors: Tensor) -> Tensor:
+    """What each error costs by the form of the loss: its square, its size, or Huber's function of it."""
+    if config.form == "mse":
+        return errors.square()
+    if config.form == "mae":
+        return errors.abs()
+    return functional.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=config.huber_delta)
+
+
 def _weights(label: Tensor, weight: Tensor) -> Tensor:
     """Of every entry: that of its row where there is a label."""
     return weight.view(-1, *[1] * (label.ndim - 1)) * ~torch.isnan(label)
@@ -121,12 +130,7 @@ def _sums(
     """Sum of the errors of entries that have a label, by both weights of their row, and the sum of the former."""
     missing = torch.isnan(label)
     values = torch.where(missing, 0.0, predicted - label).double()
-    if config.form == "mse":
-        values = values.square()
-    elif config.form == "mae":
-        values = values.abs()
-    else:
-        values = functional.huber_loss(values, torch.zeros_like(values), reduction="none", delta=config.huber_delta)
+    values = pointwise_loss(config, values)
     weights = _weights(label, weight)
     factors = file_weight.view(-1, *[1] * (label.ndim - 1))
     return (weights * factors * values).sum(), weights.sum()
