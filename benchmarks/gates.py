@@ -1,6 +1,6 @@
 """What MMEA's gates cost: predictions and training steps of ``mini`` with and without them, in turn, in one process.
 
-    python benchmarks/gates.py [--atoms 21,50,100,200] [--turns 60] [--json FILE]
+    python benchmarks/gates.py [--atoms 21,50,100,200] [--turns 60] [--predictions] [--json FILE]
 
 A prediction is energies and forces of one structure, the adapter's weight updates folded into the weights as for any
 prediction; beside it stands the base without an adapter. A training step is energies and forces with their graph, a
@@ -9,7 +9,8 @@ trained (``full``), which is the base's own step. Molecules are shaken grids of 
 boxes of organic density above.
 
 Time is the processor's, of one thread, so that other programs hardly matter. Each turn runs every case some times; the
-cost is the median of the quotients turn by turn.
+cost is the median of the quotients turn by turn. ``--predictions`` leaves out training steps; a second copy of the base
+then takes part in the turns, and its cost beside the first says how far to believe the others.
 """
 
 from __future__ import annotations
@@ -114,6 +115,19 @@ def cost(times: dict[str, list[float]], name: str, reference: str) -> float:
     return statistics.median(one / other for one, other in zip(times[name], times[reference], strict=True)) - 1
 
 
+def compare_predictions(atoms: int, turns: int) -> dict[str, Any]:
+    """Milliseconds and costs for one size, beside those of a second copy of the base."""
+    models = {"base": tuned(None), "base again": tuned(None), "mmea": prediction(tuned(method("mmea")))}
+    batch = collate(build_graphs(models["base"], [build_frame(structure(atoms))])).to(dtype=models["base"].dtype)
+    times = measure({name: lambda model=model: model.predict(batch) for name, model in models.items()}, turns)
+    return {
+        "atoms": atoms,
+        "prediction_ms": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "prediction_cost": cost(times, "mmea", "base"),
+        "base_again_cost": cost(times, "base again", "base"),
+    }
+
+
 def compare(atoms: int, turns: int) -> dict[str, Any]:
     """Milliseconds and costs for one size."""
     base, gated = tuned(None), prediction(tuned(method("mmea")))
@@ -150,15 +164,33 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def show_predictions(rows: Sequence[dict[str, Any]]) -> None:
+    print("| atoms | prediction, ms | with gates | cost | base again |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        times = row["prediction_ms"]
+        print(
+            f"| {row['atoms']} | {times['base']:.2f} | {times['mmea']:.2f} | {row['prediction_cost']:+.1%} "
+            f"| {row['base_again_cost']:+.1%} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="what gates cost")
     parser.add_argument("--atoms", default="21,50,100,200")
     parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--predictions", action="store_true", help="no training steps")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [compare(int(count), arguments.turns) for count in arguments.atoms.split(",")]
-    show(rows)
+    sizes = [int(count) for count in arguments.atoms.split(",")]
+    if arguments.predictions:
+        rows = [compare_predictions(atoms, arguments.turns) for atoms in sizes]
+        show_predictions(rows)
+    else:
+        rows = [compare(atoms, arguments.turns) for atoms in sizes]
+        show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

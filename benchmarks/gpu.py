@@ -158,6 +158,16 @@ def results(model: NetworkBackbone, batch: Batch) -> dict[str, list[torch.Tensor
     return {name: [value.detach().cpu() for value in values] for name, values in parts.items()}
 
 
+def with_random_adapter(model: Any, name: str) -> Any:
+    """A model with an adapter whose factors are not zero, so that every gradient counts."""
+    adapter = attach(model, method(name))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
 def difference(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> float:
     """Largest difference, relative to the largest value."""
     largest = max(float(value.abs().max()) for value in one if value.numel())
@@ -173,12 +183,7 @@ def parity(bench: Bench) -> Rows:
         for name in names:
 
             def measure(make: Callable[[], Any] = make, name: str = name) -> dict[str, Any]:
-                model = make()
-                adapter = attach(model, method(name))
-                generator = torch.Generator().manual_seed(0)
-                with torch.no_grad():
-                    for parameter in adapter.parameters():
-                        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter))
+                model = with_random_adapter(make(), name)
                 batch = batch_of(model, structures, torch.float64)
                 on_cpu = results(model, batch)
                 model.to(bench.device)
@@ -190,8 +195,7 @@ def parity(bench: Bench) -> Rows:
         for kernels in OTHER_KERNELS:
 
             def by_others(make: Callable[[], Any] = make, kernels: Kernels = kernels) -> dict[str, Any]:
-                model = make()
-                attach(model, method("elora"))
+                model = with_random_adapter(make(), "elora")
                 batch = batch_of(model, structures, torch.float64)
                 on_cpu = results(model, batch)
                 model.to(bench.device)

@@ -59,17 +59,19 @@ def sample(start: Atoms, make: Any, frames: int, temperatures: tuple[float, floa
     Stationary(atoms)
     step = 0.5 * units.fs
     dynamics = Langevin(atoms, step, temperature_K=temperatures[0], friction=0.02 / units.fs, fixcm=False, rng=random)
-    found: list[Atoms] = []
+    labelled: list[Atoms] = []
     for number in range(frames):
         low, high = temperatures
         dynamics.set_temperature(temperature_K=low + (high - low) * number / max(1, frames - 1))
         dynamics.run(EVERY)
         plain = Atoms(atoms.numbers, atoms.positions)
         try:
-            found.append(labelled_atoms(plain, compute_label(plain, make, stress=False, largest_force=50.0), KEYS))
+            label = compute_label(plain, make, stress=False, largest_force=50.0)
         except LabelError as error:
             console.print(f"left out of the frames: {error}")
-    return found
+        else:
+            labelled.append(labelled_atoms(plain, label, KEYS))
+    return labelled
 
 
 def make_frames(folder: Path, arguments: argparse.Namespace, make: Any, seed: int) -> None:

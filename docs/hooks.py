@@ -5,6 +5,7 @@ A line ``<!-- generated: NAME -->`` in a page is replaced by a table.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -99,11 +100,8 @@ def _option_rows(prefix: str, section: type[BaseModel]) -> list[list[str]]:
 
 
 def _default_text(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    """A default as YAML reads it; words need no quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 GENERATED: dict[str, Callable[[], str]] = {
@@ -133,14 +131,22 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in generated tables."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in generated tables; code of tutorials, which is wide, takes the place of the table of contents."""
+    if page.file.src_uri.startswith("tutorials/"):
+        page.meta["hide"] = ["toc"]
     return MARKER.sub(lambda match: GENERATED[match[1]](), markdown)
 
 
+_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):(?=<code>)")
+_INLINE_CODE = re.compile(r"(?<!<pre>)(?<!<span></span>)<code>[^<]*--[^<]*</code>")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other objects as Sphinx does; here the name alone is shown."""
-    return re.sub(r":(?:class|func|meth|mod|data|attr|exc):(?=<code>)", "", html)
+    """Docstrings name other objects as Sphinx does; here the name alone is shown. Options stay in one line."""
+    html = _ROLE.sub("", html)
+    return _INLINE_CODE.sub(lambda code: _OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html)
 
 
 _SHIM = re.compile(r'<script src="https://unpkg\.com/iframe-worker/shim"></script>')

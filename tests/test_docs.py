@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,7 +16,7 @@ import pytest
 
 import forcetune
 from forcetune.backbones.registry import list_models
-from forcetune.config import RunConfig
+from forcetune.config import RunConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -81,6 +83,13 @@ def test_generated_tables_and_search_are_there(site: Path) -> None:
         assert isinstance(section.annotation, type)
         for field in section.annotation.model_fields:
             assert f"<code>{name}.{field}" in options, f"{name}.{field}"
+    # the defaults on the page, read as settings, are those of the configuration
+    cells = re.findall(r"<td><code>([\w.]+)</code></td>\s*<td><code>(.*?)</code></td>", options)
+    assert len(cells) > 100
+    shown = load_config(
+        settings=["data.train=[train.xyz]", *(f"{name}={html.unescape(value)}" for name, value in cells)]
+    )
+    assert shown.model_dump() == load_config(settings=["data.train=[train.xyz]"]).model_dump()
     # offline, the index of the search is a script
     assert "forgetting" in (site / "search" / "search_index.js").read_text(encoding="utf-8").lower()
     assert not list(site.rglob("*.py"))
@@ -120,6 +129,22 @@ def test_notebooks_are_executed_and_small() -> None:
         outputs = [output for cell in cells for output in cell.get("outputs", [])]
         assert any("image/png" in output.get("data", {}) for output in outputs), path
         assert not any(output["output_type"] == "error" for output in outputs), path
+        assert not any(output.get("name") == "stderr" for output in outputs), path
+        for cell in cells:
+            kinds = [output["output_type"] for output in cell.get("outputs", [])]
+            assert not any(pair == ("stream", "stream") for pair in pairwise(kinds)), path
         script = path.with_suffix(".py").read_text(encoding="utf-8")
         for cell in cells:
             assert cell["cell_type"] != "code" or "".join(cell["source"]) in script, path
+
+
+def test_every_tutorial_is_executed_and_listed() -> None:
+    names = {path.stem for path in (DOCS / "tutorials").glob("*.py")} - {"build"}
+    assert names == {path.stem for path in (DOCS / "tutorials").glob("*.ipynb")}
+    listings = [ROOT / "README.md", ROOT / "mkdocs.yml", DOCS / "index.md"]
+    for name in names:
+        page = (DOCS / "tutorials" / f"{name}.md").read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page)
+        assert pictures and all((DOCS / "tutorials" / picture).is_file() for picture in pictures), name
+        for listing in listings:
+            assert f"tutorials/{name}.md" in listing.read_text(encoding="utf-8"), f"{listing.name} lacks {name}"

@@ -54,6 +54,52 @@ def test_files_and_folders_are_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder"]
 
 
+def test_a_file_that_another_program_has_open_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Windows does not replace."""
+    (tmp_path / "file.txt").write_text("old", encoding="utf-8")
+
+    def replace_open_file(path: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "replace", replace_open_file)
+    with pytest.raises(InputError, match=r"file\.txt: cannot be replaced \(The process .*close the programs"):
+        write_text(tmp_path / "file.txt", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text(encoding="utf-8") == "old"
+
+
+def calls(name: str) -> list[tuple[str, set[str | None]]]:
+    """Every call of a function of this name in the package: its place, and the names of its keywords."""
+    places = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == name:
+                places.append((f"{path}, line {node.lineno}", {keyword.arg for keyword in node.keywords}))
+    return places
+
+
+def test_temporary_folders_may_hold_a_file_that_is_still_open() -> None:
+    """Which Windows does not remove."""
+    places = calls("TemporaryDirectory")
+    assert places
+    for place, keywords in places:
+        assert "ignore_cleanup_errors" in keywords, place
+
+
+def test_output_of_programs_is_read_as_utf8() -> None:
+    for place, keywords in calls("run") + calls("Popen"):
+        assert not keywords & {"text", "universal_newlines"} or "encoding" in keywords, place
+
+
+def test_no_symbolic_link_is_made() -> None:
+    """Windows lets administrators make them only, and Optuna locks a journal by one unless it is told otherwise."""
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"symlink_to\(|os\.symlink\(|JournalFileSymlinkLock", text), path
+    for place, keywords in calls("JournalFileBackend"):
+        assert "lock_obj" in keywords, place
+
+
 def test_dates_need_no_extension_of_one_system() -> None:
     for path in SOURCES:
         assert not re.search(r"%[-#][a-zA-Z]", path.read_text(encoding="utf-8")), path

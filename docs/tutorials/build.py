@@ -31,6 +31,15 @@ def execute(name: str) -> None:
             notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": folder}}
         ).execute()
     clean(notebook)
+    write(name, notebook)
+
+
+def write(name: str, notebook: Any) -> None:
+    """Write an executed notebook, and its page with pictures.
+
+    Raises:
+        SystemExit: it is too large.
+    """
     text = nbformat.writes(notebook) + "\n"
     if len(text) > LARGEST:
         raise SystemExit(f"{name}: {len(text)} bytes with pictures; make them smaller")
@@ -58,11 +67,22 @@ def clean(notebook: Any) -> None:
         cell.metadata = {}
         cell["id"] = f"cell-{number}"
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
+            cell.outputs = join_prints([output for output in cell.outputs if not is_progress(output)])
             for output in cell.outputs:
                 output.pop("metadata", None)
                 if output.output_type in ("display_data", "execute_result"):
                     output["metadata"] = {}
+
+
+def join_prints(outputs: list[Any]) -> list[Any]:
+    """What is printed before and after a line of progress is one text on the page."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1]["text"] += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def is_progress(output: Any) -> bool:

@@ -69,6 +69,7 @@ def test_one_option_is_explained(command: Command) -> None:
         "fit": "--rank",
         "compare": "--set method.rank=…",
         "methods": "--rank",
+        "learn": "--rank",
     }
     code, _, err = command("config", "--explain", "training.speed")
     assert code == 2

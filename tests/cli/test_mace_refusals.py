@@ -19,8 +19,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 REFUSALS = [
-    (("--loss", "virials"), "--loss virials", "--loss stress"),
-    (("--loss", "l1l2energyforces"), "--loss l1l2energyforces", "universal"),
     (("--loss", "dipole"), "--loss dipole", "mace_run_train"),
     (("--loss", "forces_only", "--swa"), "--swa", "leave out --swa"),
     (("--model", "PolarMACE"), "--model PolarMACE", "MACE and ScaleShiftMACE"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from forcetune.config import LossConfig, load_config
 from forcetune.errors import InputError
 from forcetune.frames.dataset import read_dataset
 from forcetune.frames.references import average
-from forcetune.graphs.graph import build_graph, collate
+from forcetune.graphs.graph import Batch, build_graph, collate
 from forcetune.training.losses import compute_loss
 from systems import crystal, frames_of, labelled, write_labelled, write_model
 from terminal import Command
@@ -182,8 +181,8 @@ def test_the_replay_command_of_maces_guide(here: Path) -> None:
     assert values(translation, "training.learning_rate", "training.ema", "references.mode") == [1e-4, 0.99999, "model"]
     loss, second = translation.config.training.loss, translation.config.training.second_stage.loss
     # no frame has stress, whose terms mace leaves at zero
-    assert (loss.form, loss.energy, loss.forces, loss.stress, loss.energy_per_atom) == ("huber", 1, 100, 0, True)
-    assert (second.form, second.energy, second.forces, second.stress) == ("huber", 10, 100, 0)
+    assert (loss.form, loss.energy, loss.forces, loss.stress, loss.energy_per_atom) == ("universal", 1, 100, 0, True)
+    assert (second.form, second.energy, second.forces, second.stress) == ("universal", 10, 100, 0)
     assert any("no training frame has stress" in note for note in translation.notes)
 
     # with a file of its own for validation, mace trains on all 60
@@ -289,7 +288,11 @@ def test_yaml_as_mace_takes_it(here: Path) -> None:
     translation = translated("--config", "mace.yaml", "--max_num_epochs", "20", "--clip_grad", "None")
     assert values(translation, "model.model", "training.epochs", "training.ema") == ["mace-off23-medium", 20, None]
     assert translation.config.references.table == {"H": -13.6, "O": -2042.0}
-    assert values(translation, "training.loss.stress", "training.loss.form", "training.clip") == [5.0, "huber", None]
+    assert values(translation, "training.loss.stress", "training.loss.form", "training.clip") == [
+        5.0,
+        "universal",
+        None,
+    ]
     assert values(translation, "training.second_stage.start", "training.second_stage.loss.energy") == [16, 3.0]
     assert values(translation, "training.valid_every", "training.schedule.patience") == [2, 3]
     assert any("--wandb_log_hypers" in note for note in translation.notes)
@@ -347,58 +350,108 @@ def test_the_printed_command_and_yaml_do_the_same(command: Command, here: Path, 
     assert seen == [translation.config]
 
 
+class Reference(dict[str, Any]):
+    """A batch as the losses of mace read it."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("weighted", ()),
-        ("forces_only", ()),
-        ("stress", ()),
-        ("huber", ("--huber_delta", "0.03")),
-        ("universal", ("--huber_delta", "0.03")),
-    ],
+    "name", ["weighted", "forces_only", "stress", "virials", "huber", "universal", "l1l2energyforces"]
 )
-def test_losses_are_those_of_mace(name: str, words: Sequence[str]) -> None:
+def test_losses_are_those_of_mace(name: str, stage: int) -> None:
+    """Some forces are so large that ``universal`` has all of its four regimes."""
     pytest.importorskip("mace")
     from mace.tools.scripts_utils import get_loss_fn
 
-    weights = ("--energy_weight", "2", "--forces_weight", "30", "--stress_weight", "400", *words)
-    arguments = parse_arguments([*LEAST, "--E0s", "average", "--loss", name, *weights])
-    config = translate(arguments).config.training.loss
-    random = np.random.default_rng(0)
-    frames = frames_of(crystal(), crystal(seed=7)[:6])
-    graphs = []
-    for frame in frames:
-        graph = build_graph(frame, 4.0)
-        label = torch.as_tensor(random.normal(size=1))
-        forces = torch.as_tensor(random.normal(size=(len(frame), 3)))
-        graphs.append(
-            replace(graph, energy=label, forces=forces, stress=torch.as_tensor(random.normal(size=(1, 3, 3))))
-        )
-    batch = collate(graphs)
-    scale = 0.05
-    prediction = Prediction(
-        batch.energy + scale * torch.as_tensor(random.normal(size=2)),
-        batch.forces + scale * torch.as_tensor(random.normal(size=tuple(batch.forces.shape))),
-        batch.stress + scale * torch.as_tensor(random.normal(size=(2, 3, 3))),
-    )
-
-    class Reference(dict[str, Any]):
-        __getattr__ = dict.__getitem__
-
+    if (name, stage) == ("forces_only", 2):
+        return  # mace has no such stage
+    words = ["--swa", "--huber_delta", "0.03", "--virials_weight", "5", "--swa_virials_weight", "70"]
+    for prefix, values in (("", ("2", "30", "400")), ("swa_", ("3", "50", "600"))):
+        for quantity, value in zip(("energy", "forces", "stress"), values, strict=True):
+            words += [f"--{prefix}{quantity}_weight", value]
+    if name == "forces_only":
+        words.remove("--swa")
+    arguments = parse_arguments([*LEAST, "--E0s", "average", "--loss", name, *words])
+    training = translate(arguments).config.training
+    config = training.loss if stage == 1 else training.second_stage.loss
+    batch, prediction = labels_and_prediction()
+    volume = torch.linalg.det(batch.cell).abs().view(-1, 1, 1)
     ones = torch.ones(2, dtype=torch.float64)
-    reference = Reference(
-        energy=batch.energy,
-        forces=batch.forces,
-        stress=batch.stress,
-        ptr=torch.tensor([0, len(frames[0]), len(frames[0]) + len(frames[1])]),
-        **dict.fromkeys(("weight", "energy_weight", "forces_weight", "stress_weight"), ones),
-    )
-    theirs = argparse.Namespace(
-        **{key: arguments[key] for key in ("energy_weight", "forces_weight", "stress_weight", "huber_delta")}, loss=name
-    )
+    names = ("weight", "energy_weight", "forces_weight", "stress_weight", "virials_weight")
+    labels = {"energy": batch.energy, "forces": batch.forces, "stress": batch.stress}
+    reference = Reference(labels, virials=-volume * batch.stress, ptr=batch.ptr, **dict.fromkeys(names, ones))
+    assert prediction.stress is not None
     predicted = {"energy": prediction.energy, "forces": prediction.forces, "stress": prediction.stress}
+    predicted["virials"] = -volume * prediction.stress
+    keys = ("energy_weight", "forces_weight", "stress_weight", "virials_weight")
+    prefix = "" if stage == 1 else "swa_"
+    kept = name if stage == 1 or name in ("stress", "virials", "universal") else "weighted"
+    theirs = argparse.Namespace(
+        loss=kept, huber_delta=arguments["huber_delta"], **{key: arguments[f"{prefix}{key}"] for key in keys}
+    )
     expected = get_loss_fn(theirs, False, False)(reference, predicted, ddp=False)
     assert float(compute_loss(config, prediction, batch)) == pytest.approx(float(expected), rel=1e-7)
+
+
+def labels_and_prediction() -> tuple[Batch, Prediction]:
+    """Random labels of two frames, and a prediction near them."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.as_tensor(random.normal(size=shape))
+
+    graphs = []
+    for frame in frames_of(crystal(), crystal(seed=7)[:6]):
+        forces = draw(len(frame), 3)
+        forces[:4] *= torch.tensor([1.0, 150.0, 250.0, 350.0], dtype=torch.float64)[:, None] / forces[:4].norm(
+            dim=1, keepdim=True
+        )
+        graphs.append(replace(build_graph(frame, 4.0), energy=draw(1), forces=forces, stress=draw(1, 3, 3)))
+    batch = collate(graphs)
+    prediction = Prediction(
+        batch.energy + 0.05 * draw(2),
+        batch.forces + 0.05 * draw(*batch.forces.shape),
+        batch.stress + 0.05 * draw(2, 3, 3),
+    )
+    return batch, prediction
+
+
+@pytest.mark.parametrize("name", ["weighted", "stress", "virials", "universal"])
+def test_weights_of_labels_count_as_in_mace(name: str) -> None:
+    pytest.importorskip("mace")
+    from mace.tools.scripts_utils import get_loss_fn
+
+    arguments = parse_arguments([*LEAST, "--E0s", "average", "--loss", name])
+    batch, prediction = labels_and_prediction()
+    energy, forces, stress = torch.tensor([[2.0, 0.5], [1.5, 3.0], [4.0, 0.25]], dtype=torch.float64)
+    batch = replace(batch, file_weights=torch.stack((energy, forces, stress, torch.ones(2)), dim=1))
+    volume = torch.linalg.det(batch.cell).abs().view(-1, 1, 1)
+    assert prediction.stress is not None
+    reference = Reference(
+        energy=batch.energy, forces=batch.forces, stress=batch.stress, virials=-volume * batch.stress, ptr=batch.ptr
+    )
+    reference |= {"weight": torch.ones(2), "energy_weight": energy, "forces_weight": forces}
+    reference |= {"stress_weight": stress, "virials_weight": stress}
+    predicted = {"energy": prediction.energy, "forces": prediction.forces, "stress": prediction.stress}
+    predicted["virials"] = -volume * prediction.stress
+    keys = ("energy_weight", "forces_weight", "stress_weight", "virials_weight", "huber_delta")
+    theirs = argparse.Namespace(loss=name, **{key: arguments[key] for key in keys})
+    expected = get_loss_fn(theirs, False, False)(reference, predicted, ddp=False)
+    loss = translate(arguments).config.training.loss
+    assert float(compute_loss(loss, prediction, batch)) == pytest.approx(float(expected), rel=1e-7)
+
+
+def test_a_key_of_virials(here: Path) -> None:
+    translation = translated(*LEAST, "--loss", "virials", "--virials_key", "my_virial", "--virials_weight", "3")
+    assert values(translation, "data.stress_key", "training.loss.stress") == ["my_virial", 3.0]
+    assert translation.config.training.loss.stress_per_atom
+    with pytest.raises(InputError, match="--virials_key 'w': virials are recognised by `virial`"):
+        translated(*LEAST, "--loss", "virials", "--virials_key", "w")
+    translation = translated(*LEAST, "--virials_key", "my_virial")
+    assert translation.config.data.stress_key == "auto"
+    assert "--virials_key: ignored without --loss virials, as in mace" in translation.notes
 
 
 def test_reference_energies(here: Path) -> None:

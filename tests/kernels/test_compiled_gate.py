@@ -13,7 +13,7 @@ from torch.nn import functional
 from forcetune.kernels.compiled import choice, threads
 from forcetune.kernels.compiled.gate import Gate, GateShape, apply_gate
 from forcetune.kernels.compiled.gated_layer import FixedLayer
-from forcetune.kernels.gain import gain_and_slope
+from forcetune.kernels.gain import LARGEST_EXPONENT, GainKind, gain_and_slope
 
 pytestmark = pytest.mark.skipif(choice.missing_reason() is not None, reason="there are no compiled kernels")
 
@@ -159,17 +159,22 @@ def test_forces_do_not_wait_for_gradients_by_weights(monkeypatch: pytest.MonkeyP
     assert all(weight.grad is not None for weight in inputs.weights)
 
 
+@pytest.mark.parametrize("gain, bias", [("exp", 0), ("exp", LARGEST_EXPONENT), ("linear", 0)])
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_whole_layer(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two outputs of one input, an input that no output has, and an output that the gate leaves alone."""
+def test_a_whole_layer(count: int, gain: GainKind, bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two outputs of one input, an input that no output has, and an output that the gate leaves alone.
+
+    A large bias lets some exponentials go on as their tangent.
+    """
     monkeypatch.setattr(threads, "thread_count", lambda _: count)
-    shape = GateShape(True, "exp", 5, 9, ((False, 1, 6), (True, 3, 11)))
+    shape = GateShape(True, gain, 5, 9, ((False, 1, 6), (True, 3, 11)))
     generator = torch.Generator().manual_seed(4)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64) / math.sqrt(size[-1])
 
     weights = [random(5, 9), random(5), random(6, 5), random(6), random(11, 5), random(11)]
+    weights[5] += bias
     matrices = [random(9, 6), random(7, 11), random(7, 33)]
     blocks = [(1, 2, 1), (0, 0, 3), (0, 1, 3)]
     layer = FixedLayer(shape, weights, matrices, blocks, [2, 0], 1)
@@ -177,14 +182,18 @@ def test_a_whole_layer(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [random(37, 3, 7).requires_grad_(), random(37, 1, 9).requires_grad_(), random(37, 5, 2)]
     outputs, kept = layer.value([x.detach() for x in inputs])
     hidden = functional.silu(functional.linear(inputs[1][:, 0], weights[0], weights[1]))
+    change = functional.linear(hidden, weights[4], weights[5])
+    beyond = int((change > LARGEST_EXPONENT).sum())
+    assert 0 < beyond < change.numel() if bias else beyond == 0
+    gains, _ = gain_and_slope(gain, change)
     expected = [
-        inputs[0] @ matrices[1] * functional.linear(hidden, weights[4], weights[5]).exp().unsqueeze(1),
+        inputs[0] @ matrices[1] * gains.unsqueeze(1),
         inputs[0] @ matrices[2],
         inputs[1] @ matrices[0] + functional.linear(hidden, weights[2], weights[3]).unsqueeze(1),
     ]
     assert_same(outputs, expected, 1e-13)
     grads = [random(*out.shape) for out in expected]
-    found = layer.pull([x.detach() for x in inputs], grads, kept)
+    found = layer.pull([x.detach() for x in inputs], outputs, grads, kept)
     assert found[2] is None
     assert found[0] is not None and found[1] is not None
     assert_same(found[:2], torch.autograd.grad(expected, inputs[:2], grads), 1e-13)  # pyright: ignore[reportArgumentType]

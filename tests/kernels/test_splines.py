@@ -149,7 +149,58 @@ def _listed(plan: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 
 @compiled_only
-def test_a_second_derivative_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["cluster", "crystal", "one way", "no edges"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_second_derivatives_are_those_of_its_weights(
+    name: str, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all gradients along any directions, by what the results are multiplied with, and by the features."""
+    monkeypatch.setattr(threads, "thread_count", lambda _: count)
+    plan, _ = plan_for(name)
+    _, angular, features = ([x.detach().to(dtype).requires_grad_() for x in part] for part in _listed(plan))
+    joined = torch.cat(angular, dim=1).detach().requires_grad_()
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=dtype)
+
+    rows, n = 30, plan.n_pairs
+    parts = [random(rows, c) for c in PATHS.channels]
+    lengths = random(n, 1).requires_grad_()
+    places = torch.randint(0, rows - DEGREE, (n,), generator=generator)
+    weights, slopes = random(n, DEGREE + 1), random(n, DEGREE + 1)
+    chosen = torch.cat(parts, dim=1)[places.unsqueeze(1) + torch.arange(DEGREE + 1)]
+    radial = torch.einsum("er,erc->ec", weights + slopes * (lengths - lengths.detach()), chosen)
+    splined = SplinedWeights(lengths, torch.cat([part.flatten() for part in parts]), places, weights, slopes)
+    geometry, phase = [lengths, joined, *features], Phase()
+    outputs = [
+        splined_convolution.convolve(PATHS, plan, splined, joined, features, phase=phase),
+        convolution.convolve(PATHS, plan, radial, joined, features),
+    ]
+    factors = [random(*out.shape).requires_grad_() for out in outputs[0]]
+    directions = [random(*x.shape) for x in geometry]
+    slopes_of = [
+        torch.autograd.grad(out, geometry, factors, create_graph=True, materialize_grads=True) for out in outputs
+    ]
+    phase.forces_are_done()
+    for chosen_directions in ([0], [1], [2], range(len(geometry))):
+        found, expected = (
+            torch.autograd.grad(
+                torch.stack([(along[i] * directions[i]).sum() for i in chosen_directions]).sum(),
+                [*factors, *features],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+            for along in slopes_of
+        )
+        for one, other in zip(found, expected, strict=True):
+            scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+            assert torch.allclose(one, other, rtol=0, atol=scale * (1e-12 if dtype == torch.float64 else 2e-5))
+
+
+@compiled_only
+def test_a_second_derivative_by_the_distances_is_an_error() -> None:
     plan, _ = plan_for("cluster")
     _, angular, features = tensors(plan)
     n = plan.n_pairs
@@ -159,7 +210,7 @@ def test_a_second_derivative_is_an_error() -> None:
     splined = SplinedWeights(lengths, table, torch.zeros(n, dtype=torch.int64), ones, ones)
     out = splined_convolution.convolve(PATHS, plan, splined, torch.cat(angular, dim=1), features)
     (slope,) = torch.autograd.grad(out[0].square().sum(), lengths, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivatives by the distances"):
         slope.sum().backward()
 
 
@@ -277,9 +328,83 @@ def test_what_trains_is_not_splined() -> None:
     attach(model, method("elora"))
     model.predict(batch_of(model, cluster()))
     assert model.model._splines._cache is None
+    # forces of positions that are differentiated outside have second derivatives by them
     frozen(model := backbone())
-    model.predict(batch_of(model, cluster()), create_graph=True)
+    batch = batch_of(model, cluster())
+    batch.positions.requires_grad_()
+    model.predict(batch)
     assert model.model._splines._cache is None
+
+
+def gradients_of_a_step(model: Any, batch: Batch) -> list[Tensor]:
+    """Of a loss of energies, forces and stress, by all that trains."""
+    prediction = model.predict(batch, stress=True, create_graph=True)
+    loss = prediction.energy.square().sum() + 10 * prediction.forces.square().sum()
+    loss = loss + 10 * prediction.stress.square().sum()
+    trained = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(loss, trained))
+
+
+def same_steps(model: Any, batch: Batch) -> bool:
+    """Whether splines computed a step; asserts that every gradient is the same with them and without."""
+    tolerance = 1e-10 if model.dtype == torch.float64 else 1e-3
+    choose_kernels(model.model, "torch")
+    expected = gradients_of_a_step(model, batch)
+    choose_kernels(model.model, "compiled")
+    model.model._splines._cache = None
+    found = gradients_of_a_step(model, batch)
+    largest = max(float(gradient.abs().max()) for gradient in expected)
+    assert largest > 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=tolerance * largest)
+    cached = model.model._splines._cache
+    return cached is not None and cached.tables is not None
+
+
+@compiled_only
+@pytest.mark.parametrize("chosen", ["mmea-pure", "readout"])
+@pytest.mark.parametrize("name", list(MACE))
+def test_steps_of_mace_with_splines(name: str, chosen: str) -> None:
+    model = frozen(backbone(**MACE[name]))
+    attach(model, method(chosen))
+    assert same_steps(model, batch_of(model, cluster(), cluster()[:1], crystal()))
+
+
+@compiled_only
+def test_steps_of_sevennet_with_splines() -> None:
+    recipe = next(iter(sevennet_models.RECIPES.values()))
+    model = frozen(sevennet_models.backbone_of(recipe))
+    assert model.model.architecture.radial_activation == "silu"
+    attach(model, method("readout"))
+    assert same_steps(model, batch_of(model, *sevennet_models.structures(recipe.symbols)))
+
+
+@compiled_only
+def test_steps_of_nequip_with_splines() -> None:
+    model = frozen(nequip_models.backbone_of(next(iter(nequip_models.RECIPES.values()))))
+    attach(model, method("readout"))
+    chosen = [z for z in (1, 6, 7, 8) if z in model.elements]
+    assert same_steps(model, batch_of(model, cluster(chosen), cluster(chosen)[:1], crystal(chosen)))
+
+
+@compiled_only
+def test_gradients_of_steps_are_those_of_finite_differences() -> None:
+    model = frozen(backbone())
+    model.model.products[0].linear.requires_grad_(True)
+    (weight,) = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
+    batch = batch_of(model, crystal())
+    (gradient,) = gradients_of_a_step(model, batch)
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    losses, step = [], 1e-5
+    for sign in (-1, 1):
+        with torch.no_grad():
+            weight += sign * step * direction
+            prediction = model.predict(batch, stress=True).detached()
+            weight -= sign * step * direction
+        terms = (prediction.energy.square(), 10 * prediction.forces.square(), 10 * prediction.stress.square())
+        losses.append(float(sum(term.sum() for term in terms)))  # pyright: ignore[reportArgumentType]
+    slope = (losses[1] - losses[0]) / (2 * step)
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-6)
 
 
 @compiled_only

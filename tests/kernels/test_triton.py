@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 import forcetune
@@ -43,8 +43,9 @@ from forcetune.kernels.tensors import TensorSource
 from forcetune.kernels.triton import contraction, convolution, convolution_code
 from forcetune.kernels.triton.convolution_code import Flags, Shape
 from forcetune.kernels.triton.library import kernel_from
+from oracle_install import UnavailableError, install_beside
 from sevennet_models import RECIPES, backbone_of
-from sevennet_oracle import UnavailableError, skip_or_raise
+from sevennet_oracle import skip_or_raise
 from systems import backbone, cluster, frames_of, perturb
 
 VERSION = "triton==3.9.0"
@@ -53,6 +54,21 @@ ROOT = Path(__file__).parents[1]
 
 absent = importlib.util.find_spec("triton") is None
 interprets = not absent and os.environ.get("TRITON_INTERPRET") == "1"
+USUAL = {
+    "test_convolutions_equal_the_operations": 4,
+    "test_channels_in_several_blocks_and_ghosts_behind_the_atoms": 1,
+    "test_contractions_equal_the_operations": 3,
+    "test_models_are_the_same": 2,
+    "test_training_steps_by_tritons_kernels_stay_on_the_device": 2,
+}
+"""Tests that the interpreter runs always, and how many cases of them."""
+SLOW = {
+    "test_channels_in_several_blocks_and_ghosts_behind_the_atoms": 1,
+    "test_models_are_the_same": 4,
+    "test_a_padded_batch_in_float32": 1,
+}
+COMPILED = {"test_kernels_compile_for_gpus": 4, "test_contractions_compile_for_gpus": 3}
+
 by_interpreter = pytest.mark.skipif(not interprets, reason="a process of its own runs this test by the interpreter")
 by_compiler = pytest.mark.skipif(absent or interprets, reason="a process of its own runs this test by the compiler")
 
@@ -69,21 +85,23 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
     if sys.platform != "linux" or not (named or os.environ.get("CI")):
         pytest.skip(f"Triton is not installed (a gigabyte; {FOLDER_VARIABLE} names a folder to install it into)")
     folder = Path(named) if named else tmp_path if cache is None else Path(cache.mkdir("triton"))
-    target = folder / VERSION.replace("==", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "install.lock"):
-        if not (target / "triton").is_dir():
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            done = subprocess.run([*command, "--target", str(target), VERSION], capture_output=True, text=True)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise UnavailableError(f"Triton cannot be installed here: {last}")
+    target = install_beside(folder, VERSION.replace("==", "-"), [VERSION], "triton", title="Triton")
     return [str(target)]
 
 
 @pytest.mark.skipif(interprets, reason="this is that process")
-@pytest.mark.parametrize("way", ["interpreter", "compiler"])
-def test_in_a_process_of_its_own(way: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "way, selection, expected",
+    [
+        ("interpreter", "not slow", USUAL),
+        pytest.param("interpreter", "slow", SLOW, marks=pytest.mark.slow),
+        pytest.param("compiler", "slow", COMPILED, marks=pytest.mark.slow),
+    ],
+)
+def test_in_a_process_of_its_own(
+    way: str, selection: str, expected: dict[str, int], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The usual tests are run by the interpreter; slow ones, too, and by the compiler, with ``-m slow``."""
     if os.environ.get("FORCETUNE_TRITON_PROCESS"):
         pytest.skip("this is that process")
     try:
@@ -96,7 +114,8 @@ def test_in_a_process_of_its_own(way: str, request: pytest.FixtureRequest, tmp_p
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist", __file__),
+            *(sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", selection),
+            __file__,
             f"{ROOT}/training/test_devices.py::test_training_steps_by_tritons_kernels_stay_on_the_device",
         ],
         cwd=ROOT.parent,
@@ -111,8 +130,8 @@ def test_in_a_process_of_its_own(way: str, request: pytest.FixtureRequest, tmp_p
         text=True,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-1000:]
-    least, name = (14, "test_models_are_the_same") if way == "interpreter" else (7, "test_kernels_compile_for_gpus")
-    assert done.stdout.count("PASSED") >= least and f"::{name}" in done.stdout
+    passed = re.findall(r"^PASSED \S+::(\w+)", done.stdout, re.MULTILINE)
+    assert {name: passed.count(name) for name in expected} == expected
 
 
 @pytest.mark.skipif(interprets, reason="Triton's interpreter computes on a CPU")
@@ -154,7 +173,7 @@ def test_convolutions_equal_the_operations(name: str, paired: bool) -> None:
 
 
 @by_interpreter
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_channels_in_several_blocks_and_ghosts_behind_the_atoms(dtype: torch.dtype) -> None:
     """Of 70 channels a warp treats 64 at once in float64; a sender that receives nothing stands behind the atoms."""
     inputs, harmonics = "70x0e+3x1o", "1x0e+1x1o"
@@ -249,11 +268,11 @@ def assert_same(values: list[Tensor], expected: list[Tensor], tolerance: float) 
     "name, adapter",
     [
         ("MACE", "mmea"),
-        ("MACE", "elora"),
-        ("MACE", "full"),
-        ("SevenNet", "mmea"),
+        pytest.param("MACE", "elora", marks=pytest.mark.slow),
+        pytest.param("MACE", "full", marks=pytest.mark.slow),
+        pytest.param("SevenNet", "mmea", marks=pytest.mark.slow),
         ("SevenNet", "elora"),
-        ("SevenNet", "full"),
+        pytest.param("SevenNet", "full", marks=pytest.mark.slow),
     ],
 )
 def test_models_are_the_same(name: str, adapter: str) -> None:
@@ -267,6 +286,7 @@ def test_models_are_the_same(name: str, adapter: str) -> None:
     assert_same(results(model, batch), expected, 1e-10)
 
 
+@pytest.mark.slow
 @by_interpreter
 def test_a_padded_batch_in_float32() -> None:
     model = small("MACE", torch.float32)
@@ -309,6 +329,7 @@ def compile_for(kernel: Any, constants: dict[str, Any], kind: str, capability: i
     return len(compiled.asm["cubin"])
 
 
+@pytest.mark.slow
 @by_compiler
 @pytest.mark.parametrize("name", ["gather", "collect", "to_radial", "to_angular"])
 def test_kernels_compile_for_gpus(name: str) -> None:
@@ -328,6 +349,7 @@ def test_kernels_compile_for_gpus(name: str) -> None:
     assert sum(member.path.dim_out for member in members) <= convolution_code.MOST_SUMS
 
 
+@pytest.mark.slow
 @by_compiler
 @pytest.mark.parametrize("name", ["value", "to_features", "to_coefficients"])
 def test_contractions_compile_for_gpus(name: str) -> None:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import forcetune
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.config import load_config
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.reports.comparison import read_comparison
 from forcetune.runs import compare as comparison
+from forcetune.utils.option_defaults import is_given, set_value
 from forcetune.utils.processes import WorkerDiedError
 from systems import write_labelled, write_model
 from terminal import Command
@@ -124,6 +128,61 @@ def test_methods_and_seeds_side_by_side(tmp_path: Path, command: Command) -> Non
     assert (out / "elora-1" / "results.json").stat().st_mtime_ns > before
 
 
+def test_runs_that_join_earlier_ones_have_their_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stored runs are as those of a version with other defaults."""
+    config = forcetune.load_config(
+        given={
+            "data": {"train": [str(write_labelled(tmp_path / "a.xyz", 8))], "valid": 4},
+            "model": {"model": str(write_model(tmp_path / "m.model"))},
+            "training": {"epochs": 1},
+            "output": {"run": str(tmp_path / "compared"), "forgetting": False},
+        }
+    )
+    monkeypatch.setattr(MaceBackbone, "learning_rates", {"readout": 0.007})
+    forcetune.compare(config, ["readout"])
+    change_defaults(tmp_path / "compared" / "readout-1", {"training.loss.stress": 0.0})
+    monkeypatch.setattr(MaceBackbone, "learning_rates", {"readout": 0.001, "gain": 0.002})
+    capsys.readouterr()
+    run = forcetune.compare(config, ["readout", "gain"], seeds=2)
+    out = capsys.readouterr().err
+    assert "1 of 4 runs are finished already" in out
+    assert "as in the runs that are there: training.learning_rate=0.007 (readout), training.loss.stress=0" in out
+    assert [row.learning_rate for row in run.comparison.methods] == [0.007, 0.002]
+    for name in ("readout-2", "gain-1", "gain-2"):
+        stored = load_config(tmp_path / "compared" / name / "config.yaml")
+        assert stored.training.loss.stress == 0.0
+        assert not is_given(stored, "training.loss.stress") and not is_given(stored, "training.learning_rate")
+    # the same command finds everything done
+    forcetune.compare(config, ["readout", "gain"], seeds=2)
+    assert "4 of 4 runs are finished already" in capsys.readouterr().err
+
+    change_defaults(tmp_path / "compared" / "gain-2", {"training.learning_rate": 0.005})
+    before = (tmp_path / "compared" / "comparison.json").read_bytes()
+    with pytest.raises(InputError, match=r"gain-2 has training.learning_rate 0.005 and gain-1 0.002, .* --set"):
+        forcetune.compare(config, ["readout", "gain"], seeds=3)
+    assert not (tmp_path / "compared" / "gain-3").exists()
+    assert (tmp_path / "compared" / "comparison.json").read_bytes() == before
+    # another method has a learning rate of its own, so that these may differ
+    forcetune.compare(config, ["readout"], seeds=2)
+    # given, it is the same for all, and runs with another one are made again
+    config = forcetune.load_config(
+        given=config.model_dump(exclude_unset=True) | {"training": {"epochs": 1, "learning_rate": 0.003}}
+    )
+    run = forcetune.compare(config, ["readout", "gain"], seeds=2)
+    assert [row.learning_rate for row in run.comparison.methods] == [0.003, 0.003]
+
+
+def change_defaults(run: Path, values: dict[str, float]) -> None:
+    """Other defaults in a stored configuration, as another version of forcetune would have written them."""
+    content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    for name, value in values.items():
+        set_value(content, name, value)
+        content["defaults"]["values"][name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
 def test_several_processes_give_the_same(tmp_path: Path) -> None:
     config = forcetune.load_config(
         given={
@@ -181,4 +240,4 @@ def test_options_are_searched_and_then_used(tmp_path: Path, command: Command) ->
     code, _, err = command(
         *arguments, "--search", 4, "--set", "training.learning_rate=0.01", "--set", "training.loss.forces=10"
     )
-    assert code == 2 and "all given for readout" in err
+    assert code == 2 and "all set for readout" in err

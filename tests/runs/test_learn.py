@@ -30,6 +30,7 @@ from systems import labelled, write_labelled
 from terminal import Command
 
 SPRINGS = f"{Path(__file__).parents[1] / 'springs.py'}:Springs"
+GATES = ("--set", "training.penalty.gates=1")
 SETTINGS: dict[str, Any] = {
     "training.compile": "off",
     "data.doctor": "off",
@@ -349,6 +350,8 @@ def test_bad_input_ends_before_anything_is_written(files: Path, command: Command
         (("--start", start, "--labeller", f"{tmp_path}/none.py:make"), "cannot be imported"),
         (("--start", start, "--labeller", f"{here}:Strings"), "has no Strings that can be called"),
         (("--start", start, "--labeller", f"{here}:no_calculator"), "which is no ASE calculator"),
+        (("--start", start, "--labeller", f"{here}:stops"), "failed when it was called (SystemExit: no licence)"),
+        (("--start", start, "--labeller", f"{here}:x:"), "springs.py:x:"),
         (
             ("--start", start, "--labeller", SPRINGS, "--set", "learn.labeller_options.cut=3"),
             "failed when it was called",
@@ -363,6 +366,13 @@ def test_bad_input_ends_before_anything_is_written(files: Path, command: Command
         (("--start", start, "--labeller", SPRINGS, "--set", "data.forces_key=none"), "uncertainty that counts"),
         (("--start", start, "--labeller", SPRINGS, "--set", "magnetism.layer=spin"), "no calibrated uncertainty"),
         (("--start", start, "--labeller", SPRINGS, "--model", "nothing"), "nothing"),
+        (
+            (
+                *("--start", start, "--labeller", SPRINGS, "--valid", 0.3, "--model", "mini", "--method", "elora"),
+                *GATES,
+            ),
+            "method elora has no gates",
+        ),
     ):
         code, _, err = command("learn", train, "--out", out, *arguments)
         assert (code, message in " ".join(err.split())) == (2, True), err

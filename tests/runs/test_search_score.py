@@ -1,12 +1,18 @@
-"""What a search for options compares."""
+"""Where a search for options starts, and what it compares."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from forcetune.config import LossConfig
+from forcetune.backbones.mace.backbone import MaceBackbone
+from forcetune.config import LossConfig, load_config
+from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors
-from forcetune.runs.search import score
+from forcetune.runs.search import default_options, score
+from sevennet_models import BATTERY, write_checkpoint
+from systems import write_model
 
 ERRORS = Errors(
     n_frames=4,
@@ -29,8 +35,30 @@ ERRORS = Errors(
         ({"forces": 100.0}, True, 1.0),
         ({"forces": 100.0, "stress": 7.0}, False, 7.0),
         ({"forces": 100.0, "stress": 0.0}, False, 0.0),
+        ({"forces": 100.0, "stress": 7.0, "stress_per_atom": True}, False, 1e4),
+        ({"forces": 100.0, "stress": 0.0, "stress_per_atom": True}, False, 0.0),
     ],
 )
 def test_stress_counts_in_the_score(loss: dict[str, float], magnetic: bool, weight: float) -> None:
     expected = 1.0 * 0.02**2 + 100.0 * 0.03**2 + weight * 0.0005**2
     assert score(ERRORS, LossConfig.model_validate(loss), magnetic) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_search_starts_from_the_learning_rate_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run without a search does: SevenNet has learning rates of its own for elora and mmea."""
+
+    def start(model: Path | str, method: str, **training: float) -> dict[str, float]:
+        given = {"data": {"train": ["-"]}, "model": {"model": str(model)}, "method": {"name": method}}
+        return default_options(load_config(given=given | {"training": training}))
+
+    sevennet = write_checkpoint(tmp_path / "s.pth", next(iter(BATTERY.values())))
+    assert start(sevennet, "elora")["training.learning_rate"] == 2e-3
+    assert start(sevennet, "readout")["training.learning_rate"] == 5e-3
+    assert "training.learning_rate" not in start(sevennet, "elora", learning_rate=0.01)
+    mace = write_model(tmp_path / "m.model")
+    assert start(mace, "elora") == {"training.learning_rate": 5e-3, "method.rank": 16, "training.loss.forces": 1000.0}
+    monkeypatch.setattr(MaceBackbone, "learning_rates", {"elora": 0.00125})
+    assert start(mace, "elora")["training.learning_rate"] == 0.00125
+    assert start("mini", "readout")["training.learning_rate"] == 5e-3
+    with pytest.raises(InputError, match="no such file"):
+        start(tmp_path / "missing.model", "elora")

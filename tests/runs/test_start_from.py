@@ -57,6 +57,14 @@ def test_what_no_training_can_start_from_is_refused(first: Path, tmp_path: Path)
         assert not (tmp_path / "next").exists()
 
 
+def test_the_run_that_a_training_starts_from_is_not_overwritten(first: Path) -> None:
+    adapter = first / "run" / "adapter" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    with pytest.raises(InputError, match="which this run reads, so it is not overwritten"):
+        _fit(first, first / "run", training__start_from=str(first / "run"), output__overwrite=True)
+    assert adapter.read_bytes() == before
+
+
 @pytest.mark.parametrize("stream", ["off", "on"])
 def test_no_validation_frame_comes_from_train_only(first: Path, tmp_path: Path, stream: str) -> None:
     more = write_labelled(tmp_path / "more.xyz", 4, seed=8)

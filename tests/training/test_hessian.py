@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,30 @@ def test_the_loss_is_the_mean_square_of_the_errors_of_entries() -> None:
     assert loss is not None and errors.rmse is not None and errors.n_frames == 2
     assert float(loss.detach()) == pytest.approx(errors.rmse**2, rel=0.1)
     assert hessian_errors(model, frames_of(cluster())).rmse is None
+
+
+def test_forms_apply_to_each_component_and_those_for_forces_are_the_plain_ones() -> None:
+    """Components of a random vector of length √n have the mean size √n Γ(n/2) / (√π Γ((n+1)/2))."""
+    model = backbone(**SMALL)
+    (frame,) = shifted(model, frames_of(cluster(atoms=3)))
+    assert frame.hessian is not None
+    missed = predict_hessian(model, frame) - frame.hessian
+    size = len(missed)
+    one = math.exp(math.lgamma(size / 2) - math.lgamma((size + 1) / 2)) / math.sqrt(math.pi)
+    expected = one * np.linalg.norm(missed, axis=1).mean()
+
+    def loss(form: str, weight: float = 1.0) -> float:
+        term = HessianLoss(model, [replace(frame, hessian_weight=weight)], [], seed=3)
+        config = LossConfig.model_validate({"hessian": 1.0, "hessian_directions": 500, "form": form})
+        value = term.compute(config, [0], 1)
+        assert value is not None
+        return float(value.detach())
+
+    assert loss("mae") == loss("l1l2") == pytest.approx(expected, rel=0.05)
+    # of errors far above delta, 0.01
+    assert loss("huber") == loss("universal") == pytest.approx(0.01 * (expected - 0.005), rel=0.05)
+    for form in ("mse", "mae", "huber", "universal", "l1l2"):
+        assert loss(form, weight=3.0) == pytest.approx(3 * loss(form), rel=1e-12)
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:

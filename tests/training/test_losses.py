@@ -13,7 +13,7 @@ from forcetune.backbones.protocol import Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.graphs.graph import Batch, build_graph, collate, split_batch
 from forcetune.training.label_weights import settle
-from forcetune.training.losses import LossSums, compute_loss
+from forcetune.training.losses import LossSums, compute_loss, label_weights
 from systems import cluster, frames_of
 
 
@@ -62,6 +62,45 @@ def test_missing_labels_count_for_nothing_and_have_finite_gradients() -> None:
     assert predicted.energy.grad.tolist() == [2.0, 0.0]
 
 
+def test_lengths_of_force_errors_count_once_for_each_atom_with_a_label() -> None:
+    config = LossConfig(energy=0.0, forces=2.0, form="l1l2")
+    batch = batch_of([0.0, 2.0], forces=0.1)
+    batch.forces[0, 1] = math.nan
+    predicted = prediction([1.0, 5.0], forces=0.3)
+    predicted.forces.requires_grad_()
+    predicted.forces.data[1] = 0.1  # no error, where a length has no derivative
+    loss = compute_loss(config, predicted, batch)
+    assert float(loss.detach()) == pytest.approx(2 * 4 / 5 * 0.2 * math.sqrt(3))
+    loss.backward()
+    assert predicted.forces.grad is not None
+    expected = torch.full((6, 3), 2 / 5 / math.sqrt(3), dtype=torch.float64)
+    expected[:2] = 0.0
+    assert torch.allclose(predicted.forces.grad, expected)
+    assert [float(weights) for weights in label_weights(config, batch)] == [2.0, 5.0]
+    sums = LossSums(config)
+    sums.add(predicted, batch)
+    assert sums.loss() == pytest.approx(float(loss.detach()))
+
+
+def test_a_prediction_that_is_no_number_is_never_passed_over() -> None:
+    for form in ("mse", "huber", "mae", "universal", "l1l2"):
+        config = LossConfig.model_validate({"form": form})
+        predicted = prediction([1.0, 5.0])
+        predicted.forces[3, 1] = math.nan
+        assert math.isnan(float(compute_loss(config, predicted, batch_of([0.0, 2.0])).detach()))
+
+
+def test_stress_per_atom_is_the_virial_of_each_atom() -> None:
+    """Two atoms in 8 Å³ and four in 27 Å³; an atom without a cell has no stress."""
+    cells = torch.stack([2.0 * torch.eye(3), 3.0 * torch.eye(3)]).double()
+    batch = replace(batch_of([0.0, 0.0]), cell=cells, stress=torch.full((2, 3, 3), 0.1, dtype=torch.float64))
+    config = LossConfig(stress=10.0, stress_per_atom=True)
+    loss = compute_loss(config, prediction([0.0, 0.0], stress=0.3), batch)
+    sizes = [int(count) for count in batch.atoms_per_graph]
+    expected = 10 * ((0.2 * 8 / sizes[0]) ** 2 + (0.2 * 27 / sizes[1]) ** 2) / 2
+    assert float(loss.detach()) == pytest.approx(expected)
+
+
 def test_stress_term() -> None:
     batch = batch_of([0.0, 0.0])
     stress = torch.full((2, 3, 3), 0.1, dtype=torch.float64)
@@ -106,6 +145,8 @@ def test_weights_of_a_file_reach_batches_and_their_parts() -> None:
         ({"stress": 7.0}, {"energy", "forces", "stress"}, False, 7.0),
         ({"forces": 10.0, "form": "huber"}, {"energy", "forces", "stress"}, False, 100.0),
         ({"forces": 1.0, "form": "huber"}, {"energy", "forces", "stress"}, True, 1.0),
+        ({"forces": 10.0, "stress_per_atom": True}, {"energy", "forces", "stress"}, False, 10.0),
+        ({"forces": 10.0, "form": "universal"}, {"energy", "forces", "stress"}, False, 100.0),
         ({"stress": 7.0}, {"energy", "forces"}, False, 7.0),
     ],
 )

@@ -125,7 +125,7 @@ def test_l2_sp_means_the_same_for_every_way_of_changing_a_weight() -> None:
 
 
 def fisher_graphs(model: MaceBackbone, count: int = 3) -> list[Batch]:
-    return build_graphs(model, FRAMES[:count])
+    return list(build_graphs(model, FRAMES[:count]))
 
 
 def exact_fisher(model: MaceBackbone, graphs: list[Batch], loss: LossConfig) -> torch.Tensor:
@@ -189,6 +189,19 @@ def test_the_fisher_information_is_the_mean_over_random_signs() -> None:
     assert np.corrcoef(estimate.detach(), expected.detach())[0, 1] > 0.9
 
 
+def test_the_fisher_information_of_virials_for_each_atom() -> None:
+    """With the same signs: that of the stress times the square of the volume for each atom."""
+    model = backbone(**SMALL)
+    (graph,) = (one for one in fisher_graphs(model) if bool(one.cell.any()))
+    loss = LossConfig(energy=0.0, forces=0.0, stress=400.0)
+    stress = by_parameter(model, estimate_fisher(model, [graph], loss, 1, 0))
+    loss = loss.model_copy(update={"stress_per_atom": True})
+    virials = by_parameter(model, estimate_fisher(model, [graph], loss, 1, 0))
+    volume = float(torch.linalg.det(graph.cell).abs()) / graph.n_atoms
+    assert float(stress.sum()) > 0
+    assert torch.allclose(virials, volume**2 * stress, rtol=1e-10, atol=0.0)
+
+
 def test_ewc_is_the_second_order_cost_of_replay_with_labels_of_the_base() -> None:
     """A change of one weight costs what frames labelled by the foundation model would add to the loss."""
     loss = LossConfig(energy=2.0, forces=30.0)
@@ -198,7 +211,7 @@ def test_ewc_is_the_second_order_cost_of_replay_with_labels_of_the_base() -> Non
     batch = collate(graphs)
     own = model.predict(batch).detached()
     batch = replace(batch, energy=own.energy, forces=own.forces)
-    position = 0
+    position = compared = 0
     with torch.no_grad():
         for parameter in model.model.parameters():
             place = int(exact[position : position + parameter.numel()].argmax())
@@ -206,6 +219,7 @@ def test_ewc_is_the_second_order_cost_of_replay_with_labels_of_the_base() -> Non
             position += parameter.numel()
             if curvature < 1e-3:
                 continue
+            compared += 1
             flat = parameter.view(-1)
             before, costs = float(flat[place]), []
             for step in (1e-4, -1e-4):
@@ -213,6 +227,7 @@ def test_ewc_is_the_second_order_cost_of_replay_with_labels_of_the_base() -> Non
                 costs.append(float(compute_loss(loss, model.predict(batch).detached(), batch)))
             flat[place] = before
             assert sum(costs) / 2 == pytest.approx(0.5 * curvature * 1e-8, rel=1e-3)
+    assert compared > 5
 
 
 def test_ewc_weighs_each_weight_by_its_information() -> None:
@@ -299,7 +314,7 @@ def test_an_anchor_comes_back_from_its_file_only_for_the_same_run(tmp_path: Path
 def test_terms_that_a_method_cannot_take_are_refused_by_name(name: str, term: str, message: str) -> None:
     sites = backbone(**SMALL).sites()
     with pytest.raises(InputError, match=message):
-        check_penalty(PenaltyConfig(**{term: 1.0}), method(name), sites)
+        check_penalty(PenaltyConfig.model_validate({term: 1.0}), method(name), sites)
     check_penalty(PenaltyConfig(), method(name), sites)
 
 
@@ -335,7 +350,7 @@ def test_compiled_and_eager_steps_go_the_same_way(tmp_path: Path) -> None:
 def test_a_run_with_a_penalty_moves_less_and_says_what_it_cost(tmp_path: Path, command: Command) -> None:
     frames, model = write_labelled(tmp_path / "frames.xyz", 12), write_model(tmp_path / "small.model")
     others = write_labelled(tmp_path / "others.xyz", 5, seed=3)
-    moved = {}
+    moved, results = {}, {}
     for name, settings in {
         "free": {},
         "l2sp": {"training.penalty.l2sp": 1e4},

@@ -172,7 +172,7 @@ def _download(repository: str, commit: str, folder: Path) -> None:
         for name in names:
             if (listed[name].size or 0) > LARGEST_FILES[name]:
                 raise InputError(f"{reference}: its {name} is larger than any of an adapter; it is not downloaded.")
-        with tempfile.TemporaryDirectory() as temporary, atomic_folder(folder) as complete:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, atomic_folder(folder) as complete:
             for name in names:
                 path = api.hf_hub_download(repository, name, revision=commit, local_dir=temporary)
                 shutil.copyfile(path, complete / name)

@@ -221,7 +221,7 @@ class NetworkBackbone:
         """Interaction energies and their derivatives by the vectors of all pairs."""
         # a caller who differentiates with respect to the positions needs the whole graph
         own = not batch.positions.requires_grad
-        phase = Phase(twice=create_graph or not own)
+        phase = Phase(twice=create_graph or not own, curved=not own)
         graph_index = batch.graph_index[plan.order]
         vectors = _vectors(plan, batch.positions, batch.cell, batch)
         if own:
@@ -263,7 +263,7 @@ class NetworkBackbone:
             cell = batch.cell + batch.cell @ symmetric
         if batch.spins.requires_grad:
             leaves.append(batch.spins)
-        phase = Phase(twice=create_graph)
+        phase = Phase(twice=create_graph, curved=False)
         atoms, features = self.model(plan, phase, _vectors(plan, moved, cell, batch))
         energy = _summed(atoms, batch.graph_index[plan.order], batch.n_graphs)
         sender, receiver = batch.edge_index

@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-errors_to = Console(stderr=True, soft_wrap=True)
+errors_to = Console(stderr=True, soft_wrap=True, emoji=False)
 
 
 def _print_version(wanted: bool) -> None:

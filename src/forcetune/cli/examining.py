@@ -43,7 +43,9 @@ def evaluate(
     adapter: Annotated[
         str | None, typer.Option(help="Adapter on MODEL: run folder, adapter folder or hub:owner/name[@revision].")
     ] = None,
-    base: Annotated[str | None, typer.Option("--model", help="The base of an adapter, where it has moved.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="The base model of an adapter, if its file has moved.")
+    ] = None,
     ensemble: Annotated[
         list[str] | None, typer.Option(help="Further runs on the same base: mean and spread of all, or a comparison.")
     ] = None,
@@ -166,11 +168,13 @@ def _evaluate_uncertainty(
 @app.command()
 def doctor(
     data: Annotated[list[str], typer.Argument(help="Files of frames to train on; everything ASE reads.")],
-    model: Annotated[str, typer.Option("--model", help=about(configuration.ModelConfig, "model"))] = "mini",
+    model: Annotated[
+        str, typer.Option("--model", help=about(configuration.ModelConfig, "model", default=False))
+    ] = "mini",
     valid: Annotated[list[str] | None, typer.Option(help="Files of frames to validate on.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "test"))] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Files of frames to test on.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Frames a batch, to estimate memory for.")] = None,
-    page: Annotated[Path | None, typer.Option("--html", help="Also write a page.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write a report page to this file.")] = None,
     as_json: Json = False,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
@@ -247,7 +251,7 @@ def inspect(
         list[str] | None, typer.Option(help="Frames to watch gates on; the training frames if not given.")
     ] = None,
     against: Annotated[str | None, typer.Option(help="Another run on the same base, to compare with.")] = None,
-    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base model, if its file has moved.")] = None,
     as_json: Json = False,
     trust: Trust = False,
 ) -> None:

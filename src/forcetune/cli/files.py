@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def merge(
     run: Annotated[str, typer.Argument(help="Run folder, adapter folder or hub:owner/name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The plain model to write, such as tuned.model.")],
-    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base model, if its file has moved.")] = None,
     modality: Annotated[
         str | None,
         typer.Option(help="Name of the modality that method `modality` adds; that of the run's folder if not given."),
@@ -51,7 +51,7 @@ def merge(
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="With --approximate: of low-rank updates; by default all weights change.")
+        int | None, typer.Option(min=1, help="With --approximate: rank of the updates; by default all weights change.")
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option(help="With --approximate: frames to fit it to, if not the run's own.")
@@ -133,7 +133,7 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write, or folder for targets of several files.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base model, if its file has moved.")] = None,
     python: Annotated[
         str | None,
         typer.Option(help="Interpreter that has the library whose converter is called; by default forcetune's own."),
@@ -167,8 +167,8 @@ def export(
 def push(
     run: Annotated[str, typer.Argument(help="Run folder or adapter folder.")],
     repository: Annotated[str, typer.Argument(help="owner/name on the hub; created where there is none.")],
-    private: Annotated[bool, typer.Option("--private", help="A repository that is created is private.")] = False,
-    message: Annotated[str | None, typer.Option(help="What the commit says.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as a private one.")] = False,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     branch: Annotated[str | None, typer.Option(help="Branch to write to; the main one if not given.")] = None,
 ) -> None:
     """Write an adapter to a hub with a model card, from where `hub:owner/name` reads it (HF_TOKEN, HF_ENDPOINT)."""
@@ -216,7 +216,7 @@ def models(
 def datasets(
     action: Annotated[str | None, typer.Argument(help="`download`, or nothing for the list.")] = None,
     name: Annotated[str | None, typer.Argument(help="Data set to download.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where to.")] = Path(),
+    folder: Annotated[Path, typer.Option(help="Folder to write to.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """List published data sets, or download one."""

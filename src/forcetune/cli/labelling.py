@@ -41,7 +41,7 @@ def calibrate(
     frames: Annotated[
         int | None, typer.Option(min=2, help="Most training and validation frames to look at. Default: 2000 each.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    base: Annotated[str | None, typer.Option("--model", help="The base model, if its file has moved.")] = None,
     as_json: Json = False,
     device: Device = None,
     trust: Trust = False,
@@ -83,7 +83,9 @@ def select(
     ] = "farthest",
     uncertainty: Annotated[
         str,
-        typer.Option(help="Of a calibrated run: energy, forces (slower) or off; auto is energy where there is one."),
+        typer.Option(
+            help="Uncertainty that counts: energy, forces (slower) or off; auto is energy for a calibrated run."
+        ),
     ] = "auto",
     quota: Annotated[
         str | None,
@@ -93,7 +95,9 @@ def select(
         float,
         typer.Option(help="Least distance to all that is labelled or chosen; two random ones are about 1.4 apart."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the first choice where nothing is labelled, and of random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first choice where nothing is labelled, and of strategy random.")
+    ] = 0,
     as_json: Json = False,
     head: Head = None,
     type_map: TypeMap = None,

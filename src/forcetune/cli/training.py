@@ -71,7 +71,9 @@ def fit(
     model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
     method: Annotated[str | None, typer.Option(help=about(configuration.MethodConfig, "name"))] = None,
     rank: Rank = None,
-    epochs: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs"))] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs", default=False))
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "batch_size"))] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=about(configuration.TrainingConfig, "learning_rate"))
@@ -161,7 +163,9 @@ def compare(
     ] = None,
     learning_curve: Annotated[
         str | None,
-        typer.Option(help="Numbers of training frames such as 10,20,50,100: how the error falls, and what more take."),
+        typer.Option(
+            help="Numbers of training frames such as 10,20,50,100: how the error falls, and what a target takes."
+        ),
     ] = None,
     target_forces: Annotated[
         float | None, typer.Option(help="With --learning-curve: force error to reach, meV/Å (mean absolute).")
@@ -173,7 +177,9 @@ def compare(
     test: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "test"))] = None,
     model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
     head: Head = None,
-    epochs: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs"))] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs", default=False))
+    ] = None,
     out: Annotated[str, typer.Option(help="Folder of all runs, the table and the report.")] = "comparison",
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of the options; what is set here wins.")

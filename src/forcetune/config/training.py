@@ -20,8 +20,9 @@ class LossConfig(Section):
     stress: float | None = Field(
         default=None,
         ge=0,
-        description="Weight of the stress term. When not given: 100 times that of the forces (10 times for huber and "
-        "mae; 1 with a magnetic layer) where training frames have stress labels; 0 leaves these labels out.",
+        description="Weight of the stress term. When not given: 100 times that of the forces (10 times in "
+        "forms other than mse; that of the forces with stress_per_atom; 1 with a magnetic layer) where training frames "
+        "have stress labels; 0 leaves them out.",
     )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
     hessian: float = Field(
@@ -35,10 +36,18 @@ class LossConfig(Section):
         ge=1,
         description="Random directions in which each frame's Hessian is compared in a step, two predictions each.",
     )
-    form: Literal["mse", "huber", "mae"] = Field(default="mse", description="Form of every term.")
+    form: Literal["mse", "huber", "mae", "universal", "l1l2"] = Field(
+        default="mse",
+        description="Form of every term; `universal`: huber with a smaller delta for atoms with forces above 100 eV/Å, "
+        "weights in the file inside; `l1l2`: mae with the length of each atom's force error.",
+    )
     huber_delta: float = Field(default=0.01, gt=0, description="Where Huber turns linear, in the unit of each term.")
     energy_per_atom: bool = Field(
         default=False, description="Energy error divided by the number of atoms before the loss."
+    )
+    stress_per_atom: bool = Field(
+        default=False,
+        description="Stress error times the volume for each atom before the loss, which makes it a virial, eV.",
     )
 
     @property

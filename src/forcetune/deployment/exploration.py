@@ -16,7 +16,8 @@ from forcetune.deployment.watch import ExtrapolationError, Watch
 from forcetune.errors import InputError
 from forcetune.frames.unread import CHARGE_KEYS, MULTIPLICITY_KEYS
 
-KEPT_ARRAYS = ("numbers", "positions", "initial_magmoms", "initial_charges")
+STATE_ARRAYS = ("numbers", "positions", "initial_magmoms", "initial_charges")
+"""What belongs to a structure itself; velocities and labels do not."""
 Ending = Literal["length", "uncertainty", "watch", "broken"]
 
 
@@ -102,7 +103,7 @@ def explore(
 def _prepared(start: Atoms) -> Atoms:
     """A copy without velocities, labels and remarks; charge and spin stay, and atoms that are held stay held."""
     atoms = start.copy()
-    for name in [name for name in atoms.arrays if name not in KEPT_ARRAYS]:
+    for name in [name for name in atoms.arrays if name not in STATE_ARRAYS]:
         del atoms.arrays[name]
     atoms.info = {name: atoms.info[name] for name in (*CHARGE_KEYS, *MULTIPLICITY_KEYS) if name in atoms.info}
     return atoms

@@ -120,7 +120,7 @@ def doctor(
     Raises:
         InputError: the model cannot be loaded. Whatever is wrong with the data is a finding.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     sources = {TRAIN: data, "valid": valid, "test": test}
     keys_asked = LabelKeys(energy_key, forces_key, stress_key, None, spins_key, hessian_key)
     sets, keys, findings = _read(sources, keys_asked, type_map)

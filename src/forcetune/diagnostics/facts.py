@@ -25,6 +25,7 @@ from forcetune.graphs.graph import Batch
 
 
 def describe_sets(examined: Examined, keys: Mapping[str, LabelKeys]) -> dict[str, Any]:
+    """``sets`` of the report: of each set its files, keys of labels, elements, and sizes of frames in atoms."""
     facts: dict[str, Any] = {"sets": {}}
     for name, frames in examined.frames.items():
         sizes = [len(frame) for frame in frames]
@@ -42,6 +43,7 @@ def describe_sets(examined: Examined, keys: Mapping[str, LabelKeys]) -> dict[str
 
 
 def describe_agreement(predictions: LabelledPredictions) -> dict[str, Any]:
+    """How far labels and predictions of the foundation model agree: energies, forces, stresses; by element, meV/Å."""
     measures = {"energy": energy_agreement, "forces": force_agreement, "stress": stress_agreement}
     measured = {name: measure(predictions) for name, measure in measures.items()}
     return {
@@ -61,6 +63,14 @@ def describe_agreement(predictions: LabelledPredictions) -> dict[str, Any]:
 def estimate_memory(
     backbone: Backbone, graphs: Mapping[str, Sequence[Batch]], batch_size: int, findings: list[Finding]
 ) -> dict[str, Any] | None:
+    """Memory of a training step with the largest frames, bytes; None where there is nothing to estimate it from.
+
+    Args:
+        backbone: the model.
+        graphs: of each set; those of the training set count.
+        batch_size: frames of a step.
+        findings: gets a warning where the device has less.
+    """
     estimate = step_memory(backbone, graphs.get(TRAIN, []), batch_size)
     if estimate is None:
         return None

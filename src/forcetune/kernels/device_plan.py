@@ -45,10 +45,7 @@ def make_device_plan(
     if are_pairs:
         pair, forward = joint
     n_pairs = int(n_pairs) if are_pairs else n_edges
-    # edges against their pair write behind the end
-    edge_of_pair = torch.full((n_pairs + 1,), n_edges - 1, dtype=torch.int64, device=device)
-    edge_of_pair.scatter_(0, torch.where(forward, pair, n_pairs), torch.arange(n_edges, device=device))
-    edge_of_pair = edge_of_pair[:n_pairs]
+    edge_of_pair = _edges_of_pairs(pair, forward, n_pairs)
     oriented = pair + torch.where(forward, 0, n_pairs)
     table = torch.stack((pair, sender, torch.where(forward, 1, -1)), dim=1).index_select(0, rows)
     present, counts = np.unique(species_here, return_counts=True)
@@ -78,6 +75,15 @@ def make_device_plan(
     )
 
 
+def _edges_of_pairs(pair: Tensor, forward: Tensor, n_pairs: int) -> Tensor:
+    """(pairs,) the edge that has the direction of each pair."""
+    n_edges = len(pair)
+    # edges against their pair write behind the end
+    edges = torch.full((n_pairs + 1,), n_edges - 1, dtype=torch.int64, device=pair.device)
+    edges.scatter_(0, torch.where(forward, pair, n_pairs), torch.arange(n_edges, device=pair.device))
+    return edges[:n_pairs]
+
+
 def _count(places: Tensor, size: int) -> Tensor:
     """How often each number below ``size`` occurs."""
     return places.new_zeros(size).index_add_(0, places, torch.ones_like(places))
@@ -90,17 +96,17 @@ def _pairs(sender: Tensor, receiver: Tensor, shifts: Tensor, atoms: int) -> tupl
     fits = float(atoms) ** 2 * span.double() ** 3 <= 2.0**62
     code = (images[:, 0] * span + images[:, 1]) * span + images[:, 2]
     most = (span**3 - 1) // 2
-    own = (sender * atoms + receiver) * span**3 + code + most
-    other = (receiver * atoms + sender) * span**3 - code + most
-    keys, order = torch.sort(torch.minimum(own, other), stable=True)
+    forth = (sender * atoms + receiver) * span**3 + code + most
+    back = (receiver * atoms + sender) * span**3 - code + most
+    keys, order = torch.sort(torch.minimum(forth, back), stable=True)
     begins = torch.cat((keys.new_zeros(1), (keys[1:] != keys[:-1]).to(torch.int64)))
     numbers = begins.cumsum(0)
     pair = torch.empty_like(order).scatter_(0, order, numbers)
     count = _count(pair, len(pair))
     # an edge without its reverse gives its pair the direction
-    forward = (own < other) | (count[pair] == 1)
+    forward = (forth < back) | (count[pair] == 1)
     along = torch.zeros_like(count).index_add_(0, pair, forward.to(torch.int64))
-    regular = fits & (own != other).all() & (count <= 2).all() & ((along == 1) | (count == 0)).all()
+    regular = fits & (forth != back).all() & (count <= 2).all() & ((along == 1) | (count == 0)).all()
     return pair, forward, torch.stack((numbers[-1] + 1, regular.to(torch.int64)))
 
 

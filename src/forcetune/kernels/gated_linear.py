@@ -458,19 +458,20 @@ class _CompiledFixed(torch.autograd.Function):
     def forward(ctx: Any, layer: FixedLayer, again: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
         inputs = tuple(x.contiguous() for x in inputs)
         ctx.layer, ctx.again = layer, again
-        ctx.save_for_backward(*inputs)
         outputs, ctx.kept = layer.value(inputs)
+        ctx.save_for_backward(*inputs, *outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs: tuple[Tensor, ...] = ctx.saved_tensors
         wanted: tuple[bool, ...] = ctx.needs_input_grad[2:]
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        inputs, outputs = saved[: len(wanted)], saved[len(wanted) :]
         if torch.is_grad_enabled():
             structure, weight, gate, compiled = ctx.again
             outputs = _differentiable(structure, weight, gate, inputs, compiled)
             return None, None, *_pulled_again(outputs, inputs, wanted, grads)
-        by_inputs = ctx.layer.pull(inputs, [grad.contiguous() for grad in grads], ctx.kept)
+        by_inputs = ctx.layer.pull(inputs, outputs, [grad.contiguous() for grad in grads], ctx.kept)
         return None, None, *(one if wants else None for one, wants in zip(by_inputs, wanted, strict=True))
 
 

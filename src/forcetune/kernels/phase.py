@@ -21,14 +21,16 @@ class Phase:
         geometry: gradients by distances, directions and all that depends on them are wanted.
         weights: gradients by weights, and by features that do not depend on the geometry, are wanted.
         twice: gradients may be differentiated again.
+        curved: gradients by the geometry may be differentiated by the geometry again, as for Hessians.
     """
 
-    __slots__ = ("geometry", "twice", "weights")
+    __slots__ = ("curved", "geometry", "twice", "weights")
 
-    def __init__(self, *, twice: bool = True) -> None:
+    def __init__(self, *, twice: bool = True, curved: bool | None = None) -> None:
         self.geometry = True
         self.weights = True
         self.twice = twice
+        self.curved = twice if curved is None else curved
 
     def wants(self, *, geometric: bool, trains: bool) -> bool:
         """Whether the gradient by something that depends on the geometry, or on weights, is asked for."""

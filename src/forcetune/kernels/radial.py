@@ -265,8 +265,8 @@ class RadialLayer(nn.Module):
         matrix = self.weight * self.scale
         if x is None:
             return matrix
-        found = x @ matrix
-        return found if self.activation is None else self.activation(found) * self.factor
+        values = x @ matrix
+        return values if self.activation is None else self.activation(values) * self.factor
 
     def sites(self, name: str) -> Iterator[Site]:
         path = WeightPath("in->out", 0, tuple(self.weight.shape))

@@ -1,4 +1,4 @@
-"""Radial weights of models that do not train, as splines of the distance with an error of about rounding.
+"""Radial weights of networks that do not train, as splines of the distance with an error of about rounding.
 
 A radial network has one argument, the distance (and the elements of a pair where they transform it). Of a frozen one
 a spline of degree 7 with uniform knots has the same values to 1e-13 and the same slopes to 1e-11 of the largest, for a
@@ -98,7 +98,7 @@ def _grid(breaks: Sequence[float], density: int) -> Grid:
 
 def _rows(first: float, last: float, count: int, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Coefficients of the spline through values at all knots, and between those next to the ends."""
-    from scipy.interpolate import make_interp_spline  # takes half a second, which only predictions need
+    from scipy.interpolate import make_interp_spline  # takes half a second, which few programs need
 
     step = (last - first) / count
     further = step * (np.arange(DEGREE // 2) + 0.5)
@@ -307,10 +307,10 @@ class RadialSplines:
             kind_of_pair: (pairs,) index of its kind; None where there is one.
 
         Returns:
-            None where the networks themselves are to be computed: they train, more than one derivative is wanted, atoms
-            are too close, kernels are PyTorch's, or there is no accurate table.
+            None where the networks themselves are to be computed: they train, second derivatives by the geometry are
+            wanted, atoms are too close, kernels are PyTorch's, or there is no accurate table.
         """
-        if phase.twice or not takes_compiled(kernels, ratio) or any(map(can_train, functions.modules)):
+        if phase.curved or not takes_compiled(kernels, ratio) or any(map(can_train, functions.modules)):
             return None
         tables = self._tables(functions, tuple(kinds), ratio.dtype)
         if tables is None:

@@ -175,7 +175,7 @@ def _plot(
             axes.axhline(bound, color=INK, linewidth=1.0, linestyle=(0, (4, 2)), label="bound")
         log_axis(axes)
         axes.set(xlabel="round", ylabel=title)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         axes.margins(y=0.25)
         axes.legend(loc="best", handlelength=1.6)
         return svg(figure, caption)

@@ -21,7 +21,8 @@ from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
 from forcetune.reports.learning_curve import Curve, read_curves
-from forcetune.runs.comparison_plan import ComparisonPlan, is_begun, is_finished
+from forcetune.runs.comparison_plan import ComparisonPlan, Runs, check_sizes
+from forcetune.runs.continuation import is_begun, is_finished, read_stored_defaults, with_stored_defaults
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, input_files
 from forcetune.runs.search import SearchResult, check_search, search_options
@@ -78,7 +79,8 @@ def compare(
     unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
     methods that have them. A run that is finished with the same configuration is not repeated and one that was
     interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
-    again.
+    again. Runs that join those of an earlier version have the learning rates, epochs and weight of stress of these
+    where none are set.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -97,10 +99,11 @@ def compare(
         console: where progress is printed; standard error by default.
 
     Raises:
-        InputError: an unknown method, a name twice, an option no method has, bad data, or a folder of something else.
+        InputError: an unknown method, a name twice, an option no method has, bad data, a folder of something else, or
+            of runs whose settings differ by defaults of different versions.
         ForcetuneError: a run failed; the others are kept.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     config.require_no_learning()
     _check_methods(config, methods)
     _check_targets(targets or {})
@@ -110,17 +113,20 @@ def compare(
     configs = [plan.configure(name, config.training.seed) for name in methods]
     _check_runs(configs, searches=search is not None)
     _check_inputs(config, inputs, folder)
-    sizes = _check_sizes(learning_curve, _count_frames(config), seeds)
+    sizes = check_sizes(learning_curve, _count_frames(config), seeds)
     _check_folder(folder)
+    runs = plan.configure_all(methods, seeds, sizes, {})
+    continued = _continue_runs(runs, console) if search is None else []
     config.save(folder / MARK_NAME)
     if model_to_store is not None:
         store_base(model_to_store, folder / MODEL_NAME)
     searches: dict[str, SearchResult] = {}
     if search is not None:
         searches = _search_all(configs, folder, search, processes, console)
-    settings = {name: result.settings for name, result in searches.items()}
-    runs = plan.configure_all(methods, seeds, sizes, settings)
-    _run_all([run for by_seed in runs.values() for run in by_seed.values()], processes, console)
+        settings = {name: result.settings for name, result in searches.items()}
+        runs = plan.configure_all(methods, seeds, sizes, settings)
+        continued = _continue_runs(runs, console)
+    _run_all(continued, processes, console)
     folders = {key: {seed: Path(run.output.run) for seed, run in by_seed.items()} for key, by_seed in runs.items()}
     return _write_results(folder, methods, sizes, folders, targets or {}, searches)
 
@@ -149,24 +155,25 @@ def _write_results(
     return run
 
 
-def _check_sizes(sizes: Sequence[int], available: int, seeds: int) -> list[int | None]:
-    """Numbers of training frames in ascending order; None alone for all frames.
+def _continue_runs(runs: Runs, console: Console) -> list[RunConfig]:
+    """All runs of a comparison, those that are not begun with the defaults of those that are.
 
     Raises:
-        InputError: too few numbers for a curve, one twice, or more than there are frames.
+        InputError: runs that are begun have different defaults.
     """
-    if not sizes:
-        return [None]
-    text = ",".join(map(str, sizes))
-    if len(set(sizes)) < max(2, len(sizes)) or min(sizes) < 1:
-        raise InputError(f"--learning-curve {text}: give at least two different numbers of frames.")
-    if len(sizes) * seeds < 3:
-        raise InputError(f"--learning-curve {text}: a fit needs three runs of a method; add a number or --seeds.")
-    if max(sizes) > available:
-        raise InputError(
-            f"--learning-curve {text}: there are {available} frames to train on; leave out larger numbers or give more."
-        )
-    return [*sorted(sizes)]
+    configs = [config for by_seed in runs.values() for config in by_seed.values()]
+    defaults = read_stored_defaults(configs)
+    continued: list[RunConfig] = []
+    texts: dict[str, None] = {}
+    for config in configs:
+        if is_begun(config):
+            continued.append(config)
+            continue
+        continued.append(with_stored_defaults(config, defaults))
+        texts |= dict.fromkeys(defaults.describe(config))
+    if texts:
+        console.print(f"as in the runs that are there: {', '.join(texts)}", highlight=False)
+    return continued
 
 
 def _check_methods(config: RunConfig, methods: Sequence[str]) -> None:

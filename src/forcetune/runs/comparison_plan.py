@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forcetune.adapters.methods import METHODS, build_method, option_names
-from forcetune.config import RunConfig, load_config
-from forcetune.runs.folder import CONFIG_NAME, FINISHED, read_status
+from forcetune.adapters.methods import METHODS, option_names
+from forcetune.config import RunConfig
+from forcetune.errors import InputError
 from forcetune.runs.search import with_settings
-from forcetune.utils.option_defaults import LOSS, SECOND_LOSS, is_given, remove_value
+
+Runs = dict[tuple[str, int | None], dict[int, RunConfig]]
+"""Configurations by method and number of training frames (None for all), and by seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class ComparisonPlan:
         seeds: int,
         sizes: Sequence[int | None],
         settings: Mapping[str, Mapping[str, Any]],
-    ) -> dict[tuple[str, int | None], dict[int, RunConfig]]:
+    ) -> Runs:
         """Configurations of all runs by method, number of training frames and seed.
 
         Args:
@@ -71,7 +73,7 @@ class ComparisonPlan:
             settings: of the methods that were searched for.
         """
         first, largest = self.config.training.seed, sizes[-1]
-        runs: dict[tuple[str, int | None], dict[int, RunConfig]] = {}
+        runs: Runs = {}
         for name in methods:
             for size in sizes:
                 runs[name, size] = {}
@@ -81,6 +83,26 @@ class ComparisonPlan:
                         run = _match_steps(run, size, largest)
                     runs[name, size][seed] = run
         return runs
+
+
+def check_sizes(sizes: Sequence[int], available: int, seeds: int) -> list[int | None]:
+    """Numbers of training frames in ascending order; None alone for all frames.
+
+    Raises:
+        InputError: too few numbers for a curve, one twice, or more than there are frames.
+    """
+    if not sizes:
+        return [None]
+    text = ",".join(map(str, sizes))
+    if len(set(sizes)) < max(2, len(sizes)) or min(sizes) < 1:
+        raise InputError(f"--learning-curve {text}: give at least two different numbers of frames.")
+    if len(sizes) * seeds < 3:
+        raise InputError(f"--learning-curve {text}: a fit needs three runs of a method; add a number or --seeds.")
+    if max(sizes) > available:
+        raise InputError(
+            f"--learning-curve {text}: there are {available} frames to train on; leave out larger numbers or give more."
+        )
+    return [*sorted(sizes)]
 
 
 def _match_steps(config: RunConfig, size: int, largest: int) -> RunConfig:
@@ -99,29 +121,3 @@ def _match_steps(config: RunConfig, size: int, largest: int) -> RunConfig:
         changed["schedule"] = options["schedule"] | {"warmup_epochs": warmup}
     content["training"] = options | changed
     return RunConfig.model_validate(content)
-
-
-def _resolve(config: RunConfig) -> dict[str, Any]:
-    """All that decides the result of a run of this configuration."""
-    method = build_method(config.method)
-    full = config.with_defaults_of(method.learning_rate, method.optimizer)
-    content = full.model_dump(mode="json")
-    content["training"].pop("threads", None)
-    content["output"].pop("overwrite")
-    for name in (f"{LOSS}.stress", f"{SECOND_LOSS}.stress", "training.learning_rate", "training.epochs"):
-        if not is_given(full, name):
-            remove_value(content, name)  # the labels, the model and the number of frames decide
-    return content
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run folder holds a finished run of this very configuration."""
-    return is_begun(config) and read_status(Path(config.output.run)) in FINISHED
-
-
-def is_begun(config: RunConfig) -> bool:
-    """Whether the run folder is of this very configuration."""
-    run = Path(config.output.run)
-    if not (run / CONFIG_NAME).is_file():
-        return False
-    return _resolve(load_config(run / CONFIG_NAME)) == _resolve(config)

@@ -81,7 +81,7 @@ def demo(
         InputError: the run folder is taken, or an option is wrong.
     """
     began = time.monotonic()
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     options = {
         "data": {
             "train": [str(demo_file("train"))],

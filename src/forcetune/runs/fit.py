@@ -59,7 +59,7 @@ def fit(
         ForcetuneError: the training failed; the best adapter so far stays in the run folder.
     """
     options: dict[str, Any] = {
-        "data": {"train": _texts(train), "valid": _texts(valid), "test": _texts(test)},
+        "data": {"train": as_texts(train), "valid": as_texts(valid), "test": as_texts(test)},
         "model": {"model": None if isinstance(model, Backbone) else _text(model)},
         "method": {"name": method},
         "training": {"epochs": epochs},
@@ -74,7 +74,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _texts(value: Any) -> Any:
+def as_texts(value: Any) -> Any:
+    """Names of files as a configuration has them: a list of text where there are any, else the value as it is."""
     if isinstance(value, (str, Path)):
         return [str(value)]
     return [str(item) for item in value] if isinstance(value, Sequence) else value
@@ -101,7 +102,7 @@ def run_fit(
         InputError, ForcetuneError: as :func:`fit`.
     """
     config.require_no_learning()
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     with (
         _among_others(config, console) as (config, console),
         collected_warnings() as messages,
@@ -131,7 +132,7 @@ def resume(run: str | Path, *, console: Console | None = None) -> Run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"model": str(folder / BASE_NAME)})})
     if read_status(folder) in FINISHED:
         raise InputError(f"{folder}: this run is finished; nothing to resume.")
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     with (
         _among_others(config, console, going_on=True) as (config, console),
         collected_warnings() as messages,
@@ -163,7 +164,7 @@ def _among_others(
                 distributed.wait()
             yield config, console
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             mine = Path(folder) / "run"
             if going_on:
                 shutil.copytree(config.output.run, mine)

@@ -129,7 +129,7 @@ def read_status(folder: Path) -> str | None:
 
 
 def input_files(config: RunConfig, others: Sequence[str | Path] = ()) -> list[Path]:
-    """The files that a run reads.
+    """The files, and the folder of an adapter to start from, that a run reads.
 
     Args:
         config: of the run.
@@ -144,7 +144,10 @@ def input_files(config: RunConfig, others: Sequence[str | Path] = ()) -> list[Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever reads them says what is named twice
         frames = [file for name in named for file in expand(name)]
-    return [file for file in (*frames, as_path(config.model.model), *map(as_path, others)) if file.exists()]
+    places = [config.model.model, *others]
+    if config.training.start_from is not None:
+        places.append(config.training.start_from)
+    return [file for file in (*frames, *map(as_path, places)) if file.exists()]
 
 
 def check_folder(folder: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:

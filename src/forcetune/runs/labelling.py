@@ -34,7 +34,7 @@ class LabelError(ForcetuneError):
     """A structure could not be labelled."""
 
 
-def name_of(labeller: str | Labeller) -> str:
+def labeller_name(labeller: str | Labeller) -> str:
     """A labeller in words."""
     if isinstance(labeller, str):
         return labeller
@@ -51,12 +51,12 @@ def load_labeller(labeller: str | Labeller, options: Mapping[str, Any]) -> Calla
     Raises:
         InputError: it cannot be imported or called, or what it makes is no calculator of energies and forces.
     """
-    name = name_of(labeller)
+    name = labeller_name(labeller)
     make = _import(labeller) if isinstance(labeller, str) else labeller
     try:
         calculator = make(**options)
-    except Exception as error:  # code of the user's
-        raise InputError(f"learn.labeller {name}: failed when it was called ({_words(error)}).") from error
+    except (Exception, SystemExit) as error:  # code of the user's
+        raise InputError(f"learn.labeller {name}: failed when it was called ({_describe_error(error)}).") from error
     if not callable(getattr(calculator, "get_potential_energy", None)):
         raise InputError(f"learn.labeller {name}: made {type(calculator).__name__}, which is no ASE calculator.")
     missing = {"energy", "forces"} - {*getattr(calculator, "implemented_properties", ("energy", "forces"))}
@@ -78,9 +78,9 @@ def _import(name: str) -> Labeller:
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ImportError as error:
-        raise InputError(f"learn.labeller {name}: cannot be imported ({_words(error)}).") from error
-    except Exception as error:  # code of the user's
-        raise InputError(f"learn.labeller {name}: failed when it was imported ({_words(error)}).") from error
+        raise InputError(f"learn.labeller {name}: cannot be imported ({_describe_error(error)}).") from error
+    except (Exception, SystemExit) as error:  # code of the user's
+        raise InputError(f"learn.labeller {name}: failed when it was imported ({_describe_error(error)}).") from error
     made = getattr(module, attribute, None)
     if not callable(made):
         raise InputError(f"learn.labeller {name}: {place} has no {attribute} that can be called.")
@@ -99,7 +99,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _words(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}" if str(error) else type(error).__name__
 
 
@@ -124,8 +124,8 @@ def compute_label(structure: Atoms, make: Callable[[], Any], *, stress: bool, la
         label["forces"] = np.array(atoms.get_forces(), dtype=np.float64)
         if stress and atoms.pbc.all() and "stress" in getattr(atoms.calc, "implemented_properties", ()):
             label["stress"] = np.array(atoms.get_stress(voigt=True), dtype=np.float64)
-    except Exception as error:  # code of the user's
-        raise LabelError(_words(error)) from error
+    except (Exception, SystemExit) as error:  # code of the user's
+        raise LabelError(_describe_error(error)) from error
     results = getattr(atoms.calc, "results", {})
     said = [getattr(atoms.calc, "converged", None), results.get("converged") if isinstance(results, dict) else None]
     if any(isinstance(one, (bool, np.bool_)) and not one for one in said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from forcetune.frames.dataset import Dataset, read_dataset
 from forcetune.frames.frame import Frame
 from forcetune.frames.sources import expand
 from forcetune.reports.learn_page import write_learn_page
+from forcetune.runs.fit import as_texts
+from forcetune.runs.folder import CONFIG_NAME as RUN_CONFIG_NAME
 from forcetune.runs.folder import input_files
-from forcetune.runs.labelling import LabelError, Labeller, compare_label, compute_label, load_labeller, name_of
+from forcetune.runs.labelling import LabelError, Labeller, compare_label, compute_label, labeller_name, load_labeller
 from forcetune.runs.learn_checks import (
     CONFIG_NAME,
     check_folder,
@@ -38,14 +41,15 @@ from forcetune.runs.learn_results import (
 )
 from forcetune.runs.learn_round import (
     LABELLED_NAME,
+    RUN_NAME,
     Round,
+    default_bound,
     label_structures,
     measure_new_frames,
     read_errors,
     run_dynamics,
     select_structures,
     train_round,
-    usual_bound,
 )
 from forcetune.runs.runtime import limited_threads
 from forcetune.utils.files import is_inside, write_json
@@ -100,7 +104,7 @@ def learn(
         labeller: what makes an ASE calculator: ``package.module:name``, ``file.py:name``, or a callable.
         model, method, valid, test, epochs: as :func:`forcetune.fit`; of the first fit and all others.
         out: folder.
-        config: YAML file with any of the options; what is given here comes first.
+        config: YAML file with any of the options; arguments come first.
         settings: any option by its dotted name, ``{"learn.rounds": 10, "learn.final_temperature": 600}``.
         console: where progress is printed; standard error by default.
 
@@ -110,23 +114,17 @@ def learn(
         ForcetuneError: a fit failed, or too many labels did; what was done stays.
     """
     options: dict[str, Any] = {
-        "data": {"train": _texts(train), "valid": _texts(valid), "test": _texts(test)},
+        "data": {"train": as_texts(train), "valid": as_texts(valid), "test": as_texts(test)},
         "model": {"model": None if model is None else str(model)},
         "method": {"name": method},
         "training": {"epochs": epochs},
         "output": {"run": str(out)},
-        "learn": {"start": _texts(start), "labeller": None if labeller is None else name_of(labeller)},
+        "learn": {"start": as_texts(start), "labeller": None if labeller is None else labeller_name(labeller)},
     }
     resolved = load_config(config, given=options, overrides=settings)
     inputs = () if config is None else (config,)
     callable_ = labeller if labeller is not None and not isinstance(labeller, str) else None
     return run_learn(resolved, labeller=callable_, inputs=inputs, console=console)
-
-
-def _texts(value: Any) -> Any:
-    if isinstance(value, (str, Path)):
-        return [str(value)]
-    return [str(item) for item in value] if isinstance(value, Sequence) else value
 
 
 def run_learn(
@@ -147,27 +145,42 @@ def run_learn(
     Raises:
         InputError, ForcetuneError: as :func:`learn`.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     options, folder = config.learn, Path(config.output.run)
     check_options(config)
     check_folder(folder, config)
     starts = read_starts(options)
     make = load_labeller(labeller or str(options.labeller), options.labeller_options)
     dataset = read_dataset(config.data, config.magnetism)
-    check_starts(starts, dataset.train.elements, options.start)
+    check_starts(starts, dataset.train.elements)
     for file in (*input_files(config, inputs), *expand(options.start)):
         if is_inside(file, folder):
             raise InputError(f"{folder}: holds {file}, which is read here; choose another folder with --out.")
-    loop = _Loop(config, folder, starts, make, dataset, console)
+    loop = _Loop(config, folder, [start for _, start in starts], make, dataset, console)
+    begins, existed = not (folder / CONFIG_NAME).is_file(), folder.is_dir()
     check = None
-    if not (folder / CONFIG_NAME).is_file():
+    if not (folder / CHECK_NAME).is_file():  # also where the first command was killed before it was written
         check_model(config, dataset)
         check = loop.check_labeller()
     config.save(folder / CONFIG_NAME)
     if check is not None:
         write_json(folder / CHECK_NAME, check)
     with limited_threads(config.training.threads):
-        return loop.run()
+        try:
+            return loop.run()
+        except InputError:
+            if begins and not (folder / ROUNDS_NAME / "00" / RUN_NAME / RUN_CONFIG_NAME).is_file():
+                _remove_beginning(folder, existed)
+            raise
+
+
+def _remove_beginning(folder: Path, existed: bool) -> None:
+    """Remove the options of a loop whose first fit refused them, so that the command can be repeated with others."""
+    for name in (CONFIG_NAME, CHECK_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ROUNDS_NAME, ignore_errors=True)
+    if not existed:
+        folder.rmdir()
 
 
 class _Loop:
@@ -178,7 +191,9 @@ class _Loop:
     ) -> None:
         self.config, self.options, self.folder = config, config.learn, folder
         self.starts, self.make, self.keys = starts, make, dataset.train.keys
-        self.first_frame: Frame | None = next((one for one in dataset.train.frames if one.forces is not None), None)
+        self.first_frame: Frame | None = next(
+            (frame for frame in dataset.train.frames if frame.forces is not None), None
+        )
         self.console = console
         self.bound: float | None = None
         self.rounds: list[RoundRecord] = []
@@ -211,11 +226,11 @@ class _Loop:
     def run(self) -> Learned:
         """All rounds that are left."""
         while True:
-            one = self._next()
-            stored = record = read_round(one.folder / ROUND_NAME)
+            current = self._next()
+            stored = record = read_round(current.folder / ROUND_NAME)
             if record is None:
-                record = self._first(one) if one.number == 0 else self._round(one)
-                write_record(one.folder / ROUND_NAME, record)
+                record = self._first(current) if current.number == 0 else self._round(current)
+                write_record(current.folder / ROUND_NAME, record)
                 self._say_round(record)
             self.rounds.append(record)
             self.bound = self.rounds[0].bound
@@ -227,69 +242,69 @@ class _Loop:
 
     def _next(self) -> Round:
         number = len(self.rounds)
-        trained = [self._folder(one.number) / "run" for one in self.rounds if one.train_frames]
-        labelled = [self._folder(one.number) / LABELLED_NAME for one in self.rounds if one.labelled]
+        trained = [self._folder(record.number) / RUN_NAME for record in self.rounds if record.train_frames]
+        labelled = [self._folder(record.number) / LABELLED_NAME for record in self.rounds if record.labelled]
         return Round(number, self._folder(number), trained[-1] if trained else None, tuple(labelled))
 
     def _folder(self, number: int) -> Path:
         return self.folder / ROUNDS_NAME / f"{number:02d}"
 
-    def _first(self, one: Round) -> RoundRecord:
-        """The fit to the frames that there are, and the bound where none was given."""
+    def _first(self, current: Round) -> RoundRecord:
+        """The fit to the frames that there are, and the bound where the options have none."""
         self.say("round 0: fit to the frames that there are")
-        train_round(self.config, one, self._quiet())
-        errors, count = read_errors(self.config, one)
+        train_round(self.config, current, self._quiet())
+        errors, count = read_errors(self.config, current)
         bound = self.options.forces_std
         if bound is None:
-            bound = usual_bound(one.run, self.config)
+            bound = default_bound(current.run, self.config)
             self.say(f"bound of the uncertainty: {bound:.3g} eV/Å, from the validation frames")
         return RoundRecord(number=0, bound=bound, errors=errors, train_frames=count)
 
-    def _round(self, one: Round) -> RoundRecord:
+    def _round(self, current: Round) -> RoundRecord:
         """Dynamics, selection, labels and a fit.
 
         Raises:
             ForcetuneError: too many labels failed.
         """
         assert self.bound is not None
-        assert one.previous is not None
+        assert current.previous is not None
         options = self.options
-        dynamics = run_dynamics(self.config, one, self.starts, self.bound, self.say)
+        dynamics = run_dynamics(self.config, current, self.starts, self.bound, self.say)
         left = options.batch if options.labels is None else min(options.batch, options.labels - self._spent())
-        structures = select_structures(self.config, one, dynamics, left)
+        structures = select_structures(self.config, current, dynamics, left)
         record = RoundRecord(
-            number=one.number,
+            number=current.number,
             dynamics=dynamics,
             collected=sum(trajectory.collected for trajectory in dynamics),
             selected=len(structures),
         )
         if not structures:
             return record
-        self.say(f"round {one.number}: {len(structures)} of {record.collected} structures to label")
-        failed = label_structures(self.config, one, structures, self.make, self.keys, self.say)
-        done = sum(one.labels.labelled(number).is_file() for number in range(1, len(structures) + 1))
+        self.say(f"round {current.number}: {len(structures)} of {record.collected} structures to label")
+        failed = label_structures(self.config, current, structures, self.make, self.keys, self.say)
+        done = sum(current.labels.labelled(number).is_file() for number in range(1, len(structures) + 1))
         record = record.model_copy(update={"failed": failed, "labelled": done})
         if len(failed) > options.failures:
-            self._give_up(one, record)
-        file = one.folder / LABELLED_NAME
-        new = measure_new_frames(one.previous, file, self.keys, self.config.model.device)
-        self.say(f"round {one.number}: fit with {record.labelled} new frames")
-        with_new = Round(one.number, one.folder, one.previous, (*one.labelled, file))
+            self._give_up(current, record)
+        file = current.folder / LABELLED_NAME
+        new = measure_new_frames(current.previous, file, self.keys, self.config.model.device)
+        self.say(f"round {current.number}: fit with {record.labelled} new frames")
+        with_new = Round(current.number, current.folder, current.previous, (*current.labelled, file))
         train_round(self.config, with_new, self._quiet())
-        errors, count = read_errors(self.config, one)
+        errors, count = read_errors(self.config, current)
         return record.model_copy(update={"new": new, "errors": errors, "train_frames": count})
 
-    def _give_up(self, one: Round, record: RoundRecord) -> None:
+    def _give_up(self, current: Round, record: RoundRecord) -> None:
         """
         Raises:
             ForcetuneError: always.
         """
-        reason = f"{len(record.failed)} labels of round {one.number} failed, the last as {record.failed[-1].reason}"
+        reason = f"{len(record.failed)} labels of round {current.number} failed, the last as {record.failed[-1].reason}"
         self.rounds.append(record)
         page = self._write("failures", reason).page
         raise ForcetuneError(
             f"{reason}; {self.options.failures} are allowed (learn.failures). {page} has all of them. Remove "
-            f"{one.labels.folder}/*.failed.json to try them again."
+            f"{current.labels.folder}/*.failed.json to try them again."
         )
 
     def _spent(self) -> int:
@@ -301,6 +316,12 @@ class _Loop:
         if last.number and not last.selected:
             if all(trajectory.ended == "length" for trajectory in last.dynamics) and not last.collected:
                 return "sure everywhere", f"no structure of the dynamics of round {last.number} is beyond the bound"
+            if not last.collected:
+                reasons = dict.fromkeys(trajectory.reason for trajectory in last.dynamics if trajectory.reason)
+                return "nothing new", (
+                    f"the dynamics of round {last.number} ended before a structure could be collected: "
+                    f"{'; '.join(reasons)}"
+                )
             return "nothing new", (
                 f"the dynamics of round {last.number} reached nothing that is not labelled already, within learn.apart"
             )
@@ -327,7 +348,7 @@ class _Loop:
         )
         write_record(self.folder / LEARN_NAME, record)
         page = write_learn_page(self.folder, record, self.config)
-        run = self._folder(max(one.number for one in self.rounds if one.train_frames)) / "run"
+        run = self._folder(max(entry.number for entry in self.rounds if entry.train_frames)) / RUN_NAME
         return Learned(self.folder, record, run, page)
 
     def _say_round(self, record: RoundRecord) -> None:

@@ -72,16 +72,20 @@ def _is_free(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in FREE)
 
 
-def read_starts(options: LearnConfig) -> list[Atoms]:
-    """
+def read_starts(options: LearnConfig) -> list[tuple[Origin, Atoms]]:
+    """The structures that dynamics start from, and where each stands.
+
     Raises:
-        InputError: a structure cannot be read or is none.
+        InputError: a structure cannot be read or is none, or the files have none.
     """
-    starts: list[Atoms] = []
+    starts: list[tuple[Origin, Atoms]] = []
     for path in expand(options.start):
         for index, atoms in enumerate(iterate_structures(path, file_format(path), ())):
-            check_structure(raw_frame(atoms, Origin(str(path), index)))
-            starts.append(atoms)
+            origin = Origin(str(path), index)
+            check_structure(raw_frame(atoms, origin))
+            starts.append((origin, atoms))
+    if not starts:
+        raise InputError(f"learn.start: {', '.join(options.start)} hold no structures; name others.")
     return starts
 
 
@@ -95,15 +99,15 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     require_network(load(model.model, head=model.head, elements=elements, device=model.device, kernels=model.kernels))
 
 
-def check_starts(starts: Sequence[Atoms], elements: Sequence[int], files: Sequence[str]) -> None:
+def check_starts(starts: Sequence[tuple[Origin, Atoms]], elements: Sequence[int]) -> None:
     """
     Raises:
-        InputError: there are none, or one has an element that no training frame has.
+        InputError: a structure has an element that no training frame has.
     """
-    for index, atoms in enumerate(starts):
+    for origin, atoms in starts:
         strange = sorted({*atoms.symbols[~np.isin(atoms.numbers, list(elements))]})
         if strange:
             raise InputError(
-                f"learn.start: structure {index} of {', '.join(files)} has {', '.join(strange)}, which no training "
-                "frame has; add labelled frames with it."
+                f"{origin}: has {', '.join(strange)}, which no training frame has; dynamics cannot start from it "
+                "(learn.start) before labelled frames with it are added to data.train."
             )

@@ -31,15 +31,13 @@ from forcetune.runs.labelling import LabelFolder, compute_label
 from forcetune.runs.learn_results import DynamicsRecord, FailedLabel, read_dynamics, write_record
 from forcetune.runs.results import read_results
 from forcetune.runs.select import NothingToChoose, select
-from forcetune.runs.uncertainty import calibrate
+from forcetune.runs.uncertainty import MOST_FRAMES, calibrate
 from forcetune.uncertainty.file import has_calibration, load_uncertainty
 from forcetune.uncertainty.last_layer import predict_deviations
 from forcetune.utils.files import atomic_path
 
-MOST_FRAMES = 2000
-"""Training frames that surroundings are compared with, at random of more."""
 BOUND_SHARE, BOUND_FACTOR = 0.95, 1.5
-"""The bound that is not given: so many times what this share of the validation frames stays below."""
+"""The bound by default: so many times what this share of the validation frames stays below."""
 SELECTED_NAME, LABELLED_NAME, RUN_NAME = "selected.xyz", "labelled.xyz", "run"
 
 
@@ -70,36 +68,38 @@ class Round:
         return LabelFolder(self.folder / "labels")
 
 
-def train_round(config: RunConfig, one: Round, console: Console) -> None:
+def train_round(config: RunConfig, current: Round, console: Console) -> None:
     """Fit and calibrate, or whatever of this is left to do.
 
     Args:
         config: of the loop.
-        one: the round; its own labelled frames are among ``labelled`` here.
+        current: the round; its own labelled frames are among ``labelled`` here.
         console: of the fit.
 
     Raises:
         InputError, ForcetuneError: as :func:`forcetune.runs.fit.run_fit`; the fit was interrupted.
     """
-    if not (one.run / CONFIG_NAME).is_file():
-        shutil.rmtree(one.run, ignore_errors=True)  # nothing but the beginning of a fit
-        run_fit(_fit_config(config, one), console=console)
-    elif read_status(one.run) not in FINISHED:
-        resume(one.run, console=console)
-    if read_status(one.run) not in FINISHED:
+    if not (current.run / CONFIG_NAME).is_file():
+        shutil.rmtree(current.run, ignore_errors=True)  # nothing but the beginning of a fit
+        run_fit(_fit_config(config, current), console=console)
+    elif read_status(current.run) not in FINISHED:
+        resume(current.run, console=console)
+    if read_status(current.run) not in FINISHED:
         raise KeyboardInterrupt
-    if not has_calibration(one.run):
-        calibrate(one.run, device=config.model.device, console=console)
+    if not has_calibration(current.run):
+        calibrate(current.run, device=config.model.device, console=console)
 
 
-def _fit_config(config: RunConfig, one: Round) -> RunConfig:
+def _fit_config(config: RunConfig, current: Round) -> RunConfig:
     """The options of one fit: those of the loop, with the new frames and the last adapter."""
     content = config.model_dump(exclude_unset=True)
     content.pop("learn", None)
-    content["data"]["train_only"] = [*config.data.train_only, *map(str, one.labelled)]
-    content["output"] = {"forgetting": False} | content.get("output", {}) | {"run": str(one.run), "overwrite": False}
-    if one.previous is not None:
-        adapter = one.previous / ADAPTER_NAME
+    content["data"]["train_only"] = [*config.data.train_only, *map(str, current.labelled)]
+    content["output"] = (
+        {"forgetting": False} | content.get("output", {}) | {"run": str(current.run), "overwrite": False}
+    )
+    if current.previous is not None:
+        adapter = current.previous / ADAPTER_NAME
         training = content.setdefault("training", {})
         training["start_from"] = str(adapter)
         if config.learn.epochs is not None:
@@ -109,18 +109,18 @@ def _fit_config(config: RunConfig, one: Round) -> RunConfig:
     return RunConfig.model_validate(content)
 
 
-def read_errors(config: RunConfig, one: Round) -> tuple[dict[str, Any], int]:
+def read_errors(config: RunConfig, current: Round) -> tuple[dict[str, Any], int]:
     """Errors of the run of a round by split, and the number of frames that it was trained on."""
-    results = read_results(one.run, config)
+    results = read_results(current.run, config)
     errors = {name: pair.after or {} for name, pair in results.errors.items() if pair is not None}
     train = results.data.get("train")
     return errors, 0 if train is None else train.n_frames or 0
 
 
-def usual_bound(run: Path, config: RunConfig) -> float:
-    """The bound of the uncertainty where none was given, eV/Å, from the validation frames of the first run."""
+def default_bound(run: Path, config: RunConfig) -> float:
+    """The bound of the uncertainty by default, eV/Å, from the validation frames of the first run."""
     frames = read_dataset(config.data.model_copy(update={"test": []}), config.magnetism).valid.frames
-    predictions, deviations = _predict_surely(run, frames[:MOST_FRAMES], config.model.device)
+    predictions, deviations = _predict_with_deviations(run, frames[:MOST_FRAMES], config.model.device)
     of_atoms = np.split(np.linalg.norm(deviations, axis=1), np.cumsum(predictions.atoms)[:-1])
     return BOUND_FACTOR * float(np.quantile([part.max() for part in of_atoms], BOUND_SHARE))
 
@@ -129,12 +129,12 @@ def measure_new_frames(run: Path, file: Path, keys: LabelKeys, device: str) -> d
     """Errors of a run on frames it was not trained on, and what it expected: ``forces_std_mev_per_ang``."""
     named: dict[str, Any] = {f"{label}_key": getattr(keys, label) or "auto" for label in ("energy", "forces", "stress")}
     frames = read_frames(file, **named, require=(), name="new frames").frames
-    predictions, deviations = _predict_surely(run, frames, device)
+    predictions, deviations = _predict_with_deviations(run, frames, device)
     expected = 1000 * float(np.sqrt(np.mean(deviations**2)))
     return predictions.errors().to_json() | {"forces_std_mev_per_ang": expected}
 
 
-def _predict_surely(run: Path, frames: Sequence[Frame], device: str) -> tuple[Predictions, FloatArray]:
+def _predict_with_deviations(run: Path, frames: Sequence[Frame], device: str) -> tuple[Predictions, FloatArray]:
     """Predictions, and calibrated standard deviations of the forces, (atoms, 3), eV/Å."""
     backbone = deploy(run, device=device).backbone
     uncertainty = load_uncertainty(run, [run / ADAPTER_NAME])
@@ -146,59 +146,59 @@ def _predict_surely(run: Path, frames: Sequence[Frame], device: str) -> tuple[Pr
 
 
 def run_dynamics(
-    config: RunConfig, one: Round, starts: Sequence[Atoms], bound: float, say: Callable[[str], None]
+    config: RunConfig, current: Round, starts: Sequence[Atoms], bound: float, say: Callable[[str], None]
 ) -> list[DynamicsRecord]:
     """All trajectories of a round; those that are written already are not repeated.
 
     Args:
         config: of the loop.
-        one: the round.
+        current: the round.
         starts: structures that dynamics start from, in turns.
         bound: of the uncertainty, eV/Å.
-        say: told of every trajectory.
+        say: called with a line for every trajectory.
     """
-    places = [one.folder / "dynamics" / f"{number:03d}.json" for number in range(1, config.learn.walkers + 1)]
-    records = [read_dynamics(place) for place in places]
-    assert one.previous is not None
+    paths = [current.folder / "dynamics" / f"{number:03d}.json" for number in range(1, config.learn.walkers + 1)]
+    records = [read_dynamics(path) for path in paths]
+    assert current.previous is not None
     explorer = None
-    for index, place in enumerate(places):
+    for index, path in enumerate(paths):
         if records[index] is None:
-            explorer = explorer or _Explorer(config, one.previous, bound)
-            start = ((one.number - 1) * len(places) + index) % len(starts)
-            seed = [config.training.seed, one.number, index]
-            found = explorer.run(starts[start], place.with_name(f"{place.stem}-flagged.xyz"), seed)
-            record = _record(found, config, index + 1, start)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if found.collected:
-                with atomic_path(place.with_suffix(".xyz")) as temporary:
-                    ase.io.write(temporary, found.collected, format="extxyz")
-            write_record(place, record)
+            explorer = explorer or _Explorer(config, current.previous, bound)
+            start = ((current.number - 1) * len(paths) + index) % len(starts)
+            seed = [config.training.seed, current.number, index]
+            exploration = explorer.run(starts[start], path.with_name(f"{path.stem}-flagged.xyz"), seed)
+            record = _record(exploration, config, index + 1, start)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if exploration.collected:
+                with atomic_path(path.with_suffix(".xyz")) as temporary:
+                    ase.io.write(temporary, exploration.collected, format="extxyz")
+            write_record(path, record)
             records[index] = record
             say(
-                f"round {one.number}: dynamics {record.number} of {len(places)}, {record.picoseconds:.3g} ps to "
+                f"round {current.number}: dynamics {record.number} of {len(paths)}, {record.picoseconds:.3g} ps to "
                 f"{record.final_temperature_k:.0f} K, {record.collected} collected"
                 + (f"; ended: {record.reason}" if record.reason else "")
             )
     return [record for record in records if record is not None]
 
 
-def _record(found: Exploration, config: RunConfig, number: int, start: int) -> DynamicsRecord:
+def _record(exploration: Exploration, config: RunConfig, number: int, start: int) -> DynamicsRecord:
     options = config.learn
     final = options.temperature if options.final_temperature is None else options.final_temperature
-    picoseconds = found.steps * options.timestep / 1000
+    picoseconds = exploration.steps * options.timestep / 1000
     return DynamicsRecord(
         number=number,
         start=start,
-        ended=found.ended,
-        reason=found.reason,
+        ended=exploration.ended,
+        reason=exploration.reason,
         picoseconds=picoseconds,
         final_temperature_k=options.temperature
         + (final - options.temperature) * min(1.0, picoseconds / options.picoseconds),
-        looks=found.looks,
-        beyond=found.beyond,
-        collected=len(found.collected),
-        mean_std=found.mean_std,
-        largest_std=found.largest_std,
+        looks=exploration.looks,
+        beyond=exploration.beyond,
+        collected=len(exploration.collected),
+        mean_std=exploration.mean_std,
+        largest_std=exploration.largest_std,
     )
 
 
@@ -218,6 +218,7 @@ class _Explorer:
             self.environments = Environments(_training_frames(run))
 
     def run(self, start: Atoms, flagged: Path, seed: list[int]) -> Exploration:
+        """One trajectory; structures at which the watch ends it are written to ``flagged``."""
         watch = Watch(
             frames=self.environments,
             novelty=self.options.novelty or 1.0,
@@ -228,34 +229,34 @@ class _Explorer:
 
 
 def _training_frames(run: Path) -> list[Frame]:
-    """Frames that a run was trained on, some of them where they are many."""
+    """Frames that a run was trained on, as many at random as a calibration looks at where there are more."""
     frames = read_dataset(load_config(run / CONFIG_NAME).data.model_copy(update={"test": []})).train.frames
     if len(frames) <= MOST_FRAMES:
         return list(frames)
     return [frames[int(index)] for index in np.random.default_rng(0).choice(len(frames), MOST_FRAMES, replace=False)]
 
 
-def select_structures(config: RunConfig, one: Round, dynamics: Sequence[DynamicsRecord], most: int) -> list[Atoms]:
+def select_structures(config: RunConfig, current: Round, dynamics: Sequence[DynamicsRecord], most: int) -> list[Atoms]:
     """What to label of what was collected: uncertain, new, and no two alike; none where nothing is new.
 
     Args:
         config: of the loop.
-        one: the round.
+        current: the round.
         dynamics: of the round.
         most: structures.
     """
-    place = one.folder / SELECTED_NAME
-    if place.is_file():
-        return _read(place)
-    files = [one.folder / "dynamics" / f"{record.number:03d}.xyz" for record in dynamics if record.collected]
+    path = current.folder / SELECTED_NAME
+    if path.is_file():
+        return _read_structures(path)
+    files = [current.folder / "dynamics" / f"{record.number:03d}.xyz" for record in dynamics if record.collected]
     if not files:
         return []
-    assert one.previous is not None
+    assert current.previous is not None
     try:
         selection = select(
             files,
             n=most,
-            model=one.previous,
+            model=current.previous,
             strategy=config.learn.strategy,
             uncertainty="forces",
             apart=config.learn.apart,
@@ -266,13 +267,13 @@ def select_structures(config: RunConfig, one: Round, dynamics: Sequence[Dynamics
     except NothingToChoose:
         return []
     if selection.structures:
-        with atomic_path(place) as temporary:
+        with atomic_path(path) as temporary:
             ase.io.write(temporary, selection.structures, format="extxyz")
     # as the file gives them, so that a label does not depend on when it is computed
-    return _read(place) if selection.structures else []
+    return _read_structures(path) if selection.structures else []
 
 
-def _read(path: Path) -> list[Atoms]:
+def _read_structures(path: Path) -> list[Atoms]:
     structures = ase.io.read(path, index=":", format="extxyz")
     assert isinstance(structures, list)
     return structures
@@ -280,7 +281,7 @@ def _read(path: Path) -> list[Atoms]:
 
 def label_structures(
     config: RunConfig,
-    one: Round,
+    current: Round,
     structures: Sequence[Atoms],
     make: Callable[[], Any],
     keys: LabelKeys,
@@ -296,7 +297,7 @@ def label_structures(
     """
     failed: list[FailedLabel] = []
     for number, structure in enumerate(structures, 1):
-        one.labels.label(
+        current.labels.label(
             number,
             structure,
             keys,
@@ -304,19 +305,19 @@ def label_structures(
                 atoms, make, stress=keys.stress is not None, largest_force=config.learn.largest_force
             ),
         )
-        reason = one.labels.failure(number)
+        reason = current.labels.failure(number)
         if reason is not None:
             failed.append(FailedLabel(number=number, reason=reason))
-            say(f"round {one.number}: structure {number} could not be labelled: {reason}")
+            say(f"round {current.number}: structure {number} could not be labelled: {reason}")
             if len(failed) > config.learn.failures:
                 return failed
-    done = [path for number in range(1, len(structures) + 1) if (path := one.labels.labelled(number)).is_file()]
-    if done and not (one.folder / LABELLED_NAME).is_file():
-        with atomic_path(one.folder / LABELLED_NAME) as temporary:
-            ase.io.write(temporary, [atoms for path in done for atoms in _read(path)], format="extxyz")
+    done = [path for number in range(1, len(structures) + 1) if (path := current.labels.labelled(number)).is_file()]
+    if done and not (current.folder / LABELLED_NAME).is_file():
+        with atomic_path(current.folder / LABELLED_NAME) as temporary:
+            ase.io.write(temporary, [atoms for path in done for atoms in _read_structures(path)], format="extxyz")
     if not done:
         raise ForcetuneError(
-            f"{one.folder}: none of {len(structures)} structures could be labelled, the first as {failed[0].reason}. "
-            f"Remove {one.labels.folder}/*.failed.json to try again."
+            f"{current.folder}: none of {len(structures)} structures could be labelled, the first as "
+            f"{failed[0].reason}. Remove {current.labels.folder}/*.failed.json to try again."
         )
     return failed

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from forcetune.adapters.methods import METHODS, build_method, option_names
+from forcetune.backbones.loading import backbone_class
+from forcetune.backbones.registry import resolve
 from forcetune.config import LossConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors
@@ -20,9 +22,11 @@ from forcetune.runs.fit import run_fit
 from forcetune.training.label_weights import default_stress_weight
 from forcetune.utils.option_defaults import is_given
 
+RATE, RANK, FORCES = "training.learning_rate", "method.rank", "training.loss.forces"
+"""Options that are searched."""
 RANKS = (4, 8, 16, 32, 64)
 RATES = (0.1, 10.0)
-"""Limits of the learning rate in units of the method's own."""
+"""Limits of the learning rate in units of what a run without a search has."""
 WEIGHTS = (0.1, 10.0)
 """Limits of the forces' weight in units of the configured one."""
 FIRST = 3
@@ -50,7 +54,8 @@ def score(errors: Errors, loss: LossConfig, magnetic: bool = False) -> float:
     """w_E RMSE_E² + w_F RMSE_F² + w_S RMSE_S² with the configured weights, eV², eV²/Å² and eV²/Å⁶.
 
     It does not depend on the weights of a trial, so that trials with different ones can be compared. Without a weight
-    of its own the stress has that of the training (:func:`forcetune.training.label_weights.default_stress_weight`).
+    of its own, or with one of virials for each atom, the stress has the default
+    (:func:`forcetune.training.label_weights.default_stress_weight`).
 
     Args:
         errors: on the validation frames; those without labels do not count.
@@ -58,7 +63,10 @@ def score(errors: Errors, loss: LossConfig, magnetic: bool = False) -> float:
         magnetic: whether the run has a magnetic layer.
     """
     total = 0.0
-    stress_weight = default_stress_weight(loss, magnetic) if loss.stress is None else loss.stress
+    plain = loss.model_copy(update={"stress_per_atom": False})
+    stress_weight = default_stress_weight(plain, magnetic)
+    if loss.stress is not None and not (loss.stress_per_atom and loss.stress):
+        stress_weight = loss.stress
     energy = errors.energy_rmse_mev_per_atom if loss.energy_per_atom else errors.energy_rmse_mev
     terms = (
         (loss.energy, energy),
@@ -78,7 +86,7 @@ def check_search(config: RunConfig) -> None:
     """
     if find_spec("optuna") is None:
         raise InputError("--search needs Optuna: pip install 'forcetune[tune]'.")
-    _space(config)
+    _list_options(config)
 
 
 def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult:
@@ -97,26 +105,34 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult
         ForcetuneError: every training failed.
     """
     check_search(config)
+    defaults = default_options(config)
     import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
-    # another configuration is another search
-    name = f"{config.method.name}-{_digest(config)}"
+    # another configuration, or start, is another search
+    name = f"{config.method.name}-{_digest(config, defaults)}"
+    journal = str(folder / f"{name}.journal")
+    # Optuna's own choice of lock is a symbolic link, which Windows lets administrators make only
+    lock = JournalFileOpenLock(journal)
     study = optuna.create_study(
         study_name=name,
-        storage=JournalStorage(JournalFileBackend(str(folder / f"{name}.journal"))),
+        storage=JournalStorage(JournalFileBackend(journal, lock_obj=lock)),
         sampler=optuna.samplers.TPESampler(seed=config.training.seed),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST),
         load_if_exists=True,
     )
     complete, pruned = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     if not study.trials:
-        study.enqueue_trial(_defaults(config))
+        study.enqueue_trial(defaults)
     remaining = trials - len(study.get_trials(deepcopy=False, states=(complete, pruned)))
     if remaining > 0:
-        study.optimize(lambda trial: _run_trial(trial, config, folder / f"{name}-{trial.number}"), n_trials=remaining)
+
+        def run_trial(trial: Any) -> float:
+            return _run_trial(trial, config, defaults, folder / f"{name}-{trial.number}")
+
+        study.optimize(run_trial, n_trials=remaining)
     if not study.get_trials(deepcopy=False, states=(complete,)):
         raise ForcetuneError(f"{name}: no trial of the search ended well; see {folder}.")
     rows = tuple(
@@ -130,7 +146,7 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult
     return SearchResult(config.method.name, _round_settings(study.best_params), float(study.best_value), rows)
 
 
-def _run_trial(trial: Any, config: RunConfig, run: Path) -> float:
+def _run_trial(trial: Any, config: RunConfig, defaults: Mapping[str, Any], run: Path) -> float:
     """Train with options that the trial suggests; returns the best score of all epochs.
 
     Raises:
@@ -139,7 +155,7 @@ def _run_trial(trial: Any, config: RunConfig, run: Path) -> float:
     """
     import optuna
 
-    settings = _suggest(trial, config)
+    settings = _suggest(trial, defaults)
     best = float("inf")
 
     def observe(epoch: int, errors: Errors) -> None:
@@ -158,9 +174,10 @@ def _run_trial(trial: Any, config: RunConfig, run: Path) -> float:
     return best
 
 
-def _digest(config: RunConfig) -> str:
+def _digest(config: RunConfig, defaults: Mapping[str, Any]) -> str:
     """Of all that a search depends on."""
     content = config.model_dump(mode="json", exclude={"output": True, "training": {"threads"}})
+    content["defaults"] = dict(defaults)
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -168,42 +185,53 @@ def _last(values: Mapping[int, float]) -> float | None:
     return values[max(values)] if values else None
 
 
-def _space(config: RunConfig) -> dict[str, tuple[float, float] | tuple[int, ...]]:
-    """Options to search, with their limits or choices; what the user set stays."""
+def _list_options(config: RunConfig) -> list[str]:
+    """Options to search; what the user set stays.
+
+    Raises:
+        InputError: all of them are set.
+    """
     loss = config.training.loss
-    space: dict[str, Any] = {}
-    if not is_given(config, "training.learning_rate"):
-        rate = build_method(config.method).learning_rate
-        space["training.learning_rate"] = (RATES[0] * rate, RATES[1] * rate)
-    known = option_names(METHODS[config.method.name])
-    if "rank" in known and "rank" not in config.method.options():
-        space["method.rank"] = RANKS
+    names = []
+    if not is_given(config, RATE):
+        names.append(RATE)
+    if "rank" in option_names(METHODS[config.method.name]) and "rank" not in config.method.options():
+        names.append(RANK)
     if "forces" not in loss.model_fields_set and loss.energy > 0 and loss.forces > 0:
-        space["training.loss.forces"] = (WEIGHTS[0] * loss.forces, WEIGHTS[1] * loss.forces)
-    if not space:
+        names.append(FORCES)
+    if not names:
         raise InputError(
             f"--search: learning rate, rank and weight of the forces are all set for {config.method.name}."
         )
-    return space
+    return names
 
 
-def _defaults(config: RunConfig) -> dict[str, Any]:
-    """The first trial: what a run without a search has."""
-    defaults = {
-        "training.learning_rate": build_method(config.method).learning_rate,
-        "method.rank": 16,
-        "training.loss.forces": config.training.loss.forces,
-    }
-    return {key: defaults[key] for key in _space(config)}
+def default_options(config: RunConfig) -> dict[str, Any]:
+    """Options to search, as a run without a search has them: the first trial.
+
+    The learning rate is the foundation model's for the method, or the method's.
+
+    Raises:
+        InputError: all of them are set, or there is no such model.
+    """
+    names = _list_options(config)
+    defaults: dict[str, Any] = {RANK: 16, FORCES: config.training.loss.forces}
+    if RATE in names:
+        method = build_method(config.method)
+        rates = backbone_class(resolve(config.model.model).library).learning_rates
+        defaults[RATE] = rates.get(method.name, method.learning_rate)
+    return {name: defaults[name] for name in names}
 
 
-def _suggest(trial: Any, config: RunConfig) -> dict[str, Any]:
+def _suggest(trial: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a trial, around the defaults."""
     values: dict[str, Any] = {}
-    for key, limits in _space(config).items():
-        if key == "method.rank":
-            values[key] = trial.suggest_categorical(key, limits)
+    for name, default in defaults.items():
+        if name == RANK:
+            values[name] = trial.suggest_categorical(name, RANKS)
         else:
-            values[key] = trial.suggest_float(key, *limits, log=True)
+            least, most = RATES if name == RATE else WEIGHTS
+            values[name] = trial.suggest_float(name, least * default, most * default, log=True)
     return _round_settings(values)
 
 

@@ -141,7 +141,7 @@ def select(
         InputError: bad structures, an unknown option, a model whose last layer is not known, nothing left to choose, or
             an output that cannot be written or would replace what is read.
     """
-    console = console or Console(stderr=True, soft_wrap=True)
+    console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     if strategy not in STRATEGIES:
         raise InputError(f"--strategy {strategy}: is none of {', '.join(get_args(Strategy))}.")
     if n < 1:

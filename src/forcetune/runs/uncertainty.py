@@ -88,7 +88,7 @@ def calibrate(
     Raises:
         InputError: no run folder, frames that are missing or changed, or a model whose last layer is not known.
     """
-    console, started = console or Console(stderr=True, soft_wrap=True), time.perf_counter()
+    console, started = console or Console(stderr=True, soft_wrap=True, emoji=False), time.perf_counter()
     folder = run_folder(run)
     config = load_config(folder / CONFIG_NAME)
     if ensemble:

@@ -1,4 +1,4 @@
-"""What a penalty holds a tuned model to: the foundation model's Fisher information, and what its gates would be given.
+"""What a penalty holds a tuned model to: the foundation model's Fisher information, and inputs of its gates.
 
 Everything here is computed once, before the training, with the foundation model on some frames, and depends on the
 run's options and data alone.
@@ -206,6 +206,8 @@ def _scaled_outputs(backbone: Backbone, batch: Batch, loss: LossConfig, counts: 
     if stress:
         assert prediction.stress is not None
         scale = math.sqrt(2 * loss.stress_weight / (9 * counts.periodic))
+        if loss.stress_per_atom:
+            scale *= float(torch.linalg.det(batch.cell.double()).abs()) / batch.n_atoms
         parts.append(scale * prediction.stress.reshape(-1).double())
     return torch.cat(parts)
 

@@ -102,7 +102,7 @@ class ProgressBar(Observer):
     """One bar over all epochs on standard error; without a terminal, a line at every twentieth of the run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.console = console or Console(stderr=True, soft_wrap=True, emoji=False)
         self.bar: Progress | None = None
 
     def on_start(self, training: FineTuning) -> None:

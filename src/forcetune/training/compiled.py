@@ -133,6 +133,10 @@ class CompiledStep:
                 loss = self._eager(Batch(*values[:n_batch]), values[n_batch + n_plan : len(inputs)])
             return [loss, *self._gradients(loss)]
 
+        if device.type == "cpu":
+            # the first pass makes tables of frozen radial networks from values of weights, which no recording may read
+            with with_plan(self.backbone, plan_with(plan, inputs[n_batch : n_batch + n_plan])):
+                self.backbone.predict(Batch(*inputs[:n_batch]))
         return record(step, inputs, self.parameters)
 
     def _check(self, batch: Batch, loss: Tensor, known: Sequence[Tensor]) -> None:

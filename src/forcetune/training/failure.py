@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import LossConfig
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, collate
+from forcetune.graphs.loader import BatchLoader
 from forcetune.training.replay_head import ReplayHead, objective
 
 
@@ -44,6 +45,28 @@ def cause_in(
         return None
     alone = [k for k, graph in enumerate(graphs) if _not_finite(backbone, head, config, graph, parameters)]
     return Cause(what, tuple(alone))
+
+
+def cause_in_step(
+    backbone: Backbone, head: ReplayHead | None, config: LossConfig, loader: BatchLoader, step: int
+) -> tuple[Cause | None, Sequence[int]]:
+    """What is not finite in the batch of a step or of the one before it, from which its weights come.
+
+    Args:
+        backbone, head, config: as :func:`cause_in`.
+        loader: of the epoch.
+        step: of the epoch, from 0.
+
+    Returns:
+        The cause, None where everything is finite, and numbers of the graphs among those of the loader.
+    """
+    for index in range(max(0, step - 1), step + 1):
+        numbers = loader.numbers(index)
+        graphs = [loader.graph(number).to(device=backbone.device) for number in numbers]
+        cause = cause_in(backbone, head, config, graphs, collate(graphs))
+        if cause is not None:
+            return cause, numbers
+    return None, ()
 
 
 def _trained(backbone: Backbone, head: ReplayHead | None) -> list[nn.Parameter]:

@@ -3,6 +3,10 @@
 For a direction z with |z|² = 3N, r = (H z − H_ref z) / √(3N) has mean squares that average to those of the entries of
 H − H_ref. H z comes from central differences of forces (:mod:`forcetune.evaluation.hessian`), so that the second
 derivatives that a training by forces needs are enough.
+
+The form of the loss applies to each component of r: ``universal`` is ``huber`` here, with ``huber_delta`` in eV/Å², and
+``l1l2`` is ``mae``, since what sets these two apart is defined for forces. The weight of a label in the file multiplies
+the result in every form.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from forcetune.config import LossConfig, TrainingConfig
 
-STRESS_PER_FORCES = {"mse": 100.0, "huber": 10.0, "mae": 10.0}
+STRESS_PER_FORCES = {"mse": 100.0, "huber": 10.0, "mae": 10.0, "universal": 10.0, "l1l2": 10.0}
 """Weight of stress over that of forces, for each form of the loss.
 
 Errors of stress, in eV/Å³, are ten to a hundred times smaller than those of forces, in eV/Å, so that squares need a
@@ -22,10 +22,12 @@ def default_stress_weight(loss: LossConfig, magnetic: bool = False) -> float:
     """Weight of the stress term where training frames have stress and none was set.
 
     Args:
-        loss: its form, and the weight of the forces.
+        loss: its form, and the weight of the forces, which is also that of virials for each atom.
         magnetic: whether the run has a magnetic layer, which weighs all terms alike.
     """
-    return 1.0 if magnetic else STRESS_PER_FORCES[loss.form] * loss.forces
+    if magnetic:
+        return 1.0
+    return (1.0 if loss.stress_per_atom else STRESS_PER_FORCES[loss.form]) * loss.forces
 
 
 def weighs_hessians(config: TrainingConfig) -> bool:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from forcetune.backbones.protocol import Prediction
 from forcetune.config import LossConfig
 from forcetune.graphs.graph import Batch, moment_labels
+
+LARGE_FORCES, SMALLER_DELTA = (100.0, 200.0, 300.0), (0.7, 0.4, 0.1)
+"""Of ``universal``: from these lengths of a force on, eV/Å, Huber's delta is so many times that of other atoms."""
 
 
 def compute_loss(
@@ -22,7 +24,10 @@ def compute_loss(
     which the file gives the label (1 where it gives none).
 
     The published form is 1 · MSE(E) + 1000 · MSE(F), with the energy of a frame in eV and the mean over all force
-    components; ``energy_per_atom`` divides the energy's error by the number of atoms first.
+    components; ``energy_per_atom`` divides the energy's error by the number of atoms first, ``stress_per_atom``
+    multiplies that of stress by the volume over the number of atoms. In the form ``universal`` v stands inside: f(v Δ),
+    with the smaller delta of :data:`SMALLER_DELTA` where the label's force is large, as published with MACE-MP-0; in
+    ``l1l2`` the term of the forces is the mean length of an atom's error.
 
     Args:
         config: weights and form.
@@ -68,24 +73,35 @@ def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
         raise ValueError("how many labels moments have depends on what is predicted")
     by_label = [_weights(batch.energy, batch.weight)]
     if config.forces:
-        by_label.append(_weights(batch.forces, batch.weight[batch.graph_index]))
+        by_label.append(_weights(_counted(config, batch.forces), batch.weight[batch.graph_index]))
     if config.stress_weight:
         by_label.append(_weights(batch.stress, batch.weight))
     return [weights.sum() for weights in by_label]
 
 
-def pointwise_loss(config: LossConfig, errors: Tensor) -> Tensor:
-    """What each error costs by the form of the loss: its square, its size, or Huber's function of it."""
+def pointwise_loss(config: LossConfig, errors: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """f of each error by the form of the loss: its square, its size, or Huber's function of it.
+
+    Here ``universal`` is ``huber`` and ``l1l2`` is ``mae``: what sets them apart concerns forces and the weights of
+    labels in the file, before and after this function.
+
+    Args:
+        config: form, and Huber's delta in the unit of the errors.
+        errors: of any shape.
+        factor: multiplies Huber's delta.
+    """
     if config.form == "mse":
         return errors.square()
-    if config.form == "mae":
-        return errors.abs()
-    return functional.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=config.huber_delta)
+    size = errors.abs()
+    if config.form in ("mae", "l1l2"):
+        return size
+    delta = config.huber_delta * factor
+    return torch.where(size <= delta, 0.5 * errors.square(), delta * (size - 0.5 * delta))
 
 
 def _weights(label: Tensor, weight: Tensor) -> Tensor:
     """Of every entry: that of its row where there is a label."""
-    return weight.view(-1, *[1] * (label.ndim - 1)) * ~torch.isnan(label)
+    return _like_rows(weight, label) * ~torch.isnan(label)
 
 
 def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
@@ -111,26 +127,71 @@ def _terms(config: LossConfig, prediction: Prediction, batch: Batch) -> list[tup
     atoms = batch.atoms_per_graph if config.energy_per_atom else 1
     graph = batch.graph_index
     energy, forces, stress, moments = batch.file_weights.unbind(1)
-    terms = [_sums(config, prediction.energy / atoms, batch.energy / atoms, batch.weight, energy)]
+    values = _values(config, prediction.energy / atoms, batch.energy / atoms, energy)
+    terms = [_sums(values, batch.energy, batch.weight, _outside(config, energy))]
     if config.forces:
-        terms.append(_sums(config, prediction.forces, batch.forces, batch.weight[graph], forces[graph]))
+        row = forces[graph]
+        values = _force_values(config, prediction.forces, batch.forces, row)
+        terms.append(_sums(values, _counted(config, batch.forces), batch.weight[graph], _outside(config, row)))
     if config.stress_weight:
         assert prediction.stress is not None
-        terms.append(_sums(config, prediction.stress, batch.stress, batch.weight, stress))
+        scale = _volume_per_atom(batch) if config.stress_per_atom else 1.0
+        values = _values(config, scale * prediction.stress, scale * batch.stress, stress)
+        terms.append(_sums(values, batch.stress, batch.weight, _outside(config, stress)))
     if config.moments:
         assert prediction.moments is not None
         labels = moment_labels(prediction.moments, batch.moments)
-        terms.append(_sums(config, prediction.moments, labels, batch.weight[graph], moments[graph]))
+        row = moments[graph]
+        values = _values(config, prediction.moments, labels, row)
+        terms.append(_sums(values, labels, batch.weight[graph], _outside(config, row)))
     return terms
 
 
-def _sums(
-    config: LossConfig, predicted: Tensor, label: Tensor, weight: Tensor, file_weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum of the errors of entries that have a label, by both weights of their row, and the sum of the former."""
-    missing = torch.isnan(label)
-    values = torch.where(missing, 0.0, predicted - label).double()
-    values = pointwise_loss(config, values)
+def _force_values(config: LossConfig, predicted: Tensor, label: Tensor, file_weight: Tensor) -> Tensor:
+    """f of the error of forces: (atoms, 3), or (atoms, 1) where each atom's length counts."""
+    if config.form == "l1l2":
+        missing = torch.isnan(label).any(dim=1, keepdim=True)
+        return torch.linalg.vector_norm(torch.where(missing, 0.0, predicted - label).double(), dim=1, keepdim=True)
+    if config.form != "universal":
+        return _values(config, predicted, label, file_weight)
+    size = torch.linalg.vector_norm(file_weight[:, None] * label.double(), dim=1, keepdim=True)
+    factor = torch.ones_like(size)
+    for limit, smaller in zip(LARGE_FORCES, SMALLER_DELTA, strict=True):
+        factor = torch.where(size >= limit, smaller, factor)
+    return _values(config, predicted, label, file_weight, factor)
+
+
+def _volume_per_atom(batch: Batch) -> Tensor:
+    """(graphs, 1, 1), Å³."""
+    return (torch.linalg.det(batch.cell.double()).abs() / batch.atoms_per_graph).view(-1, 1, 1)
+
+
+def _values(
+    config: LossConfig, predicted: Tensor, label: Tensor, file_weight: Tensor, factor: Tensor | float = 1.0
+) -> Tensor:
+    """f of errors, entry by entry, zero where there is no label; ``factor`` multiplies Huber's delta."""
+    errors = torch.where(torch.isnan(label), 0.0, predicted - label).double()
+    if config.form == "universal":
+        errors = errors * _like_rows(file_weight, errors)
+    return pointwise_loss(config, errors, factor)
+
+
+def _outside(config: LossConfig, file_weight: Tensor) -> Tensor:
+    """The weights of the file that multiply f of an error."""
+    return torch.ones_like(file_weight) if config.form == "universal" else file_weight
+
+
+def _counted(config: LossConfig, forces: Tensor) -> Tensor:
+    """Labels of forces as they count in the mean: entry by entry, or one for each atom; NaN where there is none."""
+    return forces.sum(dim=1, keepdim=True) if config.form == "l1l2" else forces
+
+
+def _sums(values: Tensor, label: Tensor, weight: Tensor, file_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the values of entries that have a label, by both weights of their row, and the sum of the former."""
     weights = _weights(label, weight)
-    factors = file_weight.view(-1, *[1] * (label.ndim - 1))
-    return (weights * factors * values).sum(), weights.sum()
+    return (weights * _like_rows(file_weight, label) * values).sum(), weights.sum()
+
+
+def _like_rows(factor: Tensor, values: Tensor) -> Tensor:
+    """(rows,) in a shape that multiplies the rows of another tensor."""
+    return factor.view(-1, *[1] * (values.ndim - 1))

@@ -17,11 +17,11 @@ from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.config import LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
-from forcetune.graphs.graph import Batch, collate
+from forcetune.graphs.graph import Batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.recording import CompileError
 from forcetune.training.compiled import CompiledTraining
-from forcetune.training.failure import Cause, cause_in, copy_values, describe_failure, put_back
+from forcetune.training.failure import cause_in_step, copy_values, describe_failure, put_back
 from forcetune.training.hessian import HessianLoss
 from forcetune.training.losses import LossSums, compute_loss
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
@@ -336,16 +336,10 @@ class FineTuning:
         """What to say of an epoch whose loss is not finite, judged with the weights that the training began with."""
         step = next((k for k, loss in enumerate(self._losses) if not bool(loss.isfinite())), 0)
         put_back(self._trained(), self._began_with)
-        cause: Cause | None = None
-        name_of = None
-        # weights that are not finite come from the step before
-        for index in range(max(0, step - 1), step + 1) if not distributed.joined() else ():
-            numbers = self.loader.numbers(index)
-            graphs = [self.loader.graph(number).to(device=self.backbone.device) for number in numbers]
-            cause = cause_in(self.backbone, self.head, self.loss_config, graphs, collate(graphs))
-            if cause is not None:
-                name_of = partial(self._name_of, numbers)
-                break
+        cause, numbers = None, ()
+        if not distributed.joined():
+            cause, numbers = cause_in_step(self.backbone, self.head, self.loss_config, self.loader, step)
+        name_of = partial(self._name_of, numbers)
         return describe_failure(cause, self.train_loss, self.epoch, self.learning_rate, name_of)
 
     def _name_of(self, numbers: Sequence[int], index: int) -> str:

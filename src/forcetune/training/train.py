@@ -123,7 +123,7 @@ def _restore(module: FineTuning, state: dict[str, Any], folder: Path) -> None:
 
 
 def _teller(console: Console | None) -> Callable[[str], None]:
-    console_used = console or Console(stderr=True, soft_wrap=True)
+    console_used = console or Console(stderr=True, soft_wrap=True, emoji=False)
     return lambda text: console_used.print(text, highlight=False)
 
 

@@ -55,7 +55,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is moved onto ``path``, on failure removed.
 
     Raises:
-        InputError: ``path`` is a folder, or its folder cannot be created or written.
+        InputError: ``path`` is a folder, its folder cannot be created or written, or the file cannot be replaced, as on
+            Windows one that another program has open.
     """
     target = Path(path)
     if target.is_dir():
@@ -74,9 +75,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
+        _replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """
+    Raises:
+        InputError: the file cannot be replaced.
+    """
+    try:
+        temporary.replace(target)
+    except PermissionError as error:
+        raise InputError(
+            f"{target}: cannot be replaced ({error.strerror}); close the programs that have it open, or choose another "
+            "place."
+        ) from error
 
 
 @contextmanager

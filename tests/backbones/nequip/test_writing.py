@@ -204,6 +204,7 @@ def compare_compiled(nequips: NequIPs, folder: Path, name: str, version: str, mo
         assert_close(results, wanted, 1e-9)
 
 
+@pytest.mark.slow
 def test_merged_models_are_compiled_to_torchscript(nequips: NequIPs, tmp_path: Path) -> None:
     """By the last version that still does so with PyTorch 2.10 and later; 0.17 and later refuse there."""
     compare_compiled(nequips, tmp_path, "smallest", "0.16.2", "torchscript")

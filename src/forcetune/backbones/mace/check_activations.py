@@ -80,6 +80,11 @@ def _gated_irreps(module: GatedActivation) -> tuple[str, str, str]:
 
 
 def check_gate(node: Node, network: MaceNetwork, where: str) -> None:
+    """A gate's irreps, functions, normalization and places of its parts are ours.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, GatedActivation)
     scalars, gates, gated = _gated_irreps(module)
     for name, text in (("irreps_scalars", scalars), ("irreps_gates", gates), ("irreps_gated", gated)):
@@ -124,6 +129,11 @@ def check_sorting(node: Node, network: MaceNetwork, where: str) -> None:
 
 
 def check_gating(node: Node, network: MaceNetwork, where: str) -> None:
+    """The product of gates and gated features of e3nn's gate has our irreps, paths, and factors of paths.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, parent_path(where, 1), GatedActivation)
     _, gates, gated = _gated_irreps(module)
     for name, text in (("irreps_in1", gated), ("irreps_in2", gates), ("irreps_out", gated)):

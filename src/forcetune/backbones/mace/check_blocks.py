@@ -24,6 +24,11 @@ from forcetune.kernels.tensors import UnfitError
 
 
 def check_interaction(node: Node, network: MaceNetwork, where: str) -> None:
+    """An interaction's irreps are ours, and it was not made for an accelerator.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, (Interaction, NonLinearInteraction))
     irreps = module.irreps
     expected = {
@@ -53,12 +58,22 @@ def _refuse_accelerators(node: Node, where: str) -> None:
 
 
 def check_product(node: Node, network: MaceNetwork, where: str) -> None:
+    """A product has its skip connection or none, as ours, and was not made for an accelerator.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, Product)
     compare_value(node, "use_sc", module.uses_skip, where)
     _refuse_accelerators(node, where)
 
 
 def check_symmetric_contraction(node: Node, network: MaceNetwork, where: str) -> None:
+    """A symmetric contraction's irreps are ours, and, where it is traced, so is its code.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, SymmetricContraction)
     compare_irreps(node, "irreps_in", module.irreps_in, where)
     compare_irreps(node, "irreps_out", module.irreps_out, where)
@@ -68,23 +83,43 @@ def check_symmetric_contraction(node: Node, network: MaceNetwork, where: str) ->
 
 
 def check_contraction(node: Node, network: MaceNetwork, where: str) -> None:
+    """A contraction's order and irreps are ours.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, Contraction)
     compare_value(node, "correlation", module.order, where)
     compare_irreps(node, "coupling_irreps", module.irreps_in, where)
 
 
 def check_readout(node: Node, network: MaceNetwork, where: str) -> None:
+    """A non-linear readout's hidden irreps are ours.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, NonLinearReadout)
     compare_irreps(node, "hidden_irreps", module.linear_1.irreps_out, where)
 
 
 def check_harmonics(node: Node, network: MaceNetwork, where: str) -> None:
+    """Spherical harmonics have our orders and normalization.
+
+    Raises:
+        UnfitError: it differs.
+    """
     compare_irreps(node, "irreps_out", harmonics_text(network.architecture), where)
     compare_value(node, "normalize", True, where)
     compare_value(node, "normalization", "component", where)
 
 
 def check_layer_norm(node: Node, network: MaceNetwork, where: str) -> None:
+    """A layer norm has PyTorch's defaults, with which we compute it.
+
+    Raises:
+        UnfitError: it differs.
+    """
     find_module(network, where, nn.LayerNorm)
     compare_value(node, "eps", 1e-5, where)
     compare_value(node, "elementwise_affine", True, where)

@@ -24,6 +24,11 @@ from forcetune.kernels.tensors import UnfitError
 
 
 def check_linear(node: Node, network: MaceNetwork, where: str) -> None:
+    """A linear layer's irreps, paths, and factors of paths are ours.
+
+    Raises:
+        UnfitError: it differs.
+    """
     if node.package == "torch":
         find_module(network, where, nn.Linear)  # its sizes are those of its tensors
         return
@@ -69,6 +74,11 @@ def _same_pieces(pieces: list[tuple[Any, ...]], expected: list[tuple[Any, ...]])
 
 
 def check_skip_connection(node: Node, network: MaceNetwork, where: str) -> None:
+    """A linear layer for each species has our irreps, paths, and factors of paths.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, SpeciesLinear)
     compare_irreps(node, "irreps_in1", module.irreps_in, where)
     compare_irreps(node, "irreps_in2", f"{module.n_species}x0e", where)
@@ -86,6 +96,11 @@ def check_skip_connection(node: Node, network: MaceNetwork, where: str) -> None:
 
 
 def check_convolution(node: Node, network: MaceNetwork, where: str) -> None:
+    """A convolution's irreps, paths, and factors of paths are ours.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, Convolution)
     compare_irreps(node, "irreps_in1", module.irreps_in, where)
     compare_irreps(node, "irreps_in2", module.harmonics, where)
@@ -107,6 +122,11 @@ def check_convolution(node: Node, network: MaceNetwork, where: str) -> None:
 
 
 def check_radial_layer(node: Node, network: MaceNetwork, where: str) -> None:
+    """A layer of a radial network is normalized as ours, with an activation where ours has one.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, RadialLayer)
     for name in ("var_in", "var_out"):
         compare_value(node, name, 1, where)
@@ -115,6 +135,11 @@ def check_radial_layer(node: Node, network: MaceNetwork, where: str) -> None:
 
 
 def check_sequence(node: Node, network: MaceNetwork, where: str) -> None:
+    """A sequence has the same layers as ours.
+
+    Raises:
+        UnfitError: it differs.
+    """
     module = find_module(network, where, nn.Sequential)
     expected = {name: type(child).__name__ for name, child in module.named_children()}
     kinds = {name: None if child is None else child.kind for name, child in node.children.items()}

@@ -207,7 +207,7 @@ class MaceNetwork(nn.Module):
     def _splined(self, plan: Plan, phase: Phase, lengths: Tensor, ghosts: Ghosts | None) -> Splined:
         """Radial weights from splines, where they can be had."""
         kernels = chosen_kernels(self)
-        functions = None if phase.twice or not takes_compiled(kernels, lengths) else self._radial_functions()
+        functions = None if phase.curved or not takes_compiled(kernels, lengths) else self._radial_functions()
         if functions is None:
             return None
         ratio = lengths / self.architecture.r_max
@@ -251,7 +251,7 @@ class MaceNetwork(nn.Module):
         if splined is None or any(block.has_density for block in self.interactions):
             radial, cutoff = self.radial_embedding(lengths, first, second)
         else:
-            radial, cutoff = lengths[:, :0], None  # which nobody reads
+            radial, cutoff = lengths[:, :0], None  # not read beside splines
         step = Step(
             plan=plan,
             phase=phase,

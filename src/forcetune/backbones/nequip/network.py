@@ -256,7 +256,7 @@ class NequIPNetwork(nn.Module):
 
     def _splined(self, phase: Phase, ratio: Tensor) -> Splined:
         """Radial weights from splines, where they can be had."""
-        if phase.twice:
+        if phase.curved:
             return None
         networks = [layer.conv.edge_mlp.mlp for layer in self.layers]
         modules = [self.bessel_encode, *networks]
@@ -292,7 +292,7 @@ class NequIPNetwork(nn.Module):
         species, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         ratio = self.edge_norm(lengths, plan, species)
         splined = self._splined(phase, ratio)
-        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # which nobody reads
+        radial = self.bessel_encode(ratio) if splined is None else ratio[:, :0]  # not read beside splines
         step = Step(
             plan=plan,
             phase=phase,

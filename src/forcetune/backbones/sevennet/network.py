@@ -322,7 +322,7 @@ class SevenNetNetwork(nn.Module):
 
     def _splined(self, phase: Phase, lengths: Tensor) -> Splined:
         """Radial weights from splines, where they can be had."""
-        if phase.twice:
+        if phase.curved:
             return None
         convolutions = [convolution for _, _, convolution, _, _ in self.layers]
         networks = [convolution.weight_nn for convolution in convolutions]
@@ -358,7 +358,7 @@ class SevenNetNetwork(nn.Module):
         """
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
         splined = self._splined(phase, lengths)
-        radial = self.edge_embedding(lengths) if splined is None else lengths[:, :0]  # which nobody reads
+        radial = self.edge_embedding(lengths) if splined is None else lengths[:, :0]  # not read beside splines
         _, of_senders = one_hot_species(plan, ghosts, self._species.on(vectors.device), vectors.dtype)
         step = Step(
             plan=plan,

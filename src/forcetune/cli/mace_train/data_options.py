@@ -116,7 +116,12 @@ DATA_OPTIONS: tuple[MaceOption, ...] = (
     mapped("--energy_key", "text", "REF_energy", "`data.energy_key`; not given, it is detected"),
     mapped("--forces_key", "text", "REF_forces", "`data.forces_key`; not given, it is detected"),
     mapped("--stress_key", "text", "REF_stress", "`data.stress_key`; not given, it is detected"),
-    ignored("--virials_key", "text", "REF_virials", "no loss here has virials; as --stress_key they are converted"),
+    mapped(
+        "--virials_key",
+        "text",
+        "REF_virials",
+        "`data.stress_key` with --loss virials, if `virial` stands in its name; not given, it is detected",
+    ),
     ignored("--dipole_key", "text", "dipole", f"the label {_NOT_COMPUTED}"),
     ignored("--polarizability_key", "text", "polarizability", f"the label {_NOT_COMPUTED}"),
     ignored("--charges_key", "text", "REF_charges", f"the label {_NOT_COMPUTED}"),

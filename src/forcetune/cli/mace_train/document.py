@@ -45,12 +45,15 @@ With N atoms, and means over frames and over all components of forces F and stre
 | `forces_only` | w_F ΔF² | the same |
 | `stress` | `weighted` + w_S Δσ² | the same |
 | `huber` | Huber's function of ΔE/N, ΔF and Δσ | the same |
-| `universal` | as `huber` | smaller δ for atoms with forces above 100 eV/Å; weights of frames inside Huber's function |
-| `virials`, `l1l2energyforces`, `dipole`, `dipole_polar`, `energy_forces_dipole` | refused | |
+| `virials` | `weighted` + w_V (V Δσ/N)², V the volume: virials for each atom | the same |
+| `universal` | as `huber`, with smaller δ for atoms with forces above 100 eV/Å, weights of labels inside Huber's function | the same |
+| `l1l2energyforces` | w_E \\|ΔE/N\\| + w_F \\|ΔF\\|, the length of each atom's error | the same |
+| `dipole`, `dipole_polar`, `energy_forces_dipole` | refused | |
 
-Stage two (`--swa`) keeps `stress` and `universal`; all others become `weighted` with its own weights, as in mace. Its
+Stage two (`--swa`) keeps `stress`, `virials` and `universal`; all others become `weighted` with its own weights, as in mace. Its
 learning rate may fall on a plateau here, and is constant in mace. Weights in the file (`config_weight`,
-`config_energy_weight`, …) count in both. Labels that a frame lacks do not count, and the mean goes over those there are;
+`config_energy_weight`, …) count in both; mace passes over all of them with `huber`, over those of frames with `universal`
+and over those of forces with `l1l2energyforces`. Labels that a frame lacks do not count, and the mean goes over those there are;
 mace's mean goes over all.
 
 ## What else differs

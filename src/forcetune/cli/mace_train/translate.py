@@ -71,7 +71,7 @@ def translate(arguments: Arguments) -> Translation:
     loss = "universal" if replayed else arguments["loss"]
     if replayed and arguments["loss"] != loss:
         notes.append(f"--loss {arguments['loss']}: with replay it is universal, as in mace")
-    data = _data(arguments)
+    data = _data(arguments, loss, notes)
     options: dict[str, Any] = {
         "data": data,
         "model": _model(arguments, model, notes),
@@ -152,7 +152,7 @@ def _list_ignored(arguments: Arguments) -> list[str]:
     return notes + [f"{', '.join(flags)}: ignored; {reason}" for reason, flags in by_reason.items()]
 
 
-def _data(arguments: Arguments) -> dict[str, Any]:
+def _data(arguments: Arguments, loss: str, notes: list[str]) -> dict[str, Any]:
     data: dict[str, Any] = {"train": read_files("train_file", arguments["train_file"])}
     if arguments["valid_file"] is not None:
         data["valid"] = read_files("valid_file", arguments["valid_file"])
@@ -171,7 +171,28 @@ def _data(arguments: Arguments) -> dict[str, Any]:
     if tests:
         data["test"] = tests
     data |= {name: arguments[name] for name in ("energy_key", "forces_key", "stress_key") if name in arguments}
-    return data
+    return data | _virials(arguments, loss, notes)
+
+
+def _virials(arguments: Arguments, loss: str, notes: list[str]) -> dict[str, Any]:
+    """The key of virials, from which stress is computed, where the loss has them.
+
+    Raises:
+        InputError: the name does not say that they are virials.
+    """
+    if "virials_key" not in arguments:
+        return {}
+    if loss != "virials":
+        notes.append("--virials_key: ignored without --loss virials, as in mace")
+        return {}
+    key = arguments["virials_key"]
+    if "virial" not in key.lower():
+        raise InputError(
+            f"--virials_key {short(key)}: virials are recognised by `virial` in their name; rename them in the file."
+        )
+    if "stress_key" in arguments:
+        notes.append("--stress_key: ignored with --loss virials, as in mace")
+    return {"stress_key": key}
 
 
 def _model(arguments: Arguments, model: str, notes: list[str]) -> dict[str, Any]:

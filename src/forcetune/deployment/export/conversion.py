@@ -68,7 +68,7 @@ def convert(converter: Converter, job: Job, path: Path, options: Mapping[str, An
     backbone = job.backbone
     probes = [frame for frame in probe_frames(backbone.elements, backbone.cutoff) if len(frame) > 1]
     before = predict(backbone, build_graphs(backbone, probes), stress=True)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         suffix = ".pth" if backbone.library == "sevennet" else ".model"
         converted = folder / f"converted{job.output.suffix}"
@@ -145,7 +145,7 @@ def _run(converter: Converter, job: Job, folder: Path) -> None:
     """
     script = Path(workers.__file__).parent / f"{converter.worker}.py"
     command = [job.python, str(script), str(folder / "task.json")]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
     if run.returncode or not (folder / "predictions.npz").is_file():
         said = [line.strip() for line in run.stderr.splitlines() if line.strip()]
         why = said[-1] if said else f"exit status {run.returncode}"

@@ -3,13 +3,14 @@
 ``gather`` sums at receivers: out[i, k, c] = Σ_{e → i} Σ_m T[e, m, k] R[e, c] x[j, m, c]. ``pull`` has, pair by pair,
 the gradients of Σ g out by R, T and x. Both have a ``moved`` form, the derivative of the plain one when R, T and x move
 along directions h_R, h_T and h_x: the sum of the plain form with each of them in turn in the place of its own.
-The plain form has a ``splined`` variant, in which R is not read but computed from the distance of a pair: the sum of
-some neighbouring rows of a table, each times its weight. ``pull`` then has the gradient by the distance, not by R.
+Both forms have a ``splined`` variant, in which R is not read but computed from the distance of a pair: the sum of
+some neighbouring rows of a table, each times its weight. The plain ``pull`` then has the gradient by the distance, not
+by R; in the moved form the distance has a direction, which R follows by its slope, and there is no gradient by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,7 +30,7 @@ class Slot(IntEnum):
     ANGULAR = 5
     FEATURES = 6
     OUTER = 7  # what gather writes, and the g that pull reads
-    MOVED_RADIAL = 8
+    MOVED_RADIAL = 8  # splined: direction of each distance
     MOVED_ANGULAR = 9
     MOVED_FEATURES = 10
     TO_RADIAL = 11
@@ -158,6 +159,11 @@ class _Form:
             sums = [w.multiply_add(factor, value, s) for value, s in zip(values, sums, strict=True)]
         return [value for value in sums if value is not None]
 
+    def moved_along(self, pair: str, table: str, directions: str, count: int) -> list[str]:
+        """Neighbouring vectors of the direction of R, from that of the pair's distance."""
+        along = self.w.load_spread(directions, pair)
+        return [self.w.multiply(along, slope) for slope in self.interpolated(Slot.SLOPES, pair, table, count)]
+
     def products(
         self, radial: Sequence[str], moved: Sequence[str], x: str, hx: str, m: int, count: int
     ) -> tuple[list[str], list[str]]:
@@ -208,7 +214,10 @@ class _Gather(_Form):
                         r = self.interpolated(Slot.WEIGHTS, pair, w.offset(radial, c), count)
                     else:
                         r = self.vectors(w.offset(radial, r_place), count)
-                    hr = self.vectors(w.offset(moved[0], r_place), count) if self.moved_radial else []
+                    if self.moved_radial and shape.splined:
+                        hr = self.moved_along(pair, w.offset(radial, c), moved[0], count)
+                    else:
+                        hr = self.vectors(w.offset(moved[0], r_place), count) if self.moved_radial else []
                     if shape.odd:
                         sign = w.spread(w.number_from(w.integer(edges, w.plus(row, 2))))
                         r, hr = [w.multiply(v, sign) for v in r], [w.multiply(v, sign) for v in hr]
@@ -261,7 +270,8 @@ class _Pull(_Form):
         }
 
         scratch = w.scratch(shape.channels) if shape.splined else ""
-        table = base[Slot.RADIAL]
+        moved_scratch = w.scratch(shape.channels) if shape.splined and self.moved_radial else ""
+        table, moved = base[Slot.RADIAL], base[Slot.MOVED_RADIAL]
 
         def pair(a: str, _: list[str]) -> list[str]:
             count, i, j = w.integer(directions, a), w.integer(receivers, a), w.integer(senders, a)
@@ -273,7 +283,10 @@ class _Pull(_Form):
                 here[slot] = w.offset(base[slot], angular)
             if shape.splined:
                 here[Slot.RADIAL] = scratch
-                self._write_radial(a, table, scratch)
+                self._write_radial(lambda c, n: self.interpolated(Slot.WEIGHTS, a, w.offset(table, c), n), scratch)
+            if moved_scratch:
+                here[Slot.MOVED_RADIAL] = moved_scratch
+                self._write_radial(lambda c, n: self.moved_along(a, w.offset(table, c), moved, n), moved_scratch)
             if shape.wanted is not None and (shape.wanted[0] or shape.wanted[2]):
                 self._channelwise(here, count, i, j, a, table)
             if shape.wanted is not None and shape.wanted[1]:
@@ -296,14 +309,13 @@ class _Pull(_Form):
         real = w.target.real
         return found, w.spread(w.value(f"select i1 {back}, {real} -1.0, {real} 1.0"))
 
-    def _write_radial(self, pair: str, table: str, scratch: str) -> None:
-        """R of all channels of a pair."""
+    def _write_radial(self, values_from: Callable[[str, int], list[str]], scratch: str) -> None:
+        """R of all channels of a pair, or its direction, from what gives so many vectors from a channel on."""
         w = self.w
         count = self.blocks(2)
 
         def block(c: str, _: list[str]) -> list[str]:
-            values = self.interpolated(Slot.WEIGHTS, pair, w.offset(table, c), count)
-            for number, value in enumerate(values):
+            for number, value in enumerate(values_from(c, count)):
                 w.store(value, w.offset(scratch, c), number * self.lanes)
             return []
 

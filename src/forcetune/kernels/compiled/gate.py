@@ -84,6 +84,7 @@ class GateLayout:
         self.scratch = scratch_size(self.n_in, self.rank, column, own.lanes) * self.size
         self.work = self.n_in * self.rank + self.rank * column
         form = Form(bool(activation), _GAINS[gain], LARGEST_EXPONENT)
+        self.by_result = form.by_result
         sources = source_hash(
             *(str(module.__file__) for module in (assembly, routine, gate_tables, gate_loops, gate_code))
         )

@@ -6,11 +6,15 @@ With h the even scalars that drive it, y the blocks that it changes, p = h D + b
     pull     of Σ g out: ē = g for shifts, φ′(q) Σ_m g y for gains; p̄ = σ′(p) (ē Uᵀ); then p̄ Dᵀ by h, g φ by y.
     moved    the same for Σ g (∂ out along (h_h, h_y)), and that derivative itself, which is the gradient by g.
 
+A layer with constant weights has first derivatives only: ``layer_value`` leaves σ′(p) and φ(q) in the places of p and
+q, so that ``layer_pull`` computes no exponentials, and where φ is one ē = Σ_m g out, so that no y are saved.
+
 Tiles of atoms go through all of it while they are in the cache. Matrices lie padded with zeros to whole vectors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from forcetune.kernels.compiled.assembly import Target
@@ -42,6 +46,7 @@ class _Value(GateLoops):
         w = self.w
         self.matrices = self._forward_matrices()
         self.hidden = self._rows(self.r)
+        self.plain_hidden = self._rows(self.r)
         self.driver = w.address(Slot.DRIVER)
         self.before, self.changes = w.address(Slot.BEFORE), w.address(Slot.CHANGES)
         if self.whole_layer:
@@ -68,14 +73,18 @@ class _Value(GateLoops):
         before = w.offset(self.before, w.times(a, self.r))
         changes = w.offset(self.changes, w.times(a, self.c))
         driver = w.offset(self.driver, w.times(a, self.n_in))
+        p = self.plain_hidden if self.whole_layer else before
         w.call(
             "product",
             *(f"ptr {self.bias}", 0, f"ptr {driver}", self.n_in, 1, count),
-            *(f"ptr {down}", self.r, 1, self.n_in, self.r, f"ptr {before}", self.r),
+            *(f"ptr {down}", self.r, 1, self.n_in, self.r, f"ptr {p}", self.r),
         )
 
         def activate(place: str) -> None:
-            w.store(self._activated(w.load(before, place), 0)[0], self.hidden, place)
+            hidden, *slope = self._activated(w.load(p, place), int(self.whole_layer))
+            w.store(hidden, self.hidden, place)
+            if self.whole_layer:
+                w.store(slope[0], before, place)
 
         self._each(w.times(count, self.r), activate)
         w.call(
@@ -92,8 +101,10 @@ class _Value(GateLoops):
                 w.write(w.add(w.read(y, places.block, mask), q), out, places.block, mask)
 
             def gain(places: ChannelPlaces, mask: str | None) -> None:
-                q = w.load(changes, w.plus(w.times(places.row, self.c), places.column))
-                (factor,) = self._gains(q, 0)
+                column = w.plus(w.times(places.row, self.c), places.column)
+                (factor,) = self._gains(w.load(changes, column), 0)
+                if self.whole_layer:
+                    w.store(factor, changes, column)
 
                 def component(m: str) -> None:
                     place = w.plus(places.block, w.times(m, places.step))
@@ -186,8 +197,11 @@ class _Pull(_Backward):
         )
 
         def slope(place: str) -> None:
-            hidden, rise = self._activated(w.load(before, place), 1)
-            w.store(hidden, self.hidden, place)
+            if self.whole_layer:
+                rise = w.load(before, place)
+            else:
+                hidden, rise = self._activated(w.load(before, place), 1)
+                w.store(hidden, self.hidden, place)
             w.store(w.multiply(w.load(self.by_hidden, place), rise), self.by_before, place)
 
         self._each(w.times(count, self.r), slope)
@@ -211,20 +225,39 @@ class _Pull(_Backward):
             place = w.plus(w.times(places.row, self.c), places.column)
             w.store(w.read(g, places.block, mask), self.by_changes, place)
 
+        # what the products of a layer go on with is that of a tile
+        skipped = w.times(a, w.times(e.integer(Entry.DIM), e.integer(Entry.CHANNELS))) if self.whole_layer else "0"
+
         def gain(places: ChannelPlaces, mask: str | None) -> None:
             column = w.plus(w.times(places.row, self.c), places.column)
-            factor, slope = self._gains(w.load(changes, column), 1)
+            change = w.load(changes, column)
+            factor, slope = (change, None) if self.whole_layer else self._gains(change, 1)
 
             def component(place: str, sums: list[str]) -> list[str]:
                 pulled = w.read(g, place, mask)
-                w.write(w.multiply(pulled, factor), to_y, place, mask)
+                w.write(w.multiply(pulled, factor), to_y, w.minus(place, skipped), mask)
                 return [w.multiply_add(pulled, w.read(y, place, mask), sums[0])]
 
             (total,) = self._over_components(places, 1, component)
-            w.store(w.multiply(total, slope), self.by_changes, column)
+            w.store(total if slope is None else w.multiply(total, slope), self.by_changes, column)
+            if self.whole_layer and self.form.by_result:
+                self._correct_tangent(total, factor, column)
 
         self._per_channel(e, a, count, False, shift)
         self._per_channel(e, a, count, True, gain)
+
+    def _correct_tangent(self, total: str, factor: str, column: str) -> None:
+        """φ′ / φ times Σ_m g out, where the exponential goes on as its tangent; else it is 1."""
+        w = self.w
+        largest = w.constant(math.exp(self.form.largest_exponent))
+        beyond = w.value(f"fcmp ogt {w.vector} {factor}, {largest}")
+
+        def correct() -> None:
+            ratio = w.value(f"fdiv {w.vector} {largest}, {factor}")
+            w.store(w.multiply(total, w.choose(beyond, ratio, w.constant(1))), self.by_changes, column)
+
+        bits = w.value(f"bitcast <{self.lanes} x i1> {beyond} to i{self.lanes}")
+        w.if_not_zero(w.value(f"zext i{self.lanes} {bits} to i64"), correct)
 
 
 class _Moved(_Backward):

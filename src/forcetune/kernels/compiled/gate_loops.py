@@ -259,7 +259,8 @@ class GateLoops:
         dim, fan_in, fan_out = (w.integer(row, place) for place in (Product.DIM, Product.FAN_IN, Product.FAN_OUT))
         matrix = w.value(f"inttoptr i64 {w.integer(row, Product.TRANSPOSED)} to ptr")
         before, adds = w.times(a, dim), w.integer(row, Product.ADDS)
-        own_g, own_x = w.offset(g, w.times(before, fan_out)), w.offset(to_x, w.times(before, fan_in))
+        skipped = w.times(w.minus(1, w.integer(row, Product.IN_TILE)), before)
+        own_g, own_x = w.offset(g, w.times(skipped, fan_out)), w.offset(to_x, w.times(before, fan_in))
         added = w.value(f"icmp ne i64 {adds}, 0")
         start = w.value(f"select i1 {added}, ptr {own_x}, ptr {self.zeros}")
         w.call(

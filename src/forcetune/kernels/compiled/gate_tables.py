@@ -25,8 +25,8 @@ class Slot(IntEnum):
     ENTRY_TABLE = 7
     SCRATCH = 8
     DRIVER = 9  # h, (atoms, n_in)
-    BEFORE = 10  # p, (atoms, rank padded)
-    CHANGES = 11  # q, (atoms, columns padded)
+    BEFORE = 10  # p, (atoms, rank padded); σ′(p) in layers with constant weights
+    CHANGES = 11  # q, (atoms, columns padded); φ(q) of gains in layers with constant weights
     DOWN = 12  # (rank, n_in); bias, shift, bias, gain, bias follow
     TO_DOWN = 18  # 0 where no gradients by weights are wanted; the other five follow
     TO_DRIVER = 24  # 0 where it is not wanted
@@ -84,6 +84,7 @@ class Product(IntEnum):
     MATRIX = 3
     TRANSPOSED = 4
     ADDS = 5  # whether its gradient by x is added to what is there
+    IN_TILE = 6  # whether its gradient by y is that of a tile of atoms alone
 
 
 PRODUCT_SLOTS = max(Product) + 1
@@ -102,6 +103,11 @@ class Form:
     activation: bool
     gain: str
     largest_exponent: float
+
+    @property
+    def by_result(self) -> bool:
+        """Whether a layer has the gradient by its gains from its results: φ′ y is y φ for exponentials."""
+        return self.gain == "exp"
 
     @property
     def name(self) -> str:

@@ -49,17 +49,20 @@ def _run(name: str, like: Tensor, entries: dict[Slot, int]) -> None:
 
 def _silu(z: Tensor, factor: float, curved: bool) -> list[Tensor]:
     """f(z), f′(z), and f″(z) on request, of f = factor · SiLU."""
-    found = [torch.empty_like(z) for _ in range(3 if curved else 2)]
+    z = z.contiguous()
+    results = [torch.empty_like(z) for _ in range(3 if curved else 2)]
     number = np.array([factor], dtype=np.float64 if z.dtype == torch.float64 else np.float32)
     slots = (Slot.F, Slot.SLOPE, Slot.CURVATURE)
-    entries = {slot: tensor.data_ptr() for slot, tensor in zip(slots, found, strict=False)}
+    entries = {slot: tensor.data_ptr() for slot, tensor in zip(slots, results, strict=False)}
     name = "value_curved" if curved else "value"
     _run(name, z, entries | {Slot.Z: z.data_ptr(), Slot.FACTOR: number.ctypes.data})
-    return found
+    return results
 
 
 def _bend(v: Tensor | None, slope: Tensor, u: Tensor, h: Tensor, curvature: Tensor) -> Tensor:
     """v f′ + u h f″."""
+    slope, u, h, curvature = (x.contiguous() for x in (slope, u, h, curvature))
+    v = None if v is None else v.contiguous()
     out = torch.empty_like(u)
     slots = (Slot.OUT, Slot.BEND_SLOPE, Slot.U, Slot.H, Slot.BEND_CURVATURE)
     entries = {slot: x.data_ptr() for slot, x in zip(slots, (out, slope, u, h, curvature), strict=True)}
@@ -136,7 +139,7 @@ class _Network(torch.autograd.Function):
         needs: tuple[bool, ...] = ctx.needs_input_grad[1:]
         if grads[0] is None:
             return (None,) * (1 + len(needs))
-        # while forces are computed nobody waits for gradients by weights
+        # gradients by weights are not wanted while forces are computed
         wanted = [need and will_go_on([edge]) for need, edge in zip(needs, ctx.next_functions, strict=True)]
         x, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -167,10 +170,10 @@ def _pull(
     for number in range(setting.layers - 1, first, -1):
         pulled.insert(0, by_z[0] @ matrices[number].t())
         by_z.insert(0, pulled[0] * slopes[number - 1])
-    found: list[Tensor | None] = [by_z[0] @ matrices[0].t() if wanted[0] else None]
+    gradients: list[Tensor | None] = [by_z[0] @ matrices[0].t() if wanted[0] else None]
     for number, (a, want) in enumerate(zip((x, *values), wanted[1:], strict=True)):
-        found.append(a.t() @ by_z[number - setting.layers] if want else None)
-    return found, pulled, by_z
+        gradients.append(a.t() @ by_z[number - setting.layers] if want else None)
+    return gradients, pulled, by_z
 
 
 class _Pull(torch.autograd.Function):
@@ -180,11 +183,11 @@ class _Pull(torch.autograd.Function):
     def forward(
         ctx: Any, setting: _Setting, wanted: Sequence[bool], g: Tensor, x: Tensor, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
-        found, pulled, by_z = _pull(setting, wanted, g, x, tensors, whole=True)
+        gradients, pulled, by_z = _pull(setting, wanted, g, x, tensors, whole=True)
         ctx.setting = setting
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *pulled, *by_z, *tensors)
-        return tuple(found)
+        return tuple(gradients)
 
     @staticmethod
     def _twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -206,15 +209,15 @@ class _Pull(torch.autograd.Function):
                 moved.append(_scaled(steps[-1], slopes[number]))
         edges = ctx.next_functions[1 : n + 2]
         wanted = [need and will_go_on([edge]) for need, edge in zip(needs[1 : n + 2], edges, strict=True)]
-        found: list[Tensor | None] = [None] * (len(needs) - 1)
+        gradients: list[Tensor | None] = [None] * (len(needs) - 1)
         # gradients by ȧ_k and ż_k are the u_k and d_k of the pull; those by z_k and a_k follow from the last layer on
         bent: Tensor | None = None
         for number in range(n - 1, -1, -1) if any(wanted) else ():
             if wanted[1 + number]:
-                found[1 + number] = _outer_sum((moved[number], by_z[number]), (inputs[number], bent))
+                gradients[1 + number] = _outer_sum((moved[number], by_z[number]), (inputs[number], bent))
             by_a = _sum(_product(bent, matrices[number].t()), _product(by_z[number], _transposed(along[number])))
             if number == 0:
-                found[0] = by_a if wanted[0] else None
+                gradients[0] = by_a if wanted[0] else None
                 break
             slope, step = slopes[number - 1], steps[number - 1]
             if step is None:
@@ -222,7 +225,7 @@ class _Pull(torch.autograd.Function):
             else:
                 arguments = (by_a, slope, pulled[number - 1], step, curvatures[number - 1])
                 bent = torch.ops.forcetune.radial_bend(*arguments)
-        return (None, None, steps[-1] if needs[0] else None, *found)
+        return (None, None, steps[-1] if needs[0] else None, *gradients)
 
     backward: Any = staticmethod(once_differentiable(_twice))
 

@@ -1,4 +1,4 @@
-"""The convolution with radial weights from splines, by compiled loops; for forces of models that do not train.
+"""The convolution with radial weights from splines, by compiled loops; for radial networks that do not train.
 
 Neither radial weights nor their gradients are written to memory: each is made where it is needed, from the distance of
 its pair and a table that fits into the cache.
@@ -48,13 +48,21 @@ class SplinedWeights:
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
-def _spline(table: Table, values: Tensor, places: Tensor, weights: Tensor, slopes: Tensor | None) -> None:
+def _move(table: Table, moved: list[Tensor], present: list[bool]) -> None:
+    """Directions of the lengths, T and x, as far as there are some."""
+    if present:
+        lengths, angular, *features = spread_out(moved, present)
+        table.rows[:, Slot.MOVED_RADIAL] = 0 if lengths is None else lengths.data_ptr()
+        table.pairwise(Slot.MOVED_ANGULAR, angular, table.structure.angular_places)
+        table.features(Slot.MOVED_FEATURES, features)
+
+
+def _spline(table: Table, values: Tensor, places: Tensor, weights: Tensor, slopes: Tensor) -> None:
     structure = table.structure
     rows = values.numel() // sum(path.channels for path in structure.paths)
     table.pairwise(Slot.RADIAL, values, structure.radial_places * rows)
     table.rows[:, Slot.PLACES], table.rows[:, Slot.WEIGHTS] = places.data_ptr(), weights.data_ptr()
-    if slopes is not None:
-        table.rows[:, Slot.SLOPES] = slopes.data_ptr()
+    table.rows[:, Slot.SLOPES] = slopes.data_ptr()
 
 
 def _gather(
@@ -64,20 +72,25 @@ def _gather(
     table: Tensor,
     places: Tensor,
     weights: Tensor,
+    slopes: Tensor,
     angular: Tensor,
     features: list[Tensor],
+    moved: list[Tensor],
+    present: list[bool],
 ) -> list[Tensor]:
     structure = structure_of(tuple(paths))
     n_atoms = len(starts) - 1
     outputs = [angular.new_empty(n_atoms, dim, width) for dim, width in structure.groups]
-    run, addresses = structure.machine(dtype_name(angular), None, None, True)
+    flags = flags_of(structure, present) if present else None
+    run, addresses = structure.machine(dtype_name(angular), flags, None, True)
     own = Table(structure, angular, addresses)
     own.rows[:, Slot.STARTS], own.rows[:, Slot.EDGES] = starts.data_ptr(), edges.data_ptr()
-    _spline(own, table, places, weights, None)
+    _spline(own, table, places, weights, slopes)
     own.features(Slot.FEATURES, features)
     own.outer(outputs)
+    _move(own, moved, present)
     before = threads.integers(starts)
-    count = threads.thread_count(SPLINE_WORK * structure.work * float(before[-1]))
+    count = threads.thread_count(SPLINE_WORK * structure.work * float(before[-1]) * (2 if present else 1))
     bounds = threads.balanced(before, count) if count > 1 else [0, n_atoms]
     pointer = own.whole.ctypes.data
     threads.run([(run, pointer, first, last) for first, last in itertools.pairwise(bounds)])
@@ -96,18 +109,23 @@ def _pull(
     slopes: Tensor,
     angular: Tensor,
     features: list[Tensor],
+    moved: list[Tensor],
+    present: list[bool],
     wanted: list[bool],
 ) -> list[Tensor]:
+    if present and wanted[0]:
+        raise RuntimeError("splines of radial weights have no second derivatives by the distances")
     structure = structure_of(tuple(paths))
     n_pairs = len(places)
     # one row for each path, which are treated one after another
     to_lengths = angular.new_empty(len(structure.paths), n_pairs) if wanted[0] else None
     to_angular = torch.empty_like(angular) if wanted[1] else None
     sizes = [x.numel() if want else 0 for x, want in zip(features, wanted[2:], strict=True)]
-    count = threads.thread_count(SPLINE_WORK * structure.work * 2.0 * n_pairs * (1 + wanted[1]))
+    count = threads.thread_count(SPLINE_WORK * structure.work * 2.0 * n_pairs * (1 + wanted[1]) * (2 if present else 1))
     # each thread adds to features of its own, as both ends of a pair may belong to other threads' pairs, too
     sums = angular.new_zeros(count, sum(sizes))
-    run, addresses = structure.machine(dtype_name(angular), None, flags_of(structure, wanted), True)
+    flags = flags_of(structure, present) if present else None
+    run, addresses = structure.machine(dtype_name(angular), flags, flags_of(structure, wanted), True)
     calls, tables = [], []
     for number in range(count):
         own = Table(structure, angular, addresses)
@@ -116,6 +134,7 @@ def _pull(
         _spline(own, table, places, weights, slopes)
         own.features(Slot.FEATURES, features)
         own.outer(outer)
+        _move(own, moved, present)
         if to_lengths is not None:
             own.rows[:, Slot.TO_LENGTHS] = [row.data_ptr() for row in to_lengths.unbind()]
         own.pairwise(Slot.TO_ANGULAR, to_angular, structure.angular_places)
@@ -130,12 +149,12 @@ def _pull(
 
 
 def _gather_meta(paths: list[int], starts: Tensor, *others: Any) -> list[Tensor]:
-    angular: Tensor = others[4]
+    angular: Tensor = others[5]
     return [angular.new_empty(len(starts) - 1, dim, width) for dim, width in structure_of(tuple(paths)).groups]
 
 
 def _pull_meta(paths: list[int], *others: Any) -> list[Tensor]:
-    places, angular, features, wanted = others[5], *others[8:]
+    places, angular, features, wanted = others[5], others[8], others[9], others[12]
     shapes = [(len(places), 1), angular.shape, *(x.shape for x in features)]
     return [angular.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
 
@@ -143,12 +162,12 @@ def _pull_meta(paths: list[int], *others: Any) -> list[Tensor]:
 _LIBRARY = torch.library.Library("forcetune", "FRAGMENT")
 _LIBRARY.define(
     "splined_convolution_gather(int[] paths, Tensor starts, Tensor edges, Tensor table, Tensor places, Tensor weights, "
-    "Tensor angular, Tensor[] features) -> Tensor[]"
+    "Tensor slopes, Tensor angular, Tensor[] features, Tensor[] moved, bool[] present) -> Tensor[]"
 )
 _LIBRARY.define(
     "splined_convolution_pull(int[] paths, Tensor directions, Tensor senders, Tensor receivers, Tensor[] outer, "
-    "Tensor table, Tensor places, Tensor weights, Tensor slopes, Tensor angular, Tensor[] features, bool[] wanted) "
-    "-> Tensor[]"
+    "Tensor table, Tensor places, Tensor weights, Tensor slopes, Tensor angular, Tensor[] features, "
+    "Tensor[] moved, bool[] present, bool[] wanted) -> Tensor[]"
 )
 _LIBRARY.impl("splined_convolution_gather", _gather, "CPU")
 _LIBRARY.impl("splined_convolution_pull", _pull, "CPU")
@@ -175,6 +194,35 @@ class _Setting:
         waits = [geometry, geometry, *[features] * (len(needs) - 2)]
         return [need and wait for need, wait in zip(needs, waits, strict=True)]
 
+    def gather(
+        self, angular: Tensor, features: Sequence[Tensor], moved: Sequence[Tensor] = (), present: Sequence[bool] = ()
+    ) -> list[Tensor]:
+        plan, radial = self.plan, self.radial
+        return torch.ops.forcetune.splined_convolution_gather(
+            *(self.paths, plan.starts, plan.edges, radial.table, radial.places, radial.weights, radial.slopes),
+            *(angular, list(features), list(moved), list(present)),
+        )
+
+    def pull(
+        self,
+        outer: Sequence[Tensor],
+        angular: Tensor,
+        features: Sequence[Tensor],
+        wanted: Sequence[bool],
+        moved: Sequence[Tensor] = (),
+        present: Sequence[bool] = (),
+    ) -> list[Tensor | None]:
+        """Gradients by the lengths, T and x, None where they are not wanted."""
+        if not any(wanted):
+            return [None] * len(wanted)
+        plan, radial = self.plan, self.radial
+        found = torch.ops.forcetune.splined_convolution_pull(
+            *(self.paths, plan.directions, plan.sender, plan.receiver, list(outer)),
+            *(radial.table, radial.places, radial.weights, radial.slopes, angular, list(features)),
+            *(list(moved), list(present), list(wanted)),
+        )
+        return spread_out(found, wanted)
+
 
 def convolve(
     paths: Paths,
@@ -195,7 +243,7 @@ def convolve(
         trains: whether the features depend on trainable weights.
 
     Returns:
-        For each output irrep (atoms, dim, channels). Differentiable once.
+        For each output irrep (atoms, dim, channels). Differentiable twice, but for second derivatives by the distances.
     """
     if radial.weights.shape[1] != SPLINE_ROWS:
         raise ValueError(f"splines of {radial.weights.shape[1]} rows: loops are for {SPLINE_ROWS}")
@@ -209,25 +257,53 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, setting: _Setting, lengths: Tensor, angular: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
         ctx.setting = setting
         angular, *inputs = (value.contiguous() for value in (angular, *features))
-        ctx.save_for_backward(angular, *inputs)
-        plan, radial = setting.plan, setting.radial
-        found = torch.ops.forcetune.splined_convolution_gather(
-            *(setting.paths, plan.starts, plan.edges, radial.table, radial.places, radial.weights, angular, inputs)
-        )
-        return tuple(found)
+        ctx.save_for_backward(lengths, angular, *inputs)
+        return tuple(setting.gather(angular, inputs))
 
     @staticmethod
-    def _once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         setting: _Setting = ctx.setting
-        angular, *features = ctx.saved_tensors
         wanted = setting.wanted(ctx.needs_input_grad[1:])
-        if not any(wanted):
-            return (None,) * (1 + len(wanted))
-        plan, radial = setting.plan, setting.radial
-        found = torch.ops.forcetune.splined_convolution_pull(
-            *(setting.paths, plan.directions, plan.sender, plan.receiver, [grad.contiguous() for grad in grads]),
-            *(radial.table, radial.places, radial.weights, radial.slopes, angular, features, wanted),
-        )
-        return (None, *spread_out(found, wanted))
+        lengths, angular, *features = ctx.saved_tensors
+        outer = [grad.contiguous() for grad in grads]
+        if torch.is_grad_enabled():
+            return (None, *_Pull.apply(setting, wanted, len(outer), *outer, lengths, angular, *features))  # pyright: ignore[reportGeneralTypeIssues]
+        return (None, *setting.pull(outer, angular, features, wanted))
 
-    backward: Any = staticmethod(once_differentiable(_once))
+
+class _Pull(torch.autograd.Function):
+    """Gradients of Σ g out by the lengths, T and x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, setting: _Setting, wanted: Sequence[bool], n_grads: int, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.setting, ctx.n_grads = setting, n_grads
+        ctx.set_materialize_grads(False)
+        outer, _, angular, features = _parts(tensors, n_grads)
+        ctx.save_for_backward(*tensors)
+        return tuple(setting.pull(outer, angular, features, wanted))
+
+    @staticmethod
+    def _twice(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of Σ g (out moved along the tangents) by g, T and x."""
+        setting: _Setting = ctx.setting
+        n_grads: int = ctx.n_grads
+        needs: tuple[bool, ...] = ctx.needs_input_grad[3:]
+        present = [tangent is not None for tangent in tangents]
+        if not any(present):
+            return (None,) * (3 + len(needs))
+        moved = [tangent.contiguous() for tangent in tangents if tangent is not None]
+        outer, _, angular, features = _parts(ctx.saved_tensors, n_grads)
+        by_outer: list[Tensor | None] = [None] * n_grads
+        if any(needs[:n_grads]):
+            by_outer = [*setting.gather(angular, features, moved, present)]
+        wanted = setting.wanted(needs[n_grads:])
+        return (None, None, None, *by_outer, *setting.pull(outer, angular, features, wanted, moved, present))
+
+    backward: Any = staticmethod(once_differentiable(_twice))
+
+
+def _parts(tensors: Sequence[Tensor], n_grads: int) -> tuple[Sequence[Tensor], Tensor, Tensor, Sequence[Tensor]]:
+    """g, lengths, T and x."""
+    return tensors[:n_grads], tensors[n_grads], tensors[n_grads + 1], tensors[n_grads + 2 :]

@@ -1,0 +1,130 @@
+"""Runs of a comparison that are there already, and the defaults that they were made with.
+
+Some defaults are settled only when a run starts: by the foundation model, the labels, the number of frames. A version
+with other defaults would continue a comparison with other settings, so the stored ones come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forcetune.adapters.methods import build_method
+from forcetune.config import RunConfig, load_config
+from forcetune.errors import InputError
+from forcetune.runs.folder import CONFIG_NAME, FINISHED, read_status
+from forcetune.utils.option_defaults import (
+    LOSS,
+    SECOND_LOSS,
+    get_value,
+    is_given,
+    remove_value,
+    set_value,
+    with_unset,
+)
+
+RATE, EPOCHS = "training.learning_rate", "training.epochs"
+SETTLED = (RATE, EPOCHS, f"{LOSS}.stress", f"{SECOND_LOSS}.stress")
+"""Options whose default is settled when a run starts."""
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDefaults:
+    """Settled defaults of runs that are there.
+
+    Attributes:
+        values: by option and what it is the same for: the method for a learning rate, the frames for epochs.
+    """
+
+    values: Mapping[Key, Any]
+
+    def select(self, config: RunConfig) -> dict[str, Any]:
+        """Those that a run of this configuration takes, by dotted name."""
+        values = {name: self.values.get(_key(name, config)) for name in SETTLED if not is_given(config, name)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def describe(self, config: RunConfig) -> list[str]:
+        """The same, as one writes them."""
+        method = f" ({config.method.name})"
+        return [f"{name}={value:g}{method if name == RATE else ''}" for name, value in self.select(config).items()]
+
+
+def read_stored_defaults(configs: Iterable[RunConfig]) -> StoredDefaults:
+    """The defaults that runs were made with which are there already.
+
+    Args:
+        configs: of all runs of a comparison.
+
+    Raises:
+        InputError: they differ between runs that have to be alike; names both and the option.
+    """
+    values: dict[Key, Any] = {}
+    origins: dict[Key, Path] = {}
+    for config in configs:
+        if not is_begun(config):
+            continue
+        run = Path(config.output.run)
+        content = load_config(run / CONFIG_NAME).model_dump()
+        for name in SETTLED:
+            value = get_value(content, name)
+            if is_given(config, name) or (name == RATE and value is None):
+                continue
+            key = _key(name, config)
+            if key in values and values[key] != value:
+                raise InputError(
+                    f"{run} has {name} {_text(value)} and {origins[key].name} {_text(values[key])}, defaults of "
+                    f"different versions of forcetune; write --set {name}=… to make these runs again alike, or choose "
+                    "another folder with --out."
+                )
+            values[key], origins[key] = value, run
+    return StoredDefaults(values)
+
+
+def with_stored_defaults(config: RunConfig, stored: StoredDefaults) -> RunConfig:
+    """The configuration with the stored defaults, which do not count as set; the same object if there are none."""
+    values = stored.select(config)
+    if not values:
+        return config
+    content = config.model_dump(exclude_unset=True)
+    for name, value in values.items():
+        set_value(content, name, value)
+    return with_unset(RunConfig.model_validate(content), values)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder holds a finished run of this very configuration."""
+    return is_begun(config) and read_status(Path(config.output.run)) in FINISHED
+
+
+def is_begun(config: RunConfig) -> bool:
+    """Whether the run folder is of this very configuration."""
+    run = Path(config.output.run)
+    if not (run / CONFIG_NAME).is_file():
+        return False
+    return _resolve(load_config(run / CONFIG_NAME)) == _resolve(config)
+
+
+def _resolve(config: RunConfig) -> dict[str, Any]:
+    """All that decides the result of a run of this configuration, but for defaults that are settled when it starts."""
+    method = build_method(config.method)
+    full = config.with_defaults_of(method.learning_rate, method.optimizer)
+    content = full.model_dump(mode="json")
+    content["training"].pop("threads", None)
+    content["output"].pop("overwrite")
+    for name in SETTLED:
+        if not is_given(full, name):
+            remove_value(content, name)
+    return content
+
+
+def _key(name: str, config: RunConfig) -> Key:
+    if name == RATE:
+        return name, config.method.name
+    return (name, str(config.data.train_frames)) if name == EPOCHS else (name,)
+
+
+def _text(value: Any) -> str:
+    return "chosen by the labels" if value is None else f"{value:g}"
