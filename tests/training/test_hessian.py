@@ -100,16 +100,17 @@ def test_forms_apply_to_each_component_and_those_for_forces_are_the_plain_ones()
     one = math.exp(math.lgamma(size / 2) - math.lgamma((size + 1) / 2)) / math.sqrt(math.pi)
     expected = one * np.linalg.norm(missed, axis=1).mean()
 
-    def loss(form: str, weight: float = 1.0) -> float:
+    def loss(form: str, weight: float = 1.0, directions: int = 3) -> float:
         term = HessianLoss(model, [replace(frame, hessian_weight=weight)], [], seed=3)
-        config = LossConfig.model_validate({"hessian": 1.0, "hessian_directions": 500, "form": form})
+        config = LossConfig.model_validate({"hessian": 1.0, "hessian_directions": directions, "form": form})
         value = term.compute(config, [0], 1)
         assert value is not None
         return float(value.detach())
 
-    assert loss("mae") == loss("l1l2") == pytest.approx(expected, rel=0.05)
+    assert loss("mae", directions=300) == pytest.approx(expected, rel=0.05)
     # of errors far above delta, 0.01
-    assert loss("huber") == loss("universal") == pytest.approx(0.01 * (expected - 0.005), rel=0.05)
+    assert loss("huber", directions=300) == pytest.approx(0.01 * (expected - 0.005), rel=0.05)
+    assert (loss("l1l2"), loss("universal")) == (loss("mae"), loss("huber"))
     for form in ("mse", "mae", "huber", "universal", "l1l2"):
         assert loss(form, weight=3.0) == pytest.approx(3 * loss(form), rel=1e-12)
 
