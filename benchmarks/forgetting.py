@@ -45,7 +45,7 @@ from forcetune.utils.files import write_text
 OTHERS = ("ethanol", "toluene", "salicylic")
 STRENGTHS = {
     "l2sp": ("training.penalty.l2sp", (0.03, 0.003, 0.3)),
-    "ewc": ("training.penalty.ewc", (0.1, 0.01, 1.0)),
+    "ewc": ("training.penalty.ewc", (0.1, 0.01, 1.0, 10.0, 100.0)),
     "gates": ("training.penalty.gates", (0.3, 0.03, 3.0)),
     "replay": ("replay.weight", (1.0, 0.1)),
 }
