@@ -311,7 +311,7 @@ def test_atoms_at_one_place_are_findings(mini: Backbone) -> None:
 
 def predicted(model: Backbone, frames: Sequence[Atoms]) -> LabelledPredictions:
     labelled_frames = frames_from_atoms(frames).frames
-    return LabelledPredictions.of(labelled_frames, predict(model, build_graphs(model, labelled_frames)))
+    return LabelledPredictions.split(labelled_frames, predict(model, build_graphs(model, labelled_frames)))
 
 
 def test_energies_follow_forces_from_frame_to_frame(mini: Backbone) -> None:
@@ -372,7 +372,7 @@ def test_stress_signs_and_units(factor: float, codes: set[str]) -> None:
         stress=stress,
         stress_label=factor * 1.1 * stress,
     )
-    compared = LabelledPredictions.of(frames_from_atoms(frames).frames, predictions)
+    compared = LabelledPredictions.split(frames_from_atoms(frames).frames, predictions)
     assert {item.code for item in diagnose(compared)} == codes
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ase.io import write
 from safetensors.torch import load_file
 
 import forcetune
@@ -22,7 +23,7 @@ from forcetune.runs import fit as run
 from forcetune.runs import fitting
 from forcetune.runs import folder as run_folder
 from forcetune.training.module import FineTuning
-from systems import write_labelled, write_model
+from systems import labelled, write_labelled, write_model
 from terminal import Command
 
 EPOCHS = 6
@@ -44,6 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "replay.ratio": 0.5,
     },
     "compiled": {"method.name": "mmea", "training.compile": "on", "training.threads": 2},
+    "Hessians beside compiled steps": {
+        "method.name": "elora",
+        "training.loss.hessian": 10.0,
+        "training.loss.hessian_directions": 2,
+        "training.compile": "on",
+        "training.second_stage.start": 5,
+    },
     "early stop": {"method.name": "readout", "training.early_stopping": 1, "training.learning_rate": 30.0},
 }
 
@@ -54,6 +62,11 @@ def fit(out: Path, **more: Any) -> run.Run:
     if not model.exists():
         write_labelled(frames, 12)
         write_model(model)
+    if "training.loss.hessian" in more:
+        structures = labelled(12)
+        for atoms in structures[::2]:
+            atoms.info["REF_hessian"] = np.eye(18) - np.kron(np.full((6, 6), 1 / 6), np.eye(3))
+        write(frames, structures, format="extxyz")
     if "replay.ratio" in more:
         more["replay.data"] = [str(write_labelled(out.parent / "replay.xyz", 9, seed=8))]
     settings = {"training.batch_size": 4, "training.seed": 3, "training.threads": 1}
@@ -93,7 +106,7 @@ class PowerLossError(BaseException):
 MOMENTS = ("after the second checkpoint", "before it", "while the adapter is replaced")
 
 
-ALWAYS = (*list(OPTIONS)[:2], "replay", "penalty beside replay", "compiled")
+ALWAYS = (*list(OPTIONS)[:2], "replay", "penalty beside replay", "compiled", "Hessians beside compiled steps")
 NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
 
 

@@ -18,6 +18,7 @@ from forcetune.cli.options import (
     EnergyKey,
     ForcesKey,
     Head,
+    HessianKey,
     Json,
     Model,
     MomentsKey,
@@ -61,6 +62,7 @@ def evaluate(
     stress_key: StressKey = None,
     moments_key: MomentsKey = None,
     spins_key: SpinsKey = None,
+    hessian_key: HessianKey = None,
     type_map: TypeMap = None,
     head: UntrainedHead = None,
     device: Device = None,
@@ -91,14 +93,16 @@ def evaluate(
         "--stress-key": stress_key,
         "--moments-key": moments_key,
         "--spins-key": spins_key,
+        "--hessian-key": hessian_key,
     }
-    _check_evaluation(uncertainty, several, plot, adapter, head, not_with_uncertainty)
+    _check_evaluation(uncertainty, several, plot, adapter, head, hessian_key, not_with_uncertainty)
     if uncertainty:
         _evaluate_uncertainty(model, data, ensemble or (), options, plot, as_json)
         return
     if several:
         errors = evaluate_ensemble([model, *(ensemble or ())], data, **options)
     else:
+        options |= without_none(hessian_key=hessian_key)
         errors = evaluate_model(model, data, adapter=adapter, head=head, **options).to_json()
     if as_json:
         print(json.dumps(errors))
@@ -114,6 +118,7 @@ def _check_evaluation(
     plot: Path | None,
     adapter: str | None,
     head: str | None,
+    hessian_key: str | None,
     not_with_uncertainty: dict[str, Any],
 ) -> None:
     """
@@ -129,6 +134,8 @@ def _check_evaluation(
             if value is not None:
                 raise InputError(f"{name}: has no meaning with --uncertainty, which is of energies and forces.")
     elif several:
+        if hessian_key is not None:
+            raise InputError("--hessian-key: Hessians are those of one model; leave it out with --ensemble.")
         if head is not None:
             raise InputError("--head: adapters know their head; leave it out with --ensemble.")
         if adapter is not None:
@@ -173,6 +180,7 @@ def doctor(
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
     spins_key: SpinsKey = None,
+    hessian_key: HessianKey = None,
     type_map: TypeMap = None,
     head: Head = None,
     device: Device = None,
@@ -195,6 +203,7 @@ def doctor(
             forces_key=forces_key,
             stress_key=stress_key,
             spins_key=spins_key,
+            hessian_key=hessian_key,
             type_map=split_names(type_map),
             batch_size=batch_size,
             head=head,

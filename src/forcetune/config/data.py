@@ -43,6 +43,9 @@ class DataConfig(Section):
     spins_key: str = Field(
         default="auto", description="Key of the magnetic state that the spin layer is given; `none` ignores it."
     )
+    hessian_key: str = Field(
+        default="auto", description="Key of Hessians (3 atoms × 3 atoms), eV/Å²; `none` ignores them."
+    )
     type_map: Names = Field(
         default=[],
         description="Elements of the types of atoms that MTP's .cfg and deepmd data without type_map.raw number, type "

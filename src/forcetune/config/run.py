@@ -93,6 +93,11 @@ class RunConfig(Section):
             )
         if self.data.stress_key == "none" and training.loss.stress_weight > 0:
             raise ValueError("training.loss.stress needs stress labels, but data.stress_key is none")
+        hessian = max(training.loss.hessian, training.second_stage.loss.hessian)
+        if self.data.hessian_key == "none" and hessian > 0:
+            raise ValueError("training.loss.hessian needs Hessian labels, but data.hessian_key is none")
+        if training.refine is not None and hessian > 0:
+            raise ValueError("training.refine minimizes a loss without Hessians; leave it or training.loss.hessian out")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
             raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
         return self

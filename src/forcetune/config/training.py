@@ -25,6 +25,17 @@ class LossConfig(Section):
         "have stress labels; 0 leaves them out.",
     )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
+    hessian: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the Hessian term, which takes force predictions for displaced copies of the frames that "
+        "have such a label; 0 leaves these labels out.",
+    )
+    hessian_directions: int = Field(
+        default=4,
+        ge=1,
+        description="Random directions in which each frame's Hessian is compared in a step, two predictions each.",
+    )
     form: Literal["mse", "huber", "mae", "universal", "l1l2"] = Field(
         default="mse",
         description="Form of every term; `universal`: huber with a smaller delta for atoms with forces above 100 eV/Å, "

@@ -93,6 +93,7 @@ def doctor(
     forces_key: str = AUTO,
     stress_key: str = AUTO,
     spins_key: str = AUTO,
+    hessian_key: str = AUTO,
     type_map: Sequence[str] = (),
     batch_size: int | None = None,
     head: str | None = None,
@@ -110,6 +111,7 @@ def doctor(
         valid, test: files or structures that are not trained on; examined, and compared with the training frames.
         energy_key, forces_key, stress_key: as :func:`forcetune.read_frames`.
         spins_key: the same; frames that differ in their spins are no duplicates.
+        hessian_key: the same; Hessians are checked and counted, and not compared with the model.
         type_map: the same.
         batch_size: frames a batch, for the estimate of memory; by default that of a fit.
         head, device, trust: as :func:`forcetune.load`.
@@ -120,7 +122,7 @@ def doctor(
     """
     console = console or Console(stderr=True, soft_wrap=True, emoji=False)
     sources = {TRAIN: data, "valid": valid, "test": test}
-    keys_asked = LabelKeys(energy_key, forces_key, stress_key, None, spins_key)
+    keys_asked = LabelKeys(energy_key, forces_key, stress_key, None, spins_key, hessian_key)
     sets, keys, findings = _read(sources, keys_asked, type_map)
     backbone = None if model is None else _load(model, sets, head, device, trust)
     known, unknown_elements = _separate_unknown_elements(backbone, sets)

@@ -37,6 +37,7 @@ def describe_sets(examined: Examined, keys: Mapping[str, LabelKeys]) -> dict[str
             "n_atoms": [min(sizes), max(sizes)] if sizes else None,
             "largest_frame": str(max(frames, key=len).origin) if frames else None,
             "periodic": sum(bool(frame.pbc.any()) for frame in frames),
+            "hessians": sum(frame.hessian is not None for frame in frames),
         }
     return facts
 

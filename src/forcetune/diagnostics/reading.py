@@ -14,6 +14,7 @@ from forcetune.diagnostics.finding import Finding, Severity, in_frames
 from forcetune.errors import ForcetuneNote, ForcetuneWarning, InputError
 from forcetune.frames.formats import say_conversions
 from forcetune.frames.frame import Frame, LabelKeys, Origin
+from forcetune.frames.hessians import describe_drift
 from forcetune.frames.labels import (
     LABELS,
     NONE,
@@ -74,6 +75,13 @@ def read_leniently(
         labels, broken = _sound_labels(raw, keys)
         findings += broken
         frames.append(labelled_frame(raw, labels))
+    with_hessian = sum(frame.hessian is not None for frame in frames)
+    if with_hessian:
+        text = f"{name}: {with_hessian} of {len(frames)} frames have a Hessian under '{keys.hessian}'."
+        findings.append(Finding("hessians", "note", text, _file_of(raws)))
+    drift = describe_drift(frames)
+    if drift is not None:
+        findings.append(Finding("hessian-drift", "warning", f"{name}: {drift}", _file_of(raws)))
     return tuple(frames), keys, _gathered(findings)
 
 

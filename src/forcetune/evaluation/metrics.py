@@ -25,7 +25,10 @@ class Errors:
     """Errors over a set of frames; None where the frames have no such label.
 
     Energies in meV and meV/atom, forces in meV/Å over all components, stress in meV/Å³ over all components, moments in
-    μB over all components (over magnitudes, where only these are predicted).
+    μB over all components (over magnitudes, where only these are predicted), Hessians in eV/Å² over all entries.
+
+    Attributes:
+        hessian_frames: frames whose Hessians were compared, which only an evaluation does.
     """
 
     n_frames: int
@@ -39,10 +42,14 @@ class Errors:
     stress_rmse_mev_per_ang3: float | None = None
     moment_mae_mub: float | None = None
     moment_rmse_mub: float | None = None
+    hessian_mae_ev_per_ang2: float | None = None
+    hessian_rmse_ev_per_ang2: float | None = None
+    hessian_frames: int | None = None
 
     def to_json(self) -> dict[str, float | int | None]:
-        """As printed by ``forcetune evaluate --json``; keys of stress and moments only where there are labels."""
-        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith(("stress", "moment"))}
+        """As printed by ``forcetune evaluate --json``; keys of stress, moments and Hessians only where compared."""
+        optional = ("stress", "moment", "hessian")
+        return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith(optional)}
 
 
 COMPARED = (

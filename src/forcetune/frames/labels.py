@@ -10,6 +10,7 @@ Labels are looked for under these names, in this order, and one choice holds for
   virial, Virials, Virial``, from which stress = −virial / volume
 - moments: ``REF_magmoms, REF_magmom, dft_magmoms, dft_magmom, magmoms, magmom, moments``; one number per atom
   stands for the z component
+- Hessians: ``REF_hessian, dft_hessian, DFT_hessian, ref_hessian, hessian, Hessian``
 - spins (the magnetic state that a spin-aware layer is given): ``REF_spins, spins, initial_magmoms``
 
 Moments and spins are looked for only where a run asks for them. Last come the results of an attached ASE calculator
@@ -29,7 +30,7 @@ from ase import Atoms
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import SMALLEST_VOLUME, FloatArray, LabelKeys, Origin, compute_volume
 
-Label = Literal["energy", "forces", "stress", "moments", "spins"]
+Label = Literal["energy", "forces", "stress", "moments", "spins", "hessian"]
 LABELS: tuple[Label, ...] = get_args(Label)
 
 AUTO = "auto"
@@ -55,6 +56,7 @@ CANDIDATES: dict[Label, tuple[str, ...]] = {
         *("magmoms", "magmom", "moments", CALCULATOR),
     ),
     "spins": ("REF_spins", "spins", "initial_magmoms"),
+    "hessian": ("REF_hessian", "dft_hessian", "DFT_hessian", "ref_hessian", "hessian", "Hessian"),
 }
 
 _NAMES_IN_RESULTS: dict[Label, str] = {"moments": "magmoms"}
@@ -275,7 +277,9 @@ def may_lack(raw: RawFrame, label: Label) -> bool:
 
 
 def lacking(label: Label, key: str, raws: Sequence[RawFrame]) -> list[RawFrame]:
-    """The frames that should have a label and do not."""
+    """The frames that should have a label and do not; Hessians are those of a few chosen frames."""
+    if label == "hessian":
+        return []
     return [raw for raw in raws if label_under(raw, label, key) is None and not may_lack(raw, label)]
 
 

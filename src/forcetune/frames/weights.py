@@ -35,6 +35,7 @@ class LabelWeights(NamedTuple):
     forces: float = 1.0
     stress: float = 1.0
     moments: float = 1.0
+    hessian: float = 1.0
 
 
 def weight_under(raw: RawFrame, key: str) -> float | None:
@@ -83,7 +84,7 @@ def read_weights(raw: RawFrame, keys: LabelKeys) -> LabelWeights:
     whole = first((FRAME_KEY,))
     is_virial = "virial" in (keys.stress or "").lower()
     of_stress = (*VIRIAL_KEYS, *STRESS_KEYS) if is_virial else (*STRESS_KEYS, *VIRIAL_KEYS)
-    return LabelWeights(whole * first(ENERGY_KEYS), whole * first(FORCES_KEYS), whole * first(of_stress), whole)
+    return LabelWeights(whole * first(ENERGY_KEYS), whole * first(FORCES_KEYS), whole * first(of_stress), whole, whole)
 
 
 @dataclass(slots=True)

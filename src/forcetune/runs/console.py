@@ -17,6 +17,7 @@ from forcetune.frames.isolated import IsolatedAtoms
 from forcetune.frames.references import ReferenceEnergies
 from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.kernels.compiled.choice import kernels_in_use, missing_reason
+from forcetune.training.label_weights import weighs_hessians
 from forcetune.training.replay import ReplayFrames, has_own_head
 
 
@@ -54,11 +55,13 @@ def say_isolated(console: Console, isolated: IsolatedAtoms | None, references: R
 
 
 def say_weights(console: Console, asked: TrainingConfig, settled: TrainingConfig, labelled: Collection[str]) -> None:
-    """Which labels are trained on where that is not what the options say by themselves; a warning for unused stress."""
+    """Which labels are trained on where that is not what the options say by themselves; a warning for unused labels."""
     loss = settled.loss
     for label, others in (("energy", "forces"), ("forces", "energies")):
         if label not in labelled:
             console.print(f"no {label} (data.{label}_key=none): trained on {others} alone", highlight=False)
+    if "hessian" in labelled and not weighs_hessians(settled):
+        warn("The training frames have Hessian labels that are not trained on: training.loss.hessian is 0.")
     if "stress" not in labelled:
         return
     if loss.stress_weight == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
 from forcetune.deployment.loading import adapter_folder, deploy
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
+from forcetune.evaluation.hessian import LARGEST, hessian_errors
 from forcetune.evaluation.metrics import Errors, build_graphs, check_finite, evaluate_frames, predict
 from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE
@@ -37,6 +39,7 @@ def evaluate(
     stress_key: str = AUTO,
     moments_key: str = AUTO,
     spins_key: str = AUTO,
+    hessian_key: str = AUTO,
     type_map: Sequence[str] = (),
     head: str | None = None,
     device: str = "auto",
@@ -52,6 +55,8 @@ def evaluate(
         base: the base, when ``model`` is a run or adapter whose base has moved.
         energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
         moments_key, spins_key: the same, looked for only where there is a magnetic layer.
+        hessian_key: the same; whole Hessians are predicted for frames that have one and at most
+            :data:`forcetune.evaluation.hessian.LARGEST` atoms, which takes 6 predictions for each atom.
         type_map: the same.
         head, device, dtype, trust: as :func:`forcetune.deployment.calculator.calculator`.
 
@@ -61,10 +66,21 @@ def evaluate(
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
     magnetism = _magnetism_of(model if adapter is None else adapter)
-    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key)
     frames = _labelled_frames(data, keys, magnetism, type_map)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
-    return evaluate_frames(deployed.backbone, frames).errors()
+    errors = evaluate_frames(deployed.backbone, frames).errors()
+    hessians = hessian_errors(deployed.backbone, frames)
+    if hessians.n_left_out:
+        warn(f"evaluation data: Hessians of {hessians.n_left_out} frames with more than {LARGEST} atoms are left out.")
+    if not hessians.n_frames:
+        return errors
+    return replace(
+        errors,
+        hessian_mae_ev_per_ang2=hessians.mae,
+        hessian_rmse_ev_per_ang2=hessians.rmse,
+        hessian_frames=hessians.n_frames,
+    )
 
 
 def _labelled_frames(
@@ -85,6 +101,7 @@ def _labelled_frames(
         "energy_key": keys.energy or AUTO,
         "forces_key": keys.forces or AUTO,
         "stress_key": keys.stress or AUTO,
+        "hessian_key": keys.hessian or NONE,
     }
     frames = read_frames(
         data, **usual, **magnetic, require=(), expect=("energy",), name="evaluation data", type_map=type_map

@@ -60,6 +60,8 @@ from forcetune.runs.summaries import (
     summarize_replay,
 )
 from forcetune.training.anchor import save_anchor
+from forcetune.training.hessian import HessianLoss
+from forcetune.training.label_weights import weighs_hessians
 from forcetune.training.outcome import Refinement, TrainingOutcome
 from forcetune.training.penalty import Penalty
 from forcetune.training.refine import refine
@@ -240,8 +242,16 @@ class Fitting:
             console=self.console,
             replay=start.replay,
             penalty=self._penalty(start),
+            hessian=self._hessian_loss(start),
             frame_name=lambda number: str(start.dataset.train.frames[number].origin),
         )
+
+    def _hessian_loss(self, start: PreparedRun) -> HessianLoss | None:
+        """Where some stage of the training has such a term."""
+        if not weighs_hessians(self.training):
+            return None
+        dataset = start.dataset
+        return HessianLoss(start.backbone, dataset.train.frames, dataset.valid.frames, self.training.seed)
 
     def _penalty(self, start: PreparedRun) -> Penalty | None:
         """Of the adapter that is attached now."""

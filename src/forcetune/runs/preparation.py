@@ -50,7 +50,7 @@ from forcetune.runs.summaries import (
 )
 from forcetune.training.anchor import Anchor, AnchorFrames, anchor_key, make_anchor, read_anchor, read_anchor_frames
 from forcetune.training.initialization import attach_for_training
-from forcetune.training.label_weights import settle
+from forcetune.training.label_weights import settle, weighs_hessians
 from forcetune.training.penalty import check_penalty, unpenalized_parts
 from forcetune.training.replay import Replay, ReplayFrames, data_hash, prepare_replay, read_replay
 from forcetune.training.train import check_trainable_labels
@@ -124,7 +124,7 @@ class Preparation:
         if examined:
             self._examine(dataset, backbone)
         graphs = {name: self._graphs(backbone, name, part.frames) for name, part in dataset.splits.items()}
-        self._settle_weights(graphs["train"])
+        self._settle_weights(graphs["train"], dataset)
         check_trainable_labels(self.training, graphs["train"])
         raw = {
             name: predict_split(self.console, backbone, graphs[name], f"{name}, before", finite=True) for name in graphs
@@ -224,13 +224,15 @@ class Preparation:
                 highlight=False,
             )
 
-    def _settle_weights(self, graphs: Sequence[Batch]) -> None:
+    def _settle_weights(self, graphs: Sequence[Batch], dataset: Dataset) -> None:
         """Weights of the loss for the labels there are, and a line about what is not trained on."""
         data = self.config.data
         # energies and forces that are missing although no key is `none` are a mistake, which is reported later
         labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
         if any_label(graphs, "stress"):
             labelled.add("stress")
+        if _has_hessians(dataset, weighs_hessians(self.config.training)):
+            labelled.add("hessian")
         self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
         say_weights(self.console, self.config.training, self.training, labelled)
 
@@ -303,6 +305,26 @@ class Preparation:
     def _graphs(self, backbone: Backbone, name: str, frames: Sequence[Frame]) -> Sequence[Batch]:
         with counting(self.console, f"{name}, neighbours", len(frames)) as advance:
             return build_graphs(backbone, frames, advance, worker_count(self.config.data.workers))
+
+
+def _has_hessians(dataset: Dataset, needed: bool) -> bool:
+    """Whether training frames have Hessian labels.
+
+    Raises:
+        InputError: the loss needs them, and none has, or they are on disk.
+    """
+    key = dataset.train.keys.hessian
+    if dataset.streamed and needed:
+        raise InputError(
+            "training.loss.hessian: streamed frames have no Hessians; set data.stream=off, or the weight to 0."
+        )
+    present = key is not None if dataset.streamed else any(frame.hessian is not None for frame in dataset.train.frames)
+    if needed and not present:
+        raise InputError(
+            f"{dataset.train.files[0]}: the loss weighs Hessians, but no training frame has one; set data.hessian_key, "
+            "or training.loss.hessian=0."
+        )
+    return present
 
 
 def _start_folder(place: str) -> str | Path:

@@ -90,7 +90,7 @@ def _summarize_split(split: Split) -> DataSummary:
         files=list(split.files),
         n_frames=len(split.frames),
         sha256=split.sha256,
-        keys={name: key for name, key in keys.items() if key or name not in ("moments", "spins")},
+        keys={name: key for name, key in keys.items() if key or name not in ("moments", "spins", "hessian")},
         elements=_symbols(split.elements),
         n_atoms=[int(sizes.min()), int(sizes.max())],
         streamed=isinstance(split.frames, StoredFrames),

@@ -97,6 +97,7 @@ def read_anchor_frames(config: PenaltyConfig, type_map: Sequence[str] = ()) -> A
         energy_key=NONE,
         forces_key=NONE,
         stress_key=NONE,
+        hessian_key=NONE,
         ignored=("moments", "spins"),
         require=(),
         name="frames of the penalty",

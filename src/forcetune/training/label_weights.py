@@ -30,6 +30,11 @@ def default_stress_weight(loss: LossConfig, magnetic: bool = False) -> float:
     return (1.0 if loss.stress_per_atom else STRESS_PER_FORCES[loss.form]) * loss.forces
 
 
+def weighs_hessians(config: TrainingConfig) -> bool:
+    """Whether the loss of some stage has a Hessian term."""
+    return config.loss.hessian > 0 or (config.second_stage.start is not None and config.second_stage.loss.hessian > 0)
+
+
 def settle(config: TrainingConfig, labelled: Collection[str], magnetic: bool = False) -> TrainingConfig:
     """The configuration with a weight for every term: 0 where no training frame has the label.
 

@@ -79,6 +79,26 @@ def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
     return [weights.sum() for weights in by_label]
 
 
+def pointwise_loss(config: LossConfig, errors: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """f of each error by the form of the loss: its square, its size, or Huber's function of it.
+
+    Here ``universal`` is ``huber`` and ``l1l2`` is ``mae``: what sets them apart concerns forces and the weights of
+    labels in the file, before and after this function.
+
+    Args:
+        config: form, and Huber's delta in the unit of the errors.
+        errors: of any shape.
+        factor: multiplies Huber's delta.
+    """
+    if config.form == "mse":
+        return errors.square()
+    size = errors.abs()
+    if config.form in ("mae", "l1l2"):
+        return size
+    delta = config.huber_delta * factor
+    return torch.where(size <= delta, 0.5 * errors.square(), delta * (size - 0.5 * delta))
+
+
 def _weights(label: Tensor, weight: Tensor) -> Tensor:
     """Of every entry: that of its row where there is a label."""
     return _like_rows(weight, label) * ~torch.isnan(label)
@@ -150,15 +170,10 @@ def _values(
     config: LossConfig, predicted: Tensor, label: Tensor, file_weight: Tensor, factor: Tensor | float = 1.0
 ) -> Tensor:
     """f of errors, entry by entry, zero where there is no label; ``factor`` multiplies Huber's delta."""
-    values = torch.where(torch.isnan(label), 0.0, predicted - label).double()
-    if config.form == "mse":
-        return values.square()
-    if config.form in ("mae", "l1l2"):
-        return values.abs()
+    errors = torch.where(torch.isnan(label), 0.0, predicted - label).double()
     if config.form == "universal":
-        values = values * _like_rows(file_weight, values)
-    size, delta = values.abs(), config.huber_delta * factor
-    return torch.where(size <= delta, 0.5 * values.square(), delta * (size - 0.5 * delta))
+        errors = errors * _like_rows(file_weight, errors)
+    return pointwise_loss(config, errors, factor)
 
 
 def _outside(config: LossConfig, file_weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.recording import CompileError
 from forcetune.training.compiled import CompiledTraining
 from forcetune.training.failure import cause_in_step, copy_values, describe_failure, put_back
+from forcetune.training.hessian import HessianLoss
 from forcetune.training.losses import LossSums, compute_loss
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from forcetune.training.penalty import Penalty
@@ -96,6 +97,7 @@ class FineTuning:
         observe: Callable[[int, Errors], None] | None = None,
         head: ReplayHead | None = None,
         penalty: Penalty | None = None,
+        hessian: HessianLoss | None = None,
     ) -> None:
         self.backbone = backbone
         self.adapter = require_adapter(backbone)
@@ -105,6 +107,7 @@ class FineTuning:
         self.observe = observe
         self.head = head
         self.penalty = penalty
+        self.hessian = hessian
         self.first_rate = learning_rate
         self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
         averaged = config.ema is not None and config.optimizer != "schedulefree"
@@ -287,6 +290,9 @@ class FineTuning:
         if loss is None:
             placed = self.backbone.place(batch)
             loss = objective(self.backbone, self.head, self.loss_config, placed, total=distributed.total)
+        if self.hessian is not None:
+            hessian_loss = self.hessian.compute(self.loss_config, self.loader.numbers(index), self.epoch)
+            loss = loss if hessian_loss is None else loss + hessian_loss
         self._losses.append(loss.detach())
         if self.penalty is not None:
             cost = self.penalty.compute()
@@ -372,6 +378,8 @@ class FineTuning:
     def _validate(self, validation: Iterable[Batch]) -> None:
         with self.averaged():
             self.valid_loss, self.valid_errors = self._validation(validation)
+            if self.hessian is not None:
+                self.valid_loss += self.hessian.validate(self.loss_config)
             self._judge(self.valid_errors)
 
     def _judge(self, errors: Errors) -> None:

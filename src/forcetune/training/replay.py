@@ -97,6 +97,7 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
         energy_key=(NONE if data.energy_key == NONE else AUTO) if own_labels else NONE,
         forces_key=(NONE if data.forces_key == NONE else AUTO) if own_labels else NONE,
         stress_key=(NONE if data.stress_key == NONE else AUTO) if own_labels else NONE,
+        hessian_key=NONE,
         # replay frames are not trained on moments, whatever layer the run has
         ignored=("moments", "spins"),
         require=(),

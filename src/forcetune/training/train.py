@@ -18,6 +18,7 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label, measure_graphs
 from forcetune.kernels.precision import full_precision
 from forcetune.training.callbacks import Checkpoint, MetricsTable, ProgressBar
+from forcetune.training.hessian import HessianLoss
 from forcetune.training.module import FineTuning, Observer
 from forcetune.training.outcome import TrainingOutcome
 from forcetune.training.penalty import Penalty
@@ -41,6 +42,7 @@ def train(
     console: Console | None = None,
     replay: Replay | None = None,
     penalty: Penalty | None = None,
+    hessian: HessianLoss | None = None,
     frame_name: Callable[[int], str] | None = None,
 ) -> TrainingOutcome:
     """Train the adapter attached to ``backbone``.
@@ -60,6 +62,7 @@ def train(
         console: where progress is printed; standard error by default.
         replay: graphs that every epoch has some of between those of ``training``.
         penalty: what changes of the foundation model cost in every step.
+        hessian: the term of Hessian labels, where the loss has one.
         frame_name: what to call the frame of a number among ``training``, for messages.
 
     Raises:
@@ -69,7 +72,7 @@ def train(
     check_trainable_labels(config, training)
     loader, valid_loader = _loaders(backbone, config, training, validation, replay)
     head = None if replay is None else replay.head
-    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head, penalty)
+    module = FineTuning(backbone, config, learning_rate, loader, save_best, observe, head, penalty, hessian)
     module.shares_validation = _shares_validation(validation)
     module.keeps_validation = not isinstance(validation, StoredGraphs)
     module.frame_name = frame_name
@@ -180,5 +183,7 @@ def check_trainable_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> N
                 f"the loss weighs {name} by {weight:g}, but no training frame has {name} labels; "
                 f"set data.{name}_key, or training.loss.{name}=0."
             )
-    if all(stage.energy == stage.forces == stage.stress_weight == stage.moments == 0 for stage in stages):
+    if all(
+        stage.energy == stage.forces == stage.stress_weight == stage.moments == stage.hessian == 0 for stage in stages
+    ):
         raise InputError("every weight of the loss is zero; set training.loss.energy or training.loss.forces.")

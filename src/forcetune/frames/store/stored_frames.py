@@ -27,12 +27,15 @@ def _column(name: str, annotation: str) -> Column:
     return Column(name, dtype, shape, scalar)
 
 
-_FIELDS = tuple(_column(field.name, str(field.type)) for field in fields(Frame) if field.name != "origin")
+_NOT_STORED = frozenset({"origin", "hessian", "hessian_weight"})
+_FIELDS = tuple(_column(field.name, str(field.type)) for field in fields(Frame) if field.name not in _NOT_STORED)
 FRAME_COLUMNS = (*_FIELDS, Column("file", "int64", scalar=True), Column("index", "int64", scalar=True))
-"""What is stored of a frame: its fields, and for its origin the numbers of the file and in the file."""
+"""What is stored of a frame: its fields but Hessians, and for its origin the numbers of the file and in the file."""
 
-LABEL_FIELDS = tuple(field.name for field in fields(Frame) if str(field.type).endswith("None"))
-"""Fields of a frame that may be None."""
+LABEL_FIELDS = tuple(
+    field.name for field in fields(Frame) if field.name not in _NOT_STORED and str(field.type).endswith("None")
+)
+"""Fields of a stored frame that may be None."""
 
 
 def packed_frame(frame: Frame, file: int) -> bytes:
