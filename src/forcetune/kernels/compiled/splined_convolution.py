@@ -248,7 +248,9 @@ def convolve(
     if radial.weights.shape[1] != SPLINE_ROWS:
         raise ValueError(f"splines of {radial.weights.shape[1]} rows: loops are for {SPLINE_ROWS}")
     setting = _Setting(flat_paths(paths), plan, phase or Phase(), geometric, trains, radial)
-    result: tuple[Tensor, ...] = _Convolution.apply(setting, radial.lengths, angular, *features)  # pyright: ignore[reportAssignmentType]
+    # here and not in the forward pass, whose copies the second derivative would not go through
+    tensors = (value.contiguous() for value in (angular, *features))
+    result: tuple[Tensor, ...] = _Convolution.apply(setting, radial.lengths, *tensors)  # pyright: ignore[reportAssignmentType]
     return result
 
 
@@ -256,9 +258,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, setting: _Setting, lengths: Tensor, angular: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
         ctx.setting = setting
-        angular, *inputs = (value.contiguous() for value in (angular, *features))
-        ctx.save_for_backward(lengths, angular, *inputs)
-        return tuple(setting.gather(angular, inputs))
+        ctx.save_for_backward(lengths, angular, *features)
+        return tuple(setting.gather(angular, features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
