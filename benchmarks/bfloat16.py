@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import forcetune
-from forcetune.deployment.calculator import frame_of
+from forcetune.deployment.calculator import build_frame
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate
 from forcetune.kernels import layers
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--frames", type=int, default=10)
     arguments = parser.parse_args()
-    frames = [frame_of(atoms) for atoms in ase.io.read(arguments.data, index=f":{arguments.frames}")]
+    frames = [build_frame(atoms) for atoms in ase.io.read(arguments.data, index=f":{arguments.frames}")]
     model: Any = forcetune.load(arguments.model, dtype="float64", kernels="torch", device="cpu")
     batch = collate(build_graphs(model, frames))
     atoms = np.array([len(frame) for frame in frames])

@@ -362,7 +362,7 @@ def same_steps(model: Any, batch: Batch) -> bool:
 
 
 @compiled_only
-@pytest.mark.parametrize("chosen", ["mmea-pure", "readout"])
+@pytest.mark.parametrize("chosen", ["mmea-pure", "readout", "adapter"])
 @pytest.mark.parametrize("name", list(MACE))
 def test_steps_of_mace_with_splines(name: str, chosen: str) -> None:
     model = frozen(backbone(**MACE[name]))

@@ -215,7 +215,7 @@ def test_stress_in_the_right_order_has_no_other() -> None:
 def test_a_pressure_of_the_other_sign_is_no_wrong_sign(mini: Backbone, crystals: list[Atoms]) -> None:
     """Two theories may differ in the sign of the pressure of all frames."""
     frames = frames_from_atoms(crystals).frames
-    labelled = LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames)))
+    labelled = LabelledPredictions.split(frames, predict(mini, build_graphs(mini, frames)))
     assert labelled.stress is not None
     offset = 0.2 * np.eye(3)
     moved = replace(labelled, stress=labelled.stress - offset, stress_label=labelled.stress + offset)
@@ -377,7 +377,7 @@ def weakened(model: Backbone, structures: list[Atoms], noise: float, energies: s
     """Right labels, and a model whose forces follow them as far as noise lets them and whose energies do not at all."""
     rng = np.random.default_rng(6)
     frames = frames_from_atoms(structures).frames
-    labelled = LabelledPredictions.of(frames, predict(model, build_graphs(model, frames)))
+    labelled = LabelledPredictions.split(frames, predict(model, build_graphs(model, frames)))
     forces = [own + noise * own.std() * rng.standard_normal(own.shape) for own in labelled.forces]
     spread = float(np.std(labelled.energy))
     moved = {
@@ -411,7 +411,7 @@ def test_energies_are_judged_by_a_good_model(mini: Backbone) -> None:
 def test_liquid_water_is_no_alarm(part: str, reference_data: Path, mini: Backbone) -> None:
     """Right labels, which mini's forces follow with 0.68 and its energies not at all."""
     frames = read_frames(reference_data / "water" / f"water_deepmd_{part}.xyz").frames[::4][:30]
-    findings = diagnose(LabelledPredictions.of(frames, predict(mini, build_graphs(mini, frames))))
+    findings = diagnose(LabelledPredictions.split(frames, predict(mini, build_graphs(mini, frames))))
     assert [str(item) for item in findings] == []
 
 
