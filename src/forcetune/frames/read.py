@@ -213,7 +213,7 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
         forces_weight=weights.forces,
         stress_weight=weights.stress,
         moments_weight=weights.moments,
-        hessian_weight=weights.hessian,
+        hessian_weight=weights.hessian if hessian is not None else 1.0,
         charge=scalar_under(raw, CHARGE_KEYS),
         multiplicity=scalar_under(raw, MULTIPLICITY_KEYS),
     )
