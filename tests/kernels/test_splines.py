@@ -25,6 +25,7 @@ from forcetune.kernels import splines
 from forcetune.kernels.compiled import choice, convolution, splined_convolution, threads
 from forcetune.kernels.compiled.choice import choose_kernels
 from forcetune.kernels.compiled.splined_convolution import SplinedWeights
+from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.splines import DEGREE, TOLERANCE, Tables, tabulate
 from systems import backbone, cluster, crystal, frames_of
@@ -117,20 +118,8 @@ def test_the_convolution_is_that_of_its_weights(
 ) -> None:
     monkeypatch.setattr(threads, "thread_count", lambda _: count)
     plan, _ = plan_for(name)
-    _, angular, features = ([x.detach().to(dtype).requires_grad_() for x in part] for part in _listed(plan))
-    joined = torch.cat(angular, dim=1).detach().requires_grad_()
-    generator = torch.Generator().manual_seed(2)
-    rows, n = 30, plan.n_pairs
-    parts = [torch.randn(rows, c, generator=generator, dtype=dtype) for c in PATHS.channels]
-    lengths = torch.rand(n, 1, generator=generator, dtype=dtype).requires_grad_()
-    places = torch.randint(0, rows - DEGREE, (n,), generator=generator)
-    weights, slopes = (torch.randn(n, DEGREE + 1, generator=generator, dtype=dtype) for _ in range(2))
-    chosen = torch.cat(parts, dim=1)[places.unsqueeze(1) + torch.arange(DEGREE + 1)]
-    # weights that change with the lengths at the rate of the slopes
-    moving = weights + slopes * (lengths - lengths.detach())
-    radial = torch.einsum("er,erc->ec", moving, chosen)
-    splined = SplinedWeights(lengths, torch.cat([part.flatten() for part in parts]), places, weights, slopes)
-    flat = [lengths, joined, *features]
+    splined, radial, joined, features = random_splines(plan, dtype)
+    flat = [splined.lengths, joined, *features]
     found, expected = (
         [*out, *torch.autograd.grad([(part**2).sum() for part in out], flat, materialize_grads=True)]
         for out in (
@@ -143,37 +132,46 @@ def test_the_convolution_is_that_of_its_weights(
         assert torch.allclose(one, other, rtol=0, atol=scale * (1e-12 if dtype == torch.float64 else 2e-5))
 
 
-def _listed(plan: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    radial, angular, features = tensors(plan)
-    return [radial], list(angular), list(features)
+def random_splines(
+    plan: Plan, dtype: torch.dtype, *, contiguous: bool = True
+) -> tuple[SplinedWeights, Tensor, Tensor, list[Tensor]]:
+    """Splined weights, the same as a matrix that depends on their distances, coupled harmonics and features."""
+    _, angular, features = tensors(plan)
+    joined = torch.cat([x.detach().to(dtype) for x in angular], dim=1).requires_grad_()
+    inputs = [x.detach().to(dtype) for x in features]
+    if not contiguous:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    generator = torch.Generator().manual_seed(2)
+    rows, n = 30, plan.n_pairs
+    parts = [torch.randn(rows, c, generator=generator, dtype=dtype) for c in PATHS.channels]
+    lengths = torch.rand(n, 1, generator=generator, dtype=dtype).requires_grad_()
+    places = torch.randint(0, rows - DEGREE, (n,), generator=generator)
+    weights, slopes = (torch.randn(n, DEGREE + 1, generator=generator, dtype=dtype) for _ in range(2))
+    chosen = torch.cat(parts, dim=1)[places.unsqueeze(1) + torch.arange(DEGREE + 1)]
+    # weights that change with the lengths at the rate of the slopes
+    radial = torch.einsum("er,erc->ec", weights + slopes * (lengths - lengths.detach()), chosen)
+    splined = SplinedWeights(lengths, torch.cat([part.flatten() for part in parts]), places, weights, slopes)
+    return splined, radial, joined, [x.requires_grad_() for x in inputs]
 
 
 @compiled_only
 @pytest.mark.parametrize("name", ["cluster", "crystal", "one way", "no edges"])
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_second_derivatives_are_those_of_its_weights(
-    name: str, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, count: int, dtype: torch.dtype, contiguous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of all gradients along any directions, by what the results are multiplied with, and by the features."""
     monkeypatch.setattr(threads, "thread_count", lambda _: count)
     plan, _ = plan_for(name)
-    _, angular, features = ([x.detach().to(dtype).requires_grad_() for x in part] for part in _listed(plan))
-    joined = torch.cat(angular, dim=1).detach().requires_grad_()
+    splined, radial, joined, features = random_splines(plan, dtype, contiguous=contiguous)
     generator = torch.Generator().manual_seed(3)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=dtype)
 
-    rows, n = 30, plan.n_pairs
-    parts = [random(rows, c) for c in PATHS.channels]
-    lengths = random(n, 1).requires_grad_()
-    places = torch.randint(0, rows - DEGREE, (n,), generator=generator)
-    weights, slopes = random(n, DEGREE + 1), random(n, DEGREE + 1)
-    chosen = torch.cat(parts, dim=1)[places.unsqueeze(1) + torch.arange(DEGREE + 1)]
-    radial = torch.einsum("er,erc->ec", weights + slopes * (lengths - lengths.detach()), chosen)
-    splined = SplinedWeights(lengths, torch.cat([part.flatten() for part in parts]), places, weights, slopes)
-    geometry, phase = [lengths, joined, *features], Phase()
+    geometry, phase = [splined.lengths, joined, *features], Phase()
     outputs = [
         splined_convolution.convolve(PATHS, plan, splined, joined, features, phase=phase),
         convolution.convolve(PATHS, plan, radial, joined, features),

@@ -23,7 +23,7 @@ from forcetune.cli.options import (
     Trust,
     TypeMap,
     about,
-    read_valid,
+    data_options,
     split_names,
     without_none,
 )
@@ -170,15 +170,13 @@ def learn(
     The same command goes on after an interruption.
     """
     options: dict[str, Any] = {
-        "data": {
-            "train": train or None,
-            "valid": read_valid(valid),
-            "test": test or None,
-            "energy_key": energy_key,
-            "forces_key": forces_key,
-            "stress_key": stress_key,
-            "type_map": type_map,
-        },
+        "data": data_options(
+            *(train, valid, test),
+            energy_key=energy_key,
+            forces_key=forces_key,
+            stress_key=stress_key,
+            type_map=type_map,
+        ),
         "model": {"model": model, "head": head, "device": device},
         "method": {"name": method, "rank": rank},
         "training": {"epochs": epochs},

@@ -77,6 +77,28 @@ def read_valid(texts: Sequence[str] | None) -> list[str] | float | int | None:
     return list(texts)
 
 
+def data_options(
+    train: Sequence[str] | None,
+    valid: Sequence[str] | None,
+    test: Sequence[str] | None,
+    *,
+    energy_key: str | None = None,
+    forces_key: str | None = None,
+    stress_key: str | None = None,
+    type_map: str | None = None,
+) -> dict[str, Any]:
+    """The section ``data`` of a configuration, from the options of a command that trains; None is not set."""
+    return {
+        "train": train or None,
+        "valid": read_valid(valid),
+        "test": test or None,
+        "energy_key": energy_key,
+        "forces_key": forces_key,
+        "stress_key": stress_key,
+        "type_map": type_map,
+    }
+
+
 def finite(value: float | None) -> float | None:
     """Callback of options that are numbers.
 

@@ -23,9 +23,9 @@ from forcetune.cli.options import (
     StressKey,
     TypeMap,
     about,
+    data_options,
     finite,
     read_sizes,
-    read_valid,
     split_names,
 )
 from forcetune.errors import InputError
@@ -105,15 +105,13 @@ def fit(
 ) -> None:
     """Fine-tune a foundation model on the frames of TRAIN and write a run folder with adapter and report."""
     options: dict[str, Any] = {
-        "data": {
-            "train": train or None,
-            "valid": read_valid(valid),
-            "test": test or None,
-            "energy_key": energy_key,
-            "forces_key": forces_key,
-            "stress_key": stress_key,
-            "type_map": type_map,
-        },
+        "data": data_options(
+            *(train, valid, test),
+            energy_key=energy_key,
+            forces_key=forces_key,
+            stress_key=stress_key,
+            type_map=type_map,
+        ),
         "model": {"model": model, "head": head, "device": device, "dtype": dtype, "trust": trust},
         "references": {"mode": references},
         "method": {"name": method, "rank": rank},
@@ -189,7 +187,7 @@ def compare(
 ) -> None:
     """Methods side by side: the same frames and steps, several seeds, one table and a recommendation."""
     options: dict[str, Any] = {
-        "data": {"train": train or None, "valid": read_valid(valid), "test": test or None},
+        "data": data_options(train, valid, test),
         "model": {"model": model, "head": head},
         "training": {"epochs": epochs},
         "output": {"run": out},
