@@ -336,14 +336,14 @@ def test_kernels_compile_for_gpus(name: str) -> None:
     inputs = "128x0e+64x1o"
     paths, middle = channelwise_paths(inputs, "1x0e+1x1o", "0e+1o")
     layer = Convolution(inputs, "1x0e+1x1o", paths, middle, TensorSource(None))
-    product = convolution._product_of(tuple(convolution.flat_paths(layer.structure)))
+    product = convolution.tensor_product(tuple(convolution.flat_paths(layer.structure)))
     chosen = {"collect": product.from_source(1), "to_angular": product.members[-1:]}
     members = chosen.get(name) or next(group for group in product.together if group[0].path.channels == 64)
     cases: list[tuple[Flags | None, str, int]] = [(None, "fp32", 80), ((True,) * 4, "fp64", 90)]
     for moved, kind, capability in cases:
         shape: Shape = product.shape(members, moved)
         kernel = kernel_from(name, convolution._WRITERS[name](shape))
-        constants = {"BLOCK": convolution.block_of(shape.channels, 8)}
+        constants = {"BLOCK": convolution.channel_block(shape.channels, 8)}
         constants = {"PAIRS": convolution.PAIRS, "BLOCK": 2} if name == "to_angular" else constants
         assert compile_for(kernel, constants, kind, capability, 2 if name == "to_angular" else 1) > 1000
     assert sum(member.path.dim_out for member in members) <= convolution_code.MOST_SUMS

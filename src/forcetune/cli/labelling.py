@@ -14,6 +14,7 @@ from forcetune.cli.app import app
 from forcetune.cli.options import (
     Device,
     EnergyKey,
+    Epochs,
     ForcesKey,
     Head,
     Json,
@@ -143,7 +144,7 @@ def learn(
     model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
     method: Annotated[str | None, typer.Option(help=about(configuration.MethodConfig, "name"))] = None,
     rank: Rank = None,
-    epochs: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs"))] = None,
+    epochs: Epochs = None,
     rounds: Annotated[int | None, typer.Option(help=about(_LEARN, "rounds"))] = None,
     labels: Annotated[int | None, typer.Option(help=about(_LEARN, "labels"))] = None,
     batch: Annotated[int | None, typer.Option(help=about(_LEARN, "batch"))] = None,

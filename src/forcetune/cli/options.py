@@ -63,6 +63,7 @@ HessianKey = Annotated[str | None, typer.Option("--hessian-key", help=about(conf
 TypeMap = Annotated[str | None, typer.Option("--type-map", help=about(configuration.DataConfig, "type_map"))]
 SpinsKey = Annotated[str | None, typer.Option("--spins-key", help=about(configuration.DataConfig, "spins_key"))]
 Rank = Annotated[int | None, typer.Option(help="Rank of the updates of methods that have one (method.rank).")]
+Epochs = Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs", default=False))]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any option: section.key=value.")]
 
 

@@ -15,6 +15,7 @@ from forcetune.cli.options import (
     Device,
     Dtype,
     EnergyKey,
+    Epochs,
     ForcesKey,
     Head,
     Json,
@@ -71,9 +72,7 @@ def fit(
     model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
     method: Annotated[str | None, typer.Option(help=about(configuration.MethodConfig, "name"))] = None,
     rank: Rank = None,
-    epochs: Annotated[
-        int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs", default=False))
-    ] = None,
+    epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "batch_size"))] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=about(configuration.TrainingConfig, "learning_rate"))
@@ -175,9 +174,7 @@ def compare(
     test: Annotated[list[str] | None, typer.Option(help=about(configuration.DataConfig, "test"))] = None,
     model: Annotated[str | None, typer.Option(help=about(configuration.ModelConfig, "model"))] = None,
     head: Head = None,
-    epochs: Annotated[
-        int | None, typer.Option(help=about(configuration.TrainingConfig, "epochs", default=False))
-    ] = None,
+    epochs: Epochs = None,
     out: Annotated[str, typer.Option(help="Folder of all runs, the table and the report.")] = "comparison",
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of the options; what is set here wins.")

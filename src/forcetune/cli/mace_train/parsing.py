@@ -106,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="forcetune mace-train",
         description=f"Fine-tune with the arguments of mace_run_train (mace-torch {MACE_VERSION}, and the MMEA code); "
         f"{DOCUMENT} has a table of them.",
+        usage="%(prog)s [ARGUMENTS OF mace_run_train] [OPTIONS OF forcetune]",
         argument_default=argparse.SUPPRESS,
     )
     group = parser.add_argument_group("options of forcetune")

@@ -21,7 +21,7 @@ from forcetune.kernels.compiled.contraction import Setting, SparseForm, run
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.phase import Phase
-from forcetune.kernels.triton.convolution import block_of
+from forcetune.kernels.triton.convolution import channel_block
 
 ATOMS = 4
 """Atoms that a program treats at once, which share the loads of coefficients where they are of one species."""
@@ -75,7 +75,7 @@ def _constant(values: np.ndarray) -> Constant:
 def _launch(name: str, grid: tuple[int, int], coefficients: Tensor, tensors: dict[str, Any], **sizes: int) -> None:
     """Launch a kernel for all channels."""
     channels = coefficients.shape[2]
-    block = block_of(channels, coefficients.element_size())
+    block = channel_block(channels, coefficients.element_size())
     kernel = getattr(importlib.import_module("forcetune.kernels.triton.contraction_kernels"), name)
     options = {"channels": channels, "ATOMS": ATOMS, "BLOCK": block, "num_warps": 1}
     kernel[(*grid, -(-channels // block))](**tensors, **sizes, **options)

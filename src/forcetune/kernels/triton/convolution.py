@@ -44,8 +44,8 @@ class _Product:
     def __init__(self, flat: tuple[int, ...]) -> None:
         structure = structure_of(flat)
         self.groups = structure.groups
-        self.members = convolution_code.members_of(structure.paths, [width for _, width in structure.groups])
-        self.together = convolution_code.in_groups(self.members)
+        self.members = convolution_code.list_members(structure.paths, [width for _, width in structure.groups])
+        self.together = convolution_code.group_members(self.members)
         self.radial_width = sum(path.channels for path in structure.paths)
         self.angular_width = sum(path.dim_in * path.dim_out for path in structure.paths)
 
@@ -57,11 +57,12 @@ class _Product:
 
 
 @functools.lru_cache(maxsize=256)
-def _product_of(flat: tuple[int, ...]) -> _Product:
+def tensor_product(flat: tuple[int, ...]) -> _Product:
+    """The product of the paths that :func:`flat_paths` lists."""
     return _Product(flat)
 
 
-def block_of(channels: int, size: int) -> int:
+def channel_block(channels: int, size: int) -> int:
     """Channels that a warp treats at once: 16 bytes of them for each of its 32 threads, or all."""
     return min(32 * (16 // size), 1 << max(0, channels - 1).bit_length())
 
@@ -69,7 +70,7 @@ def block_of(channels: int, size: int) -> int:
 def _launch(name: str, shape: Shape, rows: int, tensors: Mapping[str, Tensor]) -> None:
     kernel = _kernel(name, shape)
     size = next(tensor.element_size() for tensor in tensors.values() if tensor.is_floating_point())
-    block = block_of(shape.channels, size)
+    block = channel_block(shape.channels, size)
     blocks = -(-shape.channels // block)
     kernel[(rows, blocks)](
         **{one: tensors[one] for one in kernel.arg_names if one in tensors}, BLOCK=block, num_warps=1
@@ -99,7 +100,7 @@ def _gather(
     moved: list[Tensor],
     present: list[bool],
 ) -> list[Tensor]:
-    product = _product_of(tuple(paths))
+    product = tensor_product(tuple(paths))
     n_atoms = len(starts) - 1
     outputs = [radial.new_empty(n_atoms, dim, width) for dim, width in product.groups]
     flags, directions = _directions(moved, present)
@@ -122,7 +123,7 @@ def _pull(
     present: list[bool],
     wanted: list[bool],
 ) -> list[Tensor]:
-    product = _product_of(tuple(paths))
+    product = tensor_product(tuple(paths))
     flags, directions = _directions(moved, present)
     tensors = dict(zip(("directions", "senders", "receivers"), ends, strict=True))
     tensors |= {"radial": radial, "angular": angular} | directions | _named("x", features) | _named("g", outer)

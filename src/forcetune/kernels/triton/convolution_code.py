@@ -75,14 +75,14 @@ class Shape:
         return self.moved[0], self.moved[1], self.moved[2 + member.path.source]
 
 
-def members_of(paths: Sequence[Path], widths: Sequence[int]) -> list[Member]:
+def list_members(paths: Sequence[Path], widths: Sequence[int]) -> list[Member]:
     """All paths of a tensor product; ``widths`` are the channels of its outputs."""
     radial = itertools.accumulate((path.channels for path in paths), initial=0)
     angular = itertools.accumulate((path.dim_in * path.dim_out for path in paths), initial=0)
     return [Member(path, r, t, widths[path.group]) for path, r, t in zip(paths, radial, angular, strict=False)]
 
 
-def in_groups(members: Sequence[Member]) -> list[tuple[Member, ...]]:
+def group_members(members: Sequence[Member]) -> list[tuple[Member, ...]]:
     """Paths that one kernel computes: of one number of channels, and of :data:`MOST_SUMS` components or fewer."""
     groups: list[list[Member]] = []
     for channels in dict.fromkeys(member.path.channels for member in members):
