@@ -61,7 +61,7 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels.compiled.choice import choose_kernels
 from forcetune.kernels.edge_plan import make_plan
 from forcetune.runs.environment import describe_environment
-from forcetune.training.compiled import CompiledStep, Workers, choose_layout, frames_of_part
+from forcetune.training.compiled import CompiledStep, Workers, choose_layouts, frames_of_part
 from forcetune.utils.files import write_text
 
 ELEMENTS = (1, 6, 8)
@@ -188,8 +188,8 @@ def compiled_step(model: NetworkBackbone, batch: Batch, threads: int | None = No
     workers = Workers(threads or (len(graphs) if on_cpu else 1))
     frames = frames_of_part(len(graphs), batch.n_atoms / len(graphs), workers.count) if on_cpu else len(graphs)
     config = TrainingConfig(batch_size=len(graphs), compile="on")
-    layout = choose_layout(model, config, BatchLoader(graphs, len(graphs)), frames)
-    compiled = CompiledStep(model, None, LossConfig(), layout, parameters, workers)
+    layouts = choose_layouts(model, config, BatchLoader(graphs, len(graphs)), frames)
+    compiled = CompiledStep(model, None, LossConfig(), layouts, parameters, workers)
 
     def run() -> None:
         for parameter in parameters:

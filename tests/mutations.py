@@ -208,7 +208,7 @@ FAULTS = (
     # adapters
     Fault(
         "gains of a fixed gate lack their slope",
-        "kernels/gated_linear.py",
+        "kernels/fixed_gate.py",
         "[*by_shift, together * kept.slopes]",
         "[*by_shift, together]",
         ("tests/adapters/test_gate.py",),

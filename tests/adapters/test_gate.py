@@ -15,7 +15,8 @@ from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.irreps import merge_neighbours, parse_irreps
 from forcetune.kernels.compiled.choice import Kernels
 from forcetune.kernels.features import Features, features_of
-from forcetune.kernels.gated_linear import FixedWeights, gated_linear
+from forcetune.kernels.fixed_gate import FixedWeights
+from forcetune.kernels.gated_linear import gated_linear
 from forcetune.kernels.layers import EquivariantLinear
 from forcetune.kernels.tensors import TensorSource
 
@@ -246,7 +247,7 @@ def test_fixed_weights_follow_every_change() -> None:
         return max(float(((one - two).abs() / two.abs().clamp(min=1)).detach().max()) for one, two in pairs)
 
     assert difference() < 1e-13
-    assert fixed.of(layer.weight, made.weights()) is fixed.of(layer.weight, made.weights())
+    assert fixed.prepare(layer.weight, made.weights()) is fixed.prepare(layer.weight, made.weights())
     for parameter in (layer.weight, *made.parameters()):
         parameter.data.mul_(1.5)  # does not count as a change of the parameter's version
         parameter.detach().add_(0.25)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from forcetune.kernels.compiled import choice, threads
-from forcetune.kernels.compiled.gate import Gate, GateShape, apply_gate
+from forcetune.kernels.compiled.gate import Gate, apply_gate
+from forcetune.kernels.compiled.gate_layout import GateShape
 from forcetune.kernels.compiled.gated_layer import FixedLayer
 from forcetune.kernels.gain import LARGEST_EXPONENT, GainKind, gain_and_slope
 

@@ -25,7 +25,7 @@ from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
 from forcetune.kernels.recording import CompileError
 from forcetune.training import compiled, replay_head
-from forcetune.training.compiled import CompiledStep, CompiledTraining, Workers, choose_layout, frames_of_part
+from forcetune.training.compiled import CompiledStep, CompiledTraining, Workers, choose_layouts, frames_of_part
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead
 from forcetune.training.train import train
@@ -65,8 +65,8 @@ def step_of(
 ) -> CompiledStep:
     parameters = [*require_adapter(model).parameters(), *(head.parameters() if head else ())]
     training = TrainingConfig(batch_size=frames)
-    layout = choose_layout(model, training, BatchLoader(graphs, frames), frames_of_part(frames, 7, 2))
-    return CompiledStep(model, head, config, layout, parameters, Workers(frames))
+    layouts = choose_layouts(model, training, BatchLoader(graphs, frames), frames_of_part(frames, 7, 2))
+    return CompiledStep(model, head, config, layouts, parameters, Workers(frames))
 
 
 def gradients(step: CompiledStep, loss: torch.Tensor) -> list[torch.Tensor | None]:
@@ -102,13 +102,27 @@ def test_loss_and_every_gradient_are_those_of_the_eager_step(name: str, two_thre
     graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
     step = step_of(model, graphs, LossConfig(energy_per_atom=True), 4)
     assert_eager(step, collate(graphs[:4]))
-    assert step.recording is not None and step.recording.operations > 100
+    assert [one.operations > 100 for one in step.recordings.values()] == [True]
     perturb(require_adapter(model), seed=6)
     assert_eager(step, collate(graphs[4:8]))
     assert_eager(step, collate([graphs[8], graphs[0], graphs[3], graphs[5]]))
     # the last batch of an epoch has fewer frames
     assert_eager(step, collate(graphs[6:8]))
     assert_eager(step, collate(graphs[7:8]))
+
+
+def test_parts_that_differ_by_a_frame_are_not_filled_up(two_threads: None) -> None:
+    model = tuned("mmea")
+    graphs = with_labels(build_graphs(model, frames_of(*MOLECULES)))
+    step = step_of(model, graphs, LossConfig(energy_per_atom=True), 5)
+    assert_eager(step, collate(graphs[:5]))
+    assert sorted(layout.frames for layout in step.recordings) == [2, 3]
+    assert_eager(step, collate(graphs[5:]))
+    # two frames, and four in two parts, need no third size
+    assert_eager(step, collate(graphs[2:4]))
+    assert_eager(step, collate(graphs[2:6]))
+    assert_eager(step, collate(graphs[2:3]))
+    assert len(step.recordings) == 2
 
 
 @pytest.mark.parametrize(

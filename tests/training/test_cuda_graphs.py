@@ -22,7 +22,7 @@ from forcetune.kernels import recording
 from forcetune.kernels.edge_plan import with_plan
 from forcetune.kernels.padding import CUDA_CHUNK_COST, fitted, layout_of, plan_with, tensors_of
 from forcetune.kernels.recording import CompileError
-from forcetune.training.compiled import CompiledStep, Workers, choose_layout
+from forcetune.training.compiled import CompiledStep, Workers, choose_layouts
 from forcetune.training.losses import label_weights
 from systems import backbone, cluster, frames_of, perturb
 
@@ -121,7 +121,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True)
     layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
-    step = CompiledStep(model, None, config, layout, list(require_adapter(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, config, [layout], list(require_adapter(model).parameters()), Workers(1))
     before: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
     for index in (0, 3, 5, 7):
@@ -165,7 +165,7 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     for attribute, value in list(vars(model).items()):
         if isinstance(value, torch.Tensor):
             setattr(model, attribute, value.to("meta"))
-    step = CompiledStep(model, None, config, layout, list(require_adapter(model).parameters()), Workers(1))
+    step = CompiledStep(model, None, config, [layout], list(require_adapter(model).parameters()), Workers(1))
 
     def once() -> None:
         with with_plan(model, plan):
@@ -194,8 +194,8 @@ def test_a_cuda_graph_computes_what_the_eager_step_does(name: str) -> None:
     perturb(attach(model, method(name)))
     graphs = labelled_graphs(model)
     config = TrainingConfig.model_validate({"batch_size": 2, "compile": "on"})
-    layout = choose_layout(model, config, BatchLoader(graphs, 2), 2)
-    step = CompiledStep(model, None, LossConfig(), layout, list(require_adapter(model).parameters()), Workers(1))
+    layouts = choose_layouts(model, config, BatchLoader(graphs, 2), 2)
+    step = CompiledStep(model, None, LossConfig(), layouts, list(require_adapter(model).parameters()), Workers(1))
     for index in (0, 3, 5, 7):
         batch = collate(graphs[index : index + 2]).to("cuda")
         mine = results(step, batch)

@@ -25,7 +25,8 @@ from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
 from forcetune.kernels.features import Features, features_of
-from forcetune.kernels.gated_linear import FixedWeights, gated_linear
+from forcetune.kernels.fixed_gate import FixedWeights
+from forcetune.kernels.gated_linear import gated_linear
 from forcetune.kernels.layers import EquivariantLinear
 from forcetune.utils.parsing import short
 

@@ -26,6 +26,7 @@ from forcetune.runs.continuation import is_begun, is_finished, read_stored_defau
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, input_files
 from forcetune.runs.search import SearchResult, check_search, search_options
+from forcetune.utils.file_lock import FolderLock
 from forcetune.utils.files import is_inside, write_json
 from forcetune.utils.processes import WorkerDiedError, as_they_end
 
@@ -114,21 +115,23 @@ def compare(
     _check_runs(configs, searches=search is not None)
     _check_inputs(config, inputs, folder)
     sizes = check_sizes(learning_curve, _count_frames(config), seeds)
-    _check_folder(folder)
-    runs = plan.configure_all(methods, seeds, sizes, {})
-    continued = _continue_runs(runs, console) if search is None else []
-    config.save(folder / MARK_NAME)
-    if model_to_store is not None:
-        store_base(model_to_store, folder / MODEL_NAME)
-    searches: dict[str, SearchResult] = {}
-    if search is not None:
-        searches = _search_all(configs, folder, search, processes, console)
-        settings = {name: result.settings for name, result in searches.items()}
-        runs = plan.configure_all(methods, seeds, sizes, settings)
-        continued = _continue_runs(runs, console)
-    _run_all(continued, processes, console)
-    folders = {key: {seed: Path(run.output.run) for seed, run in by_seed.items()} for key, by_seed in runs.items()}
-    return _write_results(folder, methods, sizes, folders, targets or {}, searches)
+    with FolderLock(folder) as lock:
+        _check_folder(folder)
+        runs = plan.configure_all(methods, seeds, sizes, {})
+        continued = _continue_runs(runs, console) if search is None else []
+        config.save(folder / MARK_NAME)
+        lock.take()
+        if model_to_store is not None:
+            store_base(model_to_store, folder / MODEL_NAME)
+        searches: dict[str, SearchResult] = {}
+        if search is not None:
+            searches = _search_all(configs, folder, search, processes, console)
+            settings = {name: result.settings for name, result in searches.items()}
+            runs = plan.configure_all(methods, seeds, sizes, settings)
+            continued = _continue_runs(runs, console)
+        _run_all(continued, processes, console)
+        folders = {key: {seed: Path(run.output.run) for seed, run in by_seed.items()} for key, by_seed in runs.items()}
+        return _write_results(folder, methods, sizes, folders, targets or {}, searches)
 
 
 def _write_results(

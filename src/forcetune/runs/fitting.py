@@ -67,6 +67,7 @@ from forcetune.training.penalty import Penalty
 from forcetune.training.refine import refine
 from forcetune.training.trackers import check_trackers, start_trackers
 from forcetune.training.train import train
+from forcetune.utils.file_lock import FolderLock
 from forcetune.utils.files import write_json
 
 
@@ -127,11 +128,16 @@ class Fitting:
             backbone: a loaded model instead of the one that the configuration names.
             from_the_beginning: the folder is that of this very run, which died early; its base stays.
         """
+        with FolderLock(self.folder) as lock:
+            return self._run(backbone, from_the_beginning, lock)
+
+    def _run(self, backbone: Backbone | None, from_the_beginning: bool, lock: FolderLock) -> Run:
         overwrite = self.config.output.overwrite
         keep, inputs = ({BASE_NAME}, []) if from_the_beginning else (set(), input_files(self.config, self.inputs))
         check_folder(self.folder, overwrite, inputs)
         start = self._start(backbone)
         others = prepare_folder(self.folder, overwrite, inputs, keep=keep)
+        lock.take()
         if others:
             self.console.print(f"{self.folder}: what forcetune did not write stays: {', '.join(others)}")
         write_json(self.folder / ENVIRONMENT_NAME, describe_environment(start.backbone.device))
@@ -145,6 +151,10 @@ class Fitting:
 
     def resume(self) -> Run:
         """The rest of a run that was interrupted; the configuration is that of its folder."""
+        with FolderLock(self.folder):
+            return self._resume()
+
+    def _resume(self) -> Run:
         checkpoint = read_checkpoint(self.folder)
         self._progress(checkpoint)
         start = self._start(None, checkpoint)

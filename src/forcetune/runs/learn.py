@@ -52,6 +52,7 @@ from forcetune.runs.learn_round import (
     train_round,
 )
 from forcetune.runs.runtime import limited_threads
+from forcetune.utils.file_lock import FolderLock
 from forcetune.utils.files import is_inside, write_json
 
 ROUNDS_NAME = "rounds"
@@ -146,8 +147,22 @@ def run_learn(
         InputError, ForcetuneError: as :func:`learn`.
     """
     console = console or Console(stderr=True, soft_wrap=True, emoji=False)
-    options, folder = config.learn, Path(config.output.run)
     check_options(config)
+    folder = Path(config.output.run)
+    with FolderLock(folder) as lock:
+        return _learn(config, folder, lock, labeller, inputs, console)
+
+
+def _learn(
+    config: RunConfig,
+    folder: Path,
+    lock: FolderLock,
+    labeller: Labeller | None,
+    inputs: Sequence[str | Path],
+    console: Console,
+) -> Learned:
+    """As :func:`run_learn`, in a folder that nobody else writes to."""
+    options = config.learn
     check_folder(folder, config)
     starts = read_starts(options)
     make = load_labeller(labeller or str(options.labeller), options.labeller_options)
@@ -163,6 +178,7 @@ def run_learn(
         check_model(config, dataset)
         check = loop.check_labeller()
     config.save(folder / CONFIG_NAME)
+    lock.take()
     if check is not None:
         write_json(folder / CHECK_NAME, check)
     with limited_threads(config.training.threads):

@@ -49,12 +49,13 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 class CompiledStep:
     """The loss of batches, with its gradients by all trainable parameters.
 
-    A batch is cut into parts of :func:`frames_of_part`, and each thread runs the graph for some of them: operations
-    this small gain little from two threads each. The sums of the parts do not depend on who is ready first.
+    A batch is cut into parts of :func:`frames_of_part`, as equal as can be, and each thread runs the graph for some of
+    them: operations this small gain little from two threads each. Where they differ by a frame there is a graph for
+    either size, as a frame of filling takes as long as any. The sums of the parts do not depend on who is ready first.
 
     Attributes:
-        layout: of a part.
-        recording: once there is one.
+        layouts: of parts, smallest first.
+        recordings: by layout, once there are some.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class CompiledStep:
         backbone: Backbone,
         head: ReplayHead | None,
         config: LossConfig,
-        layout: Layout,
+        layouts: Sequence[Layout],
         parameters: Sequence[Tensor],
         workers: Workers,
     ) -> None:
@@ -71,17 +72,17 @@ class CompiledStep:
             backbone: carries the adapter.
             head: of replay frames.
             config: the loss.
-            layout: of a part.
+            layouts: of parts, one for each size.
             parameters: that the loss is differentiated by.
             workers: compute the parts.
         """
         self.backbone = backbone
         self.head = head
         self.config = config
-        self.layout = layout
+        self.layouts = sorted(layouts, key=lambda layout: layout.frames)
         self.parameters = list(parameters)
         self.workers = workers
-        self.recording: Recording | None = None
+        self.recordings: dict[Layout, Recording] = {}
         self._checks = CHECKED
 
     def loss(self, batch: Batch) -> Tensor | None:
@@ -91,26 +92,32 @@ class CompiledStep:
             CompileError: the step cannot be recorded, or what was recorded differs from the eager step.
         """
         here = batch.to("cpu")
-        parts = [fitted(part, self.layout, self.backbone.elements) for part in split_batch(here, self.layout.frames)]
         wholes = label_weights(self.config, here)
-        inputs = [[*tensors_of(part[0]), *tensors_of(part[1]), *wholes] for part in parts if part is not None]
-        if len(inputs) < len(parts):
-            return None
-        if self.recording is None:
-            assert parts[0] is not None
-            self.recording = self._record(*parts[0], inputs[0])
-        loss, *known = self._sums(self.recording, inputs)
+        jobs: list[tuple[Layout, list[Tensor]]] = []
+        for part in split_batch(here, self.layouts[-1].frames):
+            layout = next(layout for layout in self.layouts if layout.frames >= part.n_graphs)
+            filled = fitted(part, layout, self.backbone.elements)
+            if filled is None:
+                return None
+            inputs = [*tensors_of(filled[0]), *tensors_of(filled[1]), *wholes]
+            if layout not in self.recordings:
+                self.recordings[layout] = self._record(*filled, inputs)
+                self._checks = CHECKED
+            jobs.append((layout, inputs))
+        loss, *known = self._sums(jobs)
         if self._checks:
             self._check(batch, loss, known)
             self._checks -= 1
         left = iter(known)
-        grads = [next(left) if used else None for used in self.recording.used[1:]]
+        used = next(iter(self.recordings.values())).used
+        grads = [next(left) if one else None for one in used[1:]]
         result: Tensor = _Known.apply(loss, grads, *self.parameters)  # pyright: ignore[reportAssignmentType]
         return result
 
-    def _sums(self, recording: Recording, inputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def _sums(self, jobs: Sequence[tuple[Layout, Sequence[Tensor]]]) -> list[Tensor]:
         """Loss and gradients, summed over the parts."""
-        first, *others = self.workers.map(recording, [(*part_inputs, *self.parameters) for part_inputs in inputs])
+        runs = [(self.recordings[layout], (*inputs, *self.parameters)) for layout, inputs in jobs]
+        first, *others = self.workers.map(runs)
         sums = list(first)
         for other in others:
             sums = torch._foreach_add(sums, list(other))  # pyright: ignore[reportPrivateImportUsage]
@@ -165,20 +172,21 @@ class Workers:
         self.count = min(most, self._cores)
         self._pool: ThreadPoolExecutor | None = None
 
-    def map(self, run: Callable[..., Any], inputs: Sequence[tuple[Tensor, ...]]) -> list[Any]:
-        """Results for all inputs in their order."""
+    def map(self, calls: Sequence[tuple[Callable[..., Any], tuple[Tensor, ...]]]) -> list[Any]:
+        """Results of all functions for their arguments, in their order."""
 
-        def one(arguments: tuple[Tensor, ...]) -> Any:
-            return run(*arguments)
+        def one(call: tuple[Callable[..., Any], tuple[Tensor, ...]]) -> Any:
+            function, arguments = call
+            return function(*arguments)
 
-        if self.count == 1 or len(inputs) == 1:
-            return list(map(one, inputs))
+        if self.count == 1 or len(calls) == 1:
+            return list(map(one, calls))
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count, initializer=self._begin)
             # threads that torch starts later go by what was set last, whoever set it
             list(self._pool.map(lambda _: time.sleep(0.01), range(self.count)))
             torch.set_num_threads(self._cores)
-        return list(self._pool.map(one, inputs))
+        return list(self._pool.map(one, calls))
 
     def _begin(self) -> None:
         # a thread takes over the process's number when it first asks for it; only then it can have one of its own
@@ -201,8 +209,8 @@ class _Known(torch.autograd.Function):
         return (None, None, *(None if grad is None else next(scaled) for grad in ctx.grads))
 
 
-def choose_layout(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, frames: int) -> Layout:
-    """The layout of parts of a run's batches, so many frames each.
+def choose_layouts(backbone: Backbone, config: TrainingConfig, loader: BatchLoader, frames: int) -> list[Layout]:
+    """The layouts of parts of a run's batches, of so many frames at most; one for each size of the parts of a batch.
 
     Raises:
         CompileError: they have none, or none that is worth it.
@@ -224,10 +232,16 @@ def choose_layout(backbone: Backbone, config: TrainingConfig, loader: BatchLoade
     if isinstance(graphs, StoredGraphs):
         raise CompileError("its frames are streamed")
     chunks = {"limit": None, "cost": CUDA_CHUNK_COST} if device == "cuda" else {}
-    layout = layout_of(graphs, frames, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
-    if layout.fill < SMALLEST_FILL:
-        raise CompileError(f"its frames differ so much that {1 - layout.fill:.0%} of each batch would be filling")
-    return layout
+    batch = min(config.batch_size, len(graphs))
+    count = -(-batch // frames)
+    layouts = [
+        layout_of(graphs, size, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
+        for size in sorted({batch // count, -(-batch // count)})
+    ]
+    fill = layouts[-1].fill
+    if fill < SMALLEST_FILL:
+        raise CompileError(f"its frames differ so much that {1 - fill:.0%} of each batch would be filling")
+    return layouts
 
 
 def frames_of_part(frames: int, atoms: float, threads: int) -> int:
@@ -282,7 +296,7 @@ class CompiledTraining:
         self._workers = Workers(1 if one_part else config.batch_size)
         atoms = float(loader.sizes[:, 0].mean())
         frames = config.batch_size if one_part else frames_of_part(config.batch_size, atoms, self._workers.count)
-        self._layout = choose_layout(backbone, config, loader, frames)
+        self._layouts = choose_layouts(backbone, config, loader, frames)
         self._arguments = (backbone, head)
         self._parameters = list(parameters)
         self._step: CompiledStep | None = None
@@ -296,10 +310,9 @@ class CompiledTraining:
         if config not in self._wanted:
             return None
         if self._step is None or self._step.config != config:
-            self._step = CompiledStep(*self._arguments, config, self._layout, self._parameters, self._workers)
+            self._step = CompiledStep(*self._arguments, config, self._layouts, self._parameters, self._workers)
         loss = self._step.loss(batch)
-        if self._step.recording is not None:
-            self.operations = self._step.recording.operations
+        self.operations = max((one.operations for one in self._step.recordings.values()), default=0)
         return loss
 
 

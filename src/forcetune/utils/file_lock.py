@@ -1,4 +1,4 @@
-"""One writer for a file: by ``flock``, or by a lock file where the system or the file system has no ``flock``."""
+"""One writer for a file or a folder: by ``flock``; for a file by a lock file where there is no ``flock``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from forcetune.errors import InputError
 
 try:
     import fcntl
@@ -67,3 +69,45 @@ def _create_lock(lock: Path, part: Path) -> None:
                 lock.unlink(missing_ok=True)
             else:
                 time.sleep(0.2)
+
+
+class FolderLock:
+    """Keeps other commands out of a folder while one writes to it; leaves nothing there.
+
+    Used in a ``with`` statement. A folder that is not there yet is held from :meth:`take` on. Where the system or the
+    file system has no ``flock`` for folders (Windows, some network file systems), nobody is kept out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handle: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def take(self) -> None:
+        """Hold the folder where there is one and it is not held already.
+
+        Raises:
+            InputError: another command writes to it.
+        """
+        if fcntl is None or self._handle is not None or not self.folder.is_dir():
+            return
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(
+                f"{self.folder}: another forcetune is at work in it; wait for that, or choose another with --out."
+            ) from None
+        except OSError:
+            os.close(handle)
+        else:
+            self._handle = handle

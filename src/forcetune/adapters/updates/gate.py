@@ -16,7 +16,7 @@ from forcetune.backbones.protocol import Site
 from forcetune.irreps import Block, merge_neighbours, parse_irreps
 from forcetune.kernels.features import Features
 from forcetune.kernels.gain import gain_and_slope
-from forcetune.kernels.gated_linear import GatedBlock, GatedStructure, GateWeights
+from forcetune.kernels.gated_blocks import GatedBlock, GatedStructure, GateWeights
 from forcetune.kernels.layers import EquivariantLinear
 
 _NO_WEIGHTS: dict[str, Tensor | None] = {"weight": None, "bias": None}

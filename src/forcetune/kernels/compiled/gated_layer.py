@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forcetune.kernels.compiled import threads
-from forcetune.kernels.compiled.gate import GateShape, addresses_of, layout_for, scratch_memory
+from forcetune.kernels.compiled.gate_layout import GateShape, addresses_of, layout_for, scratch_memory
 from forcetune.kernels.compiled.gate_tables import PANEL, TILE, Slot, padded
 
 NO_WEIGHTS = (0,) * 12
