@@ -42,6 +42,11 @@ class OutputConfig(Section):
         default=True,
         description="Measure after training what the model forgot: generic or replay frames, dimers, dynamics.",
     )
+    phonons: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Phonon frequencies of a crystal before and after training, by phonopy: of the periodic frame "
+        "nearest to equilibrium. auto: where phonopy is installed and there is such a frame; on: or refuse.",
+    )
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_names)] = Field(
         default=[],
         description="Programs that also show the numbers of every epoch, each of which needs its package: tensorboard "

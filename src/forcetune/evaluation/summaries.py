@@ -98,3 +98,42 @@ class Softening:
     tuned: float
     base_large: float
     tuned_large: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frequencies:
+    """Phonon frequencies of a crystal by one model, on a mesh in the Brillouin zone.
+
+    Attributes:
+        mean_thz: of all that are not imaginary.
+        highest_thz, lowest_thz: imaginary ones are negative.
+        imaginary: their share.
+        density: of states in bins of frequency, 1/THz, with an area of 1.
+        failure: why there are none.
+    """
+
+    mean_thz: float | None = None
+    highest_thz: float | None = None
+    lowest_thz: float | None = None
+    imaginary: float = 0.0
+    density: tuple[float, ...] = ()
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Phonons:
+    """Phonon frequencies of a crystal before and after training.
+
+    Attributes:
+        crystal: the frame; its cell is kept, its positions are relaxed by either model.
+        primitive_atoms, supercell_atoms: atoms.
+        edges_thz: of the bins of both densities of states.
+        base, tuned: of the foundation model and of what it was tuned to.
+    """
+
+    crystal: str
+    primitive_atoms: int
+    supercell_atoms: int
+    edges_thz: tuple[float, ...]
+    base: Frequencies
+    tuned: Frequencies

@@ -21,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from forcetune.adapters.summaries import PathChange
+from forcetune.evaluation.summaries import Phonons
 from forcetune.reports.texts import layer_text, number_text
 from forcetune.runs.metrics import FloatArray, Metrics
 from forcetune.runs.results import DynamicsSummary
@@ -184,6 +185,21 @@ def energy_over_time(dynamics: DynamicsSummary) -> Markup:
         lower.set_xlabel("time (ps)")
         figure.align_ylabels()
         return svg(figure, "Total and potential energy of the dynamics by time")
+
+
+def densities_of_states(phonons: Phonons) -> Markup:
+    """Phonon densities of states before and after training."""
+    with style():
+        figure = Figure(figsize=(6.4, 2.9), layout="constrained")
+        axes = figure.subplots()
+        for frequencies, colour, name in ((phonons.base, BEFORE, "before"), (phonons.tuned, AFTER, "after")):
+            if frequencies.density:
+                axes.stairs(frequencies.density, phonons.edges_thz, color=colour, linewidth=1.2, label=name)
+        axes.axvline(0, color="#777777", linewidth=0.8, zorder=1)
+        axes.set(xlabel="frequency (THz), imaginary ones negative", ylabel="density of states (1/THz)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        return svg(figure, "Phonon densities of states before and after training")
 
 
 def _positive(values: FloatArray) -> FloatArray:

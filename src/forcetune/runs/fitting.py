@@ -22,6 +22,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
+from forcetune.deployment.phonons import describe_instability, measure_phonons
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
 from forcetune.evaluation.softening import measure_softening
@@ -32,8 +33,9 @@ from forcetune.evaluation.streamed import (
     shown,
     shown_frames,
 )
-from forcetune.evaluation.summaries import Forgetting, Softening
+from forcetune.evaluation.summaries import Forgetting, Phonons, Softening
 from forcetune.evaluation.symmetry import rotation_error
+from forcetune.frames.frame import Frame
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.reports.run_page import write_report
 from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
@@ -357,6 +359,8 @@ class Fitting:
             optional["penalty"] = penalty.terms()
         if self.config.output.forgetting:
             optional["forgetting"] = self._forgetting(start)
+        if start.crystal is not None:
+            optional["phonons"] = self._phonons(start.backbone, start.crystal)
         if softening:
             optional["softening"] = dict(softening)
         return Results(
@@ -399,6 +403,15 @@ class Fitting:
         for text in forgetting.warnings:
             self._warn(text)
         return forgetting
+
+    def _phonons(self, backbone: Backbone, crystal: Frame) -> Phonons:
+        """Frequencies before and after; instabilities that are new go to the run's warnings."""
+        with self.console.status("phonons"):
+            phonons = measure_phonons(backbone, crystal)
+        text = describe_instability(phonons)
+        if text is not None:
+            self._warn(text)
+        return phonons
 
     def _warn_of_worse_errors(self, before: Mapping[str, Errors], after: Mapping[str, Errors]) -> None:
         """A fit that made something worse says so where it ends, not only in a table."""

@@ -96,7 +96,9 @@ def _fit_config(config: RunConfig, current: Round) -> RunConfig:
     content.pop("learn", None)
     content["data"]["train_only"] = [*config.data.train_only, *map(str, current.labelled)]
     content["output"] = (
-        {"forgetting": False} | content.get("output", {}) | {"run": str(current.run), "overwrite": False}
+        {"forgetting": False, "phonons": "off"}
+        | content.get("output", {})
+        | {"run": str(current.run), "overwrite": False}
     )
     if current.previous is not None:
         adapter = current.previous / ADAPTER_NAME

@@ -25,6 +25,7 @@ from forcetune.backbones.loading import asked_of_loaded, load, with_loaded
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.config.training import MOST_EPOCHS
+from forcetune.deployment import phonons
 from forcetune.deployment.loading import BASE_NAME, adapter_folder
 from forcetune.diagnostics.run_checks import check_frames, check_predictions
 from forcetune.errors import InputError
@@ -72,6 +73,7 @@ class PreparedRun:
         data: hash of the frames trained on.
         anchor: what the penalty compares with; None without one.
         anchor_key: hash of what it depends on.
+        crystal: whose phonons are computed after training; None for none.
     """
 
     dataset: Dataset
@@ -86,6 +88,7 @@ class PreparedRun:
     data: str
     anchor: Anchor | None
     anchor_key: str
+    crystal: Frame | None
 
 
 class Preparation:
@@ -115,6 +118,7 @@ class Preparation:
         named = read_anchor_frames(self.config.training.penalty, self.config.data.type_map)
         say_data(self.console, dataset, replay, self.config.replay)
         self._settle_epochs(len(dataset.train.frames))
+        crystal = self._crystal(dataset)
         others = [frames.elements for frames in (replay, named) if frames is not None]
         backbone = self._load([*dataset.elements, *itertools.chain(*others)], backbone)
         check_penalty(self.config.training.penalty, self.method, backbone.sites())
@@ -170,7 +174,29 @@ class Preparation:
             data,
             anchor,
             key,
+            crystal,
         )
+
+    def _crystal(self, dataset: Dataset) -> Frame | None:
+        """Whose phonons are computed after training.
+
+        Raises:
+            InputError: they are asked for and cannot be.
+        """
+        wish = self.config.output.phonons
+        layered = self.config.magnetism.layer != "off"
+        if wish == "off" or (wish == "auto" and (layered or not phonons.is_installed())):
+            return None
+        if layered:
+            raise InputError("output.phonons: is on, but models with a magnetic layer have none; set it to off.")
+        crystal = phonons.choose_crystal(dataset)
+        if crystal is None and wish == "on":
+            raise InputError(
+                f"output.phonons: is on, but no frame is periodic in all directions with forces below "
+                f"{phonons.NEAR_EQUILIBRIUM} eV/Å and a primitive cell of at most {phonons.MOST_ATOMS} atoms; add the "
+                "relaxed crystal to the frames, or set it to off."
+            )
+        return crystal
 
     def _anchor(self, backbone: Backbone, frames: AnchorFrames, key: str) -> Anchor | None:
         """What the penalty compares with: that of the run folder, where the run is resumed, or made here."""

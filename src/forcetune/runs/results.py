@@ -17,7 +17,7 @@ from forcetune._version import __version__
 from forcetune.adapters.summaries import PathChange, SiteCoverage, Sparsity
 from forcetune.config import RunConfig
 from forcetune.errors import InputError
-from forcetune.evaluation.summaries import Forgetting, RotationError, Softening
+from forcetune.evaluation.summaries import Forgetting, Phonons, RotationError, Softening
 from forcetune.training.outcome import PenaltyTerms, Refinement, TrainingOutcome
 from forcetune.utils.files import write_json
 
@@ -175,6 +175,7 @@ class Results(Summary):
     penalty: PenaltyTerms | None = None
     forgetting: Forgetting | None = None
     softening: dict[str, Softening] = {}
+    phonons: Phonons | None = None
     warnings: list[str] = []
     errors: dict[str, ErrorPair | None] = {}
     dynamics: DynamicsSummary | None = None

@@ -244,7 +244,12 @@ def _with(config: RunConfig, settings: Mapping[str, Any], run: Path) -> RunConfi
     """The configuration with these options, for a run in ``run`` without test frames."""
     options = with_settings(config.model_dump(exclude_unset=True), settings)
     options["data"] = {key: value for key, value in options["data"].items() if key != "test"}
-    options["output"] = options.get("output", {}) | {"run": str(run), "overwrite": True, "forgetting": False}
+    options["output"] = options.get("output", {}) | {
+        "run": str(run),
+        "overwrite": True,
+        "forgetting": False,
+        "phonons": "off",
+    }
     return RunConfig.model_validate(options)
 
 
