@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from forcetune.adapters.attach import Adapter, attach, detach
+from forcetune.adapters.attach import Adapter, attach, detach, require_adapter
 from forcetune.adapters.changes import likeness, recorded_gates, weight_changes
 from forcetune.adapters.methods import custom_method, method
 from forcetune.adapters.updates import ActivationUpdate
@@ -96,6 +96,7 @@ def test_likeness_of_two_adapters() -> None:
     same, other = likeness(first, second), likeness(first, third)
     assert same.weights == pytest.approx(0, abs=1e-12) and same.paths == pytest.approx(0, abs=1e-12)
     assert other.weights > 0.9
+    assert (same.shared, same.shared_by_chance) == (pytest.approx(1), pytest.approx(1)), "dense changes"
     strange = backbone(seed=5)
     attach(strange, method("elora"))
     with pytest.raises(InputError, match="different bases"):
@@ -104,6 +105,34 @@ def test_likeness_of_two_adapters() -> None:
     attach(strange, method("mmea-pure"))
     with pytest.raises(InputError, match="changes no weights"):
         likeness(first, strange)
+
+
+def test_weights_changed_by_two_sparse_adapters_are_counted() -> None:
+    first, second = backbone(), backbone()
+    generator = torch.Generator().manual_seed(0)
+    counts = {"both": 0, "all": 0}
+    by_path: list[tuple[int, int, int]] = []
+    for tuned in (first, second):
+        attach(tuned, method("full"))
+    for site in require_adapter(first).sites:
+        sizes = []
+        for tuned in (first, second):
+            (parameter,) = require_adapter(tuned).part(site, DenseWeight).parameters()
+            change = (torch.rand(parameter.numel(), generator=generator) < 0.3).double()
+            with torch.no_grad():
+                parameter.add_(change.view_as(parameter))
+            sizes.append(change != 0)
+        for path in site.paths:
+            one, other = (side[path.start : path.start + path.size] for side in sizes)
+            counts["both"] += int((one & other).sum())
+            counts["all"] += int((one | other).sum())
+            by_path.append((int(one.sum()), int(other.sum()), path.size))
+    alike = likeness(first, second)
+    expected = sum(one * other / size for one, other, size in by_path)
+    total = sum(one + other for one, other, _ in by_path)
+    assert alike.shared == pytest.approx(counts["both"] / counts["all"])
+    assert alike.shared_by_chance == pytest.approx(expected / (total - expected))
+    assert alike.shared == pytest.approx(alike.shared_by_chance, abs=0.02), "they were drawn independently"
 
 
 @pytest.mark.parametrize("weight", ["LowRank", "SoftThreshold", "Gain", "Dense"])

@@ -43,9 +43,11 @@ def test_weights_gates_and_likeness(runs: dict[str, Path], command: Command) -> 
 
     code, text, _ = command("inspect", runs["mmea"], "--against", runs["sparse"])
     assert code == 0 and "mmea: changed weights" in text and "mmea: gates" in text and "1 − R²" in text
+    assert "by chance" in text
     code, text, _ = command("inspect", runs["sparse"], "--against", runs["sparse"], "--json")
     content = json.loads(text)
     assert content["gates"] == [] and content["likeness"]["weights"] == pytest.approx(0, abs=1e-12)
+    assert content["likeness"]["shared"] == 1 and 0 < content["likeness"]["shared_by_chance"] < 1
     assert 0 < min(path["changed"] for path in content["paths"]) < 1
     stored = json.loads((runs["sparse"] / "results.json").read_text(encoding="utf-8"))["sparsity"]
     changed = sum(path["changed"] * path["size"] for path in content["paths"])

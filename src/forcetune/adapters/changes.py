@@ -159,10 +159,14 @@ class Likeness:
     Attributes:
         weights: 1 − R² between their ΔW, over all weights that either could change; 0 is the same, 1 unrelated.
         paths: 1 − R² between the relative changes of their paths.
+        shared: weights that both changed, as a share of those that either did; 0 where neither did.
+        shared_by_chance: the same if each had changed as many weights of every path as it did, at random places.
     """
 
     weights: float
     paths: float
+    shared: float
+    shared_by_chance: float
 
 
 def likeness(one: Backbone, other: Backbone) -> Likeness:
@@ -175,8 +179,10 @@ def likeness(one: Backbone, other: Backbone) -> Likeness:
     if not first or not second:
         raise InputError("one of the adapters changes no weights (gates only), so there is nothing to compare.")
     names = sorted(set(first) | set(second))
+    paths = {site.name: site.paths for backbone in (one, other) for site in require_adapter(backbone).sites}
     deltas: list[tuple[Tensor, Tensor]] = []
     ratios: list[tuple[float, float]] = []
+    support = _Supports()
     for name in names:
         weight = first[name][0] if name in first else second[name][0]
         if name in first and name in second and not torch.equal(first[name][0], second[name][0]):
@@ -185,11 +191,36 @@ def likeness(one: Backbone, other: Backbone) -> Likeness:
             one_side[name][1] if name in one_side else torch.zeros_like(weight) for one_side in (first, second)
         )
         deltas.append((pair[0], pair[1]))
+        for path in paths[name]:
+            place = slice(path.start, path.start + path.size)
+            support.add(pair[0][place] != 0, pair[1][place] != 0)
         norm = float(torch.linalg.vector_norm(weight)) or 1.0
         sizes = [float(torch.linalg.vector_norm(change)) for change in pair]
         ratios.append((sizes[0] / norm, sizes[1] / norm))
     left, right = (torch.cat([pair[i] for pair in deltas]).numpy() for i in (0, 1))
-    return Likeness(_unexplained(left, right), _unexplained(*np.array(ratios).T))
+    return Likeness(_unexplained(left, right), _unexplained(*np.array(ratios).T), *support.shares())
+
+
+class _Supports:
+    """Counts of weights that two adapters changed, path by path."""
+
+    def __init__(self) -> None:
+        self.both = self.either = 0
+        self.expected = 0.0
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Which weights of a path were changed by either adapter."""
+        counts = int(one.sum()), int(other.sum())
+        self.both += int((one & other).sum())
+        self.either += int((one | other).sum())
+        self.expected += counts[0] * counts[1] / len(one)
+
+    def shares(self) -> tuple[float, float]:
+        """Changed by both of those changed by either, and the same by chance."""
+        changed = self.both + self.either
+        if not changed:
+            return 0.0, 0.0
+        return self.both / self.either, self.expected / (changed - self.expected)
 
 
 def _unexplained(one: np.ndarray, other: np.ndarray) -> float:

@@ -268,3 +268,7 @@ def inspect(
     if changes["likeness"] is not None:
         alike = changes["likeness"]
         print(f"1 − R² against {against}: {alike['weights']:.3f} over weights, {alike['paths']:.3f} over layers")
+        print(
+            f"of the weights that either changed both changed {alike['shared']:.1%}, "
+            f"by chance it would be {alike['shared_by_chance']:.1%}"
+        )
