@@ -64,13 +64,12 @@ SETS = {
         {"MoNbTaW, 54 atoms": "crystals/MoNbTaW_test.xyz"},
         model="sevennet-0",
         frames=40,
-        test_frames=10,
-        epochs=2,
+        test_frames=20,
+        epochs=20,
         atoms=16,
-        seeds=1,
     ),
     "water": Set(
-        "water/water_deepmd_train.xyz", {"water": "water/water_deepmd_test.xyz"}, frames=40, test_frames=20, epochs=5
+        "water/water_deepmd_train.xyz", {"water": "water/water_deepmd_test.xyz"}, frames=40, test_frames=20, epochs=10
     ),
     "Cu": Set(
         "crystals/mlearn_Cu_train.xyz",
@@ -78,8 +77,7 @@ SETS = {
         model="sevennet-0",
         frames=40,
         test_frames=20,
-        epochs=3,
-        seeds=1,
+        epochs=20,
     ),
 }
 

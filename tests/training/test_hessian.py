@@ -272,6 +272,10 @@ def test_training_on_hessians_alone_lowers_their_error(planted: tuple[Path, Path
     assert before.hessian_rmse_ev_per_ang2 is not None and after.hessian_rmse_ev_per_ang2 is not None
     assert after.hessian_rmse_ev_per_ang2 < 0.6 * before.hessian_rmse_ev_per_ang2
     assert run.results["training"]["best_epoch"] > 5  # the validation loss has the term, too
+    valid = run.results["errors"]["valid"]
+    assert valid["before"]["hessian_frames"] == valid["after"]["hessian_frames"] == 2
+    assert valid["after"]["hessian_rmse_ev_per_ang2"] < 0.8 * valid["before"]["hessian_rmse_ev_per_ang2"]
+    assert "Hessian RMSE" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_is_said_where_labels_and_loss_do_not_match(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forcetune.backbones.protocol import Backbone
-from forcetune.evaluation.metrics import EVALUATION_ATOMS
+from forcetune.evaluation.metrics import EVALUATION_ATOMS, Errors
 from forcetune.frames.frame import FloatArray, Frame
 from forcetune.graphs.graph import build_graph, collate
 
@@ -109,4 +109,16 @@ def hessian_errors(backbone: Backbone, frames: Sequence[Frame]) -> HessianErrors
         len(labelled) - len(compared),
         float(np.abs(errors).mean()),
         float(np.sqrt((errors**2).mean())),
+    )
+
+
+def with_hessians(errors: Errors, hessians: HessianErrors) -> Errors:
+    """The same with those of Hessians, where some were compared."""
+    if not hessians.n_frames:
+        return errors
+    return replace(
+        errors,
+        hessian_mae_ev_per_ang2=hessians.mae,
+        hessian_rmse_ev_per_ang2=hessians.rmse,
+        hessian_frames=hessians.n_frames,
     )

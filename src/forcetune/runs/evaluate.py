@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.deployment.ensemble import describe_ensemble, load_ensemble
 from forcetune.deployment.loading import adapter_folder, deploy
 from forcetune.errors import InputError, warn
-from forcetune.evaluation.hessian import LARGEST, hessian_errors
+from forcetune.evaluation.hessian import LARGEST, hessian_errors, with_hessians
 from forcetune.evaluation.metrics import Errors, build_graphs, check_finite, evaluate_frames, predict
 from forcetune.frames.frame import Frame, LabelKeys
 from forcetune.frames.labels import AUTO, NONE
@@ -73,14 +72,7 @@ def evaluate(
     hessians = hessian_errors(deployed.backbone, frames)
     if hessians.n_left_out:
         warn(f"evaluation data: Hessians of {hessians.n_left_out} frames with more than {LARGEST} atoms are left out.")
-    if not hessians.n_frames:
-        return errors
-    return replace(
-        errors,
-        hessian_mae_ev_per_ang2=hessians.mae,
-        hessian_rmse_ev_per_ang2=hessians.rmse,
-        hessian_frames=hessians.n_frames,
-    )
+    return with_hessians(errors, hessians)
 
 
 def _labelled_frames(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
 from forcetune.deployment.phonons import describe_instability, measure_phonons
 from forcetune.errors import InputError
+from forcetune.evaluation.hessian import hessian_errors, with_hessians
 from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
 from forcetune.evaluation.softening import measure_softening
 from forcetune.evaluation.streamed import (
@@ -71,6 +73,9 @@ from forcetune.training.trackers import check_trackers, start_trackers
 from forcetune.training.train import train
 from forcetune.utils.file_lock import FolderLock
 from forcetune.utils.files import write_json
+
+HESSIANS = 10
+"""Frames of a split whose whole Hessians are compared; each takes 6 predictions for every atom, twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +214,25 @@ class Fitting:
             for by_split in (start.before, after)
         ]
         save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
-        errors_before = {name: start.before[name].errors() for name in after}
-        errors_after = {name: predictions.errors() for name, predictions in after.items()}
+        errors_after = self._with_hessians(start, {name: predictions.errors() for name, predictions in after.items()})
+        with disable_adapter(start.backbone):
+            errors_before = self._with_hessians(start, {name: start.before[name].errors() for name in after})
         self._warn_of_worse_errors(errors_before, errors_after)
         summary = self._training_summary(outcome, refinement)
         results = self._results(start, summary, errors_before, errors_after, self._softening(start, *arrays))
         write_results(self.folder, results)
         write_report(self.folder)
         return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
+
+    def _with_hessians(self, start: PreparedRun, errors: dict[str, Errors]) -> dict[str, Errors]:
+        """With errors of Hessians of some frames that were not trained on, by the model as it is."""
+        for name, split in start.dataset.splits.items():
+            if name != "train":
+                labelled = (frame for frame in split.frames if frame.hessian is not None)
+                with self.console.status(f"{name}: Hessians"):
+                    hessians = hessian_errors(start.backbone, list(islice(labelled, HESSIANS)))
+                errors[name] = with_hessians(errors[name], hessians)
+        return errors
 
     def _train(self, start: PreparedRun, state: dict[str, Any] | None) -> TrainingOutcome:
         def save_best(errors: Errors) -> None:
