@@ -139,7 +139,7 @@ def test_a_part_of_the_second_stage_leaves_its_other_options_as_they_are(way: st
 def test_a_part_of_the_second_stage_beside_a_magnetic_layer() -> None:
     """There the defaults of the layer hold for what is not given."""
     settings = ["magnetism.layer=spin", "training.second_stage.start=3", "training.second_stage.loss.forces=7"]
-    loss = load_config(settings=settings, given=LEAST).with_defaults_of(1e-3, "adam").training.second_stage.loss
+    loss = load_config(settings=settings, given=LEAST).with_method_defaults(1e-3, "adam").training.second_stage.loss
     assert (loss.energy, loss.forces, loss.moments, loss.form) == (10.0, 7.0, 1.0, "huber")
 
 
@@ -274,5 +274,5 @@ def test_options_of_a_method_are_its_own(tmp_path: Path) -> None:
     config.save(path)
     assert load_config(path).method == config.method
     assert load_config(path, overrides={"method.rank": None}).method.options() == {}
-    defaults = config.with_defaults_of(1e-3, "adam")
+    defaults = config.with_method_defaults(1e-3, "adam")
     assert defaults.method.options() == {"rank": 8} and "rank" in defaults.method.model_fields_set

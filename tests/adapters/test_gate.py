@@ -14,7 +14,7 @@ from forcetune.adapters.updates.gate import Gate, GateActivation, gain_and_slope
 from forcetune.backbones.protocol import Site, WeightPath
 from forcetune.irreps import merge_neighbours, parse_irreps
 from forcetune.kernels.compiled.choice import Kernels
-from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.features import Features, make_features
 from forcetune.kernels.fixed_gate import FixedWeights
 from forcetune.kernels.gated_linear import gated_linear
 from forcetune.kernels.layers import EquivariantLinear
@@ -145,7 +145,7 @@ def test_constant_weights_on_blocks_give_the_same_with_all_derivatives(option: s
     weights = torch.randn(4, 13, dtype=torch.float64)
 
     def by_blocks(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        given = [features_of(part, layout) for part, layout in zip((inputs, outputs), layouts, strict=True)]
+        given = [make_features(part, layout) for part, layout in zip((inputs, outputs), layouts, strict=True)]
         actual = made(*given)
         assert isinstance(actual, Features)
         return actual.flat

@@ -43,7 +43,7 @@ class Inputs:
 
         self.x = [random(sum(counts), block.dim, channels) for block in parse_irreps(CASES[case][0])]
         self.weights = [random(len(counts), basis.value.shape[1], channels) for basis in self.sparse.basis]
-        self.lanes = contraction.lanes_of(channels, dtype)
+        self.lanes = contraction.count_lanes(channels, dtype)
 
     def compiled(self, *x: Tensor) -> list[Tensor]:
         coefficients = self.sparse.fold(self.weights, self.lanes)

@@ -12,7 +12,7 @@ from forcetune.backbones.mace.library import import_mace
 from forcetune.irreps import merge_neighbours, parse_irreps
 from forcetune.kernels import radial
 from forcetune.kernels.edge_plan import make_plan
-from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.features import Features, make_features
 from forcetune.kernels.harmonics import SphericalHarmonics, wigner_3j
 from forcetune.kernels.layers import (
     Convolution,
@@ -69,7 +69,7 @@ def same_gradients(actual: Tensor, expected: Tensor, pairs: list[tuple[Tensor, T
 
 
 def as_features(flat: Tensor, irreps: str) -> Features:
-    return features_of(flat, layout_for(merge_neighbours(parse_irreps(irreps))))
+    return make_features(flat, layout_for(merge_neighbours(parse_irreps(irreps))))
 
 
 # ---- linear ---------------------------------------------------------------------------------------------------------

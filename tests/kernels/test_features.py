@@ -9,7 +9,7 @@ from forcetune.adapters.attach import attach
 from forcetune.adapters.methods import method
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate
-from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.features import Features, make_features
 from systems import backbone, cluster, frames_of
 
 LAYOUT = ((1, 3), (3, 2), (1, 2))
@@ -17,7 +17,7 @@ LAYOUT = ((1, 3), (3, 2), (1, 2))
 
 def features() -> tuple[torch.Tensor, Features]:
     flat = torch.randn(4, 11, dtype=torch.float64)
-    return flat, features_of(flat, LAYOUT)
+    return flat, make_features(flat, LAYOUT)
 
 
 @pytest.mark.parametrize("known", [False, True])

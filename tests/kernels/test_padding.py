@@ -10,7 +10,7 @@ from ase import Atoms
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate, split_batch
 from forcetune.kernels.edge_plan import chunk_bounds, with_plan
-from forcetune.kernels.padding import CUDA_CHUNK_COST, best_chunks, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.padding import CUDA_CHUNK_COST, best_chunks, fit_layout, fitted, list_tensors, plan_with
 from systems import backbone, cluster, crystal, frames_of
 
 STRUCTURES = {
@@ -33,7 +33,7 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
     graphs = build_graphs(model, frames_of(*STRUCTURES[kind]))
     random = np.random.default_rng(0)
     for frames in (1, 3):
-        layout = layout_of(graphs, frames, model.elements, model.cutoff, bool(model.paired))
+        layout = fit_layout(graphs, frames, model.elements, model.cutoff, bool(model.paired))
         shapes = set()
         batches = [[len(graphs) - 1], *[random.choice(len(graphs), frames, replace=False) for _ in range(12)]]
         for chosen in batches:
@@ -41,7 +41,7 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
             padded = fitted(batch, layout, model.elements)
             assert padded is not None
             full, plan = padded
-            shapes.add(tuple(tensor.shape for tensor in [*tensors_of(full), *tensors_of(plan)]))
+            shapes.add(tuple(tensor.shape for tensor in [*list_tensors(full), *list_tensors(plan)]))
             assert (full.n_graphs, full.n_atoms, full.n_edges) == (layout.n_graphs, layout.n_atoms, layout.n_edges)
             expected = model.predict(batch, stress=True)
             with with_plan(model, plan):
@@ -61,7 +61,7 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
 def test_what_exceeds_a_layout_does_not_fit() -> None:
     model = backbone()
     graphs = build_graphs(model, frames_of(*STRUCTURES["molecules"]))
-    layout = layout_of(graphs[:3], 2, model.elements, model.cutoff, True)
+    layout = fit_layout(graphs[:3], 2, model.elements, model.cutoff, True)
     assert fitted(collate(graphs[:2]), layout, model.elements) is not None
     assert fitted(collate(graphs[:3]), layout, model.elements) is None
     # as many atoms, but more neighbours
@@ -74,12 +74,12 @@ def test_what_exceeds_a_layout_does_not_fit() -> None:
 def test_plans_take_other_tensors_of_the_same_shape() -> None:
     model = backbone()
     graphs = build_graphs(model, frames_of(*STRUCTURES["molecules"]))
-    layout = layout_of(graphs, 2, model.elements, model.cutoff, True)
+    layout = fit_layout(graphs, 2, model.elements, model.cutoff, True)
     one, two = (fitted(collate(chosen), layout, model.elements) for chosen in (graphs[:2], graphs[2:4]))
     assert one is not None and two is not None
-    moved = plan_with(one[1], tensors_of(two[1]))
+    moved = plan_with(one[1], list_tensors(two[1]))
     assert moved.counts == two[1].counts
-    assert all(a is b for a, b in zip(tensors_of(moved), tensors_of(two[1]), strict=True))
+    assert all(a is b for a, b in zip(list_tensors(moved), list_tensors(two[1]), strict=True))
 
 
 def test_chunks_cost_no_more_than_those_of_the_quick_way() -> None:
@@ -113,20 +113,20 @@ def test_parts_of_a_batch_are_its_graphs(most: int) -> None:
     for part in parts:
         expected = collate(graphs[first : first + part.n_graphs])
         first += part.n_graphs
-        for one, two in zip(tensors_of(part), tensors_of(expected), strict=True):
+        for one, two in zip(list_tensors(part), list_tensors(expected), strict=True):
             assert torch.equal(one.nan_to_num(), two.nan_to_num())
 
 
 def test_atoms_alone_have_a_layout_without_a_limit() -> None:
     model = backbone(max_ell=1)
     graphs = build_graphs(model, frames_of(Atoms("C"), Atoms("O")))
-    layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    layout = fit_layout(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     assert layout.n_atoms == 3 and sum(stop - start for start, stop, _ in layout.chunks) == 3
 
 
 def test_slack_leaves_room_for_more_neighbours() -> None:
     model = backbone(max_ell=1)
     graphs = build_graphs(model, frames_of(cluster(atoms=9)))
-    tight, wide = (layout_of(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
+    tight, wide = (fit_layout(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
     assert wide.n_edges >= tight.n_edges + 2 * 9
     assert max(width for _, _, width in wide.chunks) == max(width for _, _, width in tight.chunks) + 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forcetune.backbones.mace.library import import_mace
 from forcetune.kernels.edge_plan import make_plan
-from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.features import Features, make_features
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.step import Step
 from forcetune.kernels.symmetric_contraction import SymmetricContraction, product_couplings
@@ -128,7 +128,7 @@ def test_kept_coefficients_stay_with_their_layer() -> None:
     layer = SymmetricContraction("2x0e+2x1o", "2x0e+2x1o", 2, 4, source_of(theirs))
     layer.requires_grad_(False)
     step = step_for(torch.tensor([0, 1, 3]))
-    x = features_of(torch.randn(3, 8, dtype=torch.float64), ((1, 2), (3, 2)))
+    x = make_features(torch.randn(3, 8, dtype=torch.float64), ((1, 2), (3, 2)))
     expected = layer(x, step).flat
     folded = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)
     again = layer.coefficients.fold([c.forward(None) for c in layer.contractions], step.plan.present)

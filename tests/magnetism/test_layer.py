@@ -48,7 +48,7 @@ def magnetic(
     return actual
 
 
-def spins_of(atoms: Atoms, seed: int = 7) -> FloatArray:
+def read_spins(atoms: Atoms, seed: int = 7) -> FloatArray:
     return np.random.default_rng(seed).standard_normal((len(atoms), 3))
 
 
@@ -74,7 +74,7 @@ def same(one: torch.Tensor | None, other: Any) -> None:
 def test_space_and_spins_rotate_together(model: str, layer: str) -> None:
     actual = magnetic(model, layer)
     for atoms in (cluster(), crystal()):
-        spins = spins_of(atoms)
+        spins = read_spins(atoms)
         before = predict(actual, frame_with(atoms, spins))
         assert before.moments is not None
         assert before.fields is not None
@@ -96,7 +96,7 @@ def test_space_and_spins_rotate_together(model: str, layer: str) -> None:
 @pytest.mark.parametrize("layer", ["exchange", "spin–orbit"])
 def test_time_reversal(layer: str) -> None:
     model = magnetic(layer=layer)
-    spins = spins_of(crystal())
+    spins = read_spins(crystal())
     before, after = (predict(model, frame_with(crystal(), sign * spins)) for sign in (1, -1))
     assert before.moments is not None
     assert before.fields is not None
@@ -107,7 +107,7 @@ def test_time_reversal(layer: str) -> None:
 
 
 def test_spins_alone_rotate_only_without_spin_orbit_terms() -> None:
-    spins = spins_of(crystal())
+    spins = read_spins(crystal())
     rotation = Rotation.random(random_state=9).as_matrix()
     energies = {}
     for layer in ("exchange", "spin–orbit"):
@@ -126,9 +126,9 @@ def test_spins_alone_rotate_only_without_spin_orbit_terms() -> None:
 def test_order_of_atoms_and_company_in_a_batch_do_not_matter(layer: str) -> None:
     model = magnetic(layer=layer)
     atoms, order = crystal(), np.random.default_rng(1).permutation(8)
-    spins = spins_of(atoms)
+    spins = read_spins(atoms)
     before = predict(model, frame_with(atoms, spins))
-    other = predict(model, frame_with(cluster(), spins_of(cluster())), frame_with(atoms[order], spins[order]))
+    other = predict(model, frame_with(cluster(), read_spins(cluster())), frame_with(atoms[order], spins[order]))
     assert other.moments is not None
     assert before.moments is not None
     same(other.energy[1:], before.energy)
@@ -141,7 +141,7 @@ def test_order_of_atoms_and_company_in_a_batch_do_not_matter(layer: str) -> None
 def test_forces_stress_and_fields_are_derivatives(model: str, layer: str) -> None:
     actual = magnetic(model, layer)
     atoms = crystal()
-    spins = spins_of(atoms)
+    spins = read_spins(atoms)
     prediction = predict(actual, frame_with(atoms, spins))
     assert prediction.fields is not None
     assert prediction.stress is not None
@@ -204,7 +204,7 @@ def test_the_dzyaloshinskii_moriya_term_vanishes_where_symmetry_forbids_it() -> 
 @pytest.mark.parametrize("name", sorted(METHODS_FOR_MACE))
 def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: str) -> None:
     model = backbone()
-    frame = frame_with(crystal(), spins_of(crystal()))
+    frame = frame_with(crystal(), read_spins(crystal()))
     plain = predict(model, frame)
     without = None
     for layer in (None, LAYERS["spin–orbit"]):
@@ -227,7 +227,7 @@ def test_any_method_starts_at_the_foundation_model_and_is_removed_exactly(name: 
 @pytest.mark.parametrize("name", ["mmea", "sparse", "full"])
 def test_adapters_with_a_layer_are_saved_and_loaded(tmp_path: Path, layer: str, name: str) -> None:
     model = magnetic(layer=layer, name=name)
-    frame = frame_with(crystal(), spins_of(crystal()))
+    frame = frame_with(crystal(), read_spins(crystal()))
     prediction = predict(model, frame)
     save_adapter(model, tmp_path / "adapter")
     with disable_adapter(model):
@@ -253,7 +253,7 @@ def test_nothing_changes_by_our_network_and_every_gradient_is_the_librarys(model
     for make in (library, backbone):
         actual = make(**MODELS[model])
         perturb(attach(actual, replace(method("mmea"), magnetism=LAYERS["spin–orbit"])), 0.1)
-        batch = collate(build_graphs(actual, [frame_with(a, spins_of(a)) for a in (cluster(), crystal())]))
+        batch = collate(build_graphs(actual, [frame_with(a, read_spins(a)) for a in (cluster(), crystal())]))
         prediction = actual.predict(batch, stress=True, create_graph=True)
         assert prediction.stress is not None
         assert prediction.moments is not None
@@ -274,7 +274,7 @@ def test_every_coefficient_of_the_spin_orbit_terms_learns() -> None:
     model = backbone()
     plain = model.predict(collate(build_graphs(model, frames_of(cluster())))).energy.detach()
     layer: Any = attach(model, replace(method("readout"), magnetism=LAYERS["spin–orbit"])).magnetic
-    batch = collate(build_graphs(model, [frame_with(cluster(), spins_of(cluster()))]))
+    batch = collate(build_graphs(model, [frame_with(cluster(), read_spins(cluster()))]))
     same(model.predict(batch).energy.detach(), plain)
     last = layer.layer.pair[-1]
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)

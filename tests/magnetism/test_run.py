@@ -182,7 +182,7 @@ def test_a_magnetic_run_goes_on_to_the_same_result(iron: Path, tmp_path: Path, m
 def test_what_a_magnetic_run_is_trained_on_by_default() -> None:
     options = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}}
     config = RunConfig.model_validate(options | {"training": {"second_stage": {"start": 5, "loss": {"forces": 3.0}}}})
-    training = config.with_defaults_of(0.005, "adam").training
+    training = config.with_method_defaults(0.005, "adam").training
     usual = training.loss
     assert (usual.energy, usual.forces, usual.stress, usual.moments) == (1, 1, None, 1)
     assert (usual.form, usual.energy_per_atom) == ("huber", True)

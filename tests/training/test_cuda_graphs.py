@@ -20,7 +20,7 @@ from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
 from forcetune.kernels.edge_plan import with_plan
-from forcetune.kernels.padding import CUDA_CHUNK_COST, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.padding import CUDA_CHUNK_COST, fit_layout, fitted, list_tensors, plan_with
 from forcetune.kernels.recording import CompileError
 from forcetune.training.compiled import CompiledStep, Workers, choose_layouts
 from forcetune.training.losses import label_weights
@@ -111,7 +111,7 @@ def gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Played)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(recording, "_gpu_of", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(recording, "_find_gpu", lambda _: torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["mmea", "elora", "full"])
@@ -120,7 +120,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
     model = tuned(name)
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True)
-    layout = layout_of(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    layout = fit_layout(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     step = CompiledStep(model, None, config, [layout], list(require_adapter(model).parameters()), Workers(1))
     before: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
@@ -148,13 +148,13 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     model = tuned(name)
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True, stress=1.0)
-    layout = layout_of(graphs, 3, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    layout = fit_layout(graphs, 3, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     batch = collate(graphs[:3])
     padded = fitted(batch, layout, model.elements)
     assert padded is not None
     full, plan = padded[0].to("meta"), padded[1]
     plan = replace(
-        plan_with(plan, [value.to("meta") for value in tensors_of(plan)]),
+        plan_with(plan, [value.to("meta") for value in list_tensors(plan)]),
         present=plan.present.to("meta"),
         species=plan.species.to("meta"),
     )

@@ -20,7 +20,7 @@ LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
 
 def resolved(config: RunConfig) -> RunConfig:
     method = build_method(config.method)
-    return config.with_defaults_of(method.learning_rate, method.optimizer)
+    return config.with_method_defaults(method.learning_rate, method.optimizer)
 
 
 def stored(path: Path, *, record: bool = True, **options: Any) -> Path:
@@ -97,7 +97,7 @@ def test_a_stored_file_can_be_edited(tmp_path: Path) -> None:
 
 def test_a_default_that_changed_since_repeats_the_run(tmp_path: Path) -> None:
     """The stored value counts, whatever this version would choose."""
-    config = load_config(given=LEAST | {"method": {"name": "elora"}}).with_defaults_of(3e-3, "adamw")
+    config = load_config(given=LEAST | {"method": {"name": "elora"}}).with_method_defaults(3e-3, "adamw")
     config.save(tmp_path / "config.yaml")
     assert chosen(load_config(tmp_path / "config.yaml")) == ("adamw", 3e-3, 0.995)
     assert chosen(load_config(tmp_path / "config.yaml", given={"method": {"name": "gain"}})) == ("adam", 5e-3, 0.995)

@@ -24,7 +24,7 @@ from forcetune.adapters.updates.dense import DenseWeight
 from forcetune.adapters.updates.gate import GateActivation
 from forcetune.backbones.protocol import ADAPTER, Backbone, Base, Site
 from forcetune.errors import InputError
-from forcetune.kernels.features import Features, features_of
+from forcetune.kernels.features import Features, make_features
 from forcetune.kernels.fixed_gate import FixedWeights
 from forcetune.kernels.gated_linear import gated_linear
 from forcetune.kernels.layers import EquivariantLinear
@@ -73,7 +73,7 @@ class _ChangeOutput:
         else:
             changed = self.part(args[0], output)
         if isinstance(output, Features) and isinstance(changed, Tensor):
-            return features_of(changed, output.layout, geometric=True, trains=True)
+            return make_features(changed, output.layout, geometric=True, trains=True)
         return changed
 
 
@@ -97,7 +97,7 @@ class _LinearGate:
             output = layer.ungated(features)
             changed: Any = self.gate(features, output)  # pyright: ignore[reportArgumentType]
             if isinstance(changed, Tensor):
-                return features_of(changed, output.layout, geometric=True, trains=True)
+                return make_features(changed, output.layout, geometric=True, trains=True)
             return changed
         weights = self.gate.weights()
         blocks = gated_linear(self.structure, layer.weight, weights, features.blocks, self.fixed, layer.kernels)

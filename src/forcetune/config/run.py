@@ -107,7 +107,7 @@ class RunConfig(Section):
             raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
         return self
 
-    def with_defaults_of(self, learning_rate: float, optimizer: str) -> RunConfig:
+    def with_method_defaults(self, learning_rate: float, optimizer: str) -> RunConfig:
         """With the method's own learning rate and optimizer where none was given, and what follows from them.
 
         These values do not count as given: another method has others.

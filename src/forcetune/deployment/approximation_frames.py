@@ -51,7 +51,7 @@ def read_frames(run: str | Path, train: Any, test: Any) -> ApproximationFrames:
         InputError: there is no configuration and no frames were named, or too few are left.
     """
     named = _named(train), _named(test)
-    data = _data_of(run)
+    data = _read_data(run)
     if data is None:
         if named[0] is None:
             raise InputError(f"{run}: the adapter alone has no frames to find a plain model on; name some with --data.")
@@ -76,7 +76,7 @@ def _named(value: Any) -> list[str] | None:
     return [str(value)] if isinstance(value, (str, Path)) else [str(item) for item in value]
 
 
-def _data_of(run: str | Path) -> DataConfig | None:
+def _read_data(run: str | Path) -> DataConfig | None:
     """The frames of the run around an adapter; None where it stands alone."""
     for folder in (Path(run), Path(run).parent):
         if (folder / "config.yaml").is_file():

@@ -110,7 +110,7 @@ class ForcetuneCalculator(Calculator):
         self._check_charge(current)
         frame = build_frame(current)
         if self.magnetism is not None:
-            frame = replace(frame, spins=spins_of(current, self.magnetism))
+            frame = replace(frame, spins=read_spins(current, self.magnetism))
         check_elements(self.backbone, [frame])
         # as in the labels of slabs and wires: per volume of the whole cell, vacuum included
         stress = bool(current.pbc.any()) and abs(float(np.linalg.det(current.cell.array))) > SMALLEST_VOLUME
@@ -241,7 +241,7 @@ def _check_places(atoms: Atoms) -> None:
         raise InputError("The cell of the structure is not finite; set it again.")
 
 
-def spins_of(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
+def read_spins(atoms: Atoms, magnetism: Magnetism) -> FloatArray:
     """(atoms, 3) the state that a magnetic layer is given for the initial magnetic moments of ``atoms``."""
     moments = np.asarray(atoms.get_initial_magnetic_moments(), dtype=np.float64)
     if moments.ndim == 1:
@@ -321,7 +321,7 @@ def calculator(
     for parameter in deployed.backbone.model.parameters():
         if isinstance(model, (str, Path)) or model is None:
             parameter.requires_grad_(False)
-    calibration = _calibration_of(adapter or model) if uncertainty else None
+    calibration = _read_calibration(adapter or model) if uncertainty else None
     return ForcetuneCalculator(
         deployed.backbone,
         compile=compile,
@@ -341,7 +341,7 @@ def _place_of_search(neighbors: str) -> Literal["auto", "cpu", "device"]:
     return neighbors
 
 
-def _calibration_of(place: str | Path | Backbone | None) -> Uncertainty:
+def _read_calibration(place: str | Path | Backbone | None) -> Uncertainty:
     """The calibration of a run.
 
     Raises:

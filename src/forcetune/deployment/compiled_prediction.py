@@ -12,7 +12,7 @@ from forcetune.adapters.attach import get_adapter
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.edge_plan import with_plan
-from forcetune.kernels.padding import Layout, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.padding import Layout, fit_layout, fitted, list_tensors, plan_with
 from forcetune.kernels.recording import CompileError, Recording, record
 
 COMPILED_AFTER = 30
@@ -91,7 +91,7 @@ class CompiledPrediction:
             if self._since < COMPILED_AFTER:
                 return None
             backbone = self.backbone
-            self._layout = layout_of(
+            self._layout = fit_layout(
                 list(self._seen), 1, backbone.elements, backbone.cutoff, bool(backbone.paired), slack=SLACK
             )
         assert self._layout is not None
@@ -101,7 +101,7 @@ class CompiledPrediction:
             self.recording, self._since = None, 0
             self._seen.append(batch)
             return None
-        inputs = [*tensors_of(fit[0]), *tensors_of(fit[1])]
+        inputs = [*list_tensors(fit[0]), *list_tensors(fit[1])]
         if self.recording is None:
             self.recording, self._checks = self._record(*fit, inputs, stress), CHECKED
         energy, forces, *others = self.recording(*inputs)
@@ -117,7 +117,7 @@ class CompiledPrediction:
         return prediction
 
     def _record(self, full: Batch, plan: Any, inputs: list[Tensor], stress: bool) -> Recording:
-        n_batch = len(tensors_of(full))
+        n_batch = len(list_tensors(full))
 
         def step(*values: Tensor) -> list[Tensor | None]:
             with with_plan(self.backbone, plan_with(plan, values[n_batch:])):
@@ -151,7 +151,7 @@ class CompiledPrediction:
                 place
                 for module in backbone.model.modules()
                 for weights in (module._parameters, module._buffers)
-                for place in _places_of(weights)
+                for place in _list_places(weights)
             ]
         enabled = adapter is not None and adapter.enabled
         weights: list[Any] = [weights.get(name) for weights, name in self._weights]
@@ -161,7 +161,7 @@ class CompiledPrediction:
         return (*self._owners, enabled, tuple(backbone.reference_energies.values()), states)
 
 
-def _places_of(weights: Any) -> list[tuple[dict[str, Any], str]]:
+def _list_places(weights: Any) -> list[tuple[dict[str, Any], str]]:
     # those of TorchScript's modules are in no dictionary, and cannot be replaced
     places = weights if isinstance(weights, dict) else dict(weights.items())
     return [(places, name) for name, weight in places.items() if weight is not None]

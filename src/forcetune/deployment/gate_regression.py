@@ -13,7 +13,7 @@ from forcetune.adapters.updates import ActivationUpdate
 from forcetune.backbones.protocol import Backbone, Site
 from forcetune.evaluation.metrics import evaluation_batches
 from forcetune.graphs.graph import Batch
-from forcetune.kernels.features import features_of
+from forcetune.kernels.features import make_features
 from forcetune.kernels.layers import EquivariantLinear
 
 
@@ -75,7 +75,7 @@ class _LayerFit:
     def __call__(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         features = args[0]
         with torch.no_grad():
-            changed = features_of(output, self.layer.layout)
+            changed = make_features(output, self.layer.layout)
             # what the layer adds by itself, a bias or the row of a modality, stays as it is
             zero = type(features)(
                 [torch.zeros_like(block[:1]) for block in features.blocks], geometric=False, trains=False

@@ -181,7 +181,7 @@ def couple(
             type, a model with a spin layer, or as :func:`forcetune.calculator`.
     """
     energy_unit = _check_setting(lmp)
-    numbers = _numbers_of(lmp, elements)
+    numbers = _read_elements(lmp, elements)
     calculator = coupled_calculator("LAMMPS", model, adapter, options)
     _check_masses(lmp, elements)
     _check_charge(lmp)
@@ -212,7 +212,7 @@ def _check_setting(lmp: Any) -> float:
     return ENERGY_UNITS[unit]
 
 
-def _numbers_of(lmp: Any, elements: Sequence[str]) -> list[int]:
+def _read_elements(lmp: Any, elements: Sequence[str]) -> list[int]:
     """Atomic number of each type.
 
     Raises:

@@ -215,14 +215,14 @@ def check_merged_output(output: Path, base: Base) -> None:
         raise InputError(f"{target}: is a folder; name a file, such as {target / 'tuned.model'}.")
     if not target.exists():
         return
-    source = _file_of(base.source)
+    source = _find_file(base.source)
     if (source is not None and target.samefile(source)) or compute_sha256(target) == base.sha256:
         raise InputError(f"{target}: is the base of this adapter and stays as it is; choose another name.")
     if target.suffix not in MODEL_SUFFIXES or target.name == BASE_NAME:
         raise InputError(f"{target}: exists and is no merged model; choose another name, such as tuned.model.")
 
 
-def _file_of(source: str) -> Path | None:
+def _find_file(source: str) -> Path | None:
     """The file that a name or path stands for; None where it is no longer there."""
     try:
         return resolve(source).path if source else None

@@ -114,11 +114,11 @@ class MovingBatch:
     def _predict(self, batch: Batch, stress: bool) -> Prediction:
         if self.neighbors.skin == 0 and batch.n_graphs == 1 and self.compiled.eager_reason is None:
             return self.compiled.predict(batch, stress=stress)
-        plan = self._plan_of(batch)
+        plan = self._keep_plan(batch)
         with nullcontext() if plan is None else with_plan(self.backbone, plan):
             return self.backbone.predict(batch, stress=stress).detached()
 
-    def _plan_of(self, batch: Batch) -> Plan | None:
+    def _keep_plan(self, batch: Batch) -> Plan | None:
         """The plan of a batch, made again with a new neighbor list only."""
         if self.backbone.paired is None:
             return None

@@ -11,7 +11,7 @@ from ase import Atoms
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from forcetune.deployment.calculator import ForcetuneCalculator, build_frame, spins_of
+from forcetune.deployment.calculator import ForcetuneCalculator, build_frame, read_spins
 from forcetune.errors import InputError
 from forcetune.frames.frame import FloatArray
 from forcetune.graphs.graph import build_graph
@@ -73,7 +73,7 @@ def exchange_parameters(atoms: Atoms, sites: Sequence[int] | None = None) -> Exc
     if np.linalg.norm(np.cross(start, axis), axis=1).max() > 1e-6 * lengths.max():
         raise InputError("the moments are not collinear; exchange parameters belong to a collinear state.")
     across = np.linalg.svd(axis[None])[2][1:]
-    spins = spins_of(atoms, calc.magnetism)
+    spins = read_spins(atoms, calc.magnetism)
     frame = replace(build_frame(atoms), spins=spins)
     backbone = calc.backbone
     batch = build_graph(frame, backbone.cutoff, backbone.dtype).to(device=backbone.device)
@@ -130,7 +130,7 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
     lengths = np.linalg.norm(start, axis=1)
     spinning = lengths > 0
     # the layer may take directions only: the gradient by the initial moments then has their length in it
-    unit = np.linalg.norm(spins_of(atoms, calc.magnetism), axis=1)
+    unit = np.linalg.norm(read_spins(atoms, calc.magnetism), axis=1)
 
     def state(values: FloatArray) -> tuple[FloatArray, FloatArray]:
         raw = values.reshape(-1, 3)

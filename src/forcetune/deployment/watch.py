@@ -82,7 +82,7 @@ class Watch:
         self._structures: list[Atoms] = []
         frames = self.frames
         if frames is not None and not isinstance(frames, Environments):
-            frames = Environments(_frames_of(frames))
+            frames = Environments(_as_frames(frames))
         self._environments = frames
 
     def look(self, atoms: Atoms, results: dict[str, Any]) -> dict[str, FloatArray]:
@@ -165,7 +165,7 @@ class Watch:
             warn(f"{message} The simulation continues; later ones are counted and stored without a warning.")
 
 
-def _frames_of(frames: str | Path | Sequence[Atoms]) -> Any:
+def _as_frames(frames: str | Path | Sequence[Atoms]) -> Any:
     if isinstance(frames, (str, Path)):
         keys = dict.fromkeys(("energy_key", "forces_key", "stress_key"), "none")
         return read_frames(frames, require=(), **keys).frames

@@ -69,7 +69,7 @@ def read_leniently(
     for code, text in (("weights", tally.sentence()), ("labels-unread", describe_unread(raws, keys, asked))):
         if text is not None:
             severity: Severity = "note" if code == "weights" else "warning"
-            findings.append(Finding(code, severity, f"{name}: {text}", _file_of(raws)))
+            findings.append(Finding(code, severity, f"{name}: {text}", _shared_file(raws)))
     frames = []
     for raw in raws:
         labels, broken = _sound_labels(raw, keys)
@@ -78,10 +78,10 @@ def read_leniently(
     with_hessian = sum(frame.hessian is not None for frame in frames)
     if with_hessian:
         text = f"{name}: {with_hessian} of {len(frames)} frames have a Hessian under '{keys.hessian}'."
-        findings.append(Finding("hessians", "note", text, _file_of(raws)))
+        findings.append(Finding("hessians", "note", text, _shared_file(raws)))
     drift = describe_drift(frames)
     if drift is not None:
-        findings.append(Finding("hessian-drift", "warning", f"{name}: {drift}", _file_of(raws)))
+        findings.append(Finding("hessian-drift", "warning", f"{name}: {drift}", _shared_file(raws)))
     return tuple(frames), keys, _gathered(findings)
 
 
@@ -134,7 +134,7 @@ def _keys(
             try:
                 key = choose_key(label, wanted, raws, expected, name) if raws else None
             except InputError as error:
-                findings.append(Finding(f"{label}-missing", "error", str(error), _file_of(raws), (), len(raws)))
+                findings.append(Finding(f"{label}-missing", "error", str(error), _shared_file(raws), (), len(raws)))
         chosen[label] = key
         if key is None:
             continue
@@ -223,6 +223,6 @@ def _without(message: str, *starts: str) -> str:
     return message[:1].upper() + message[1:]
 
 
-def _file_of(raws: Sequence[RawFrame]) -> str | None:
+def _shared_file(raws: Sequence[RawFrame]) -> str | None:
     files = list(dict.fromkeys(raw.origin.file for raw in raws))
     return files[0] if len(files) == 1 else None

@@ -119,7 +119,7 @@ def _flattened(block: Tensor) -> Tensor:
     return block.transpose(1, 2).reshape(len(block), -1)
 
 
-def features_of(value: Tensor | Features, layout: Layout, *, geometric: bool = True, trains: bool = True) -> Features:
+def make_features(value: Tensor | Features, layout: Layout, *, geometric: bool = True, trains: bool = True) -> Features:
     """Features from either form; the flags are those of what is not known yet."""
     if isinstance(value, Features):
         return value

@@ -58,7 +58,7 @@ class Layout:
         return sum(self.counts)
 
 
-def layout_of(
+def fit_layout(
     graphs: Sequence[Batch],
     frames: int,
     elements: Sequence[int],
@@ -199,7 +199,7 @@ def _filler(batch: Batch, numbers: np.ndarray, n_graphs: int, n_edges: int, cuto
     )
 
 
-def tensors_of(value: Batch | Plan) -> list[Tensor]:
+def list_tensors(value: Batch | Plan) -> list[Tensor]:
     """What differs between batches in one layout: tensors in the order of the fields, those of chunks last."""
     tensors = [getattr(value, name) for name in _varying(value)]
     chunks = value.chunks if isinstance(value, Plan) else ()
@@ -207,7 +207,7 @@ def tensors_of(value: Batch | Plan) -> list[Tensor]:
 
 
 def plan_with(plan: Plan, tensors: Sequence[Tensor]) -> Plan:
-    """The same plan with other tensors, given as :func:`tensors_of` gives them."""
+    """The same plan with other tensors, given as :func:`list_tensors` gives them."""
     left = iter(tensors)
     changed = {name: next(left) for name in _varying(plan)}
     chunks = [replace(c, pairs=next(left), oriented=next(left), senders=next(left)) for c in plan.chunks]

@@ -99,7 +99,7 @@ def record(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -
         used[:] = [value is not None for value in results]
         return [value.detach() for value in results if value is not None]
 
-    gpu = _gpu_of(parameters)
+    gpu = _find_gpu(parameters)
     own = inputs if gpu is None else [value.detach().to(gpu, copy=True) for value in inputs]
     operations = Operations((*own, *parameters))
     try:
@@ -116,7 +116,7 @@ def record(step: Step, inputs: Sequence[Tensor], parameters: Sequence[Tensor]) -
     return Recording(run, tuple(used), len(operations.calls))
 
 
-def _gpu_of(parameters: Sequence[Tensor]) -> torch.device | None:
+def _find_gpu(parameters: Sequence[Tensor]) -> torch.device | None:
     return parameters[0].device if parameters and parameters[0].device.type == "cuda" else None
 
 
@@ -178,14 +178,14 @@ class Operations(TorchDispatchMode):
             self._overwritten(schema, values)
         elif fixed:
             for tensor, place in zip(_tensors_in(result), _places_in(call.results), strict=True):
-                self.constants[place.index], self._fixed[place.index] = tensor.detach(), _memory_of(tensor)
+                self.constants[place.index], self._fixed[place.index] = tensor.detach(), _find_memory(tensor)
         return result
 
     def _overwritten(self, schema: Any, values: Sequence[Any]) -> None:
         """What shares memory with the arguments that an operation writes to is no longer fixed."""
         arguments = zip(schema.arguments, values, strict=True)
         written = [value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write]
-        places = {_memory_of(tensor) for tensor in _tensors_in(written)}
+        places = {_find_memory(tensor) for tensor in _tensors_in(written)}
         if places.intersection(self._fixed.values()):
             self._fixed = {index: memory for index, memory in self._fixed.items() if memory not in places}
 
@@ -204,7 +204,7 @@ class Operations(TorchDispatchMode):
         if place is None:
             place = self._new(value)
             self.constants[place.index] = value.detach()
-            self._fixed[place.index] = _memory_of(value)
+            self._fixed[place.index] = _find_memory(value)
         return place
 
     def _mapped(self, value: Any) -> Any:
@@ -274,7 +274,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def _memory_of(value: Tensor) -> int:
+def _find_memory(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 

@@ -280,7 +280,7 @@ class SymmetricContraction(nn.Module):
         if on_triton:
             lanes = features.blocks[0].shape[2]
         elif takes_compiled(self.kernels, features.blocks[0]):
-            lanes = compiled.lanes_of(features.blocks[0].shape[2], features.blocks[0].dtype)
+            lanes = compiled.count_lanes(features.blocks[0].shape[2], features.blocks[0].dtype)
         coefficients = folded.fold(weights, plan.present, lanes)
         if on_triton:
             blocks = triton.contract(

@@ -64,7 +64,7 @@ def evaluate(
     """
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
-    magnetism = _magnetism_of(model if adapter is None else adapter)
+    magnetism = _find_magnetism(model if adapter is None else adapter)
     keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key)
     frames = _labelled_frames(data, keys, magnetism, type_map)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
@@ -103,7 +103,7 @@ def _labelled_frames(
     return tuple(frames)
 
 
-def _magnetism_of(place: str | Path | Backbone) -> Magnetism | None:
+def _find_magnetism(place: str | Path | Backbone) -> Magnetism | None:
     """The magnetic layer of what is to be evaluated, before anything heavy is loaded."""
     if isinstance(place, Backbone):
         carried = get_adapter(place)

@@ -24,7 +24,7 @@ from forcetune.graphs.graph import Batch, split_batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.kernels.edge_plan import Plan, with_plan
-from forcetune.kernels.padding import CUDA_CHUNK_COST, Layout, fitted, layout_of, plan_with, tensors_of
+from forcetune.kernels.padding import CUDA_CHUNK_COST, Layout, fit_layout, fitted, list_tensors, plan_with
 from forcetune.kernels.recording import CompileError, Recording, record
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead, objective
@@ -99,7 +99,7 @@ class CompiledStep:
             filled = fitted(part, layout, self.backbone.elements)
             if filled is None:
                 return None
-            inputs = [*tensors_of(filled[0]), *tensors_of(filled[1]), *wholes]
+            inputs = [*list_tensors(filled[0]), *list_tensors(filled[1]), *wholes]
             if layout not in self.recordings:
                 self.recordings[layout] = self._record(*filled, inputs)
                 self._checks = CHECKED
@@ -131,7 +131,7 @@ class CompiledStep:
         return torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def _record(self, full: Batch, plan: Plan, inputs: Sequence[Tensor]) -> Recording:
-        n_batch, n_plan = len(tensors_of(full)), len(tensors_of(plan))
+        n_batch, n_plan = len(list_tensors(full)), len(list_tensors(plan))
         device = self.backbone.device
         plan = replace(plan, present=plan.present.to(device), species=plan.species.to(device))
 
@@ -235,7 +235,7 @@ def choose_layouts(backbone: Backbone, config: TrainingConfig, loader: BatchLoad
     batch = min(config.batch_size, len(graphs))
     count = -(-batch // frames)
     layouts = [
-        layout_of(graphs, size, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
+        fit_layout(graphs, size, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
         for size in sorted({batch // count, -(-batch // count)})
     ]
     fill = layouts[-1].fill

@@ -122,7 +122,7 @@ class GateActivation(ActivationUpdate):
     def forward(self, inputs: Tensor, outputs: Tensor, species: Tensor | None = None) -> Tensor:
         shifts, gains = self.shifts_and_gains(self.even_scalars(inputs), species)
         if self.watcher is not None:
-            self.watcher(shifts, gains, self._parts_of(outputs))
+            self.watcher(shifts, gains, self._split(outputs))
         return self._changed(inputs, outputs, self.per_block(shifts, gains))
 
     def even_scalars(self, inputs: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class GateActivation(ActivationUpdate):
         gains, _ = gain_and_slope(self.spec.gain, self.gain(hidden))
         return shifts, gains
 
-    def _parts_of(self, outputs: Any) -> list[Tensor]:
+    def _split(self, outputs: Any) -> list[Tensor]:
         """The output's blocks, (…, anything)."""
         flat = outputs.flat if isinstance(outputs, Features) else outputs
         return [flat[..., block.start : block.stop] for block in self.blocks_out]

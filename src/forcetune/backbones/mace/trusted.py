@@ -264,7 +264,7 @@ def library_sites(model: nn.Module) -> tuple[Site, ...]:
     sites: list[Site] = []
     modules = [(name, module) for name, module in model.named_modules() if name.split(".")[0] != ADAPTER]
     for name, module in modules:
-        sites.extend(_sites_of(name, module))
+        sites.extend(_list_sites(name, module))
     names = {site.name for site in sites}
     for name, module in modules:
         if isinstance(module, nn.ParameterList):
@@ -287,7 +287,7 @@ def _layers_behind(name: str, n_layers: int) -> int:
     return 0 if first in ("readouts", "scale_shift", "embedding_readout") else n_layers
 
 
-def _sites_of(name: str, module: Any) -> Iterator[Site]:
+def _list_sites(name: str, module: Any) -> Iterator[Site]:
     kind = type(module).__name__
     if kind == "Linear" and hasattr(module, "irreps_in") and "weight" in module._parameters:
         yield _equivariant_linear(name, module)

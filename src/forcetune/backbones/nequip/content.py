@@ -179,7 +179,7 @@ class Cut:
         for name, tensor in self.content.tensors.items():
             value = tensor.detach()
             if name == EMBEDDING or (name.endswith(_NORM) and tensor.ndim == 2 and len(tensor) > 1):
-                value = self._rows_of(name, value)
+                value = self._choose_rows(name, value)
             elif name in (SHIFTS, SCALES):
                 value = self.per_element(name)
             elif name == _CUTOFFS and tensor.ndim:
@@ -190,7 +190,7 @@ class Cut:
             tensors[name] = nn.Parameter(value) if trained else value
         return tensors
 
-    def _rows_of(self, name: str, tensor: Tensor) -> Tensor:
+    def _choose_rows(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.ndim != 2 or len(tensor) != self.n_types:
             raise UnfitError(f"the shape of {name} differs from what its architecture needs: {tuple(tensor.shape)}")
         return tensor[self.rows]

@@ -93,7 +93,7 @@ class AttributeLinear(nn.Module):
             blocks.append(Block(block.source, block.target, 0, block.fan_in, block.fan_out, start, block.factor))
             start += block.fan_in * present * block.fan_out
         outputs = species_linear(
-            blocks, torch.cat(parts), present, features.blocks, self.layout, _all_of(plan.present), plan.counts
+            blocks, torch.cat(parts), present, features.blocks, self.layout, _count_up(plan.present), plan.counts
         )
         return Features(outputs, geometric=features.geometric, trains=features.trains or can_train(self))
 
@@ -105,7 +105,7 @@ class AttributeLinear(nn.Module):
         yield Site(f"{name}.weight", name, "weight", name, "tensor_product", paths, self.irreps_in, self.irreps_out)
 
 
-def _all_of(present: Tensor) -> Tensor:
+def _count_up(present: Tensor) -> Tensor:
     """0, 1, 2, …, as many as there are types; from a tensor, as a recorded step must not make constants."""
     return torch.ones_like(present).cumsum(0) - 1
 

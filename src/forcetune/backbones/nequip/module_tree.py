@@ -82,7 +82,7 @@ def read_tree(record: Any) -> Node:
     """
     left = [_MOST_MODULES]
 
-    def node_of(record: Any, path: str, depth: int) -> Node:
+    def read_node(record: Any, path: str, depth: int) -> Node:
         left[0] -= 1
         if left[0] < 0 or depth > _DEEPEST:
             raise UnfitError("its modules are nested without end")
@@ -101,11 +101,11 @@ def read_tree(record: Any) -> Node:
         compiled = _table(state, "__codegen__")
         for key, child in _table(state, "_modules").items():
             if child is not None and key not in compiled:
-                node.children[key] = node_of(child, _joined(path, key), depth + 1)
+                node.children[key] = read_node(child, _joined(path, key), depth + 1)
         node.attributes = {key: value for key, value in state.items() if isinstance(key, str) and key not in _INTERNAL}
         return node
 
-    return node_of(record, "", 0)
+    return read_node(record, "", 0)
 
 
 def _table(state: Mapping[Any, Any], name: str) -> Mapping[str, Any]:
@@ -125,7 +125,7 @@ def _fields(value: Any) -> tuple[Any, ...]:
     return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 
 
-def irreps_of(value: Any, what: str) -> str:
+def read_irreps(value: Any, what: str) -> str:
     """e3nn's irreps as text; text stays as it is.
 
     Raises:
@@ -140,7 +140,7 @@ def irreps_of(value: Any, what: str) -> str:
         raise UnfitError(f"its {what} are stored in an unknown way") from error
 
 
-def function_of(value: Any) -> str:
+def name_function(value: Any) -> str:
     """Name of a function that a module has as an attribute; of functions of other libraries with their home."""
     if isinstance(value, Global):
         home, name = value.module, value.name

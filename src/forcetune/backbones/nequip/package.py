@@ -27,7 +27,7 @@ from forcetune.backbones.nequip.architecture import (
     whole,
 )
 from forcetune.backbones.nequip.content import NequIPContent, sorted_content
-from forcetune.backbones.nequip.module_tree import Node, function_of, irreps_of, read_tree
+from forcetune.backbones.nequip.module_tree import Node, name_function, read_irreps, read_tree
 from forcetune.backbones.safe_unpickle.reader import InertPackage, read_inert_package, read_package_text
 from forcetune.errors import InputError
 from forcetune.irreps import parse_irreps
@@ -254,7 +254,7 @@ def _power(node: Node) -> float:
 
 def _harmonics(node: Node) -> str:
     _expect(node.child("sh", "SphericalHarmonics"), normalize=True, normalization="component")
-    return checked_harmonics(irreps_of(node.attribute("irreps_edge_sh"), "spherical harmonics"))
+    return checked_harmonics(read_irreps(node.attribute("irreps_edge_sh"), "spherical harmonics"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,11 +270,11 @@ class _Layer:
 def _layer(node: Node, index: int, harmonics: str, features: list[str]) -> _Layer:
     """Read a layer, and append the irreps behind it."""
     before = features[-1]
-    wanted = checked_irreps(irreps_of(node.attribute("feature_irreps_hidden"), "features"), "features")
+    wanted = checked_irreps(read_irreps(node.attribute("feature_irreps_hidden"), "features"), "features")
     after = reachable(before, harmonics, wanted)
     gate = node.child("equivariant_nonlin", "Gate")
     conv = node.child("conv", "InteractionBlock")
-    behind = checked_irreps(irreps_of(gate.attribute("_irreps_out"), "features"), "features")
+    behind = checked_irreps(read_irreps(gate.attribute("_irreps_out"), "features"), "features")
     if behind != after:
         raise UnfitError(f"its features behind layer {index} are {behind}, not {after}")
     features.append(after)
@@ -302,7 +302,7 @@ def _check_convolution(conv: Node, before: str, harmonics: str) -> None:
     ):
         raise UnfitError(f"its {scatter.path} is a {scatter.kind}, which is not computed")
     for name, irreps in (("feature_irreps_in", before), ("irreps_edge_attr", harmonics)):
-        if irreps_of(scatter.attribute(name), name) != irreps:
+        if read_irreps(scatter.attribute(name), name) != irreps:
             raise UnfitError(f"its {scatter.path} has other irreps than the features before it")
     for name in ("linear_1", "linear_2"):
         conv.child(name, "Linear")
@@ -316,7 +316,7 @@ def _activations(gate: Node, after: str) -> tuple[str, str | None]:
     def names(part: str) -> list[str]:
         activations = []
         for child in gate.child(part).child("acts").children.values():
-            name = function_of(child.attributes.get("f"))
+            name = name_function(child.attributes.get("f"))
             if child.kind != "normalize2mom" or name not in _FUNCTIONS:
                 raise UnfitError(f"its {part} are {short(name)}")
             activations.append(_FUNCTIONS[name])

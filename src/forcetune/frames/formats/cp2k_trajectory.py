@@ -45,7 +45,7 @@ def read_trajectory(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
         )
     force_rows = None if forces is None else next(forces, None)
     said: set[str] = set()
-    unit = _UNITS.get(_unit_of(beside["stress"]), BAR) if "stress" in beside else BAR
+    unit = _UNITS.get(_read_unit(beside["stress"]), BAR) if "stress" in beside else BAR
     for index, (step, energy, names, positions) in enumerate(_frames(path)):
         # files may be written less often than others, or begin earlier
         while forces is not None and force_rows is not None and force_rows[0] < step:
@@ -118,7 +118,7 @@ def _table(path: Path, numbers: int) -> dict[int, FloatArray]:
     return table
 
 
-def _unit_of(path: Path) -> str:
+def _read_unit(path: Path) -> str:
     with open_text(path) as stream:
         units = re.findall(r"\[(bar|kbar|GPa)\]", stream.readline(2**16))
     return units[0].lower() if units else "bar"

@@ -40,7 +40,7 @@ _LAYOUTS: dict[str, dict[str, str]] = {
 }
 
 
-def _layout_of(path: Path) -> tuple[dict[str, str], list[str]]:
+def _read_layout(path: Path) -> tuple[dict[str, str], list[str]]:
     """Names of the arrays, and all names in the archive.
 
     Raises:
@@ -65,7 +65,7 @@ def read_npz(path: Path, type_map: Sequence[str]) -> Iterator[Atoms]:
         ValueError: shapes that do not fit each other.
     """
     check_archive(path)
-    layout, names = _layout_of(path)
+    layout, names = _read_layout(path)
     with zipfile.ZipFile(path) as archive:
         arrays = {key: _array(archive, name) for key, name in layout.items() if name in names}
     energy_unit = _unit(path, arrays.get("e_unit"), _ENERGIES, "kcal/mol")
@@ -113,7 +113,7 @@ def _unit(path: Path, stored: Any, units: dict[str, float], usual: str) -> float
 
 
 def _unused(path: Path) -> list[str]:
-    layout, names = _layout_of(path)
+    layout, names = _read_layout(path)
     about = {"name", "theory", "md5", "type", "code_version"}
     return sorted(name[:30] for name in set(names) - set(layout.values()) - about)
 

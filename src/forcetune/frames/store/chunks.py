@@ -108,7 +108,7 @@ def iterate_structures(path: Path, format_name: str, type_map: Sequence[str] = (
         return
     size, most = 0, max(_LEAST_UNPACKED, _RATIO * path.stat().st_size)
     for structures in safely(path, map_in_order(_listed, iterate_chunks(path, format_name), 1)):
-        size += sum(map(_bytes_of, structures))
+        size += sum(map(_count_bytes, structures))
         if size > most:
             raise InputError(f"{path}: its frames unpack to more than {most:,} bytes; write it again.")
         yield from structures
@@ -133,7 +133,7 @@ def crashed(path: Path) -> InputError:
     return InputError(f"{path}: its reader crashed; the file is damaged, copy or write it again.")
 
 
-def _bytes_of(atoms: Atoms) -> int:
+def _count_bytes(atoms: Atoms) -> int:
     """What arrays of a structure take in memory."""
     results = {} if atoms.calc is None else atoms.calc.results
     values = (*atoms.arrays.values(), *atoms.info.values(), *results.values())

@@ -84,7 +84,7 @@ class Structure:
 
 
 @functools.lru_cache(maxsize=256)
-def structure_of(flat: tuple[int, ...]) -> Structure:
+def get_structure(flat: tuple[int, ...]) -> Structure:
     return Structure(flat)
 
 
@@ -136,7 +136,7 @@ def spread_out(values: Sequence[Tensor], present: Sequence[bool]) -> list[Tensor
     return [next(left) if here else None for here in present]
 
 
-def flags_of(structure: Structure, present: Sequence[bool]) -> tuple[_Flags, ...]:
+def spread_flags(structure: Structure, present: Sequence[bool]) -> tuple[_Flags, ...]:
     """For each path whether something is there for R, T and x."""
     return tuple((present[0], present[1], present[2 + path.source]) for path in structure.paths)
 
@@ -151,10 +151,10 @@ def _gather(
     moved: list[Tensor],
     present: list[bool],
 ) -> list[Tensor]:
-    structure = structure_of(tuple(paths))
+    structure = get_structure(tuple(paths))
     n_atoms = len(starts) - 1
     outputs = [radial.new_empty(n_atoms, dim, width) for dim, width in structure.groups]
-    flags = flags_of(structure, present) if present else None
+    flags = spread_flags(structure, present) if present else None
     run, addresses = structure.machine(dtype_name(radial), flags, None)
     table = Table(structure, angular, addresses)
     table.radial(radial)
@@ -184,7 +184,7 @@ def _pull(
     present: list[bool],
     wanted: list[bool],
 ) -> list[Tensor]:
-    structure = structure_of(tuple(paths))
+    structure = get_structure(tuple(paths))
     to_radial = torch.empty_like(radial) if wanted[0] else None
     to_angular = torch.empty_like(angular) if wanted[1] else None
     sizes = [x.numel() if want else 0 for x, want in zip(features, wanted[2:], strict=True)]
@@ -192,8 +192,8 @@ def _pull(
     count = threads.thread_count(structure.work * 2.0 * n_pairs * (1 + wanted[1]) * (2 if present else 1))
     # each thread adds to features of its own, as both ends of a pair may belong to other threads' pairs, too
     sums = radial.new_zeros(count, sum(sizes))
-    flags = flags_of(structure, present) if present else None
-    run, addresses = structure.machine(dtype_name(radial), flags, flags_of(structure, wanted))
+    flags = spread_flags(structure, present) if present else None
+    run, addresses = structure.machine(dtype_name(radial), flags, spread_flags(structure, wanted))
     calls = []
     tables = []
     for number in range(count):
@@ -219,7 +219,7 @@ def _pull(
 
 
 def _gather_meta(paths: list[int], starts: Tensor, edges: Tensor, radial: Tensor, *others: Any) -> list[Tensor]:
-    return [radial.new_empty(len(starts) - 1, dim, width) for dim, width in structure_of(tuple(paths)).groups]
+    return [radial.new_empty(len(starts) - 1, dim, width) for dim, width in get_structure(tuple(paths)).groups]
 
 
 def _pull_meta(

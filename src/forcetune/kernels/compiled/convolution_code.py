@@ -403,10 +403,10 @@ class _Pull(_Form):
         together = max(1, (self.w.target.registers - 8) // shape.dim_out)
         for start in range(0, shape.dim_in, together):
             rows = range(start, min(start + together, shape.dim_in))
-            sums = self._sums_of(here, directions, i, j, rows)
+            sums = self._write_sums(here, directions, i, j, rows)
             w.store_sums(sums, w.offset(here[Slot.TO_ANGULAR], start * shape.dim_out))
 
-    def _sums_of(self, here: dict[Slot, str], directions: str, i: str, j: str, rows: range) -> list[str]:
+    def _write_sums(self, here: dict[Slot, str], directions: str, i: str, j: str, rows: range) -> list[str]:
         w, shape = self.w, self.shape
 
         def direction(d: str, sums: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from forcetune.kernels.compiled.convolution import spread_out
-from forcetune.kernels.compiled.gate_layout import GateShape, addresses_of, layout_for
+from forcetune.kernels.compiled.gate_layout import GateShape, layout_for, list_addresses
 
 # ---- operations ------------------------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def _value(shape: Sequence[int], h: Tensor, weights: Sequence[Tensor], y: Sequen
     layout = layout_for(tuple(shape), h.dtype)
     kept = h.new_empty(h.shape[0] * layout.kept_width)
     out = [torch.empty_like(block) for block in y]
-    layout.run(layout.value, h, weights, kept, addresses_of(y, out), passes=1)
+    layout.run(layout.value, h, weights, kept, list_addresses(y, out), passes=1)
     return [kept, *out]
 
 
@@ -40,7 +40,7 @@ def _pull(
     to_h = torch.empty_like(h) if wanted[0] else None
     to_y = [torch.empty_like(block) if is_gain else None for block, is_gain in zip(y, layout.gains, strict=True)]
     by_weights = layout.run(
-        *(layout.pull, h, weights, kept, addresses_of(y, g, to_y)),
+        *(layout.pull, h, weights, kept, list_addresses(y, g, to_y)),
         passes=1 + wanted[1],
         by_weights=wanted[1],
         to_h=to_h,
@@ -64,7 +64,7 @@ def _moved(
     to_h = torch.empty_like(h) if wanted[0] else None
     to_y = [torch.empty_like(block) if is_gain else None for block, is_gain in zip(y, layout.gains, strict=True)]
     by_weights = layout.run(
-        *(layout.moved, h, weights, kept, addresses_of(y, g, to_y, to_g, spread_out(moved_y, layout.gains))),
+        *(layout.moved, h, weights, kept, list_addresses(y, g, to_y, to_g, spread_out(moved_y, layout.gains))),
         passes=3 + 2 * wanted[1],
         by_weights=wanted[1],
         to_h=to_h,

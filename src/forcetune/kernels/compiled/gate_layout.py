@@ -210,5 +210,5 @@ def layout_for(flat: tuple[int, ...], dtype: torch.dtype) -> GateLayout:
     return GateLayout(flat, dtype)
 
 
-def addresses_of(*kinds: Sequence[Tensor | None]) -> list[int]:
+def list_addresses(*kinds: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for kind in kinds for tensor in kind]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forcetune.kernels.compiled import threads
-from forcetune.kernels.compiled.gate_layout import GateShape, addresses_of, layout_for, scratch_memory
+from forcetune.kernels.compiled.gate_layout import GateShape, layout_for, list_addresses, scratch_memory
 from forcetune.kernels.compiled.gate_tables import PANEL, TILE, Slot, padded
 
 NO_WEIGHTS = (0,) * 12
@@ -123,7 +123,7 @@ class FixedLayer:
         by_inputs = [torch.empty_like(x) if index in self.read else None for index, x in enumerate(inputs)]
         by_out = [grad.data_ptr() for grad in grads]
         plain = self._plain([output.data_ptr() for output in outputs], kept, inputs[0].shape[0])
-        by_in = addresses_of(by_inputs)
+        by_in = list_addresses(by_inputs)
 
         def blocks(scratch: int) -> tuple[int, ...]:
             by_plain = list(by_out)

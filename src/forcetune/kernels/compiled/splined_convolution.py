@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from forcetune.kernels.compiled import threads
-from forcetune.kernels.compiled.convolution import Table, dtype_name, flags_of, flat_paths, spread_out, structure_of
+from forcetune.kernels.compiled.convolution import (
+    Table,
+    dtype_name,
+    flat_paths,
+    get_structure,
+    spread_flags,
+    spread_out,
+)
 from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS, Slot
 from forcetune.kernels.convolution import Paths
 from forcetune.kernels.edge_plan import Plan
@@ -78,10 +85,10 @@ def _gather(
     moved: list[Tensor],
     present: list[bool],
 ) -> list[Tensor]:
-    structure = structure_of(tuple(paths))
+    structure = get_structure(tuple(paths))
     n_atoms = len(starts) - 1
     outputs = [angular.new_empty(n_atoms, dim, width) for dim, width in structure.groups]
-    flags = flags_of(structure, present) if present else None
+    flags = spread_flags(structure, present) if present else None
     run, addresses = structure.machine(dtype_name(angular), flags, None, True)
     own = Table(structure, angular, addresses)
     own.rows[:, Slot.STARTS], own.rows[:, Slot.EDGES] = starts.data_ptr(), edges.data_ptr()
@@ -115,7 +122,7 @@ def _pull(
 ) -> list[Tensor]:
     if present and wanted[0]:
         raise RuntimeError("splines of radial weights have no second derivatives by the distances")
-    structure = structure_of(tuple(paths))
+    structure = get_structure(tuple(paths))
     n_pairs = len(places)
     # one row for each path, which are treated one after another
     to_lengths = angular.new_empty(len(structure.paths), n_pairs) if wanted[0] else None
@@ -124,8 +131,8 @@ def _pull(
     count = threads.thread_count(SPLINE_WORK * structure.work * 2.0 * n_pairs * (1 + wanted[1]) * (2 if present else 1))
     # each thread adds to features of its own, as both ends of a pair may belong to other threads' pairs, too
     sums = angular.new_zeros(count, sum(sizes))
-    flags = flags_of(structure, present) if present else None
-    run, addresses = structure.machine(dtype_name(angular), flags, flags_of(structure, wanted), True)
+    flags = spread_flags(structure, present) if present else None
+    run, addresses = structure.machine(dtype_name(angular), flags, spread_flags(structure, wanted), True)
     calls, tables = [], []
     for number in range(count):
         own = Table(structure, angular, addresses)
@@ -150,7 +157,7 @@ def _pull(
 
 def _gather_meta(paths: list[int], starts: Tensor, *others: Any) -> list[Tensor]:
     angular: Tensor = others[5]
-    return [angular.new_empty(len(starts) - 1, dim, width) for dim, width in structure_of(tuple(paths)).groups]
+    return [angular.new_empty(len(starts) - 1, dim, width) for dim, width in get_structure(tuple(paths)).groups]
 
 
 def _pull_meta(paths: list[int], *others: Any) -> list[Tensor]:

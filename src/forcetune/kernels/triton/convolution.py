@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forcetune.kernels.compiled.convolution import Setting, contiguous, flat_paths, run, spread_out, structure_of
+from forcetune.kernels.compiled.convolution import Setting, contiguous, flat_paths, get_structure, run, spread_out
 from forcetune.kernels.convolution import Paths
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.phase import Phase
@@ -42,7 +42,7 @@ class _Product:
     """A tensor product with its paths in groups, each of which a kernel computes."""
 
     def __init__(self, flat: tuple[int, ...]) -> None:
-        structure = structure_of(flat)
+        structure = get_structure(flat)
         self.groups = structure.groups
         self.members = convolution_code.list_members(structure.paths, [width for _, width in structure.groups])
         self.together = convolution_code.group_members(self.members)
@@ -155,7 +155,7 @@ def _launch_to_angular(shape: Shape, n_pairs: int, tensors: Mapping[str, Tensor]
 
 
 def _gather_meta(paths: list[int], starts: Tensor, edges: Tensor, radial: Tensor, *others: Any) -> list[Tensor]:
-    return [radial.new_empty(len(starts) - 1, dim, width) for dim, width in structure_of(tuple(paths)).groups]
+    return [radial.new_empty(len(starts) - 1, dim, width) for dim, width in get_structure(tuple(paths)).groups]
 
 
 def _pull_meta(paths: list[int], ends: list[Tensor], leaving: list[Tensor], *others: Any) -> list[Tensor]:

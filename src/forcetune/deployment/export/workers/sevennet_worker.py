@@ -15,7 +15,7 @@ def convert(task):
     write(task["model"], task["output"], task["modality"])
 
 
-def rows_of(names, path):
+def index_elements(names, path):
     """Index of each element in the file's own order."""
     extra = {"chemical_symbols_to_index": ""}
     torch.jit.load(path, _extra_files=extra)
@@ -40,7 +40,7 @@ def serial(task, frame):
     count = torch.tensor([len(frame["symbols"])])
     output = torch.jit.load(path)(
         {
-            "x": rows_of(frame["symbols"], path),
+            "x": index_elements(frame["symbols"], path),
             "edge_index": torch.from_numpy(np.stack([frame["receivers"], frame["senders"]])),
             "edge_vec": vectors,
             "num_atoms": count,
@@ -55,7 +55,7 @@ def serial(task, frame):
 def parallel(task, frame):
     """Two ranks in step: the features of ghosts are those that their owners have computed."""
     paths = sorted(Path(task["output"]).glob("*.pt"), key=lambda path: int(path.stem.split("_")[-1]))
-    species = rows_of(frame["symbols"], str(paths[0]))
+    species = index_elements(frame["symbols"], str(paths[0]))
     half = max(1, len(species) // 2)
     owned = [torch.arange(half), torch.arange(half, len(species))]
     receivers, senders, vectors = (torch.from_numpy(frame[name]) for name in ("receivers", "senders", "vectors"))
