@@ -23,7 +23,7 @@ from forcetune.errors import InputError
 from forcetune.evaluation.summaries import Frequencies, Phonons
 from forcetune.frames.dataset import read_dataset
 from forcetune.frames.frame import Frame
-from systems import backbone, cluster, perturb, write_labelled
+from systems import backbone, perturb, write_labelled
 
 pytest.importorskip("phonopy", reason="phonopy is not installed")
 THZ = 15.6333023
@@ -126,12 +126,14 @@ def test_the_crystal_is_the_relaxed_one(tmp_path: Path) -> None:
     assert phonons.choose_crystal(molecules) is None
 
 
-def test_a_crystal_without_symmetry_is_too_large() -> None:
-    atoms = cluster((6,), phonons.MOST_ATOMS + 1, 3)
-    atoms.set_cell(np.diag([8.0, 8.5, 9.0]))
-    atoms.pbc = True
-    frame = replace(build_frame(atoms), forces=np.zeros((len(atoms), 3)))
-    assert phonons._primitive_atoms(frame) > phonons.MOST_ATOMS
+def test_crystals_are_left_out_whose_displaced_supercells_are_too_many(tmp_path: Path) -> None:
+    frame = diamond()
+    assert phonons.count_displaced_atoms(frame) == 54, "one displacement says all, by symmetry"
+    shaken = replace(frame, positions=frame.positions + np.array([[0.0, 0.0, 0.0], [0.05, 0.02, -0.03]]))
+    assert phonons.count_displaced_atoms(shaken) > 54
+    dataset = read_dataset(DataConfig(train=[str(crystals(tmp_path))], valid=0.3))
+    assert phonons.choose_crystal(dataset, most_atoms=53) is None
+    assert phonons.choose_crystal(dataset, most_atoms=54) is not None
 
 
 def test_fit_reports_phonons_of_its_crystal(tmp_path: Path) -> None:

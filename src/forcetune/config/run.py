@@ -45,7 +45,8 @@ class OutputConfig(Section):
     phonons: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Phonon frequencies of a crystal before and after training, by phonopy: of the periodic frame "
-        "nearest to equilibrium. auto: where phonopy is installed and there is such a frame; on: or refuse.",
+        "nearest to equilibrium. auto: where phonopy is installed and there is such a frame, whose displaced "
+        "supercells are not too many; on: or refuse.",
     )
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_names)] = Field(
         default=[],

@@ -8,6 +8,7 @@ come from central differences of the forces in a supercell (Togo et al., J. Phys
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -28,8 +29,8 @@ from forcetune.utils.optional import missing_package
 
 NEAR_EQUILIBRIUM = 0.05
 """Largest force label of a crystal that counts as relaxed, eV/Å."""
-MOST_ATOMS = 24
-"""Of a primitive cell: each atom without symmetry takes six displaced supercells."""
+MOST_ATOMS = 15_000
+"""Of all displaced supercells together, unless phonons are asked for: each atom without symmetry takes six of them."""
 LOOKED_AT = 2000
 """Frames of each split among which the crystal is looked for."""
 IMAGINARY = 0.1
@@ -47,9 +48,19 @@ def is_installed() -> bool:
     return importlib.util.find_spec("phonopy") is not None
 
 
-def choose_crystal(dataset: Dataset) -> Frame | None:
+def choose_crystal(dataset: Dataset, most_atoms: float = MOST_ATOMS) -> Frame | None:
     """The periodic frame nearest to equilibrium: of those with forces below a bound the one with the least stress, or
-    force where no frame has stress; None where there is none whose primitive cell is small enough.
+    force where no frame has stress.
+
+    Args:
+        dataset: of the run.
+        most_atoms: that all its displaced supercells may have together.
+
+    Returns:
+        None where there is no such frame.
+
+    Raises:
+        InputError: phonopy is not installed.
     """
     candidates: list[tuple[float, int, Frame]] = []
     for split in dataset.splits.values():
@@ -61,7 +72,7 @@ def choose_crystal(dataset: Dataset) -> Frame | None:
                 strain = force if frame.stress is None else float(np.abs(frame.stress).max())
                 candidates.append((strain, len(frame), frame))
     for _, _, frame in sorted(candidates, key=lambda candidate: candidate[:2]):
-        if _primitive_atoms(frame) <= MOST_ATOMS:
+        if count_displaced_atoms(frame) <= most_atoms:
             return frame
     return None
 
@@ -104,12 +115,6 @@ def describe_instability(phonons: Phonons) -> str | None:
     return None
 
 
-def _phonopy_cell(frame: Frame, positions: FloatArray) -> Any:
-    from phonopy.structure.atoms import PhonopyAtoms
-
-    return PhonopyAtoms(numbers=frame.numbers, cell=frame.cell, positions=positions)
-
-
 def _make_phonopy(frame: Frame, positions: FloatArray) -> Any:
     """
     Raises:
@@ -117,15 +122,21 @@ def _make_phonopy(frame: Frame, positions: FloatArray) -> Any:
     """
     try:
         from phonopy import Phonopy
+        from phonopy.structure.atoms import PhonopyAtoms
     except ImportError as error:
         raise missing_package("phonopy", "phonons", error) from error
     repeats = np.ceil(_SUPERCELL / np.linalg.norm(frame.cell, axis=1)).astype(int)
-    cell = _phonopy_cell(frame, positions)
-    return Phonopy(cell, supercell_matrix=np.diag(repeats), primitive_matrix="auto", symprec=1e-3, log_level=0)
+    cell = PhonopyAtoms(numbers=frame.numbers, cell=frame.cell, positions=positions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that "auto" is not what version 3 took where it was told nothing
+        return Phonopy(cell, supercell_matrix=np.diag(repeats), primitive_matrix="auto", symprec=1e-3, log_level=0)
 
 
-def _primitive_atoms(frame: Frame) -> int:
-    return len(_make_phonopy(frame, frame.positions).primitive)
+def count_displaced_atoms(frame: Frame) -> int:
+    """Atoms of all supercells whose forces are wanted, by the symmetry of the frame."""
+    phonon = _make_phonopy(frame, frame.positions)
+    phonon.generate_displacements(distance=_DISPLACEMENT)
+    return len(phonon.supercell) * len(phonon.supercells_with_displacements)
 
 
 def _frequencies(backbone: Backbone, crystal: Frame) -> tuple[tuple[FloatArray, FloatArray] | str, int, int]:

@@ -189,12 +189,13 @@ class Preparation:
             return None
         if layered:
             raise InputError("output.phonons: is on, but models with a magnetic layer have none; set it to off.")
-        crystal = phonons.choose_crystal(dataset)
-        if crystal is None and wish == "on":
+        if wish == "auto":
+            return phonons.choose_crystal(dataset)
+        crystal = phonons.choose_crystal(dataset, math.inf)
+        if crystal is None:
             raise InputError(
                 f"output.phonons: is on, but no frame is periodic in all directions with forces below "
-                f"{phonons.NEAR_EQUILIBRIUM} eV/Å and a primitive cell of at most {phonons.MOST_ATOMS} atoms; add the "
-                "relaxed crystal to the frames, or set it to off."
+                f"{phonons.NEAR_EQUILIBRIUM} eV/Å; add the relaxed crystal to the frames, or set it to off."
             )
         return crystal
 
