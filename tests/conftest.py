@@ -42,7 +42,7 @@ def case_files(reference_data: Path) -> Path:
 def _no_forgetting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits of tests that are about something else leave the checks after the training out."""
     if request.node.get_closest_marker("forgetting") is None:
-        monkeypatch.setattr("forcetune.runs.fitting.Fitting._forgetting", lambda *_: None)
+        monkeypatch.setattr("forcetune.runs.measuring.Measuring._forgetting", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

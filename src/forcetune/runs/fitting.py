@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,15 @@ from forcetune.adapters.methods import build_method
 from forcetune.backbones.loading import store_base
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
-from forcetune.deployment.forgetting import measure_forgetting
 from forcetune.deployment.loading import BASE_NAME
-from forcetune.deployment.phonons import describe_instability, measure_phonons
 from forcetune.errors import InputError
-from forcetune.evaluation.hessian import hessian_errors, with_hessians
-from forcetune.evaluation.metrics import Errors, Predictions, list_worse_errors
-from forcetune.evaluation.softening import measure_softening
+from forcetune.evaluation.metrics import Errors, Predictions
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
     choose_shown,
     predict_shown,
     shown,
-    shown_frames,
 )
-from forcetune.evaluation.summaries import Forgetting, Phonons, Softening
-from forcetune.evaluation.symmetry import rotation_error
-from forcetune.frames.frame import Frame
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.reports.run_page import write_report
 from forcetune.runs.environment import ENVIRONMENT_NAME, describe_environment
@@ -53,6 +44,7 @@ from forcetune.runs.folder import (
     recover_adapter,
     write_checkpoint,
 )
+from forcetune.runs.measuring import Measuring
 from forcetune.runs.predictions import PREDICTIONS_NAME, save_predictions
 from forcetune.runs.preparation import Preparation, PreparedRun, counting, predict_split
 from forcetune.runs.results import ErrorPair, Results, TrainingSummary, write_results
@@ -73,9 +65,6 @@ from forcetune.training.trackers import check_trackers, start_trackers
 from forcetune.training.train import train
 from forcetune.utils.file_lock import FolderLock
 from forcetune.utils.files import write_json
-
-HESSIANS = 10
-"""Frames of a split whose whole Hessians are compared; each takes 6 predictions for every atom, twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,25 +203,13 @@ class Fitting:
             for by_split in (start.before, after)
         ]
         save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
-        errors_after = self._with_hessians(start, {name: predictions.errors() for name, predictions in after.items()})
-        with disable_adapter(start.backbone):
-            errors_before = self._with_hessians(start, {name: start.before[name].errors() for name in after})
-        self._warn_of_worse_errors(errors_before, errors_after)
-        summary = self._training_summary(outcome, refinement)
-        results = self._results(start, summary, errors_before, errors_after, self._softening(start, *arrays))
+        measuring = Measuring(start, self.config.output.forgetting, self.rate, self.console, self._warn)
+        errors = measuring.errors(after)
+        further = measuring.further(after)
+        results = self._results(start, self._training_summary(outcome, refinement), *errors, further)
         write_results(self.folder, results)
         write_report(self.folder)
-        return Run(self.folder, errors_before, errors_after, results.to_json(), start.backbone)
-
-    def _with_hessians(self, start: PreparedRun, errors: dict[str, Errors]) -> dict[str, Errors]:
-        """With errors of Hessians of some frames that were not trained on, by the model as it is."""
-        for name, split in start.dataset.splits.items():
-            if name != "train":
-                labelled = (frame for frame in split.frames if frame.hessian is not None)
-                with self.console.status(f"{name}: Hessians"):
-                    hessians = hessian_errors(start.backbone, list(islice(labelled, HESSIANS)))
-                errors[name] = with_hessians(errors[name], hessians)
-        return errors
+        return Run(self.folder, *errors, results.to_json(), start.backbone)
 
     def _train(self, start: PreparedRun, state: dict[str, Any] | None) -> TrainingOutcome:
         def save_best(errors: Errors) -> None:
@@ -360,11 +337,11 @@ class Fitting:
         training: TrainingSummary,
         before: Mapping[str, Errors],
         after: Mapping[str, Errors],
-        softening: Mapping[str, Softening],
+        further: Mapping[str, Any],
     ) -> Results:
         """Everything that goes into ``results.json``; what does not concern the run is left out."""
         backbone = start.backbone
-        optional: dict[str, Any] = {}
+        optional: dict[str, Any] = dict(further)
         sparsity = require_adapter(backbone).sparsity()
         if sparsity is not None:
             optional["sparsity"] = sparsity
@@ -373,12 +350,6 @@ class Fitting:
         penalty = self._penalty(start)
         if penalty is not None:
             optional["penalty"] = penalty.terms()
-        if self.config.output.forgetting:
-            optional["forgetting"] = self._forgetting(start)
-        if start.crystal is not None:
-            optional["phonons"] = self._phonons(start.backbone, start.crystal)
-        if softening:
-            optional["softening"] = dict(softening)
         return Results(
             forcetune=__version__,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -391,53 +362,11 @@ class Fitting:
             training=training,
             environment=describe_environment(backbone.device),
             adapter_bytes=(self.folder / ADAPTER_NAME / TENSORS_NAME).stat().st_size,
-            rotation_error=rotation_error(backbone, start.dataset.valid.frames),
             changes=list(weight_changes(backbone)),
             **optional,
             warnings=list(self.messages),
             errors={name: ErrorPair(before=before[name].to_json(), after=after[name].to_json()) for name in after},
         )
-
-    @staticmethod
-    def _softening(
-        start: PreparedRun, before: Mapping[str, Predictions], after: Mapping[str, Predictions]
-    ) -> dict[str, Softening]:
-        """Of all splits with periodic frames that were not trained on."""
-        by_split = {}
-        for name in after:
-            frames = start.dataset.splits[name].frames
-            if name != "train" and len(frames):
-                softening = measure_softening(shown_frames(frames, start.before[name]), before[name], after[name])
-                if softening is not None:
-                    by_split[name] = softening
-        return by_split
-
-    def _forgetting(self, start: PreparedRun) -> Forgetting:
-        """What the tuned model forgot; what is dangerous in use goes to the run's warnings."""
-        with self.console.status("what was forgotten"):
-            forgetting = measure_forgetting(start.backbone, start.dataset, start.replay.held if start.replay else ())
-        for text in forgetting.warnings:
-            self._warn(text)
-        return forgetting
-
-    def _phonons(self, backbone: Backbone, crystal: Frame) -> Phonons:
-        """Frequencies before and after; instabilities that are new go to the run's warnings."""
-        with self.console.status("phonons"):
-            phonons = measure_phonons(backbone, crystal)
-        text = describe_instability(phonons)
-        if text is not None:
-            self._warn(text)
-        return phonons
-
-    def _warn_of_worse_errors(self, before: Mapping[str, Errors], after: Mapping[str, Errors]) -> None:
-        """A fit that made something worse says so where it ends, not only in a table."""
-        for name in after:
-            worse = list_worse_errors(before[name], after[name])
-            if worse and name != "train":
-                self._warn(
-                    f"the tuned model is worse than the untouched one on the {name} frames: {'; '.join(worse)}. "
-                    f"Try a lower training.learning_rate (now {self.rate:g}), more epochs or other weights of the loss."
-                )
 
     def _warn(self, text: str) -> None:
         self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
