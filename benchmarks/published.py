@@ -77,7 +77,7 @@ def sparse_settings(scale: float, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
-def frames_of(arguments: argparse.Namespace, molecule: str, protocol: str) -> dict[str, Path]:
+def write_frames(arguments: argparse.Namespace, molecule: str, protocol: str) -> dict[str, Path]:
     """Files to train, validate and test on: the published 50 and 50, or 400 and 50 of those to test on."""
     source, folder = arguments.data / molecule, arguments.out / "frames"
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,12 @@ def frames_of(arguments: argparse.Namespace, molecule: str, protocol: str) -> di
     return paths
 
 
-def fit(arguments: argparse.Namespace, run: Path, molecule: str, protocol: str, method: str, **more: Any) -> dict:
+def fit(
+    arguments: argparse.Namespace, run: Path, molecule: str, protocol: str, method: str, **more: Any
+) -> dict[str, Any]:
     """A finished run's results."""
     if not (run / "results.json").exists():
-        files = frames_of(arguments, molecule, protocol)
+        files = write_frames(arguments, molecule, protocol)
         settings = {"output.overwrite": True, "output.forgetting": False, "training.threads": 1, **more}
         forcetune.fit(
             files["train"],

@@ -127,6 +127,11 @@ def test_weights_changed_by_two_sparse_adapters_are_counted() -> None:
             counts["both"] += int((one & other).sum())
             counts["all"] += int((one | other).sum())
             by_path.append((int(one.sum()), int(other.sum()), path.size))
+    untouched = backbone(), backbone()
+    for tuned in untouched:
+        attach(tuned, method("full"))
+    nothing = likeness(*untouched)
+    assert (nothing.shared, nothing.shared_by_chance) == (0, 0)
     alike = likeness(first, second)
     expected = sum(one * other / size for one, other, size in by_path)
     total = sum(one + other for one, other, _ in by_path)

@@ -229,6 +229,23 @@ def test_layers_that_cannot_be_computed_together_with_a_gate() -> None:
     assert gate("3x0e", "2x0e").structure_on(biased) is None
 
 
+@pytest.mark.parametrize("kernels", ["torch", "compiled"])
+def test_second_derivatives_of_fixed_weights_for_inputs_that_are_slices(kernels: Kernels) -> None:
+    layer, made = linear_layer("3x0e+2x1o", "2x0e+2x1o").requires_grad_(False), gate("3x0e+2x1o", "2x0e+2x1o")
+    made.requires_grad_(False)
+    structure = made.structure_on(layer)
+    assert structure is not None
+    flat = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+
+    def function(values: torch.Tensor) -> torch.Tensor:
+        blocks = [values[:, :3].unsqueeze(1), values[:, 3:].view(4, 2, 3).transpose(1, 2)]
+        assert not blocks[1].is_contiguous()
+        outputs = gated_linear(structure, layer.weight, made.weights(), blocks, FixedWeights(structure), kernels)
+        return sum(((index + 1) * (output**2).sum() for index, output in enumerate(outputs)), torch.zeros(()))
+
+    assert torch.autograd.gradgradcheck(function, (flat,), atol=1e-6)
+
+
 def test_fixed_weights_follow_every_change() -> None:
     layer, made = linear_layer("3x0e+2x1o", "2x0e+2x1o").requires_grad_(False), gate("3x0e+2x1o", "2x0e+2x1o")
     made.requires_grad_(False)

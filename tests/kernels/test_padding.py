@@ -10,7 +10,7 @@ from ase import Atoms
 from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import collate, split_batch
 from forcetune.kernels.edge_plan import chunk_bounds, with_plan
-from forcetune.kernels.padding import CUDA_CHUNK_COST, best_chunks, fit_layout, fitted, list_tensors, plan_with
+from forcetune.kernels.padding import CUDA_CHUNK_COST, best_chunks, build_layout, fitted, list_tensors, plan_with
 from systems import backbone, cluster, crystal, frames_of
 
 STRUCTURES = {
@@ -33,7 +33,7 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
     graphs = build_graphs(model, frames_of(*STRUCTURES[kind]))
     random = np.random.default_rng(0)
     for frames in (1, 3):
-        layout = fit_layout(graphs, frames, model.elements, model.cutoff, bool(model.paired))
+        layout = build_layout(graphs, frames, model.elements, model.cutoff, bool(model.paired))
         shapes = set()
         batches = [[len(graphs) - 1], *[random.choice(len(graphs), frames, replace=False) for _ in range(12)]]
         for chosen in batches:
@@ -61,7 +61,7 @@ def test_every_batch_of_the_set_fits_and_predicts_the_same(kind: str, later: str
 def test_what_exceeds_a_layout_does_not_fit() -> None:
     model = backbone()
     graphs = build_graphs(model, frames_of(*STRUCTURES["molecules"]))
-    layout = fit_layout(graphs[:3], 2, model.elements, model.cutoff, True)
+    layout = build_layout(graphs[:3], 2, model.elements, model.cutoff, True)
     assert fitted(collate(graphs[:2]), layout, model.elements) is not None
     assert fitted(collate(graphs[:3]), layout, model.elements) is None
     # as many atoms, but more neighbours
@@ -74,7 +74,7 @@ def test_what_exceeds_a_layout_does_not_fit() -> None:
 def test_plans_take_other_tensors_of_the_same_shape() -> None:
     model = backbone()
     graphs = build_graphs(model, frames_of(*STRUCTURES["molecules"]))
-    layout = fit_layout(graphs, 2, model.elements, model.cutoff, True)
+    layout = build_layout(graphs, 2, model.elements, model.cutoff, True)
     one, two = (fitted(collate(chosen), layout, model.elements) for chosen in (graphs[:2], graphs[2:4]))
     assert one is not None and two is not None
     moved = plan_with(one[1], list_tensors(two[1]))
@@ -120,13 +120,13 @@ def test_parts_of_a_batch_are_its_graphs(most: int) -> None:
 def test_atoms_alone_have_a_layout_without_a_limit() -> None:
     model = backbone(max_ell=1)
     graphs = build_graphs(model, frames_of(Atoms("C"), Atoms("O")))
-    layout = fit_layout(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    layout = build_layout(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     assert layout.n_atoms == 3 and sum(stop - start for start, stop, _ in layout.chunks) == 3
 
 
 def test_slack_leaves_room_for_more_neighbours() -> None:
     model = backbone(max_ell=1)
     graphs = build_graphs(model, frames_of(cluster(atoms=9)))
-    tight, wide = (fit_layout(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
+    tight, wide = (build_layout(graphs, 1, model.elements, model.cutoff, True, slack=slack) for slack in (0, 2))
     assert wide.n_edges >= tight.n_edges + 2 * 9
     assert max(width for _, _, width in wide.chunks) == max(width for _, _, width in tight.chunks) + 2

@@ -36,7 +36,7 @@ from forcetune.kernels.convolution import convolve as convolution_reference
 from forcetune.kernels.edge_plan import make_plan, with_plan
 from forcetune.kernels.harmonics import reflection_labels
 from forcetune.kernels.layers import Convolution, channelwise_paths
-from forcetune.kernels.padding import fit_layout, fitted
+from forcetune.kernels.padding import build_layout, fitted
 from forcetune.kernels.polynomial import bilinear_form
 from forcetune.kernels.symmetric_contraction import product_couplings
 from forcetune.kernels.tensors import TensorSource
@@ -292,7 +292,7 @@ def test_a_padded_batch_in_float32() -> None:
     model = small("MACE", torch.float32)
     perturb(attach(model, method("mmea")))
     graphs = [graph.to(dtype=model.dtype) for graph in build_graphs(model, frames_of(cluster((1, 6), 3)))]
-    layout = fit_layout(graphs, 1, model.elements, model.cutoff, paired=True)
+    layout = build_layout(graphs, 1, model.elements, model.cutoff, paired=True)
     padded = fitted(graphs[0], layout, model.elements)
     assert padded is not None and padded[0].n_atoms > graphs[0].n_atoms
     choose_kernels(model.model, "torch")

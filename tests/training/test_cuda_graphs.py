@@ -20,7 +20,7 @@ from forcetune.graphs.graph import Batch, collate
 from forcetune.graphs.loader import BatchLoader
 from forcetune.kernels import recording
 from forcetune.kernels.edge_plan import with_plan
-from forcetune.kernels.padding import CUDA_CHUNK_COST, fit_layout, fitted, list_tensors, plan_with
+from forcetune.kernels.padding import CUDA_CHUNK_COST, build_layout, fitted, list_tensors, plan_with
 from forcetune.kernels.recording import CompileError
 from forcetune.training.compiled import CompiledStep, Workers, choose_layouts
 from forcetune.training.losses import label_weights
@@ -120,7 +120,7 @@ def test_a_step_played_again_computes_other_batches(name: str, gpu_of_its_own: N
     model = tuned(name)
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True)
-    layout = fit_layout(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    layout = build_layout(graphs, 2, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     step = CompiledStep(model, None, config, [layout], list(require_adapter(model).parameters()), Workers(1))
     before: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
@@ -148,7 +148,7 @@ def test_a_step_neither_waits_for_the_device_nor_leaves_it(name: str) -> None:
     model = tuned(name)
     graphs = labelled_graphs(model)
     config = LossConfig(energy_per_atom=True, stress=1.0)
-    layout = fit_layout(graphs, 3, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
+    layout = build_layout(graphs, 3, model.elements, model.cutoff, True, limit=None, cost=CUDA_CHUNK_COST)
     batch = collate(graphs[:3])
     padded = fitted(batch, layout, model.elements)
     assert padded is not None

@@ -275,6 +275,7 @@ def test_training_on_hessians_alone_lowers_their_error(planted: tuple[Path, Path
     valid = run.results["errors"]["valid"]
     assert valid["before"]["hessian_frames"] == valid["after"]["hessian_frames"] == 2
     assert valid["after"]["hessian_rmse_ev_per_ang2"] < 0.8 * valid["before"]["hessian_rmse_ev_per_ang2"]
+    assert valid["after"]["hessian_frames"] == 2
     assert "Hessian RMSE" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 

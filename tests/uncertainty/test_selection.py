@@ -73,6 +73,23 @@ def test_determinant_is_the_growth_of_a_determinant() -> None:
         taken.append(best)
 
 
+@pytest.mark.parametrize("strategy", ["farthest", "determinant"])
+def test_elements_that_nothing_labelled_has_come_first(strategy: Strategy) -> None:
+    random = np.random.default_rng(5)
+    descriptors = random.normal(size=(60, 4))
+    new = np.zeros((60, 2), dtype=bool)
+    new[7, 0], new[9, 0], new[9, 1], new[30, 1] = True, True, True, True
+    descriptors[[7, 9, 30]] *= 0.01  # nothing else speaks for them
+    pool = Pool(descriptors, ["X"] * 60, new_elements=new)
+    labelled = random.normal(size=(5, 4))
+    choices = choose(pool, labelled, 6, strategy=strategy)
+    assert set(choices[0].brings) | set(choices[1].brings) == {0, 1}
+    assert all(not choice.brings for choice in choices[2:])
+    assert {choice.index for choice in choices[2:]}.isdisjoint({7, 9, 30})
+    plain = choose(Pool(descriptors, ["X"] * 60), labelled, 6, strategy=strategy)
+    assert {choice.index for choice in plain}.isdisjoint({7, 9, 30})
+
+
 def test_the_seed_decides_and_nothing_else() -> None:
     pool = Pool(cloud(40), ["X"] * 40)
     for strategy in ("farthest", "random"):

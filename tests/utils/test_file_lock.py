@@ -32,7 +32,7 @@ def test_a_folder_has_one_writer_until_it_ends(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another forcetune is at work in it"), FolderLock(tmp_path):
+        with pytest.raises(InputError, match="another forcetune command is writing to it"), FolderLock(tmp_path):
             pass
         other.kill()
         other.wait()
@@ -44,13 +44,13 @@ def test_a_folder_has_one_writer_until_it_ends(tmp_path: Path) -> None:
 def test_a_folder_is_held_from_when_it_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with FolderLock(folder) as lock:
-        folder.mkdir()
         with FolderLock(folder):  # nobody holds it yet
             pass
-        lock.take()
-        lock.take()
-        with pytest.raises(InputError, match=r"run: another forcetune"):
-            FolderLock(folder).take()
+        lock.create()
+        lock.create()
+        assert folder.is_dir()
+        with pytest.raises(InputError, match=r"run: another forcetune"), FolderLock(folder):
+            pass
 
 
 def test_runs_loops_and_comparisons_keep_out_of_a_held_folder(tmp_path: Path) -> None:
@@ -67,5 +67,36 @@ def test_runs_loops_and_comparisons_keep_out_of_a_held_folder(tmp_path: Path) ->
             forcetune.learn(data, start=data, labeller="ase.calculators.emt:EMT", model="mini", **options, out=empty)
         with pytest.raises(InputError, match="another forcetune"):
             forcetune.compare(load_config(run / "config.yaml", overrides={"output.run": str(empty)}), ["readout"])
+        (run / "results.json").rename(tmp_path / "aside.json")
+        with pytest.raises(InputError, match="another forcetune"):
+            forcetune.resume(run)
+        (tmp_path / "aside.json").rename(run / "results.json")
     assert sorted(path.name for path in run.iterdir()) == before
     assert list(empty.iterdir()) == []
+
+
+def test_of_two_that_make_a_folder_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other has passed the checks of a folder that was not there, and touches nothing."""
+    data = write_labelled(tmp_path / "a.xyz")
+    held = FolderLock(tmp_path / "run")
+
+    def create(lock: FolderLock) -> None:
+        monkeypatch.undo()
+        with held:
+            held.create()
+            (tmp_path / "run" / "config.yaml").write_text("of the first")
+            lock.create()
+
+    monkeypatch.setattr(FolderLock, "create", create)
+    with pytest.raises(InputError, match="another forcetune"):
+        forcetune.fit(
+            data,
+            model="mini",
+            method="readout",
+            valid=4,
+            epochs=1,
+            out=tmp_path / "run",
+            settings={"output.overwrite": True},
+        )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+    assert (tmp_path / "run" / "config.yaml").read_text() == "of the first"

@@ -182,7 +182,7 @@ def likeness(one: Backbone, other: Backbone) -> Likeness:
     paths = {site.name: site.paths for backbone in (one, other) for site in require_adapter(backbone).sites}
     deltas: list[tuple[Tensor, Tensor]] = []
     ratios: list[tuple[float, float]] = []
-    support = _Supports()
+    counts = _ChangedCounts()
     for name in names:
         weight = first[name][0] if name in first else second[name][0]
         if name in first and name in second and not torch.equal(first[name][0], second[name][0]):
@@ -193,15 +193,15 @@ def likeness(one: Backbone, other: Backbone) -> Likeness:
         deltas.append((pair[0], pair[1]))
         for path in paths[name]:
             place = slice(path.start, path.start + path.size)
-            support.add(pair[0][place] != 0, pair[1][place] != 0)
+            counts.add(pair[0][place] != 0, pair[1][place] != 0)
         norm = float(torch.linalg.vector_norm(weight)) or 1.0
         sizes = [float(torch.linalg.vector_norm(change)) for change in pair]
         ratios.append((sizes[0] / norm, sizes[1] / norm))
     left, right = (torch.cat([pair[i] for pair in deltas]).numpy() for i in (0, 1))
-    return Likeness(_unexplained(left, right), _unexplained(*np.array(ratios).T), *support.shares())
+    return Likeness(_unexplained(left, right), _unexplained(*np.array(ratios).T), *counts.shares())
 
 
-class _Supports:
+class _ChangedCounts:
     """Counts of weights that two adapters changed, path by path."""
 
     def __init__(self) -> None:

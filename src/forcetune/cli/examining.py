@@ -269,6 +269,6 @@ def inspect(
         alike = changes["likeness"]
         print(f"1 − R² against {against}: {alike['weights']:.3f} over weights, {alike['paths']:.3f} over layers")
         print(
-            f"of the weights that either changed both changed {alike['shared']:.1%}, "
-            f"by chance it would be {alike['shared_by_chance']:.1%}"
+            f"of the weights changed by either run {alike['shared']:.1%} were changed by both "
+            f"({alike['shared_by_chance']:.1%} expected by chance)"
         )

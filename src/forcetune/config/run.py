@@ -44,9 +44,9 @@ class OutputConfig(Section):
     )
     phonons: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="Phonon frequencies of a crystal before and after training, by phonopy: of the periodic frame "
-        "nearest to equilibrium. auto: where phonopy is installed and there is such a frame, whose displaced "
-        "supercells are not too many; on: or refuse.",
+        description="Phonon frequencies of a crystal before and after training, by phonopy: of the "
+        "crystal nearest to equilibrium. auto: if phonopy is installed and a frame qualifies whose displaced "
+        "supercells have at most 15,000 atoms together; on: required, otherwise the fit is refused.",
     )
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(as_names)] = Field(
         default=[],

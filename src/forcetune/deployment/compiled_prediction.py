@@ -12,7 +12,7 @@ from forcetune.adapters.attach import get_adapter
 from forcetune.backbones.protocol import Backbone, Prediction
 from forcetune.graphs.graph import Batch
 from forcetune.kernels.edge_plan import with_plan
-from forcetune.kernels.padding import Layout, fit_layout, fitted, list_tensors, plan_with
+from forcetune.kernels.padding import Layout, build_layout, fitted, list_tensors, plan_with
 from forcetune.kernels.recording import CompileError, Recording, record
 
 COMPILED_AFTER = 30
@@ -91,7 +91,7 @@ class CompiledPrediction:
             if self._since < COMPILED_AFTER:
                 return None
             backbone = self.backbone
-            self._layout = fit_layout(
+            self._layout = build_layout(
                 list(self._seen), 1, backbone.elements, backbone.cutoff, bool(backbone.paired), slack=SLACK
             )
         assert self._layout is not None

@@ -93,7 +93,7 @@ def create_force(
         raise InputError(
             f"OpenMM {openmm.__version__} has no PythonForce; install 8.5 or later: pip install 'forcetune[openmm]'"
         )
-    numbers = [_read_element(element) for element in elements]
+    numbers = [_read_atomic_number(element) for element in elements]
     chosen = None if particles is None else [int(index) for index in particles]
     if chosen is not None and (len(chosen) != len(numbers) or len(set(chosen)) != len(chosen)):
         raise InputError(f"{len(numbers)} elements and {len(set(chosen))} different particles; give one for each.")
@@ -234,7 +234,7 @@ def _check_box(cell: FloatArray) -> None:
         )
 
 
-def _read_element(element: str | int) -> int:
+def _read_atomic_number(element: str | int) -> int:
     """
     Raises:
         InputError: no element.

@@ -89,7 +89,7 @@ class ForcetuneModel(ModelInterface):
         if scaling not in ("n_atoms", "n_atoms_x_density"):
             raise InputError(f"memory_scales_with={scaling!r}: is 'n_atoms' or 'n_atoms_x_density'.")
         loaded = calculator(
-            model, adapter, head=head, device=str(device), dtype=_name_dtype(dtype), trust=trust, compile=compile
+            model, adapter, head=head, device=str(device), dtype=_dtype_text(dtype), trust=trust, compile=compile
         )
         if loaded.magnetism is not None and loaded.magnetism.layer == "spin":
             raise InputError(
@@ -207,7 +207,7 @@ class ForcetuneModel(ModelInterface):
                 warn(f"Systems have a charge ({name}), which the model ignores.")
 
 
-def _name_dtype(dtype: str | torch.dtype | None) -> str | None:
+def _dtype_text(dtype: str | torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 

@@ -28,7 +28,7 @@ class Errors:
     μB over all components (over magnitudes, where only these are predicted), Hessians in eV/Å² over all entries.
 
     Attributes:
-        hessian_frames: frames whose Hessians were compared, which only an evaluation does.
+        hessian_frames: frames whose Hessians were compared, by `evaluate` and after a fit.
     """
 
     n_frames: int

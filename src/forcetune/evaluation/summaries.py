@@ -126,14 +126,14 @@ class Phonons:
 
     Attributes:
         crystal: the frame; its cell is kept, its positions are relaxed by either model.
-        primitive_atoms, supercell_atoms: atoms.
+        primitive_atoms, supercell_atoms: atoms; None where neither model gave frequencies.
         edges_thz: of the bins of both densities of states.
         base, tuned: of the foundation model and of what it was tuned to.
     """
 
     crystal: str
-    primitive_atoms: int
-    supercell_atoms: int
+    primitive_atoms: int | None
+    supercell_atoms: int | None
     edges_thz: tuple[float, ...]
     base: Frequencies
     tuned: Frequencies

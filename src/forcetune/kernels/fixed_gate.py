@@ -117,7 +117,7 @@ class FixedWeights:
         kept = self._kept  # other threads may put theirs in its place
         if kept is None or state is None or kept.state != state:
             with torch.no_grad():
-                self._kept = kept = self._prepare_now(weight, gate, state, [tensor.detach() for tensor in tensors])
+                self._kept = kept = self._build_prepared(weight, gate, state, [tensor.detach() for tensor in tensors])
         return kept
 
     def layer(self, weight: Tensor, gate: GateWeights, compiled: CompiledGate) -> FixedLayer:
@@ -134,7 +134,7 @@ class FixedWeights:
             )
         return prepared.layer
 
-    def _prepare_now(
+    def _build_prepared(
         self, weight: Tensor, gate: GateWeights, state: list[tuple[int, int]] | None, held: list[Tensor]
     ) -> PreparedWeights:
         ups = [(w, b) for w, b in ((gate.shift, gate.shift_bias), (gate.gain, gate.gain_bias)) if w is not None]
@@ -160,7 +160,7 @@ def _is_tensor(value: Tensor | None) -> bool:
     return value is not None
 
 
-class _Pass(NamedTuple):
+class ForwardPass(NamedTuple):
     """A forward pass and what a backward pass needs of it.
 
     Attributes:
@@ -178,7 +178,8 @@ class _Pass(NamedTuple):
     slopes: Tensor | None
 
 
-def fixed_forward(fixed: PreparedWeights, inputs: Sequence[Tensor]) -> _Pass:
+def fixed_forward(fixed: PreparedWeights, inputs: Sequence[Tensor]) -> ForwardPass:
+    """The layer and its gate by PyTorch's operations, and what their gradients by the inputs need."""
     owner = fixed.owner
     structure = owner.structure
     scalars = inputs[structure.scalars].squeeze(1)
@@ -204,7 +205,7 @@ def fixed_forward(fixed: PreparedWeights, inputs: Sequence[Tensor]) -> _Pass:
             plain[gain] = product
             product = product * gains[gain]
         outputs[target] = product
-    return _Pass(tuple(outputs), plain, before, gains, slopes)
+    return ForwardPass(tuple(outputs), plain, before, gains, slopes)
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ class LayerByOperations(torch.autograd.Function):
         return None, None, None, *(one if wants else None for one, wants in zip(gradients, wanted, strict=True))
 
 
-def _backward(fixed: PreparedWeights, kept: _Pass, n_inputs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
+def _backward(fixed: PreparedWeights, kept: ForwardPass, n_inputs: int, grads: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients by the inputs."""
     owner = fixed.owner
     by_shift: list[Any] = [None] * owner.n_shifts
@@ -276,11 +277,10 @@ def _backward(fixed: PreparedWeights, kept: _Pass, n_inputs: int, grads: Sequenc
 
 
 class LayerByKernels(torch.autograd.Function):
-    """As :class:`LayerByOperations`, by one call of compiled kernels for each pass."""
+    """As :class:`LayerByOperations`, by one call of compiled kernels for each pass; inputs are contiguous."""
 
     @staticmethod
     def forward(ctx: Any, layer: FixedLayer, again: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-        inputs = tuple(x.contiguous() for x in inputs)
         ctx.layer, ctx.again = layer, again
         outputs, ctx.kept = layer.value(inputs)
         ctx.save_for_backward(*inputs, *outputs)

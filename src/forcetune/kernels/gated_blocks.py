@@ -113,7 +113,7 @@ def apply_layer_and_gate(
     inputs: Sequence[Tensor],
     compiled: CompiledGate | None,
 ) -> list[Tensor]:
-    """Can be differentiated as often as wanted."""
+    """The linear layer and then its gate, by kernels where ``compiled`` is given; differentiable as often as wanted."""
     if compiled is None:
         return apply_by_operations(structure, weight, gate, inputs)
     # every output has a block, so that none is filled with zeros

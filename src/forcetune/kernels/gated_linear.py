@@ -51,6 +51,7 @@ def gated_linear(
     if compiled_gate.is_recorded():
         return apply_layer_and_gate(structure, weight, gate, inputs, compiled)
     layer = fixed.layer(weight, gate, compiled)
+    inputs = [x.contiguous() for x in inputs]
     if differentiated:
         return LayerByKernels.apply(layer, (structure, weight, gate, compiled), *inputs)  # pyright: ignore[reportReturnType]
-    return layer.value([x.contiguous() for x in inputs])[0]
+    return layer.value(inputs)[0]

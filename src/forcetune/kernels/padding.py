@@ -58,7 +58,7 @@ class Layout:
         return sum(self.counts)
 
 
-def fit_layout(
+def build_layout(
     graphs: Sequence[Batch],
     frames: int,
     elements: Sequence[int],

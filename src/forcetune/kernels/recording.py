@@ -178,14 +178,14 @@ class Operations(TorchDispatchMode):
             self._overwritten(schema, values)
         elif fixed:
             for tensor, place in zip(_tensors_in(result), _places_in(call.results), strict=True):
-                self.constants[place.index], self._fixed[place.index] = tensor.detach(), _find_memory(tensor)
+                self.constants[place.index], self._fixed[place.index] = tensor.detach(), _storage_id(tensor)
         return result
 
     def _overwritten(self, schema: Any, values: Sequence[Any]) -> None:
         """What shares memory with the arguments that an operation writes to is no longer fixed."""
         arguments = zip(schema.arguments, values, strict=True)
         written = [value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write]
-        places = {_find_memory(tensor) for tensor in _tensors_in(written)}
+        places = {_storage_id(tensor) for tensor in _tensors_in(written)}
         if places.intersection(self._fixed.values()):
             self._fixed = {index: memory for index, memory in self._fixed.items() if memory not in places}
 
@@ -204,7 +204,7 @@ class Operations(TorchDispatchMode):
         if place is None:
             place = self._new(value)
             self.constants[place.index] = value.detach()
-            self._fixed[place.index] = _find_memory(value)
+            self._fixed[place.index] = _storage_id(value)
         return place
 
     def _mapped(self, value: Any) -> Any:
@@ -274,7 +274,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def _find_memory(value: Tensor) -> int:
+def _storage_id(value: Tensor) -> int:
     return value.untyped_storage()._cdata
 
 

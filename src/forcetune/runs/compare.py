@@ -119,8 +119,9 @@ def compare(
         _check_folder(folder)
         runs = plan.configure_all(methods, seeds, sizes, {})
         continued = _continue_runs(runs, console) if search is None else []
+        lock.create()
+        _check_folder(folder)
         config.save(folder / MARK_NAME)
-        lock.take()
         if model_to_store is not None:
             store_base(model_to_store, folder / MODEL_NAME)
         searches: dict[str, SearchResult] = {}

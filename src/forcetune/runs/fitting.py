@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from forcetune.backbones.loading import store_base
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.deployment.loading import BASE_NAME
+from forcetune.deployment.phonons import MOST_ATOMS
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors, Predictions
 from forcetune.evaluation.streamed import (
@@ -132,8 +134,8 @@ class Fitting:
         keep, inputs = ({BASE_NAME}, []) if from_the_beginning else (set(), input_files(self.config, self.inputs))
         check_folder(self.folder, overwrite, inputs)
         start = self._start(backbone)
+        lock.create()
         others = prepare_folder(self.folder, overwrite, inputs, keep=keep)
-        lock.take()
         if others:
             self.console.print(f"{self.folder}: what forcetune did not write stays: {', '.join(others)}")
         write_json(self.folder / ENVIRONMENT_NAME, describe_environment(start.backbone.device))
@@ -203,9 +205,11 @@ class Fitting:
             for by_split in (start.before, after)
         ]
         save_predictions(self.folder / PREDICTIONS_NAME, *arrays)
-        measuring = Measuring(start, self.config.output.forgetting, self.rate, self.console, self._warn)
-        errors = measuring.errors(after)
-        further = measuring.further(after)
+        output = self.config.output
+        most_atoms = math.inf if output.phonons == "on" else MOST_ATOMS
+        measuring = Measuring(start, output.forgetting, most_atoms, self.rate, self.console, self._warn)
+        errors = measuring.compute_errors(after)
+        further = measuring.measure_further(after)
         results = self._results(start, self._training_summary(outcome, refinement), *errors, further)
         write_results(self.folder, results)
         write_report(self.folder)

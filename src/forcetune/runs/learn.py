@@ -177,8 +177,9 @@ def _learn(
     if not (folder / CHECK_NAME).is_file():  # also where the first command was killed before it was written
         check_model(config, dataset)
         check = loop.check_labeller()
+    lock.create()
+    check_folder(folder, config)
     config.save(folder / CONFIG_NAME)
-    lock.take()
     if check is not None:
         write_json(folder / CHECK_NAME, check)
     with limited_threads(config.training.threads):

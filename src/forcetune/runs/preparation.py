@@ -191,10 +191,12 @@ class Preparation:
             raise InputError("output.phonons: is on, but models with a magnetic layer have none; set it to off.")
         if wish == "auto":
             return phonons.choose_crystal(dataset)
+        if not phonons.is_installed():
+            raise InputError("output.phonons: is on, and needs phonopy: pip install 'forcetune[phonons]'.")
         crystal = phonons.choose_crystal(dataset, math.inf)
         if crystal is None:
             raise InputError(
-                f"output.phonons: is on, but no frame is periodic in all directions with forces below "
+                f"output.phonons: is on, but no frame is a crystal (periodic, no vacuum) with forces below "
                 f"{phonons.NEAR_EQUILIBRIUM} eV/Å; add the relaxed crystal to the frames, or set it to off."
             )
         return crystal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import ase.io
+import numpy as np
 from ase import Atoms
+from ase.formula import Formula
 from rich.console import Console
 
 from forcetune.backbones.protocol import Backbone
@@ -118,7 +121,8 @@ def select(
 
     A structure is described by mean and spread over its atoms of the inputs of the model's last layer, and by its
     composition. Structures that are labelled already (training and validation frames of a run, and ``exclude``) are
-    left out whatever their orientation, and so are copies of what was chosen.
+    left out whatever their orientation, and so are copies of what was chosen. Elements that no labelled frame has come
+    first.
 
     Args:
         pool: files or patterns; labels in them are not read.
@@ -180,7 +184,8 @@ def select(
     )
     if len(choices) < n:
         console.print(f"only {len(choices)} structures are left that differ from all others", highlight=False)
-    chosen = [_explain(rank, choice, described, strategy) for rank, choice in enumerate(choices, 1)]
+    new = find_new_elements(described.compositions, labelled.compositions)
+    chosen = [_explain(rank, choice, described, strategy, new) for rank, choice in enumerate(choices, 1)]
     structures = _collect(files, type_map, chosen)
     if output is not None:
         with atomic_path(output) as temporary:
@@ -207,7 +212,9 @@ def _choose_unlabelled(
         InputError: the pool does not have what the quota wants.
     """
     descriptors, labelled_descriptors = standardize(described.descriptors, labelled.descriptors)
-    candidates = Pool(descriptors, described.compositions, weights)
+    new = find_new_elements(described.compositions, labelled.compositions)
+    has_new = np.array([[element in elements_in(formula) for element in new] for formula in described.compositions])
+    candidates = Pool(descriptors, described.compositions, weights, has_new)
     excluded = find_labelled(candidates, labelled_descriptors, labelled.compositions)
     sizes = Counter(formula for formula, out in zip(described.compositions, excluded, strict=True) if not out)
     if not sizes:
@@ -225,6 +232,18 @@ def _choose_unlabelled(
         apart=apart,
     )
     return choices, int(excluded.sum())
+
+
+def find_new_elements(compositions: Sequence[str], labelled: Sequence[str]) -> list[str]:
+    """Symbols that occur in some composition and in none of the labelled ones, sorted."""
+    known = set().union(*(elements_in(formula) for formula in set(labelled)))
+    return sorted(set().union(*(elements_in(formula) for formula in set(compositions))) - known)
+
+
+@functools.lru_cache(maxsize=4096)
+def elements_in(formula: str) -> frozenset[str]:
+    """Symbols of a chemical formula."""
+    return frozenset(Formula(formula).count())
 
 
 def _load_calibration(model: str | Path | Backbone, uncertainty: str) -> Uncertainty | None:
@@ -261,10 +280,12 @@ def _load_run_config(model: str | Path | Backbone) -> RunConfig | None:
     return load_config(folder.parent / CONFIG_NAME)
 
 
-def _explain(rank: int, choice: Choice, described: DescribedStructures, strategy: str) -> Chosen:
+def _explain(rank: int, choice: Choice, described: DescribedStructures, strategy: str, new: Sequence[str]) -> Chosen:
     """A choice with the reason in words."""
     deviations = [float(column[choice.index]) or None for column in (described.energy_std, described.forces_std)]
     parts = []
+    if choice.brings:
+        parts.append(f"the first with {', '.join(new[element] for element in choice.brings)}")
     if choice.nearest_labelled is not None:
         parts.append(f"{choice.nearest_labelled:.3g} from the nearest labelled frame")
     if choice.nearest_chosen is not None:

@@ -2,8 +2,8 @@
 
 A step of eager PyTorch spends much of its time on the way to its many small operations. Here the operations of a step,
 those of both derivatives included, are recorded once (:mod:`forcetune.kernels.recording`) for batches filled up to one
-shape (:mod:`forcetune.kernels.padding`). Recording takes as long as about ten steps; reading a recording from a file
-would take as long, so none is kept.
+shape or two (:mod:`forcetune.kernels.padding`). Recording takes as long as about ten steps; reading a recording from a
+file would take as long, so none is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from forcetune.graphs.graph import Batch, split_batch
 from forcetune.graphs.loader import BatchLoader
 from forcetune.graphs.stored_graphs import StoredGraphs
 from forcetune.kernels.edge_plan import Plan, with_plan
-from forcetune.kernels.padding import CUDA_CHUNK_COST, Layout, fit_layout, fitted, list_tensors, plan_with
+from forcetune.kernels.padding import CUDA_CHUNK_COST, Layout, build_layout, fitted, list_tensors, plan_with
 from forcetune.kernels.recording import CompileError, Recording, record
 from forcetune.training.losses import label_weights
 from forcetune.training.replay_head import ReplayHead, objective
@@ -51,7 +51,8 @@ class CompiledStep:
 
     A batch is cut into parts of :func:`frames_of_part`, as equal as can be, and each thread runs the graph for some of
     them: operations this small gain little from two threads each. Where they differ by a frame there is a graph for
-    either size, as a frame of filling takes as long as any. The sums of the parts do not depend on who is ready first.
+    either size, as filling costs as much time as a frame does. The sums of the parts do not depend on who is ready
+    first.
 
     Attributes:
         layouts: of parts, smallest first.
@@ -235,10 +236,10 @@ def choose_layouts(backbone: Backbone, config: TrainingConfig, loader: BatchLoad
     batch = min(config.batch_size, len(graphs))
     count = -(-batch // frames)
     layouts = [
-        fit_layout(graphs, size, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
+        build_layout(graphs, size, backbone.elements, backbone.cutoff, backbone.paired, **chunks)
         for size in sorted({batch // count, -(-batch // count)})
     ]
-    fill = layouts[-1].fill
+    fill = min(layout.fill for layout in layouts)
     if fill < SMALLEST_FILL:
         raise CompileError(f"its frames differ so much that {1 - fill:.0%} of each batch would be filling")
     return layouts

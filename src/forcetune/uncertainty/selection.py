@@ -31,12 +31,14 @@ class Choice:
         score: why it was taken and no other, as the strategy measures.
         nearest_labelled: distance to the nearest labelled structure; None where there is none.
         nearest_chosen: distance to the nearest chosen before it; None for the first.
+        brings: elements that nothing labelled or chosen before had, as columns of :attr:`Pool.new_elements`.
     """
 
     index: int
     score: float
     nearest_labelled: float | None
     nearest_chosen: float | None
+    brings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +49,14 @@ class Pool:
         descriptors: (structures, n), any units.
         compositions: formula of each.
         uncertainty: (structures,) positive; None counts all alike.
+        new_elements: (structures, elements) whether each has an element that no labelled structure has; None for no
+            such elements.
     """
 
     descriptors: FloatArray
     compositions: Sequence[str]
     uncertainty: FloatArray | None = None
+    new_elements: np.ndarray | None = None
 
 
 def standardize(pool: FloatArray, labelled: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -177,7 +182,8 @@ def choose(
     ``farthest``: the largest d · u, where d is the distance to the nearest labelled or chosen structure and u the
     uncertainty over its median (1 without one). The first of all, where nothing is labelled, is drawn by the seed among
     all (with the probability u). ``determinant``: the largest u² xᵀ (Σ u² x xᵀ + λ I)⁻¹ x over labelled and chosen x,
-    which is the factor by which the determinant grows, less 1. ``random``: any, by the seed.
+    which is the factor by which the determinant grows, less 1. Either takes structures first that have an element which
+    nothing labelled or chosen has: without one such frame nothing is known of it. ``random``: any, by the seed.
 
     Args:
         pool: with standardised descriptors.
@@ -200,18 +206,23 @@ def choose(
     open_ &= to_labelled >= apart
     to_chosen = np.full(len(open_), np.inf)
     volume = _Volume(pool.descriptors * weights[:, None], labelled) if strategy == "determinant" else None
+    missing = np.zeros((len(open_), 0), dtype=bool) if pool.new_elements is None else pool.new_elements.copy()
     chosen: list[Choice] = []
     while len(chosen) < n and open_.any():
         distance = np.minimum(to_labelled, to_chosen)
-        if strategy == "random" or (strategy == "farthest" and np.isinf(distance[open_]).all()):
-            shares = np.where(open_, weights if strategy == "farthest" else 1.0, 0.0)
+        first = open_ & missing.any(axis=1)
+        candidates = first if strategy != "random" and first.any() else open_
+        if strategy == "random" or (strategy == "farthest" and np.isinf(distance[candidates]).all()):
+            shares = np.where(candidates, weights if strategy == "farthest" else 1.0, 0.0)
             index = int(random.choice(len(open_), p=shares / shares.sum()))
             score = float(weights[index])
         else:
             scores = distance * weights if volume is None else volume.gains
-            index = int(np.argmax(np.where(open_, scores, -np.inf)))
+            index = int(np.argmax(np.where(candidates, scores, -np.inf)))
             score = float(scores[index])
-        chosen.append(Choice(index, score, _finite(to_labelled[index]), _finite(to_chosen[index])))
+        brings = tuple(np.flatnonzero(missing[index]).tolist())
+        missing[:, brings] = False
+        chosen.append(Choice(index, score, _finite(to_labelled[index]), _finite(to_chosen[index]), brings))
         to_this = nearest_distances(pool.descriptors, pool.descriptors[index : index + 1])
         np.minimum(to_chosen, to_this, out=to_chosen)
         open_[index] = False

@@ -74,7 +74,7 @@ def _create_lock(lock: Path, part: Path) -> None:
 class FolderLock:
     """Keeps other commands out of a folder while one writes to it; leaves nothing there.
 
-    Used in a ``with`` statement. A folder that is not there yet is held from :meth:`take` on. Where the system or the
+    Used in a ``with`` statement. A folder that is not there yet is held from :meth:`create` on. Where the system or the
     file system has no ``flock`` for folders (Windows, some network file systems), nobody is kept out.
     """
 
@@ -83,7 +83,7 @@ class FolderLock:
         self._handle: int | None = None
 
     def __enter__(self) -> FolderLock:
-        self.take()
+        self._take()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,21 +91,28 @@ class FolderLock:
             os.close(self._handle)
             self._handle = None
 
-    def take(self) -> None:
-        """Hold the folder where there is one and it is not held already.
+    def create(self) -> None:
+        """Make the folder where it is not there, and hold it; what was checked before has to be checked again.
 
         Raises:
             InputError: another command writes to it.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
+
+    def _take(self) -> None:
         if fcntl is None or self._handle is not None or not self.folder.is_dir():
             return
-        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            handle = os.open(self.folder, os.O_RDONLY)
+        except OSError:
+            return  # whoever reads or writes in it will say what is wrong
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise InputError(
-                f"{self.folder}: another forcetune is at work in it; wait for that, or choose another with --out."
+                f"{self.folder}: another forcetune command is writing to it; wait until it ends, or name another one."
             ) from None
         except OSError:
             os.close(handle)

@@ -140,7 +140,7 @@ def read_irreps(value: Any, what: str) -> str:
         raise UnfitError(f"its {what} are stored in an unknown way") from error
 
 
-def name_function(value: Any) -> str:
+def read_function_name(value: Any) -> str:
     """Name of a function that a module has as an attribute; of functions of other libraries with their home."""
     if isinstance(value, Global):
         home, name = value.module, value.name

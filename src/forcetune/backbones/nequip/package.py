@@ -27,7 +27,7 @@ from forcetune.backbones.nequip.architecture import (
     whole,
 )
 from forcetune.backbones.nequip.content import NequIPContent, sorted_content
-from forcetune.backbones.nequip.module_tree import Node, name_function, read_irreps, read_tree
+from forcetune.backbones.nequip.module_tree import Node, read_function_name, read_irreps, read_tree
 from forcetune.backbones.safe_unpickle.reader import InertPackage, read_inert_package, read_package_text
 from forcetune.errors import InputError
 from forcetune.irreps import parse_irreps
@@ -316,7 +316,7 @@ def _activations(gate: Node, after: str) -> tuple[str, str | None]:
     def names(part: str) -> list[str]:
         activations = []
         for child in gate.child(part).child("acts").children.values():
-            name = name_function(child.attributes.get("f"))
+            name = read_function_name(child.attributes.get("f"))
             if child.kind != "normalize2mom" or name not in _FUNCTIONS:
                 raise UnfitError(f"its {part} are {short(name)}")
             activations.append(_FUNCTIONS[name])

@@ -134,7 +134,7 @@ def _run(
     to_coefficients: Tensor | None,
 ) -> None:
     species, tiles, terms, lanes = coefficients.shape
-    function = _function(form, Target(*_code_kind(coefficients, lanes)))
+    function = _function(form, Target(*_target_key(coefficients, lanes)))
     factors, first_row, rows, *_ = structure
     n_monomials, n_outputs, n_rows = len(factors) // 2, len(first_row) - 1, len(rows) // 3
     arrays = {slot: _lines(value) for slot, value in blocks.items()}
@@ -172,7 +172,7 @@ def _run(
     threads.run(calls)
 
 
-def _code_kind(coefficients: Tensor, lanes: int) -> tuple[str, int, int]:
+def _target_key(coefficients: Tensor, lanes: int) -> tuple[str, int, int]:
     own = target(dtype_name(coefficients))
     return own.real, lanes, own.registers
 
