@@ -107,6 +107,26 @@ def test_likeness_of_two_adapters() -> None:
         likeness(first, strange)
 
 
+def test_bases_cut_to_different_elements_are_compared_by_what_they_share() -> None:
+    first, second = backbone(elements=(1, 6, 8)), backbone(elements=(1, 6, 8, 9))
+    shared = {name for name, value in first.model.named_parameters()} & set(dict(second.model.named_parameters()))
+    theirs = dict(second.model.named_parameters())
+    with torch.no_grad():
+        for name, value in first.model.named_parameters():
+            if name in shared and value.shape == theirs[name].shape:
+                theirs[name].copy_(value)
+    for tuned in (first, second):
+        attach(tuned, method("full"))
+    assert likeness(first, second).shared == 0
+    site = next(site for site in require_adapter(first).sites if all(path.by_element is None for path in site.paths))
+    for tuned in (first, second):
+        (parameter,) = require_adapter(tuned).part(site, DenseWeight).parameters()
+        with torch.no_grad():
+            parameter.view(-1)[: site.paths[0].size].add_(0.1)
+    alike = likeness(first, second)
+    assert alike.shared == 1 and alike.weights == pytest.approx(0, abs=1e-9)
+
+
 def test_weights_changed_by_two_sparse_adapters_are_counted() -> None:
     first, second = backbone(), backbone()
     generator = torch.Generator().manual_seed(0)

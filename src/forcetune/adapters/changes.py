@@ -158,7 +158,7 @@ class Likeness:
 
     Attributes:
         weights: 1 − R² between their ΔW, over all weights that either could change; 0 is the same, 1 unrelated.
-        paths: 1 − R² between the relative changes of their paths.
+        paths: 1 − R² between the relative changes of their sites.
         shared: weights that both changed, as a share of those that either did; 0 where neither did.
         shared_by_chance: the same if each had changed as many weights of every path as it did, at random places.
     """
@@ -172,33 +172,40 @@ class Likeness:
 def likeness(one: Backbone, other: Backbone) -> Likeness:
     """Compare the adapters attached to two copies of a base.
 
+    Where the copies were cut to different elements, weights that belong to an element are left out.
+
     Raises:
         InputError: the bases differ, or one changes no weights.
     """
-    first, second = ({site.name: (w, d) for site, w, d in _weight_updates(backbone)} for backbone in (one, other))
+    same_elements = tuple(one.elements) == tuple(other.elements)
+    first, second = (dict(_compared(backbone, same_elements)) for backbone in (one, other))
     if not first or not second:
         raise InputError("one of the adapters changes no weights (gates only), so there is nothing to compare.")
-    names = sorted(set(first) | set(second))
-    paths = {site.name: site.paths for backbone in (one, other) for site in require_adapter(backbone).sites}
     deltas: list[tuple[Tensor, Tensor]] = []
-    ratios: list[tuple[float, float]] = []
+    squares: dict[str, list[float]] = {}
     counts = _ChangedCounts()
-    for name in names:
-        weight = first[name][0] if name in first else second[name][0]
-        if name in first and name in second and not torch.equal(first[name][0], second[name][0]):
-            raise InputError(f"the adapters belong to different bases: {name} differs.")
-        pair = tuple(
-            one_side[name][1] if name in one_side else torch.zeros_like(weight) for one_side in (first, second)
-        )
+    for key in sorted(set(first) | set(second)):
+        weight = first[key][0] if key in first else second[key][0]
+        if key in first and key in second and not torch.equal(first[key][0], second[key][0]):
+            raise InputError(f"the adapters belong to different bases: {key[0]} differs.")
+        pair = [side[key][1] if key in side else torch.zeros_like(weight) for side in (first, second)]
         deltas.append((pair[0], pair[1]))
-        for path in paths[name]:
-            place = slice(path.start, path.start + path.size)
-            counts.add(pair[0][place] != 0, pair[1][place] != 0)
-        norm = float(torch.linalg.vector_norm(weight)) or 1.0
-        sizes = [float(torch.linalg.vector_norm(change)) for change in pair]
-        ratios.append((sizes[0] / norm, sizes[1] / norm))
+        counts.add(pair[0] != 0, pair[1] != 0)
+        sums = squares.setdefault(key[0], [0.0, 0.0, 0.0])
+        for place, tensor in enumerate((weight, *pair)):
+            sums[place] += float(tensor.square().sum())
+    ratios = np.sqrt([[sums[1] / (sums[0] or 1.0), sums[2] / (sums[0] or 1.0)] for sums in squares.values()])
     left, right = (torch.cat([pair[i] for pair in deltas]).numpy() for i in (0, 1))
-    return Likeness(_unexplained(left, right), _unexplained(*np.array(ratios).T), *counts.shares())
+    return Likeness(_unexplained(left, right), _unexplained(*ratios.T), *counts.shares())
+
+
+def _compared(backbone: Backbone, of_elements: bool) -> Iterator[tuple[tuple[str, str], tuple[Tensor, Tensor]]]:
+    """Names of site and path, and the flat W and ΔW of every path that is changed; of weights of elements if wanted."""
+    for site, weight, delta in _weight_updates(backbone):
+        for path in site.paths:
+            if of_elements or path.by_element is None:
+                place = slice(path.start, path.start + path.size)
+                yield (site.name, path.name), (weight[place], delta[place])
 
 
 class _ChangedCounts:
