@@ -73,6 +73,7 @@ SWITCHES = {
     "data.stream": ("auto", "on", "off"),
     "learn.check": ("on", "off"),
     "magnetism.layer": ("off",),
+    "output.phonons": ("auto", "on", "off"),
     "training.compile": ("auto", "on", "off"),
 }
 

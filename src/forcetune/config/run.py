@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, ReplayConfig
 from forcetune.config.learn import LearnConfig
 from forcetune.config.method import MagnetismConfig, MethodConfig
-from forcetune.config.section import Section, as_names, explain
+from forcetune.config.section import Section, ThreeWaySwitch, as_names, explain
 from forcetune.config.training import DEFAULT_STEPS, FEWEST_EPOCHS, MOST_EPOCHS, ScheduleConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.utils.files import write_text
@@ -42,7 +42,7 @@ class OutputConfig(Section):
         default=True,
         description="Measure after training what the model forgot: generic or replay frames, dimers, dynamics.",
     )
-    phonons: Literal["auto", "on", "off"] = Field(
+    phonons: ThreeWaySwitch = Field(
         default="auto",
         description="Phonon frequencies of a crystal before and after training, by phonopy: of the "
         "crystal nearest to equilibrium. auto: if phonopy is installed and a frame qualifies whose displaced "
