@@ -147,8 +147,8 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **{key: [error["after"][key] for error in errors] for key in KEYS},
                 }
             )
-            settings_given = {key: value for key, value in vars(arguments).items() if key not in ("data", "out")}
-            content = {"settings": settings_given, "rows": done}
+            given = {key: value for key, value in vars(arguments).items() if key not in ("data", "out")}
+            content = {"settings": given | {"base": Path(arguments.base).stem}, "rows": done}
             write_text(arguments.out / "published.json", json.dumps(content, indent=1) + "\n")
             write_text(arguments.out / "published.md", table(done))
     return done

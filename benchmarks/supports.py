@@ -94,6 +94,7 @@ def main() -> None:
         for pair in itertools.combinations(jobs, 2)
     ]
     settings = {key: value for key, value in vars(options).items() if key not in ("data", "out")}
+    settings["base"] = Path(options.base).stem
     write_text(options.out / "supports.json", json.dumps({"settings": settings, "pairs": pairs}, indent=1) + "\n")
     text = summarize(pairs) + "\n" + table(pairs)
     write_text(options.out / "supports.md", text)

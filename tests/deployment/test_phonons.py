@@ -179,9 +179,9 @@ def test_fit_reports_phonons_of_its_crystal(tmp_path: Path, monkeypatch: pytest.
     options = {"model": "mini", "method": "readout", "valid": 0.3, "epochs": 1}
     settings = {"data.doctor": "off", "output.phonons": "on"}
     run = forcetune.fit(data, **options, out=tmp_path / "run", settings=settings)
-    found = run.results["phonons"]
-    assert found["crystal"].endswith("frame 1") and found["base"]["highest_thz"] > 0
-    assert found["tuned"]["failure"] is None and len(found["tuned"]["density"]) == len(found["edges_thz"]) - 1
+    measured = run.results["phonons"]
+    assert measured["crystal"].endswith("frame 1") and measured["base"]["highest_thz"] > 0
+    assert measured["tuned"]["failure"] is None and len(measured["tuned"]["density"]) == len(measured["edges_thz"]) - 1
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "Phonons" in page and "densities of states" in page
     monkeypatch.setattr("forcetune.runs.measuring.describe_instability", lambda _: "it shakes")

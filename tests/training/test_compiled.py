@@ -125,6 +125,19 @@ def test_parts_that_differ_by_a_frame_are_not_filled_up(two_threads: None) -> No
     assert len(step.recordings) == 2
 
 
+def test_the_worse_filled_of_two_layouts_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tuned("mmea")
+    structures = [cluster(atoms=12, seed=1), *(cluster(atoms=5, seed=seed) for seed in range(9))]
+    loader = BatchLoader(with_labels(build_graphs(model, frames_of(*structures))), 5)
+    config = TrainingConfig(batch_size=5)
+    monkeypatch.setattr(compiled, "SMALLEST_FILL", 0.0)
+    small, large = (layout.fill for layout in choose_layouts(model, config, loader, 3))
+    assert small < large
+    monkeypatch.setattr(compiled, "SMALLEST_FILL", (small + large) / 2)
+    with pytest.raises(CompileError, match="would be filling"):
+        choose_layouts(model, config, loader, 3)
+
+
 @pytest.mark.parametrize(
     "first, later, options",
     [

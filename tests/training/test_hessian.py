@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.io import write
+from rich.console import Console
 
 import forcetune
 from forcetune.adapters.attach import attach
@@ -26,6 +28,7 @@ from forcetune.evaluation.metrics import evaluate_frames
 from forcetune.frames.frame import FloatArray, Frame
 from forcetune.frames.read import read_frames
 from forcetune.graphs.graph import build_graph
+from forcetune.runs.measuring import Measuring
 from forcetune.training.hessian import HessianLoss
 from own_labels import shaken
 from systems import backbone, cluster, crystal, frames_of, perturb, write_labelled, write_model
@@ -275,8 +278,21 @@ def test_training_on_hessians_alone_lowers_their_error(planted: tuple[Path, Path
     valid = run.results["errors"]["valid"]
     assert valid["before"]["hessian_frames"] == valid["after"]["hessian_frames"] == 2
     assert valid["after"]["hessian_rmse_ev_per_ang2"] < 0.8 * valid["before"]["hessian_rmse_ev_per_ang2"]
-    assert valid["after"]["hessian_frames"] == 2
     assert "Hessian RMSE" in (run.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_fit_compares_the_first_frames_that_are_small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [
+        replace(frame, hessian=np.zeros((3 * len(frame), 3 * len(frame))))
+        for frame in frames_of(*(cluster(atoms=atoms, seed=atoms) for atoms in (6, 3, 4, 5, 3)))
+    ]
+    splits = {"train": frames, "valid": [replace(frames[1], hessian=None), *frames], "test": frames[:1]}
+    dataset = SimpleNamespace(splits={name: SimpleNamespace(frames=part) for name, part in splits.items()})
+    measuring = Measuring(SimpleNamespace(dataset=dataset), False, 0, 1e-3, Console(quiet=True), print)  # pyright: ignore
+    monkeypatch.setattr("forcetune.runs.measuring.LARGEST", 5)
+    monkeypatch.setattr("forcetune.runs.measuring.HESSIANS", 3)
+    chosen = measuring._frames_with_hessians()
+    assert {name: [len(frame) for frame in part] for name, part in chosen.items()} == {"valid": [3, 4, 5], "test": []}
 
 
 def test_what_is_said_where_labels_and_loss_do_not_match(

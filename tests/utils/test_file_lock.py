@@ -44,7 +44,7 @@ def test_a_folder_has_one_writer_until_it_ends(tmp_path: Path) -> None:
 def test_a_folder_is_held_from_when_it_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with FolderLock(folder) as lock:
-        with FolderLock(folder):  # nobody holds it yet
+        with FolderLock(folder):  # it is not held yet
             pass
         lock.create()
         lock.create()

@@ -158,7 +158,7 @@ def _displaced(frame: Frame, positions: FloatArray) -> Any:
 
     cell = PhonopyAtoms(numbers=frame.numbers, cell=frame.cell, positions=positions)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that "auto" is not what version 3 took where it was told nothing
+        warnings.simplefilter("ignore")  # that "auto" was not the default of version 3
         phonon = Phonopy(
             cell,
             supercell_matrix=np.diag(_repeats(frame.cell)),

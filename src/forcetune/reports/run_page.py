@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from forcetune.config import load_config
 from forcetune.errors import InputError
-from forcetune.evaluation.summaries import Phonons, Softening
+from forcetune.evaluation.summaries import Softening
 from forcetune.reports.errors_by_element import force_errors_by_element
 from forcetune.reports.forgetting import describe_forgetting
 from forcetune.reports.page import render_page
-from forcetune.reports.plots import change_map, densities_of_states, energy_over_time, learning_curves, parity
+from forcetune.reports.phonons import describe_phonons
+from forcetune.reports.plots import change_map, energy_over_time, learning_curves, parity
 from forcetune.reports.texts import (
     MISSING,
     bytes_text,
@@ -102,7 +103,7 @@ def _page_content(
         "curves": _learning_curves(results, metrics),
         "parity": _parity(predictions or {}),
         "softening": _softening_rows(results.softening),
-        "phonons": _phonons(results.phonons),
+        "phonons": describe_phonons(results.phonons),
         "dynamics": _dynamics(results.dynamics),
         "forgetting": describe_forgetting(results.forgetting),
         "method_facts": _method_facts(results),
@@ -225,25 +226,6 @@ def _softening_rows(softening: Mapping[str, Softening]) -> list[tuple[str, ...]]
         )
         for split in sort_splits(softening)
     ]
-
-
-def _phonons(phonons: Phonons | None) -> dict[str, Any] | None:
-    """Frequencies of base and tuned model, and their densities of states."""
-    if phonons is None:
-        return None
-    rows = [
-        (name, *(_thz(value) for value in (one.mean_thz, one.highest_thz, one.lowest_thz)), f"{one.imaginary:.1%}")
-        if one.failure is None
-        else (name, one.failure, "", "", "")
-        for name, one in (("Base", phonons.base), ("Tuned", phonons.tuned))
-    ]
-    image = densities_of_states(phonons) if phonons.edges_thz else None
-    return {"crystal": phonons.crystal, "atoms": phonons.supercell_atoms, "rows": rows, "image": image}
-
-
-def _thz(value: float | None) -> str:
-    # acoustic modes at Γ are zero but for rounding, whose sign means nothing
-    return "" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def _dynamics(dynamics: DynamicsSummary | None) -> dict[str, Any] | None:

@@ -161,7 +161,7 @@ def _learn(
     inputs: Sequence[str | Path],
     console: Console,
 ) -> Learned:
-    """As :func:`run_learn`, in a folder that nobody else writes to."""
+    """As :func:`run_learn`, in a folder that no other command writes to."""
     options = config.learn
     check_folder(folder, config)
     starts = read_starts(options)

@@ -172,10 +172,12 @@ def select(
     weights = None
     if calibration is not None:
         weights = described.forces_std if wants_forces else described.energy_std
+    new_elements = find_new_elements(described.compositions, labelled.compositions)
     choices, excluded = _choose_unlabelled(
         described,
         labelled,
         weights,
+        new_elements,
         n,
         strategy=cast("Strategy", strategy),
         quota=quota,
@@ -184,8 +186,7 @@ def select(
     )
     if len(choices) < n:
         console.print(f"only {len(choices)} structures are left that differ from all others", highlight=False)
-    new = find_new_elements(described.compositions, labelled.compositions)
-    chosen = [_explain(rank, choice, described, strategy, new) for rank, choice in enumerate(choices, 1)]
+    chosen = [_explain(rank, choice, described, strategy, new_elements) for rank, choice in enumerate(choices, 1)]
     structures = _collect(files, type_map, chosen)
     if output is not None:
         with atomic_path(output) as temporary:
@@ -198,6 +199,7 @@ def _choose_unlabelled(
     described: DescribedStructures,
     labelled: DescribedStructures,
     weights: FloatArray | None,
+    new_elements: Sequence[str],
     n: int,
     *,
     strategy: Strategy,
@@ -212,8 +214,10 @@ def _choose_unlabelled(
         InputError: the pool does not have what the quota wants.
     """
     descriptors, labelled_descriptors = standardize(described.descriptors, labelled.descriptors)
-    new = find_new_elements(described.compositions, labelled.compositions)
-    has_new = np.array([[element in elements_in(formula) for element in new] for formula in described.compositions])
+    has_new = np.array(
+        [[element in elements_in(formula) for element in new_elements] for formula in described.compositions],
+        dtype=bool,
+    )
     candidates = Pool(descriptors, described.compositions, weights, has_new)
     excluded = find_labelled(candidates, labelled_descriptors, labelled.compositions)
     sizes = Counter(formula for formula, out in zip(described.compositions, excluded, strict=True) if not out)
@@ -280,12 +284,14 @@ def _load_run_config(model: str | Path | Backbone) -> RunConfig | None:
     return load_config(folder.parent / CONFIG_NAME)
 
 
-def _explain(rank: int, choice: Choice, described: DescribedStructures, strategy: str, new: Sequence[str]) -> Chosen:
+def _explain(
+    rank: int, choice: Choice, described: DescribedStructures, strategy: str, new_elements: Sequence[str]
+) -> Chosen:
     """A choice with the reason in words."""
     deviations = [float(column[choice.index]) or None for column in (described.energy_std, described.forces_std)]
     parts = []
     if choice.brings:
-        parts.append(f"the first with {', '.join(new[element] for element in choice.brings)}")
+        parts.append(f"the first with {', '.join(new_elements[element] for element in choice.brings)}")
     if choice.nearest_labelled is not None:
         parts.append(f"{choice.nearest_labelled:.3g} from the nearest labelled frame")
     if choice.nearest_chosen is not None:

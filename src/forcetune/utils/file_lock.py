@@ -75,7 +75,7 @@ class FolderLock:
     """Keeps other commands out of a folder while one writes to it; leaves nothing there.
 
     Used in a ``with`` statement. A folder that is not there yet is held from :meth:`create` on. Where the system or the
-    file system has no ``flock`` for folders (Windows, some network file systems), nobody is kept out.
+    file system has no ``flock`` for folders (Windows, some network file systems), other commands are not kept out.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -106,7 +106,7 @@ class FolderLock:
         try:
             handle = os.open(self.folder, os.O_RDONLY)
         except OSError:
-            return  # whoever reads or writes in it will say what is wrong
+            return  # the first read or write there says what is wrong
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
