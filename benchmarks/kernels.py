@@ -113,16 +113,18 @@ def pull_work(args: Any) -> tuple[float, str]:
 
 
 def splined_gather_work(args: Any) -> tuple[float, str]:
-    paths, starts = args[0], args[1]
+    paths, starts, present = args[0], args[1], args[10]
     coupled, products, channels = _sums(paths)
-    work = coupled + products + SPLINE_ROWS * channels
+    forms = 1 if not present else (present[0] or any(present[2:])) + present[1]
+    work = forms * coupled + products + (1 + any(present[:1])) * SPLINE_ROWS * channels
     return float(starts[-1]) * work, f"convolution of {len(paths) // 7} paths with splines: sums"
 
 
 def splined_pull_work(args: Any) -> tuple[float, str]:
-    paths, directions, wanted = args[0], args[1], args[11]
+    paths, directions, present, wanted = args[0], args[1], args[12], args[13]
     coupled, products, channels = _sums(paths)
-    work = coupled + (1 + any(wanted[2:])) * products + wanted[1] * (coupled + products)
+    forms = 1 if not present else 2
+    work = forms * (coupled + (1 + any(wanted[2:])) * products + wanted[1] * (coupled + products))
     total = float(directions.sum()) * work + len(directions) * 2 * SPLINE_ROWS * channels
     return total, f"convolution of {len(paths) // 7} paths with splines: gradients"
 

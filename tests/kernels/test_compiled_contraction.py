@@ -86,6 +86,17 @@ def test_single_precision_and_several_threads(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.detach().abs().max())))
 
 
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_unrolled_loops_give_the_same(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(case, 32, (5, 0, 2), dtype)
+    unrolled = inputs.derivatives(inputs.compiled(*inputs.x))
+    monkeypatch.setattr(contraction, "MOST_UNROLLED", 0)
+    for one, other in zip(unrolled, inputs.derivatives(inputs.compiled(*inputs.x)), strict=True):
+        bound = 50 * torch.finfo(dtype).eps * max(1.0, float(other.detach().abs().max()))
+        assert torch.allclose(one, other, rtol=0, atol=bound)
+
+
 @pytest.mark.parametrize("case", ["order 2 up to 2e", "both parities"])
 def test_derivatives_are_those_of_finite_differences(case: str) -> None:
     inputs = Inputs(case, 2, (2, 1))

@@ -88,12 +88,12 @@ class Writer:
         """Address of memory of this call for so many numbers; to be asked for before any loop."""
         return self.value(f"alloca [{numbers} x {self.target.real}], align 64")
 
-    def prefetch(self, pointer: str, index: str | int, numbers: int) -> None:
-        """Bring so many numbers into the cache; what is not memory of this program does no harm."""
+    def prefetch(self, pointer: str, index: str | int, numbers: int, *, write: bool = False) -> None:
+        """Bring so many numbers into the cache, to read or to write; what is no memory of this program does no harm."""
         size = 8 if self.target.real == "double" else 4
         for start in range(0, numbers + LINE // size - 1, LINE // size):
             place = self.offset(self.offset(pointer, index), min(start, numbers - 1))
-            self._lines.append(f"  call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 3, i32 1)")
+            self._lines.append(f"  call void @llvm.prefetch.p0(ptr {place}, i32 {int(write)}, i32 3, i32 1)")
 
     def least(self, one: str, other: str) -> str:
         """The smaller of two integers."""

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from forcetune.kernels.compiled import assembly, contraction_code, threads
+from forcetune.kernels.compiled import assembly, contraction_code, threads, unrolled_contraction
 from forcetune.kernels.compiled.assembly import Target
 from forcetune.kernels.compiled.contraction_code import ATOMS, SLOTS, Form, Slot
 from forcetune.kernels.compiled.convolution import contiguous, dtype_name, spread_out
 from forcetune.kernels.compiled.machine import compiled, source_hash, target
+from forcetune.kernels.compiled.unrolled_contraction import Lists
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.polynomial import BilinearForm
@@ -107,13 +108,28 @@ def count_lanes(channels: int, dtype: torch.dtype) -> int:
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
+MOST_UNROLLED = 1000
+"""Terms up to which polynomials have functions of their own: some seconds to compile, once on a machine."""
+
+
 @functools.lru_cache(maxsize=256)
-def _function(form: Form, own: Target) -> Any:
-    sources = source_hash(str(assembly.__file__), str(contraction_code.__file__))
-    machine = compiled(
-        repr((sources, own, form.name)), lambda: assembly.module_text([contraction_code.write(form, own)])
-    )
+def _function(form: Form, own: Target, lists: Lists | None) -> Any:
+    """The function of some polynomials, or without lists that of all."""
+
+    def text() -> str:
+        if lists is None:
+            return assembly.module_text([contraction_code.write(form, own)])
+        return assembly.module_text([unrolled_contraction.write(form, own, lists)])
+
+    files = (assembly, contraction_code, *([] if lists is None else [unrolled_contraction]))
+    sources = source_hash(*(str(file.__file__) for file in files))
+    machine = compiled(repr((sources, own, form.name, lists)), text)
     return threads.function(machine.address(form.name))
+
+
+@functools.lru_cache(maxsize=64)
+def _lists(components: int, outputs: int, *tables: bytes) -> Lists:
+    return Lists(components, outputs, *(tuple(np.frombuffer(table, dtype=np.int64).tolist()) for table in tables))
 
 
 def _lines(blocks: Sequence[Tensor]) -> np.ndarray:
@@ -134,10 +150,14 @@ def _run(
     to_coefficients: Tensor | None,
 ) -> None:
     species, tiles, terms, lanes = coefficients.shape
-    function = _function(form, Target(*_target_key(coefficients, lanes)))
     factors, first_row, rows, *_ = structure
     n_monomials, n_outputs, n_rows = len(factors) // 2, len(first_row) - 1, len(rows) // 3
     arrays = {slot: _lines(value) for slot, value in blocks.items()}
+    lists = None
+    # channels that do not fill vectors are rare, and not worth compiling for
+    if terms <= MOST_UNROLLED and lanes == target(dtype_name(coefficients)).lanes:
+        lists = _lists(len(arrays[Slot.X]), n_outputs, *(threads.integers(table).tobytes() for table in structure))
+    function = _function(form, Target(*_target_key(coefficients, lanes)), lists)
     atoms = np.cumsum([0, *counts], dtype=np.int64)
     table = np.zeros(SLOTS, dtype=np.int64)
     n_components = len(arrays[Slot.X])

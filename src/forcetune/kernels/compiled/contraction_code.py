@@ -3,6 +3,8 @@
 With y = (x, 1) the monomials are m_q = y_i y_j, and every output is Σ_ρ m_r(ρ) T_ρ over its rows ρ, where T_ρ is the
 sum of A_e m_q(e) over the row's terms e. Which components, rows and terms there are stands in tables, so that one
 function does for all models. Atoms of a species are treated four at a time, channels a vector at a time.
+
+:mod:`forcetune.kernels.compiled.unrolled_contraction` writes the same for polynomials that are known, without tables.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from forcetune.kernels.compiled.assembly import Target, Writer
+
+Index = str | int
+"""An integer: the name of one that is read from a table, or one that is known when the function is written."""
 
 ATOMS = 4
 """Atoms treated at once: a coefficient is read once for all of them."""
@@ -78,17 +83,26 @@ class Form:
 def write(form: Form, target: Target) -> Writer:
     """The function; its range are tiles of species, species first."""
     writer = Writer(form.name, target)
-    _Function(writer, form).write()
+    Function(writer, form).write()
     return writer
 
 
-class _Function:
+class Function:
+    """Writes a function.
+
+    Attributes:
+        w, form: what it is written to, and which it is.
+        atoms: that are treated at once, if there are as many.
+    """
+
+    atoms = ATOMS
+
     def __init__(self, writer: Writer, form: Form) -> None:
         self.w, self.form = writer, form
         self.moved = form.kind == "moved"
         self.lanes = writer.target.lanes
         # atoms treated at once, first channel and coefficients of the tile that is being written
-        self.count, self.channel, self.a, self.to_a = ATOMS, "", "", ""
+        self.count, self.channel, self.a, self.to_a = self.atoms, "", "", ""
 
     def write(self) -> None:
         w = self.w
@@ -105,114 +119,166 @@ class _Function:
             self.to_a = w.offset(self.places[Slot.TO_COEFFICIENTS], start)
             first = w.integer(self.places[Slot.FIRST_ATOM], species)
             last = w.integer(self.places[Slot.FIRST_ATOM], w.plus(species, 1))
-            left = w.value(f"srem i64 {w.value(f'sub i64 {last}, {first}')}, {ATOMS}")
+            left = w.value(f"srem i64 {w.value(f'sub i64 {last}, {first}')}, {self.atoms}")
             whole = w.value(f"sub i64 {last}, {left}")
-            w.loop(first, whole, ATOMS, [], lambda n, _: self._atoms(n, ATOMS))
-            w.loop(whole, last, 1, [], lambda n, _: self._atoms(n, 1))
+            w.loop(first, whole, self.atoms, [], lambda n, _: self._atoms(n, self.atoms))
+            if self.atoms > 1:
+                w.loop(whole, last, 1, [], lambda n, _: self._atoms(n, 1))
             return []
 
         w.loop("%first", "%last", 1, [], tile)
 
-    # ---- pieces ----------------------------------------------------------------------------------------------------
+    # ---- what depends on whether the polynomials are known -----------------------------------------------------------
 
-    def _at(self, slot: Slot, item: str) -> str:
-        """Address of an item's vectors in the scratch."""
-        return self.w.offset(self.places[slot], self.w.times(item, self.count * self.lanes))
+    def sizes(self) -> tuple[Index, Index, Index]:
+        """Numbers of components, monomials and outputs."""
+        return self.numbers[Slot.COMPONENTS], self.numbers[Slot.MONOMIALS], self.numbers[Slot.OUTPUTS]
 
-    def _read(self, place: str) -> list[str]:
+    def entry(self, slot: Slot, index: Index) -> Index:
+        """An entry of one of the tables of the polynomials."""
+        return self.w.integer(self.places[slot], index)
+
+    def times(self, one: Index, other: int) -> Index:
+        return self.w.times(one, other)
+
+    def plus(self, one: Index, other: int) -> Index:
+        return self.w.plus(one, other)
+
+    def turns(
+        self, first: Index, last: Index, carried: list[str], body: Callable[[Index, list[str]], list[str]]
+    ) -> list[str]:
+        """A loop by ones; arguments and result as :meth:`Writer.loop`."""
+        return self.w.loop(first, last, 1, carried, body)
+
+    def read(self, slot: Slot, item: Index) -> list[str]:
+        """An item's vectors in the scratch, one for each atom."""
+        place = self._at(slot, item)
         return [self.w.load(place, number * self.lanes) for number in range(self.count)]
 
-    def _write(self, place: str, values: Sequence[str]) -> None:
+    def write_to(self, slot: Slot, item: Index, values: Sequence[str]) -> None:
+        """An item's vectors to the scratch."""
+        place = self._at(slot, item)
         for number, value in enumerate(values):
             self.w.store(value, place, number * self.lanes)
 
-    def _each(self, count: str, body: Callable[[str], None]) -> None:
-        def turn(index: str, _: list[str]) -> list[str]:
+    def _at(self, slot: Slot, item: Index) -> str:
+        return self.w.offset(self.places[slot], self.w.times(item, self.count * self.lanes))
+
+    def is_used(self, q: Index) -> bool:
+        """False where it is known that a monomial is in no row and in no term."""
+        return True
+
+    # ---- pieces ----------------------------------------------------------------------------------------------------
+
+    def _each(self, count: Index, body: Callable[[Index], None]) -> None:
+        def turn(index: Index, _: list[str]) -> list[str]:
             body(index)
             return []
 
-        self.w.loop(0, count, 1, [], turn)
+        self.turns(0, count, [], turn)
 
     def _fused(self, one: Sequence[str], other: Sequence[str], third: Sequence[str] | None = None) -> list[str]:
         thirds = [None] * len(one) if third is None else third
         return [self.w.multiply_add(a, b, c) for a, b, c in zip(one, other, thirds, strict=True)]
 
-    def _outside(self, slot: Slot, item: str, n: str) -> list[str]:
+    def _outside(self, slot: Slot, item: Index, n: str) -> list[str]:
         """Addresses of a component's vectors for all atoms, outside of the scratch."""
         w = self.w
-        row = w.times(item, 2)
+        row = self.times(item, 2)
         base = w.value(f"inttoptr i64 {w.integer(self.places[slot], row)} to ptr")
-        stride = w.integer(self.places[slot], w.plus(row, 1))
+        stride = w.integer(self.places[slot], self.plus(row, 1))
         return [
             w.offset(base, w.plus(w.times(w.plus(n, number), stride), self.channel)) for number in range(self.count)
         ]
 
-    def _bring(self, source: Slot, scratch: Slot, count: str, n: str) -> None:
-        def item(index: str) -> None:
-            self._write(self._at(scratch, index), [self.w.load(place) for place in self._outside(source, index, n)])
+    def _bring(self, source: Slot, scratch: Slot, count: Index, n: str) -> None:
+        following = self.w.plus(n, self.count)
+
+        def item(index: Index) -> None:
+            self.write_to(scratch, index, [self.w.load(place) for place in self._outside(source, index, n)])
+            # a tile takes one line of a component's row: no pattern that a processor would foresee
+            for place in self._outside(source, index, following):
+                self.w.prefetch(place, 0, self.lanes)
 
         self._each(count, item)
 
-    def _factors(self, q: str) -> tuple[str, str]:
-        w, row = self.w, self.w.times(q, 2)
-        return w.integer(self.places[Slot.FACTORS], row), w.integer(self.places[Slot.FACTORS], w.plus(row, 1))
+    def _ask_for(self, slot: Slot, count: Index, n: str) -> None:
+        """Have the lines at hand that results will be written to."""
+
+        def item(index: Index) -> None:
+            for place in self._outside(slot, index, n):
+                self.w.prefetch(place, 0, self.lanes, write=True)
+
+        self._each(count, item)
+
+    def _factors(self, q: Index) -> tuple[Index, Index]:
+        row = self.times(q, 2)
+        return self.entry(Slot.FACTORS, row), self.entry(Slot.FACTORS, self.plus(row, 1))
+
+    def _range(self, slot: Slot, index: Index) -> tuple[Index, Index]:
+        """An entry and the following one: first and end of what belongs to an index."""
+        return self.entry(slot, index), self.entry(slot, self.plus(index, 1))
 
     # ---- a block of atoms ------------------------------------------------------------------------------------------
 
     def _atoms(self, n: str, count: int) -> list[str]:
-        w, self.count = self.w, count
-        components, monomials = self.numbers[Slot.COMPONENTS], self.numbers[Slot.MONOMIALS]
-        one = "1.0"
+        w, form = self.w, self.form
+        self.count = count
+        components, monomials, outputs = self.sizes()
         self._bring(Slot.X, Slot.Y, components, n)
-        self._write(self._at(Slot.Y, components), [w.spread(one)] * count)
+        self.write_to(Slot.Y, components, [w.spread("1.0")] * count)
         if self.moved:
             self._bring(Slot.H, Slot.HY, components, n)
-            self._write(self._at(Slot.HY, components), [w.zero] * count)
+            self.write_to(Slot.HY, components, [w.zero] * count)
+        if form.x:
+            self._ask_for(Slot.TO_X, components, n)
+        if form.outer:
+            self._ask_for(Slot.OUT, outputs, n)
         self._each(monomials, self._monomial)
-        if self.form.kind != "value":
-            self._bring(Slot.G, Slot.GS, self.numbers[Slot.OUTPUTS], n)
-        self._each(self.numbers[Slot.OUTPUTS], lambda k: self._output(k, n))
-        if self.form.x:
+        if form.kind != "value":
+            self._bring(Slot.G, Slot.GS, outputs, n)
+        self._each(outputs, lambda k: self._output(k, n))
+        if form.x:
             self._each(monomials, self._column)
-            self._each(w.plus(components, 1), lambda i: self._write(self._at(Slot.TO_Y, i), [w.zero] * count))
+            self._each(self.plus(components, 1), lambda i: self.write_to(Slot.TO_Y, i, [w.zero] * count))
             self._each(monomials, self._separate)
 
-            def finish(i: str) -> None:
-                values = self._read(self._at(Slot.TO_Y, i))
-                for value, place in zip(values, self._outside(Slot.TO_X, i, n), strict=True):
+            def finish(i: Index) -> None:
+                for value, place in zip(self.read(Slot.TO_Y, i), self._outside(Slot.TO_X, i, n), strict=True):
                     w.store(value, place)
 
             self._each(components, finish)
         return []
 
-    def _monomial(self, q: str) -> None:
+    def _monomial(self, q: Index) -> None:
+        if not self.is_used(q):
+            return
         i, j = self._factors(q)
-        left, right = self._read(self._at(Slot.Y, i)), self._read(self._at(Slot.Y, j))
-        self._write(self._at(Slot.M, q), self._fused(left, right))
+        left, right = self.read(Slot.Y, i), self.read(Slot.Y, j)
+        self.write_to(Slot.M, q, self._fused(left, right))
         if self.moved:
-            moved = self._fused(self._read(self._at(Slot.HY, i)), right)
-            self._write(self._at(Slot.HM, q), self._fused(left, self._read(self._at(Slot.HY, j)), moved))
+            moved = self._fused(self.read(Slot.HY, i), right)
+            self.write_to(Slot.HM, q, self._fused(left, self.read(Slot.HY, j), moved))
         if self.form.x:
             for slot in (Slot.PULLED, *([Slot.HPULLED] if self.moved else [])):
-                self._write(self._at(slot, q), [self.w.zero] * self.count)
+                self.write_to(slot, q, [self.w.zero] * self.count)
 
-    def _output(self, k: str, n: str) -> None:
+    def _output(self, k: Index, n: str) -> None:
         w = self.w
-        first = w.integer(self.places[Slot.FIRST_ROW], k)
-        last = w.integer(self.places[Slot.FIRST_ROW], w.plus(k, 1))
-        g = [] if self.form.kind == "value" else self._read(self._at(Slot.GS, k))
+        first, last = self._range(Slot.FIRST_ROW, k)
+        g = [] if self.form.kind == "value" else self.read(Slot.GS, k)
         total = [w.zero] * (self.count if self.form.outer else 0)
-        total = w.loop(first, last, 1, total, lambda row, sums: self._row(row, sums, g))
+        total = self.turns(first, last, total, lambda row, sums: self._row(row, sums, g))
         if self.form.outer:
             for value, place in zip(total, self._outside(Slot.OUT, k, n), strict=True):
                 w.store(value, place)
 
-    def _row(self, row: str, sums: list[str], g: list[str]) -> list[str]:
-        w, form = self.w, self.form
-        place = w.times(row, 3)
-        r, first, last = (w.integer(self.places[Slot.ROWS], w.plus(place, index)) for index in range(3))
-        m = self._read(self._at(Slot.M, r))
-        hm = self._read(self._at(Slot.HM, r)) if self.moved else []
+    def _row(self, row: Index, sums: list[str], g: list[str]) -> list[str]:
+        form = self.form
+        place = self.times(row, 3)
+        r, first, last = (self.entry(Slot.ROWS, self.plus(place, index)) for index in range(3))
+        m = self.read(Slot.M, r)
+        hm = self.read(Slot.HM, r) if self.moved else []
         if form.outer or form.x:
             t, ht = self._row_sums(first, last)
             if form.outer and self.moved:
@@ -221,85 +287,89 @@ class _Function:
                 sums = self._fused(m, t, sums)
             if form.x:
                 for slot, values in ((Slot.PULLED, t), *([(Slot.HPULLED, ht)] if self.moved else [])):
-                    at = self._at(slot, r)
-                    self._write(at, self._fused(g, values, self._read(at)))
+                    self.write_to(slot, r, self._fused(g, values, self.read(slot, r)))
         if form.kind == "value":
             return sums
         seed = self._fused(g, m)
         hseed = self._fused(g, hm) if self.moved else []
         if form.x:
-            self._write(self._at(Slot.SEED, row), seed)
+            self.write_to(Slot.SEED, row, seed)
             if self.moved:
-                self._write(self._at(Slot.HSEED, row), hseed)
+                self.write_to(Slot.HSEED, row, hseed)
         if form.coefficients:
             self._add_outer(first, last, seed, hseed)
         return sums
 
-    def _row_sums(self, first: str, last: str) -> tuple[list[str], list[str]]:
-        """T of a row, and its derivative along h."""
-        w, count = self.w, self.count
+    def _coefficient(self, e: Index) -> list[str]:
+        """A of a term, for all atoms the same."""
+        return [self.w.load(self.a, self.times(e, self.lanes))] * self.count
 
-        def term(e: str, sums: list[str]) -> list[str]:
-            q = w.integer(self.places[Slot.COLUMNS], e)
-            a = [w.load(self.a, w.times(e, self.lanes))] * count
-            new_sums = self._fused(a, self._read(self._at(Slot.M, q)), sums[:count])
+    def _row_sums(self, first: Index, last: Index) -> tuple[list[str], list[str]]:
+        """T of a row, and its derivative along h."""
+        count = self.count
+
+        def term(e: Index, sums: list[str]) -> list[str]:
+            q, a = self.entry(Slot.COLUMNS, e), self._coefficient(e)
+            new_sums = self._fused(a, self.read(Slot.M, q), sums[:count])
             if self.moved:
-                new_sums += self._fused(a, self._read(self._at(Slot.HM, q)), sums[count:])
+                new_sums += self._fused(a, self.read(Slot.HM, q), sums[count:])
             return new_sums
 
-        sums = w.loop(first, last, 1, [w.zero] * (count * (1 + self.moved)), term)
+        sums = self.turns(first, last, [self.w.zero] * (count * (1 + self.moved)), term)
         return sums[:count], sums[count:]
 
-    def _add_outer(self, first: str, last: str, seed: list[str], hseed: list[str]) -> None:
+    def _add_outer(self, first: Index, last: Index, seed: list[str], hseed: list[str]) -> None:
         """Add seed · m (or its derivative) to the gradient of a row's coefficients."""
         w = self.w
 
-        def term(e: str, _: list[str]) -> list[str]:
-            q = w.integer(self.places[Slot.COLUMNS], e)
-            place = w.offset(self.to_a, w.times(e, self.lanes))
+        def term(e: Index, _: list[str]) -> list[str]:
+            q = self.entry(Slot.COLUMNS, e)
+            place = w.offset(self.to_a, self.times(e, self.lanes))
             total = w.load(place)
             pairs = [(seed, Slot.HM), (hseed, Slot.M)] if self.moved else [(seed, Slot.M)]
             for left, slot in pairs:
-                for one, other in zip(left, self._read(self._at(slot, q)), strict=True):
+                for one, other in zip(left, self.read(slot, q), strict=True):
                     total = w.multiply_add(one, other, total)
             w.store(total, place)
             return []
 
-        w.loop(first, last, 1, [], term)
+        self.turns(first, last, [], term)
 
-    def _column(self, q: str) -> None:
+    def _column(self, q: Index) -> None:
         """Add what comes from the rows to the gradient of a monomial."""
-        w, count = self.w, self.count
-        first = w.integer(self.places[Slot.FIRST_USE], q)
-        last = w.integer(self.places[Slot.FIRST_USE], w.plus(q, 1))
+        if not self.is_used(q):
+            return
+        count = self.count
+        first, last = self._range(Slot.FIRST_USE, q)
         slots = [(Slot.SEED, Slot.PULLED), *([(Slot.HSEED, Slot.HPULLED)] if self.moved else [])]
-        start = [value for _, slot in slots for value in self._read(self._at(slot, q))]
+        start = [value for _, slot in slots for value in self.read(slot, q)]
 
-        def use(index: str, sums: list[str]) -> list[str]:
-            row = w.times(index, 2)
-            line, e = w.integer(self.places[Slot.USES], row), w.integer(self.places[Slot.USES], w.plus(row, 1))
-            a = [w.load(self.a, w.times(e, self.lanes))] * count
+        def use(index: Index, sums: list[str]) -> list[str]:
+            place = self.times(index, 2)
+            line, e = self.entry(Slot.USES, place), self.entry(Slot.USES, self.plus(place, 1))
+            a = self._coefficient(e)
             result: list[str] = []
             for number, (slot, _) in enumerate(slots):
                 own = sums[number * count : (number + 1) * count]
-                result += self._fused(a, self._read(self._at(slot, line)), own)
+                result += self._fused(a, self.read(slot, line), own)
             return result
 
-        sums = w.loop(first, last, 1, start, use)
+        sums = self.turns(first, last, start, use)
         for number, (_, slot) in enumerate(slots):
-            self._write(self._at(slot, q), sums[number * count : (number + 1) * count])
+            self.write_to(slot, q, sums[number * count : (number + 1) * count])
 
-    def _separate(self, q: str) -> None:
+    def _separate(self, q: Index) -> None:
         """Hand the gradient of a monomial on to its factors."""
+        if not self.is_used(q):
+            return
         i, j = self._factors(q)
-        pulled = self._read(self._at(Slot.PULLED, q))
-        hpulled = self._read(self._at(Slot.HPULLED, q)) if self.moved else []
+        pulled = self.read(Slot.PULLED, q)
+        hpulled = self.read(Slot.HPULLED, q) if self.moved else []
         for here, other in ((i, j), (j, i)):
-            at = self._at(Slot.TO_Y, here)
-            values = self._read(at)
+            values = self.read(Slot.TO_Y, here)
             if self.moved:
-                values = self._fused(hpulled, self._read(self._at(Slot.Y, other)), values)
-                values = self._fused(pulled, self._read(self._at(Slot.HY, other)), values)
+                values = self._fused(hpulled, self.read(Slot.Y, other), values)
+                values = self._fused(pulled, self.read(Slot.HY, other), values)
             else:
-                values = self._fused(pulled, self._read(self._at(Slot.Y, other)), values)
-            self._write(at, values)
+                values = self._fused(pulled, self.read(Slot.Y, other), values)
+            self.write_to(Slot.TO_Y, here, values)

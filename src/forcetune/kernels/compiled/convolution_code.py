@@ -50,7 +50,10 @@ SPLINE_ROWS = 8
 """Rows of the table that a radial weight is made of: those of a spline of degree 7."""
 
 AHEAD = 6
-"""Edges from which on memory is asked for before it is needed; pairs of a receiver lie apart from one another."""
+"""Edges ahead of the one whose sum is made that memory is asked for; pairs of a receiver lie apart from one another."""
+
+TOGETHER = 4
+"""Receivers or pairs of which all paths are computed before the following ones."""
 
 SLOTS = max(Slot) + 1
 
@@ -93,22 +96,34 @@ def write(shape: Shape, target: Target) -> Writer:
 
 
 def driver() -> str:
-    """``run``: calls the function of each table with one range; tables lie one after another, their number first."""
+    """``run``: calls the functions of all tables for a range; tables lie one after another, their number first.
+
+    A few receivers or pairs at a time, so that all paths have what these have in memory while it is near.
+    """
     return f"""
 define void @run(ptr noalias %tables, i64 %first, i64 %last) nounwind {{
 entry:
   %count = load i64, ptr %tables, align 8
   %start = getelementptr i64, ptr %tables, i64 1
+  br label %range
+range:
+  %from = phi i64 [ %first, %entry ], [ %to, %head ]
+  %left = icmp slt i64 %from, %last
+  br i1 %left, label %few, label %end
+few:
+  %far = add i64 %from, {TOGETHER}
+  %over = icmp sgt i64 %far, %last
+  %to = select i1 %over, i64 %last, i64 %far
   br label %head
 head:
-  %n = phi i64 [ 0, %entry ], [ %next, %body ]
-  %table = phi ptr [ %start, %entry ], [ %following, %body ]
+  %n = phi i64 [ 0, %few ], [ %next, %body ]
+  %table = phi ptr [ %start, %few ], [ %following, %body ]
   %inside = icmp slt i64 %n, %count
-  br i1 %inside, label %body, label %end
+  br i1 %inside, label %body, label %range
 body:
   %place = load i64, ptr %table, align 8
   %function = inttoptr i64 %place to ptr
-  call void %function(ptr %table, i64 %first, i64 %last)
+  call void %function(ptr %table, i64 %from, i64 %to)
   %next = add i64 %n, 1
   %following = getelementptr i64, ptr %table, i64 {SLOTS}
   br label %head
@@ -206,7 +221,10 @@ class _Gather(_Form):
                 def edge(e: str, sums: list[str]) -> list[str]:
                     row = w.times(e, 3)
                     later = w.integer(edges, w.times(w.least(w.plus(e, AHEAD), end), 3))
-                    w.prefetch(angular, w.times(later, angular_stride), shape.dim_in * shape.dim_out)
+                    if not shape.splined:
+                        later_place = w.plus(w.times(later, radial_stride), c)
+                        for table in (radial, *([moved[0]] if self.moved_radial else [])):
+                            w.prefetch(table, later_place, count * self.lanes)
                     pair, sender = w.integer(edges, row), w.integer(edges, w.plus(row, 1))
                     r_place = w.plus(w.times(pair, radial_stride), c)
                     x_place = w.plus(w.times(sender, size), c)
@@ -276,6 +294,7 @@ class _Pull(_Form):
         def pair(a: str, _: list[str]) -> list[str]:
             count, i, j = w.integer(directions, a), w.integer(receivers, a), w.integer(senders, a)
             radial, angular = w.times(a, self.radial_stride), w.times(a, self.angular_stride)
+            self._ask_for_next(base, a)
             here = dict(base)
             for slot in (Slot.RADIAL, Slot.MOVED_RADIAL, Slot.TO_RADIAL):
                 here[slot] = w.offset(base[slot], radial)
@@ -294,6 +313,17 @@ class _Pull(_Form):
             return []
 
         w.loop("%first", "%last", 1, [], pair)
+
+    def _ask_for_next(self, base: dict[Slot, str], a: str) -> None:
+        """Have what the following pair reads at hand; its rows lie far behind those of this one."""
+        w, shape = self.w, self.shape
+        following = w.least(w.plus(a, 1), w.plus("%last", -1))
+        angular, radial = w.times(following, self.angular_stride), w.times(following, self.radial_stride)
+        for slot in (Slot.ANGULAR, *([Slot.MOVED_ANGULAR] if self.moved_angular else [])):
+            w.prefetch(base[slot], angular, shape.dim_in * shape.dim_out)
+        if not shape.splined:
+            for slot in (Slot.RADIAL, *([Slot.MOVED_RADIAL] if self.moved_radial else [])):
+                w.prefetch(base[slot], radial, shape.channels)
 
     def _ends(self, here: dict[Slot, str], d: str, i: str, j: str) -> tuple[dict[Slot, str], str | None]:
         """Addresses at the sender and the receiver in a direction, and the sign of T there."""
