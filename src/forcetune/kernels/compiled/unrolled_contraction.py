@@ -14,9 +14,9 @@ from forcetune.kernels.compiled.assembly import Target, Writer
 from forcetune.kernels.compiled.contraction_code import Form, Function, Index, Slot
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lists:
-    """The tables of a model's polynomials, as the slots of the same names."""
+    """The tables of a model's polynomials, as the slots of the same names; there is one object for each."""
 
     components: int
     outputs: int
