@@ -36,7 +36,7 @@ from forcetune.evaluation.metrics import build_graphs
 from forcetune.graphs.graph import Batch, collate
 from forcetune.kernels.compiled import assembly, threads
 from forcetune.kernels.compiled.assembly import Writer
-from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS
+from forcetune.kernels.compiled.convolution_form import SPLINE_ROWS
 from forcetune.kernels.compiled.machine import compiled, target
 from forcetune.runs.environment import describe_environment
 from forcetune.utils.files import write_text
@@ -103,29 +103,32 @@ def gather_work(args: Any) -> tuple[float, str]:
     return float(starts[-1]) * (forms * coupled + products), f"convolution of {len(paths) // 7} paths: sums"
 
 
+def _pull_sums(paths: Sequence[int], present: Sequence[bool], wanted: Sequence[bool]) -> float:
+    """Multiply-adds of the gradients for an edge, without what splines take."""
+    coupled, products, _ = _sums(paths)
+    work = (wanted[0] or any(wanted[2:])) * coupled + wanted[0] * products + any(wanted[2:]) * products
+    return (2 if present else 1) * (work + wanted[1] * (coupled + products))
+
+
 def pull_work(args: Any) -> tuple[float, str]:
     paths, directions, present, wanted = args[0], args[1], args[9], args[10]
-    coupled, products, _ = _sums(paths)
-    forms = 1 if not present else 2
-    work = (wanted[0] or any(wanted[2:])) * coupled + wanted[0] * products + any(wanted[2:]) * products
-    work += wanted[1] * (coupled + products)
-    return float(directions.sum()) * forms * work, f"convolution of {len(paths) // 7} paths: gradients"
+    work = _pull_sums(paths, present, wanted)
+    return float(directions.sum()) * work, f"convolution of {len(paths) // 7} paths: gradients"
 
 
 def splined_gather_work(args: Any) -> tuple[float, str]:
     paths, starts, present = args[0], args[1], args[10]
     coupled, products, channels = _sums(paths)
     forms = 1 if not present else (present[0] or any(present[2:])) + present[1]
-    work = forms * coupled + products + (1 + any(present[:1])) * SPLINE_ROWS * channels
+    work = forms * coupled + products + (2 if present and present[0] else 1) * SPLINE_ROWS * channels
     return float(starts[-1]) * work, f"convolution of {len(paths) // 7} paths with splines: sums"
 
 
 def splined_pull_work(args: Any) -> tuple[float, str]:
     paths, directions, present, wanted = args[0], args[1], args[12], args[13]
-    coupled, products, channels = _sums(paths)
-    forms = 1 if not present else 2
-    work = forms * (coupled + (1 + any(wanted[2:])) * products + wanted[1] * (coupled + products))
-    total = float(directions.sum()) * work + len(directions) * 2 * SPLINE_ROWS * channels
+    channels = _sums(paths)[2]
+    work = float(directions.sum()) * _pull_sums(paths, present, wanted)
+    total = work + len(directions) * 2 * SPLINE_ROWS * channels
     return total, f"convolution of {len(paths) // 7} paths with splines: gradients"
 
 

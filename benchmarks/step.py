@@ -348,11 +348,8 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     return result
 
 
-LAYERS = {
-    "contraction": ("_Polynomial", "_PolynomialBackward", "_PolynomialBackwardBackward"),
-    "convolution": ("_Convolution", "_ConvolutionBackward", "_ConvolutionBackwardBackward"),
-}
-"""Hand-written autograd functions of the kernels: forward, first and second derivative."""
+LAYERS = ("contraction", "convolution", "gate", "radial")
+"""What compiled kernels compute, as their operations are named; splined convolutions are convolutions."""
 
 
 KINDS = {
@@ -381,6 +378,8 @@ KINDS = {
 
 
 def kind_of(operation: str) -> str:
+    if operation.startswith("forcetune::"):
+        return "compiled kernels"
     if not operation.startswith("aten::"):
         return "between the operations"
     name = operation.removeprefix("aten::")
@@ -430,10 +429,12 @@ def show_profile(arguments: argparse.Namespace, rounds: int = 5) -> dict[str, An
     batch = batch_of(model, structures, torch.float64)
     eager, rows = profiled(lambda: step(model, batch), "mmea, 5 frames, float64, eager", rounds)
     eager["layers"] = {
-        layer: sum(row.cpu_time_total for row in rows if row.key in names) / rounds / 1000
-        for layer, names in LAYERS.items()
+        layer: sum(row.self_cpu_time_total for row in rows if row.key.startswith("forcetune::") and layer in row.key)
+        / rounds
+        / 1000
+        for layer in LAYERS
     }
-    print(", ".join(f"{layer} {time:.0f} ms" for layer, time in eager["layers"].items()) + ", derivatives included")
+    print("compiled kernels: " + ", ".join(f"{layer} {time:.0f} ms" for layer, time in eager["layers"].items()))
     graphs = build_graphs(model, [build_frame(Atoms(a.numbers, a.positions)) for a in structures])
     species = torch.tensor([model.elements.index(int(number)) for number in batch.numbers])
     works = {

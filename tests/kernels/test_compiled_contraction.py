@@ -9,6 +9,7 @@ from torch import Tensor
 from forcetune.irreps import parse_irreps
 from forcetune.kernels import contraction as reference
 from forcetune.kernels.compiled import choice, contraction, threads
+from forcetune.kernels.compiled.sparse_form import SparseForm
 from forcetune.kernels.harmonics import reflection_labels
 from forcetune.kernels.polynomial import BilinearForm, bilinear_form
 from forcetune.kernels.symmetric_contraction import product_couplings
@@ -35,7 +36,7 @@ class Inputs:
 
     def __init__(self, case: str, channels: int, counts: tuple[int, ...], dtype: torch.dtype = torch.float64) -> None:
         self.form, self.counts, self.channels = form_of(case), counts, channels
-        self.sparse = contraction.SparseForm(self.form)
+        self.sparse = SparseForm(self.form)
         generator = torch.Generator().manual_seed(2)
 
         def random(*shape: int) -> Tensor:

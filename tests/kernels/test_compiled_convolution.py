@@ -12,7 +12,8 @@ from torch import Tensor
 
 from convolutions import PATHS, plan_for, tensors
 from forcetune.irreps import parse_irreps
-from forcetune.kernels.compiled import choice, convolution, machine, threads
+from forcetune.kernels.compiled import choice, convolution, convolution_code, machine, threads
+from forcetune.kernels.compiled.convolution_form import Shape
 from forcetune.kernels.convolution import convolve as reference
 from forcetune.kernels.edge_plan import make_plan
 from forcetune.kernels.layers import Convolution, channelwise_paths
@@ -146,6 +147,19 @@ def test_code_is_kept_on_disk_and_made_again_where_it_is_damaged(
     assert len(written) == 2
     load()
     assert len(written) == 2
+
+
+@pytest.mark.parametrize("wanted", [None, (True, True, True)])
+@pytest.mark.parametrize("moved", [None, (True, True, True)])
+@pytest.mark.parametrize("splined", [False, True])
+def test_memory_is_asked_for_ahead(
+    wanted: tuple[bool, ...] | None, moved: tuple[bool, ...] | None, splined: bool
+) -> None:
+    """Couplings of 3 × 5 numbers take 2 lines and one that may be cut, radial weights of 8 channels 1 and one."""
+    own = machine.Target("double", 8, 32)
+    shape = Shape(3, 5, 8, False, moved, wanted, splined)  # pyright: ignore[reportArgumentType]
+    asked = convolution_code.write(shape, own).text().count("llvm.prefetch")
+    assert asked == (1 if moved is None else 2) * (3 + (0 if splined else 2))
 
 
 def test_ranges_have_equal_weights() -> None:

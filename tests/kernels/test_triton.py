@@ -31,7 +31,7 @@ from forcetune.graphs.graph import Batch, collate
 from forcetune.irreps import parse_irreps
 from forcetune.kernels import contraction as contraction_reference
 from forcetune.kernels.compiled.choice import choose_kernels, kernels_in_use
-from forcetune.kernels.compiled.contraction import SparseForm
+from forcetune.kernels.compiled.sparse_form import SparseForm
 from forcetune.kernels.convolution import convolve as convolution_reference
 from forcetune.kernels.edge_plan import make_plan, with_plan
 from forcetune.kernels.harmonics import reflection_labels

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled
-from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS
+from forcetune.kernels.compiled.convolution_form import SPLINE_ROWS
 from forcetune.kernels.compiled.splined_convolution import SplinedWeights
 from forcetune.kernels.phase import Phase
 from forcetune.kernels.radial import RadialNetwork

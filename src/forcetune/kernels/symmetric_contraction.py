@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from forcetune.irreps import Block, irreps_text, parse_irreps
 from forcetune.kernels.compiled import contraction as compiled
 from forcetune.kernels.compiled.choice import Kernels, takes_compiled, takes_triton
+from forcetune.kernels.compiled.sparse_form import SparseForm
 from forcetune.kernels.contraction import arranged, fold, polynomial
 from forcetune.kernels.cueq.contraction import ContractionPolynomial
 from forcetune.kernels.features import Features
@@ -165,9 +166,9 @@ class Coefficients:
         self._kept: dict[int, _Folded] = {}
 
     @functools.cached_property
-    def sparse(self) -> compiled.SparseForm:
+    def sparse(self) -> SparseForm:
         """The terms that are not 0."""
-        return compiled.SparseForm(self.form)
+        return SparseForm(self.form)
 
     @functools.cached_property
     def tables(self) -> triton.TermTables:

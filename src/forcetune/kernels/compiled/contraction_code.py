@@ -81,7 +81,7 @@ class Form:
 
 
 def write(form: Form, target: Target) -> Writer:
-    """The function; its range are tiles of species, species first."""
+    """The function; its range is over tiles of species, species first."""
     writer = Writer(form.name, target)
     Function(writer, form).write()
     return writer
@@ -144,7 +144,7 @@ class Function:
     def plus(self, one: Index, other: int) -> Index:
         return self.w.plus(one, other)
 
-    def turns(
+    def loop(
         self, first: Index, last: Index, carried: list[str], body: Callable[[Index, list[str]], list[str]]
     ) -> list[str]:
         """A loop by ones; arguments and result as :meth:`Writer.loop`."""
@@ -164,10 +164,6 @@ class Function:
     def _at(self, slot: Slot, item: Index) -> str:
         return self.w.offset(self.places[slot], self.w.times(item, self.count * self.lanes))
 
-    def is_used(self, q: Index) -> bool:
-        """False where it is known that a monomial is in no row and in no term."""
-        return True
-
     # ---- pieces ----------------------------------------------------------------------------------------------------
 
     def _each(self, count: Index, body: Callable[[Index], None]) -> None:
@@ -175,7 +171,7 @@ class Function:
             body(index)
             return []
 
-        self.turns(0, count, [], turn)
+        self.loop(0, count, [], turn)
 
     def _fused(self, one: Sequence[str], other: Sequence[str], third: Sequence[str] | None = None) -> list[str]:
         thirds = [None] * len(one) if third is None else third
@@ -251,8 +247,6 @@ class Function:
         return []
 
     def _monomial(self, q: Index) -> None:
-        if not self.is_used(q):
-            return
         i, j = self._factors(q)
         left, right = self.read(Slot.Y, i), self.read(Slot.Y, j)
         self.write_to(Slot.M, q, self._fused(left, right))
@@ -268,7 +262,7 @@ class Function:
         first, last = self._range(Slot.FIRST_ROW, k)
         g = [] if self.form.kind == "value" else self.read(Slot.GS, k)
         total = [w.zero] * (self.count if self.form.outer else 0)
-        total = self.turns(first, last, total, lambda row, sums: self._row(row, sums, g))
+        total = self.loop(first, last, total, lambda row, sums: self._row(row, sums, g))
         if self.form.outer:
             for value, place in zip(total, self._outside(Slot.OUT, k, n), strict=True):
                 w.store(value, place)
@@ -315,7 +309,7 @@ class Function:
                 new_sums += self._fused(a, self.read(Slot.HM, q), sums[count:])
             return new_sums
 
-        sums = self.turns(first, last, [self.w.zero] * (count * (1 + self.moved)), term)
+        sums = self.loop(first, last, [self.w.zero] * (count * (1 + self.moved)), term)
         return sums[:count], sums[count:]
 
     def _add_outer(self, first: Index, last: Index, seed: list[str], hseed: list[str]) -> None:
@@ -333,12 +327,10 @@ class Function:
             w.store(total, place)
             return []
 
-        self.turns(first, last, [], term)
+        self.loop(first, last, [], term)
 
     def _column(self, q: Index) -> None:
         """Add what comes from the rows to the gradient of a monomial."""
-        if not self.is_used(q):
-            return
         count = self.count
         first, last = self._range(Slot.FIRST_USE, q)
         slots = [(Slot.SEED, Slot.PULLED), *([(Slot.HSEED, Slot.HPULLED)] if self.moved else [])]
@@ -354,14 +346,12 @@ class Function:
                 result += self._fused(a, self.read(slot, line), own)
             return result
 
-        sums = self.turns(first, last, start, use)
+        sums = self.loop(first, last, start, use)
         for number, (_, slot) in enumerate(slots):
             self.write_to(slot, q, sums[number * count : (number + 1) * count])
 
     def _separate(self, q: Index) -> None:
         """Hand the gradient of a monomial on to its factors."""
-        if not self.is_used(q):
-            return
         i, j = self._factors(q)
         pulled = self.read(Slot.PULLED, q)
         hpulled = self.read(Slot.HPULLED, q) if self.moved else []

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from forcetune.kernels.compiled import assembly, convolution_code, threads
-from forcetune.kernels.compiled.convolution_code import SLOTS, Shape, Slot
+from forcetune.kernels.compiled import assembly, convolution_code, convolution_form, threads
+from forcetune.kernels.compiled.convolution_code import TOGETHER
+from forcetune.kernels.compiled.convolution_form import SLOTS, Shape, Slot
 from forcetune.kernels.compiled.machine import Machine, compiled, source_hash, target
 from forcetune.kernels.convolution import Path, Paths
 from forcetune.kernels.edge_plan import Plan
@@ -75,9 +76,10 @@ class Structure:
 
         def text() -> str:
             functions = [convolution_code.write(shape, own) for shape in dict.fromkeys(shapes)]
-            return assembly.module_text(functions) + convolution_code.driver()
+            driver = convolution_code.driver() if splined else convolution_code.driver(TOGETHER)
+            return assembly.module_text(functions) + driver
 
-        sources = source_hash(str(assembly.__file__), str(convolution_code.__file__))
+        sources = source_hash(*(str(file.__file__) for file in (assembly, convolution_code, convolution_form)))
         machine: Machine = compiled(repr((sources, own, sorted({shape.name for shape in shapes}))), text)
         addresses = np.array([machine.address(shape.name) for shape in shapes], dtype=np.int64)
         return threads.function(machine.address("run")), addresses

@@ -24,7 +24,7 @@ from forcetune.kernels.compiled.convolution import (
     spread_flags,
     spread_out,
 )
-from forcetune.kernels.compiled.convolution_code import SPLINE_ROWS, Slot
+from forcetune.kernels.compiled.convolution_form import SPLINE_ROWS, Slot
 from forcetune.kernels.convolution import Paths
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.phase import Phase
@@ -124,7 +124,7 @@ def _pull(
         raise RuntimeError("splines of radial weights have no second derivatives by the distances")
     structure = get_structure(tuple(paths))
     n_pairs = len(places)
-    # one row for each path, which are treated one after another
+    # one row for each path, each of which writes its own
     to_lengths = angular.new_empty(len(structure.paths), n_pairs) if wanted[0] else None
     to_angular = torch.empty_like(angular) if wanted[1] else None
     sizes = [x.numel() if want else 0 for x, want in zip(features, wanted[2:], strict=True)]

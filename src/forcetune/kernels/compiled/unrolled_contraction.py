@@ -2,7 +2,7 @@
 
 The same sums as those of :mod:`forcetune.kernels.compiled.contraction_code`, by the same code, which here knows every
 entry of its tables. Monomials and partial sums are values that the compiler keeps in registers or spills, one atom at a
-time, and monomials that no term has are left out.
+time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Lists:
 
 
 def write(form: Form, target: Target, lists: Lists) -> Writer:
-    """The function of certain polynomials; its range are tiles of species, species first."""
+    """The function of certain polynomials; its range is over tiles of species, species first."""
     writer = Writer(form.name, target)
     _Unrolled(writer, form, lists).write()
     return writer
@@ -45,8 +45,7 @@ class _Unrolled(Function):
     def __init__(self, writer: Writer, form: Form, lists: Lists) -> None:
         super().__init__(writer, form)
         self.lists = lists
-        self.used = frozenset(lists.columns) | frozenset(lists.rows[::3])
-        self.kept: dict[tuple[Slot, int], list[str]] = {}
+        self.values: dict[tuple[Slot, int], list[str]] = {}
 
     def sizes(self) -> tuple[Index, Index, Index]:
         return self.lists.components, len(self.lists.factors) // 2, self.lists.outputs
@@ -60,7 +59,7 @@ class _Unrolled(Function):
     def plus(self, one: Index, other: int) -> int:
         return _known(one) + other
 
-    def turns(
+    def loop(
         self, first: Index, last: Index, carried: list[str], body: Callable[[Index, list[str]], list[str]]
     ) -> list[str]:
         for index in range(_known(first), _known(last)):
@@ -68,13 +67,10 @@ class _Unrolled(Function):
         return carried
 
     def read(self, slot: Slot, item: Index) -> list[str]:
-        return self.kept[slot, _known(item)]
+        return self.values[slot, _known(item)]
 
     def write_to(self, slot: Slot, item: Index, values: Sequence[str]) -> None:
-        self.kept[slot, _known(item)] = [*values]
-
-    def is_used(self, q: Index) -> bool:
-        return q in self.used
+        self.values[slot, _known(item)] = [*values]
 
 
 def _known(index: Index) -> int:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forcetune.kernels.compiled.contraction import Setting, SparseForm, run
+from forcetune.kernels.compiled.contraction import Setting, run
+from forcetune.kernels.compiled.sparse_form import SparseForm
 from forcetune.kernels.constants import Constant
 from forcetune.kernels.edge_plan import Plan
 from forcetune.kernels.phase import Phase
