@@ -348,7 +348,7 @@ def inference_table(arguments: argparse.Namespace, dtype: str) -> list[dict[str,
     return result
 
 
-LAYERS = ("contraction", "convolution", "gate", "radial")
+LAYERS = ("contraction", "convolution", "radial")
 """What compiled kernels compute, as their operations are named; splined convolutions are convolutions."""
 
 
