@@ -3,10 +3,11 @@
     python benchmarks/transfer.py --data DATA --out OUT --base sevennet-0 --sets ethanol,alloy \
         --methods readout,full,elora,mmea,mmea-pure,sparse [--frames 40] [--steps 150] [--seeds 3] [--processes 2]
 
-DATA is the folder with ``rmd17``, ``crystals``, ``acac``, ``3bpa`` and ``water``. Of every set so many training frames
-are drawn (always the same), others validate, others test; all are written to OUT/frames. A run starts from the base
-with E0 re-estimated and takes the same number of steps of a few frames (``batch`` of the set), with a short warm-up and
-a cosine, or schedule-free where the method asks for it; the epoch with the lowest validation loss counts.
+DATA is the folder with ``rmd17``, ``crystals``, ``acac``, ``3bpa``, ``water`` and ``magnetic``. Of every set so many
+training frames are drawn (always the same), others validate, others test; all are written to OUT/frames. A run starts
+from the base with E0 re-estimated and takes the same number of steps of a few frames (``batch`` of the set), with a
+short warm-up and a cosine, or schedule-free where the method asks for it; the epoch with the lowest validation loss
+counts.
 
 Learning rates: the method's default for the base, three times less and three times more are tried with the first seed,
 then further ones as long as the best by validation loss is at the edge. The other seeds run with the best. Errors in
@@ -27,33 +28,41 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.io import read, write
+from magnetic_forces import FACTOR
 from rich.console import Console
 
 RATE_FACTOR = 3.0
 MOST_RATES = 8
 ENERGY, FORCES, STRESS = "energy_mae_mev_per_atom", "forces_mae_mev_per_ang", "stress_mae_mev_per_ang3"
+MOMENTS, MAGFORCES = "moment_mae_mub", "magforce_mae_mev"
+OPTIONAL = {STRESS: ("stress, meV/Å³", 2), MOMENTS: ("moments, μB", 4), MAGFORCES: ("magnetic forces, meV/rad", 2)}
+"""Errors that only some sets have: heading and digits."""
 METHODS = "readout,full,elora,mmea,mmea-pure,sparse,sparse-h,gain"
 
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """Files below DATA; without a file of its own, validation frames are other frames of the training file.
+    """Files below DATA; without files of their own, validation and test frames are other frames of the training file.
 
     Attributes:
         batch: frames of a step.
+        settings: of every run, unless a method has others.
+        magforces: what labels of magnetic forces are multiplied by.
     """
 
     train: str
-    test: str
+    test: str = ""
     valid: str = ""
     batch: int = 2
+    settings: Mapping[str, str] = field(default_factory=dict)
+    magforces: float = 1.0
 
 
 def molecule(name: str) -> DataSet:
@@ -78,6 +87,8 @@ SETS = {
     "acac-600": DataSet("acac/train_300K.xyz", "acac/test_MD_600K.xyz", batch=5),
     "acac-dihedral": DataSet("acac/train_300K.xyz", "acac/test_dihedral.xyz", batch=5),
     "acac-transfer": DataSet("acac/train_300K.xyz", "acac/test_H_transfer.xyz", batch=5),
+    "nio": DataSet("magnetic/NiO_spin_train.xyz", settings={"magnetism.layer": "spin"}, magforces=FACTOR),
+    "fe": DataSet("magnetic/Fe_magmom_train.xyz", settings={"magnetism.layer": "spin"}),
     "3bpa-mixed": DataSet("3bpa/train_300K.xyz", "3bpa/train_mixedT.xyz", batch=5),
 }
 
@@ -124,7 +135,8 @@ def draw_frames(data: Path, out: Path, name: str, frames: int, tests: int) -> di
     source = read_frames(data / definition.train)
     order = np.random.default_rng(123).permutation(len(source))
     n_valid = max(frames // 2, 10)
-    if frames + (0 if definition.valid else n_valid) > len(source):
+    others = order[frames:]
+    if (0 if definition.valid else n_valid) + (not definition.test) > len(others):
         raise SystemExit(
             f"{name}: {frames} frames to train on and {n_valid} others are more than the {len(source)} there are."
         )
@@ -132,9 +144,15 @@ def draw_frames(data: Path, out: Path, name: str, frames: int, tests: int) -> di
     if definition.valid:
         parts["valid"] = sample(read_frames(data / definition.valid), n_valid)
     else:
-        parts["valid"] = [source[i] for i in sorted(order[frames : frames + n_valid])]
-    parts["test"] = sample(read_frames(data / definition.test), tests)
+        parts["valid"], others = [source[i] for i in sorted(others[:n_valid])], others[n_valid:]
+    if definition.test:
+        parts["test"] = sample(read_frames(data / definition.test), tests)
+    else:
+        parts["test"] = [source[i] for i in sorted(others[:tests])]
     for part, chosen in parts.items():
+        for atoms in chosen:
+            if "REF_magforces" in atoms.arrays:
+                atoms.arrays["REF_magforces"] *= definition.magforces
         write(paths[part].with_suffix(".part.xyz"), chosen, format="extxyz")
         paths[part].with_suffix(".part.xyz").replace(paths[part])
     return paths
@@ -210,7 +228,7 @@ def run_job(
                 "training": usual | training,
                 "output": {"run": str(job.folder), "overwrite": True, "forgetting": False},
             },
-            settings=[f"{key}={value}" for key, value in settings.items()],
+            settings=[f"{key}={value}" for key, value in {**SETS[job.set].settings, **settings}.items()],
         ),
         console=Console(quiet=True),
     )
@@ -289,7 +307,7 @@ def collect(job: Job, seeds: int) -> dict[str, Any] | None:
         "seconds_per_step": statistics.median(one["training"]["seconds_per_step"] for one in chosen),
         "before": {key: chosen[0]["errors"]["test"]["before"].get(key) for key in (ENERGY, FORCES, STRESS)},
     }
-    for key in (ENERGY, FORCES, STRESS):
+    for key in (ENERGY, FORCES, *OPTIONAL):
         values = [one["errors"]["test"]["after"].get(key) for one in chosen]
         if all(value is not None for value in values):
             row[key] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -315,14 +333,16 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
         if not rows:
             continue
         first = next(iter(rows.values()))
-        stress = any(STRESS in row for row in rows.values())
+        optional = {key: named for key, named in OPTIONAL.items() if any(key in row for row in rows.values())}
         sparse = any("zeros_of_wrapped_percent" in row for row in rows.values())
         head = ["method", "trained", "adapter kB", "rate", "seeds", "energy, meV/atom", "forces, meV/Å"]
-        head += ["stress, meV/Å³"] * stress + ["zeros, %"] * sparse + ["s/step"]
+        head += [*(title for title, _ in optional.values()), *["zeros, %"] * sparse, "s/step"]
         lines += [f"**{name}**", "", "| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
         before = first["before"]
         cells = ["zero-shot", "0", "", "", "", f"{before[ENERGY]:.2f}", f"{before[FORCES]:.1f}"]
-        cells += [f"{before[STRESS]:.2f}" if before[STRESS] is not None else ""] * stress + [""] * sparse + [""]
+        known = {key: before.get(key) for key in optional}
+        cells += ["" if value is None else f"{value:.{optional[key][1]}f}" for key, value in known.items()]
+        cells += [""] * sparse + [""]
         lines.append("| " + " | ".join(cells) + " |")
         for method, row in rows.items():
             cells = [
@@ -334,7 +354,7 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
                 cell(row, ENERGY, 2),
                 cell(row, FORCES, 1),
             ]
-            cells += [cell(row, STRESS, 2)] * stress
+            cells += [cell(row, key, digits) for key, (_, digits) in optional.items()]
             zeros = row.get("zeros_of_wrapped_percent")
             cells += ["" if zeros is None else f"{zeros:.0f}"] * sparse
             lines.append("| " + " | ".join([*cells, f"{row['seconds_per_step']:.2f}"]) + " |")
@@ -376,7 +396,7 @@ def draw(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with rmd17, crystals, acac, 3bpa, water")
+    parser.add_argument("--data", type=Path, required=True, help="folder with rmd17, crystals, acac, 3bpa, water, …")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="sevennet-0", help="name or file of the foundation model")
     parser.add_argument("--head", help="head or modality of the base")

@@ -43,12 +43,14 @@ class State(NamedTuple):
         forces: (atoms, 3), eV/Å.
         stress: (3, 3), eV/Å³, positive under tension.
         moments: (atoms, 3), μB.
+        fields: (atoms, 3), −∂E/∂directions, eV, along the directions included.
     """
 
     energy: float
     forces: np.ndarray
     stress: np.ndarray
     moments: np.ndarray
+    fields: np.ndarray
 
 
 def exchange(distance: Tensor) -> Tensor:
@@ -112,13 +114,16 @@ def solve(atoms: Atoms, directions: np.ndarray | None) -> State:
     distance = torch.linalg.vector_norm(vectors, dim=1)
     energy = lattice_energy(distance, receiver, len(atoms))
     moments = np.zeros((len(atoms), 3))
+    unit = torch.tensor(moments if directions is None else directions, requires_grad=True)
     if directions is not None:
-        unit = torch.tensor(directions)
         product = (unit[sender] * unit[receiver]).sum(1)
         coupling = exchange(distance) * product
         size = magnitudes(coupling.detach(), sender, receiver, len(atoms))
         energy = energy - 0.5 * (coupling * size[sender] * size[receiver]).sum()
         energy = energy + (LANDAU_2 * size**2 + LANDAU_4 * size**4).sum()
-        moments = (size[:, None] * unit).numpy()
-    slope, pull = torch.autograd.grad(energy, (positions, strain))
-    return State(float(energy.detach()), -slope.numpy(), pull.numpy() / atoms.get_volume(), moments)
+        moments = (size[:, None] * unit).detach().numpy()
+    leaves = (positions, strain, unit)
+    # sizes have the lowest energy, so that nothing depends on their changes
+    slope, pull, turn = torch.autograd.grad(energy, leaves, allow_unused=True, materialize_grads=True)
+    energy = float(energy.detach())
+    return State(energy, -slope.numpy(), pull.numpy() / atoms.get_volume(), moments, -turn.numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from forcetune.adapters.methods import Method
@@ -28,13 +29,23 @@ class MagneticPart(TrainablePart):
         super().__init__()
         self.layer = options.build(backbone.n_scalars, backbone.cutoff, dtype=backbone.dtype, device=backbone.device)
         self._rate = options.learning_rate
+        self._directions = options.layer == "spin" and options.takes_directions
 
     def forward(self, scalars: Tensor, vectors: Tensor, batch: Batch) -> Extra:
+        if self._directions:
+            # lengths make no difference, so that the derivative by a direction is what turns it
+            batch = replace(batch, spins=_unit(batch.spins))
         return self.layer(scalars, vectors, batch)
 
     def options(self) -> dict[str, ParameterOptions]:
         """It starts from nothing and learns at its own rate, whatever that of the run is."""
         return {name: ParameterOptions(learning_rate=self._rate) for name, _ in self.named_parameters()}
+
+
+def _unit(spins: Tensor) -> Tensor:
+    """(atoms, 3) with length 1, but for what is zero or not known."""
+    squared = spins.square().sum(dim=1, keepdim=True)
+    return spins * torch.rsqrt(torch.where(squared > 0, squared, 1.0))
 
 
 def with_magnetism(method: Method, config: MagnetismConfig, keys: LabelKeys, frames: Sequence[Frame]) -> Method:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import InputError
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, with_spin_leaf
 from forcetune.kernels.edge_plan import Plan, PlanCache, given_plan, make_plan
 from forcetune.kernels.features import Features
 from forcetune.kernels.layers import EquivariantLinear
@@ -261,8 +261,8 @@ class NetworkBackbone:
             symmetric = (strain + strain.transpose(1, 2)) / 2
             moved = positions + torch.einsum("ai,aij->aj", positions, symmetric[batch.graph_index])
             cell = batch.cell + batch.cell @ symmetric
-        if batch.spins.requires_grad:
-            leaves.append(batch.spins)
+        batch = with_spin_leaf(batch)
+        leaves.append(batch.spins)
         phase = Phase(twice=create_graph, curved=False)
         atoms, features = self.model(plan, phase, _vectors(plan, moved, cell, batch))
         energy = _summed(atoms, batch.graph_index[plan.order], batch.n_graphs)
@@ -279,7 +279,8 @@ class NetworkBackbone:
             )
         phase.forces_are_done()
         stresses = per_volume(slopes[1], batch.cell) if stress else None
-        fields = -slopes[-1] if batch.spins.requires_grad else None
+        # an energy without moments is that of a head, which knows no spins
+        fields = None if extra.energy is None or extra.moments is None else -slopes[-1]
         energies = None
         if not create_graph and (extra.energy is None or extra.energies is not None):
             energies = atoms.double()[plan.place]

@@ -27,8 +27,8 @@ class Prediction(NamedTuple):
         forces: (atoms, 3), eV/Å.
         stress: (graphs, 3, 3), eV/Å³, ASE's sign, or None when not asked for.
         moments: (atoms, 3) magnetic moments, or (atoms, 1) magnitudes, μB; None of a model that knows none.
-        fields: (atoms, 3) effective fields −∂E/∂s, eV per unit of the spins given; None unless the spins of the batch
-            require gradients.
+        fields: (atoms, 3) effective fields −∂E/∂s, eV per unit of the spins given; None of a model whose energy knows
+            no spins.
         energies: (atoms,), eV, the share of each atom in the energy, reference energies included; None of a model that
             has no such shares, and where gradients of the prediction are kept.
     """

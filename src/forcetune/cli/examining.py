@@ -20,6 +20,7 @@ from forcetune.cli.options import (
     Head,
     HessianKey,
     Json,
+    MagforcesKey,
     Model,
     MomentsKey,
     PredictionDtype,
@@ -62,6 +63,7 @@ def evaluate(
     stress_key: StressKey = None,
     moments_key: MomentsKey = None,
     spins_key: SpinsKey = None,
+    magforces_key: MagforcesKey = None,
     hessian_key: HessianKey = None,
     type_map: TypeMap = None,
     head: UntrainedHead = None,
@@ -81,6 +83,7 @@ def evaluate(
         stress_key=stress_key,
         moments_key=moments_key,
         spins_key=spins_key,
+        magforces_key=magforces_key,
         type_map=split_names(type_map),
         device=device,
         dtype=dtype,
@@ -93,6 +96,7 @@ def evaluate(
         "--stress-key": stress_key,
         "--moments-key": moments_key,
         "--spins-key": spins_key,
+        "--magforces-key": magforces_key,
         "--hessian-key": hessian_key,
     }
     _check_evaluation(uncertainty, several, plot, adapter, head, hessian_key, not_with_uncertainty)
@@ -151,7 +155,11 @@ def _evaluate_uncertainty(
 
     if plot is not None:
         check_plot(plot)
-    used = {name: value for name, value in options.items() if not name.startswith(("stress", "moments", "spins"))}
+    used = {
+        name: value
+        for name, value in options.items()
+        if not name.startswith(("stress", "moments", "spins", "magforces"))
+    }
     errors = evaluate_uncertainty(run, data, ensemble=ensemble, **used)
     if plot is not None:
         write_reliability(plot, errors["uncertainty"])

@@ -59,6 +59,9 @@ EnergyKey = Annotated[str | None, typer.Option("--energy-key", help=about(config
 ForcesKey = Annotated[str | None, typer.Option("--forces-key", help=about(configuration.DataConfig, "forces_key"))]
 StressKey = Annotated[str | None, typer.Option("--stress-key", help=about(configuration.DataConfig, "stress_key"))]
 MomentsKey = Annotated[str | None, typer.Option("--moments-key", help=about(configuration.DataConfig, "moments_key"))]
+MagforcesKey = Annotated[
+    str | None, typer.Option("--magforces-key", help=about(configuration.DataConfig, "magforces_key"))
+]
 HessianKey = Annotated[str | None, typer.Option("--hessian-key", help=about(configuration.DataConfig, "hessian_key"))]
 TypeMap = Annotated[str | None, typer.Option("--type-map", help=about(configuration.DataConfig, "type_map"))]
 SpinsKey = Annotated[str | None, typer.Option("--spins-key", help=about(configuration.DataConfig, "spins_key"))]

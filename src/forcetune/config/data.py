@@ -43,6 +43,11 @@ class DataConfig(Section):
     spins_key: str = Field(
         default="auto", description="Key of the magnetic state that the spin layer is given; `none` ignores it."
     )
+    magforces_key: str = Field(
+        default="auto",
+        description="Key of magnetic forces −∂E/∂m (atoms × 3), eV/μB; looked for only with a magnetic layer, `none` "
+        "ignores them.",
+    )
     hessian_key: str = Field(
         default="auto", description="Key of Hessians (3 atoms × 3 atoms), eV/Å²; `none` ignores them."
     )

@@ -106,6 +106,11 @@ class RunConfig(Section):
             raise ValueError("training.refine minimizes a loss without Hessians; leave it or training.loss.hessian out")
         if training.loss.moments > 0 and self.magnetism.layer == "off":
             raise ValueError("training.loss.moments needs a magnetic layer; set magnetism.layer (--magnetic)")
+        magforces = max(training.loss.magforces_weight, training.second_stage.loss.magforces_weight)
+        if magforces > 0 and self.magnetism.layer != "spin":
+            raise ValueError("training.loss.magforces needs a spin layer; set magnetism.layer=spin (--magnetic)")
+        if magforces > 0 and self.data.magforces_key == "none":
+            raise ValueError("training.loss.magforces needs labels of magnetic forces, but data.magforces_key is none")
         return self
 
     def with_method_defaults(self, learning_rate: float, optimizer: str) -> RunConfig:

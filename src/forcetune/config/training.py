@@ -25,6 +25,12 @@ class LossConfig(Section):
         "have stress labels; 0 leaves them out.",
     )
     moments: float = Field(default=0.0, ge=0, description="Weight of the moment term; needs a magnetic layer.")
+    magforces: float | None = Field(
+        default=None,
+        ge=0,
+        description="Weight of the term of magnetic forces; needs a spin layer. When not given: 1 with such a layer "
+        "where training frames have these labels; 0 leaves them out.",
+    )
     hessian: float = Field(
         default=0.0,
         ge=0,
@@ -54,6 +60,11 @@ class LossConfig(Section):
     def stress_weight(self) -> float:
         """Weight of the stress term; 0 until :func:`forcetune.training.label_weights.settle` chose one."""
         return self.stress or 0.0
+
+    @property
+    def magforces_weight(self) -> float:
+        """Weight of the term of magnetic forces; 0 until it was chosen, as that of stress."""
+        return self.magforces or 0.0
 
 
 class SecondStageLossConfig(LossConfig):

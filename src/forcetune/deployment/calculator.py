@@ -149,8 +149,6 @@ class ForcetuneCalculator(Calculator):
 
     def _results(self, batch: Batch, stress: bool) -> dict[str, Any]:
         spins = self.magnetism is not None and self.magnetism.layer == "spin"
-        if spins:
-            batch.spins.requires_grad_()
         if self._on_device:
             (prediction,) = self._moving_batch().predict(batch, stress=stress)
         elif spins:

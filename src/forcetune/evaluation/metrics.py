@@ -26,6 +26,8 @@ class Errors:
 
     Energies in meV and meV/atom, forces in meV/Å over all components, stress in meV/Å³ over all components, moments in
     μB over all components (over magnitudes, where only these are predicted), Hessians in eV/Å² over all entries.
+    Magnetic forces −∂E/∂s in meV over all components, for each unit of the state s that the layer is given: μB, or a
+    radian where it is given directions; then only what turns them counts.
 
     Attributes:
         hessian_frames: frames whose Hessians were compared, by `evaluate` and after a fit.
@@ -42,13 +44,15 @@ class Errors:
     stress_rmse_mev_per_ang3: float | None = None
     moment_mae_mub: float | None = None
     moment_rmse_mub: float | None = None
+    magforce_mae_mev: float | None = None
+    magforce_rmse_mev: float | None = None
     hessian_mae_ev_per_ang2: float | None = None
     hessian_rmse_ev_per_ang2: float | None = None
     hessian_frames: int | None = None
 
     def to_json(self) -> dict[str, float | int | None]:
-        """As printed by ``forcetune evaluate --json``; keys of stress, moments and Hessians only where compared."""
-        optional = ("stress", "moment", "hessian")
+        """As printed by ``forcetune evaluate --json``; keys of what few frames have only where it was compared."""
+        optional = ("stress", "moment", "magforce", "hessian")
         return {k: v for k, v in asdict(self).items() if v is not None or not k.startswith(optional)}
 
 
@@ -57,6 +61,7 @@ COMPARED = (
     ("forces", "forces_mae_mev_per_ang", "meV/Å"),
     ("stress", "stress_mae_mev_per_ang3", "meV/Å³"),
     ("moments", "moment_mae_mub", "μB"),
+    ("magnetic forces", "magforce_mae_mev", "meV"),
 )
 GREW = 1.02
 """Errors that grew by less are noise of a few frames."""
@@ -86,6 +91,7 @@ class Predictions:
         forces, forces_label: (atoms, 3), eV/Å.
         stress, stress_label: (frames, 3, 3), eV/Å³; None when not computed.
         moments, moments_label: (atoms, 3), or (atoms, 1) for magnitudes, μB; None when not computed.
+        magforces, magforces_label: (atoms, 3), eV per unit of the state; None when not computed.
     """
 
     numbers: np.ndarray
@@ -98,11 +104,13 @@ class Predictions:
     stress_label: FloatArray | None
     moments: FloatArray | None = None
     moments_label: FloatArray | None = None
+    magforces: FloatArray | None = None
+    magforces_label: FloatArray | None = None
 
     @staticmethod
     def of(batch: Batch, prediction: Prediction) -> Predictions:
         """Of one batch on the CPU."""
-        stress, moments = prediction.stress, prediction.moments
+        stress, moments, fields = prediction.stress, prediction.moments, prediction.fields
         labels = None if moments is None else moment_labels(moments, batch.moments)
         return Predictions(
             numbers=batch.numbers.numpy(),
@@ -115,6 +123,8 @@ class Predictions:
             stress_label=None if stress is None else batch.stress.double().numpy(),
             moments=None if moments is None else moments.double().numpy(),
             moments_label=None if labels is None else labels.double().numpy(),
+            magforces=None if fields is None else fields.double().numpy(),
+            magforces_label=None if fields is None else batch.magforces.double().numpy(),
         )
 
     def shifted(self, shift: Mapping[int, float]) -> Predictions:
@@ -137,7 +147,11 @@ class Predictions:
             mae_m, rmse_m = (
                 None if value is None else value / 1000 for value in _mean_errors(self.moments, self.moments_label)
             )
-        return Errors(len(self.atoms), mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s, mae_m, rmse_m)
+        mae_b = rmse_b = None
+        if self.magforces is not None and self.magforces_label is not None:
+            mae_b, rmse_b = _mean_errors(self.magforces, self.magforces_label)
+        means = (mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s, mae_m, rmse_m, mae_b, rmse_b)
+        return Errors(len(self.atoms), *means)
 
 
 def _mean_errors(predicted: FloatArray, label: FloatArray) -> tuple[float | None, float | None]:
@@ -154,12 +168,13 @@ class Tally:
 
     Attributes:
         n_frames: counted so far.
-        sums: of energies, energies per atom, forces, stresses, moments (rows): entries, |error|, error².
+        sums: of energies, energies per atom, forces, stresses, moments, magnetic forces (rows): entries, |error|,
+            error².
     """
 
     def __init__(self) -> None:
         self.n_frames = 0
-        self.sums = np.zeros((5, 3))
+        self.sums = np.zeros((6, 3))
 
     def add(self, predictions: Predictions) -> None:
         """Count frames with what was predicted for them."""
@@ -169,6 +184,7 @@ class Tally:
             (predictions.forces, predictions.forces_label),
             (predictions.stress, predictions.stress_label),
             (predictions.moments, predictions.moments_label),
+            (predictions.magforces, predictions.magforces_label),
         )
         for row, (predicted, label) in zip(self.sums, pairs, strict=True):
             if predicted is None or label is None:
@@ -189,9 +205,10 @@ class Tally:
             (1e3 * float(absolute / count), 1e3 * float(np.sqrt(square / count))) if count else (None, None)
             for count, absolute, square in self.sums
         ]
-        (mae_e, rmse_e), (mae_atom, rmse_atom), (mae_f, rmse_f), (mae_s, rmse_s), moments = means
+        (mae_e, rmse_e), (mae_atom, rmse_atom), (mae_f, rmse_f), (mae_s, rmse_s), moments, (mae_b, rmse_b) = means
         mae_m, rmse_m = (None if value is None else value / 1000 for value in moments)
-        return Errors(self.n_frames, mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s, mae_m, rmse_m)
+        by_field = (mae_e, mae_atom, rmse_e, rmse_atom, mae_f, rmse_f, mae_s, rmse_s, mae_m, rmse_m, mae_b, rmse_b)
+        return Errors(self.n_frames, *by_field)
 
 
 def check_elements(backbone: Backbone, frames: Sequence[Frame]) -> None:
@@ -289,11 +306,13 @@ def gather(pairs: Sequence[tuple[Batch, Prediction]]) -> tuple[Batch, Prediction
     """Batches and their predictions, laid one after another on the CPU."""
     stresses = [prediction.stress.cpu() for _, prediction in pairs if prediction.stress is not None]
     moments = [prediction.moments.cpu() for _, prediction in pairs if prediction.moments is not None]
+    fields = [prediction.fields.cpu() for _, prediction in pairs if prediction.fields is not None]
     prediction = Prediction(
         torch.cat([prediction.energy.cpu() for _, prediction in pairs]),
         torch.cat([prediction.forces.cpu() for _, prediction in pairs]),
         torch.cat(stresses) if stresses else None,
         torch.cat(moments) if moments else None,
+        torch.cat(fields) if fields else None,
     )
     return collate([batch.to(device="cpu") for batch, _ in pairs]), prediction
 

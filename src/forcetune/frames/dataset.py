@@ -14,7 +14,7 @@ import numpy as np
 from forcetune.config import DataConfig, MagnetismConfig, SpinInputs
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import Frame, FrameSet, LabelKeys
-from forcetune.frames.labels import NONE, Label
+from forcetune.frames.labels import MAGNETIC, NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import content_size, expand
 from forcetune.frames.spins import OF_FILE, resolved_inputs, with_spins
@@ -229,7 +229,7 @@ def _read(
     name: str,
     expected: LabelKeys | None = None,
 ) -> FrameSet:
-    unasked = () if magnetic else ("moments", "spins")
+    unasked = () if magnetic else MAGNETIC
     asked = LabelKeys(*(NONE if name in unasked else getattr(config, f"{name}_key") for name in LabelKeys._fields))
     frame_set = reader(sources, asked, expect, name)
     for label, ours, theirs in zip(LabelKeys._fields, frame_set.keys, expected or frame_set.keys, strict=True):

@@ -48,10 +48,12 @@ class Frame:
         origin: file and position, for error messages.
         moments: (atoms, 3), magnetic moments, μB (a number per atom in the file stands for its z component), or None.
         spins: (atoms, 3), the magnetic state that the labels belong to, as a spin-aware layer takes it, or None.
+        magforces: (atoms, 3), magnetic forces −∂E/∂s, eV per unit of the state s (μB, or a radian where it is a
+            direction), or None.
         hessian: (3 atoms, 3 atoms), ∂²E/∂x∂x′ in the order x, y, z of atom 0, 1, …, symmetric, eV/Å², or None; frames
             on disk have none.
         energy_weight, forces_weight, stress_weight, moments_weight, hessian_weight: how much each label counts in the
-            loss, positive; from the file (:mod:`forcetune.frames.weights`).
+            loss, positive; from the file (:mod:`forcetune.frames.weights`). Magnetic forces count as moments.
         charge, multiplicity: total charge and spin as the file names them, or None; no model here knows them.
     """
 
@@ -65,6 +67,7 @@ class Frame:
     origin: Origin
     moments: FloatArray | None = None
     spins: FloatArray | None = None
+    magforces: FloatArray | None = None
     hessian: FloatArray | None = None
     energy_weight: float = 1.0
     forces_weight: float = 1.0
@@ -95,6 +98,7 @@ class LabelKeys(NamedTuple):
     moments: str | None = None
     spins: str | None = None
     hessian: str | None = None
+    magforces: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,10 +12,11 @@ Labels are looked for under these names, in this order, and one choice holds for
   stands for the z component
 - Hessians: ``REF_hessian, dft_hessian, DFT_hessian, ref_hessian, hessian, Hessian``
 - spins (the magnetic state that a spin-aware layer is given): ``REF_spins, spins, initial_magmoms``
+- magnetic forces (−∂E/∂m of each moment): ``REF_magforces, dft_magforces, magforces, mag_forces, force_mag``
 
-Moments and spins are looked for only where a run asks for them. Last come the results of an attached ASE calculator
-(``calculator``). A stress and a virial that say the same are one label. ASE's extended-XYZ reader moves ``energy``,
-``forces``, ``stress``, … into such a calculator; they are found under the name they have in the file.
+Moments, spins and magnetic forces are looked for only where a run asks for them. Last come the results of an attached
+ASE calculator (``calculator``). A stress and a virial that say the same are one label. ASE's extended-XYZ reader moves
+``energy``, ``forces``, ``stress``, … into such a calculator; they are found under the name they have in the file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ase import Atoms
 from forcetune.errors import InputError, warn
 from forcetune.frames.frame import SMALLEST_VOLUME, FloatArray, LabelKeys, Origin, compute_volume
 
-Label = Literal["energy", "forces", "stress", "moments", "spins", "hessian"]
+Label = Literal["energy", "forces", "stress", "moments", "spins", "hessian", "magforces"]
 LABELS: tuple[Label, ...] = get_args(Label)
 
 AUTO = "auto"
@@ -57,7 +58,11 @@ CANDIDATES: dict[Label, tuple[str, ...]] = {
     ),
     "spins": ("REF_spins", "spins", "initial_magmoms"),
     "hessian": ("REF_hessian", "dft_hessian", "DFT_hessian", "ref_hessian", "hessian", "Hessian"),
+    "magforces": ("REF_magforces", "dft_magforces", "magforces", "mag_forces", "force_mag"),
 }
+
+MAGNETIC: tuple[Label, ...] = ("moments", "spins", "magforces")
+"""Labels that are looked for only where there is a magnetic layer."""
 
 _NAMES_IN_RESULTS: dict[Label, str] = {"moments": "magmoms"}
 """Where a calculator's results have another name."""

@@ -45,6 +45,7 @@ def read_frames(
     moments_key: str = NONE,
     spins_key: str = NONE,
     hessian_key: str = AUTO,
+    magforces_key: str = NONE,
     require: Sequence[Label] = ("energy",),
     expect: Sequence[Label] = (),
     name: str = "training data",
@@ -67,6 +68,7 @@ def read_frames(
         moments_key: as above for magnetic moments, (atoms, 3) or (atoms,), μB; not looked for by default.
         spins_key: as above for the magnetic state that a spin-aware layer is given, of the same shapes.
         hessian_key: as above for Hessians, eV/Å², of the shapes in :func:`forcetune.frames.hessians.hessian_matrix`.
+        magforces_key: as above for magnetic forces −∂E/∂m, eV/μB, of the shapes of moments; not looked for by default.
         require: labels that every frame must have. Isolated atoms may lack forces, and frames that are not
             periodic may lack stress.
         expect: labels that some frame must have, unless their key is ``none``; where one lacks it, it simply does not
@@ -88,7 +90,7 @@ def read_frames(
         for index, atoms in enumerate(iterate_structures(file, format_name, type_map)):
             raws.append(raw_frame(atoms, Origin(str(file), index), moved=moved))
     say_conversions(kinds)
-    asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key)
+    asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key, magforces_key)
     frames, keys = _label(raws, asked, require, name, expect, ignored)
     digest = hashlib.sha256("".join(content_hash(file) for file in files).encode()).hexdigest()
     return FrameSet(frames, keys, tuple(str(file) for file in files), digest)
@@ -103,6 +105,7 @@ def frames_from_atoms(
     moments_key: str = NONE,
     spins_key: str = NONE,
     hessian_key: str = AUTO,
+    magforces_key: str = NONE,
     require: Sequence[Label] = ("energy",),
     expect: Sequence[Label] = (),
     name: str = "training data",
@@ -118,7 +121,7 @@ def frames_from_atoms(
     raws = [raw_frame(atoms, Origin("<atoms>", i), in_memory=True) for i, atoms in enumerate(atoms_list)]
     if not raws:
         raise InputError(f"{name}: the list of structures is empty; give at least one.")
-    asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key)
+    asked = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key, magforces_key)
     frames, keys = _label(raws, asked, require, name, expect)
     return FrameSet(frames, keys, ("<atoms>",), _content_hash(frames))
 
@@ -196,6 +199,7 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
     stress = _numbers(raw, "stress", keys.stress if weights.stress else None)
     moments = _numbers(raw, "moments", keys.moments)
     spins = _numbers(raw, "spins", keys.spins)
+    magforces = _numbers(raw, "magforces", keys.magforces)
     hessian = _numbers(raw, "hessian", keys.hessian if weights.hessian else None)
     return Frame(
         numbers=np.array(atoms.numbers, dtype=np.int64),
@@ -208,6 +212,7 @@ def labelled_frame(raw: RawFrame, keys: LabelKeys) -> Frame:
         origin=raw.origin,
         moments=None if moments is None else _vectors(raw, "moments", keys.moments, moments),
         spins=None if spins is None else _vectors(raw, "spins", keys.spins, spins),
+        magforces=None if magforces is None else _vectors(raw, "magforces", keys.magforces, magforces),
         hessian=None if hessian is None else hessian_matrix(raw, str(keys.hessian), hessian),
         energy_weight=weights.energy,
         forces_weight=weights.forces,
@@ -279,7 +284,7 @@ def _content_hash(frames: Sequence[Frame]) -> str:
     digest = hashlib.sha256()
     for frame in frames:
         labels = (np.asarray(value, dtype=np.float64) for value in (frame.energy, frame.forces, frame.stress))
-        more = (value for value in (frame.moments, frame.spins, frame.hessian) if value is not None)
+        more = (value for value in (frame.moments, frame.spins, frame.magforces, frame.hessian) if value is not None)
         weights = np.array([frame.energy_weight, frame.forces_weight, frame.stress_weight, frame.moments_weight])
         if (weights != 1).any():
             more = (*more, weights)

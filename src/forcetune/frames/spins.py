@@ -58,7 +58,7 @@ def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]
         frames: with moments, or with spins of their own.
         inputs: ``initial`` keeps the spins of the file, ``unit`` takes unit vectors along them, ``directions`` unit
             vectors along the moments (zero for moments below :data:`SMALLEST_MOMENT`), ``moments`` the moments
-            themselves.
+            themselves. Magnetic forces of directions become those that turn them.
 
     Raises:
         InputError: a frame lacks what is needed; names file and frame.
@@ -72,8 +72,20 @@ def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]
                 f"{frame.origin}: has no {what}, which the spin-aware layer starts from; add them to the frame, set "
                 f"data.{key}_key, or choose other inputs (magnetism.inputs)."
             )
-        result.append(replace(frame, spins=directions(vectors) if inputs in DIRECTIONS else vectors))
+        if inputs in DIRECTIONS:
+            frame = replace(frame, magforces=_turning(frame, vectors))
+            vectors = directions(vectors)
+        result.append(replace(frame, spins=vectors))
     return tuple(result)
+
+
+def _turning(frame: Frame, vectors: FloatArray) -> FloatArray | None:
+    """Magnetic forces by the direction of each vector, eV per radian: m (F − (F·m̂) m̂), zero where there is none."""
+    if frame.magforces is None:
+        return None
+    unit = directions(vectors)
+    across = frame.magforces - (frame.magforces * unit).sum(axis=1, keepdims=True) * unit
+    return np.where(unit.any(axis=1, keepdims=True), np.linalg.norm(vectors, axis=1, keepdims=True) * across, 0.0)
 
 
 def directions(moments: FloatArray) -> FloatArray:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from forcetune.frames.frame import LabelKeys
-from forcetune.frames.labels import CANDIDATES, NONE, Label, RawFrame
+from forcetune.frames.labels import CANDIDATES, MAGNETIC, NONE, Label, RawFrame
 
 _LABEL = re.compile(r"energ|force|stress|virial|^[ef]$", re.IGNORECASE)
 _STATE = re.compile(r"charge|spin|multiplicity|dipole", re.IGNORECASE)
-_MOMENTS = re.compile(r"magmom|magnetic_moment|^moments$", re.IGNORECASE)
+_MAGNETIC = re.compile(r"magmom|magnetic_moment|^moments$|mag_?force|force_mag", re.IGNORECASE)
 _SHOWN = 6
 
 CHARGE_KEYS = ("charge", "total_charge", "net_charge", "Charge")
@@ -29,17 +29,17 @@ def describe_unread(
         raws: all frames.
         keys: what is read.
         asked: labels of which the user said ``none`` are not reported.
-        ignored: moments or spins that are left out on purpose, and not reported either.
+        ignored: magnetic labels that are left out on purpose, and not reported either.
     """
     known = {*CANDIDATES["energy"], *CANDIDATES["forces"], *CANDIDATES["stress"], *(key for key in keys if key)}
-    for label in ("moments", "spins"):
+    for label in MAGNETIC:
         if label in ignored or getattr(asked, label) not in (None, NONE):
             known |= {*CANDIDATES[label]}
     names = sorted({name for raw in raws for name in raw.named} - known - _PASSED_OVER)
     names = [name for name in names if not name.startswith(("initial_", "config_"))]
-    moments = [name for name in names if _MOMENTS.search(name) or name in ("REF_spins", "spins")]
-    states = [name for name in names if name not in moments and _STATE.search(name)]
-    labels = [name for name in names if name not in (*moments, *states) and _LABEL.search(name)]
+    magnetic = [name for name in names if _MAGNETIC.search(name) or name in ("REF_spins", "spins")]
+    states = [name for name in names if name not in magnetic and _STATE.search(name)]
+    labels = [name for name in names if name not in (*magnetic, *states) and _LABEL.search(name)]
     parts = []
     if labels:
         parts.append(
@@ -51,9 +51,9 @@ def describe_unread(
             f"{_listed(states)} {'are' if states[1:] else 'is'} not read: the model does not know "
             f"{'them' if states[1:] else 'it'}, so that frames should not differ in {'them' if states[1:] else 'it'}"
         )
-    if moments:
+    if magnetic:
         parts.append(
-            f"{_listed(moments)} {'are' if moments[1:] else 'is'} read only with a magnetic layer (--magnetic)"
+            f"{_listed(magnetic)} {'are' if magnetic[1:] else 'is'} read only with a magnetic layer (--magnetic)"
         )
     return f"{'; '.join(parts)}." if parts else None
 

@@ -34,9 +34,10 @@ class Batch:
         stress: (graphs, 3, 3), eV/Å³; NaN where there is no label.
         moments: (atoms, 3), μB; NaN where there is no label.
         spins: (atoms, 3), the magnetic state; NaN where none was given.
+        magforces: (atoms, 3), −∂E/∂spins, eV per unit of the state; NaN where there is no label.
         weight: (graphs,), how much each graph counts in the means of the loss; float64.
-        file_weights: (graphs, 4), factors of the errors of energy, forces, stress and moments in the loss, from the
-            weights in the file; float64.
+        file_weights: (graphs, 4), factors of the errors of energy, forces, stress and moments (magnetic forces
+            included) in the loss, from the weights in the file; float64.
         replayed: (graphs,), whether it is a replay frame, which may have a head of its own.
     """
 
@@ -52,6 +53,7 @@ class Batch:
     stress: Tensor
     moments: Tensor
     spins: Tensor
+    magforces: Tensor
     weight: Tensor
     file_weights: Tensor
     replayed: Tensor
@@ -123,6 +125,7 @@ def graph_with(frame: Frame, edge_index: IntArray, unit_shifts: FloatArray, dtyp
         stress=label(frame.stress if frame.has_volume else None, (1, 3, 3)),
         moments=label(frame.moments, (atoms, 3)),
         spins=label(frame.spins, (atoms, 3)),
+        magforces=label(frame.magforces, (atoms, 3)),
         weight=torch.ones(1, dtype=torch.float64),
         file_weights=torch.tensor(
             [[frame.energy_weight, frame.forces_weight, frame.stress_weight, frame.moments_weight]], dtype=torch.float64
@@ -160,6 +163,7 @@ def unlabelled_batch(
         stress=positions.new_full((graphs, 3, 3), torch.nan),
         moments=unknown,
         spins=unknown,
+        magforces=unknown,
         weight=weight,
         file_weights=weight.unsqueeze(1).expand(graphs, 4),
         replayed=torch.zeros(graphs, dtype=torch.bool, device=positions.device),
@@ -187,6 +191,7 @@ def collate(graphs: Sequence[Batch]) -> Batch:
         stress=joined("stress"),
         moments=joined("moments"),
         spins=joined("spins"),
+        magforces=joined("magforces"),
         weight=joined("weight"),
         file_weights=joined("file_weights"),
         replayed=joined("replayed"),
@@ -207,7 +212,7 @@ def split_batch(batch: Batch, most: int) -> list[Batch]:
         )
         cut = {
             name: getattr(batch, name)[atoms]
-            for name in ("numbers", "positions", "graph_index", "forces", "moments", "spins")
+            for name in ("numbers", "positions", "graph_index", "forces", "moments", "spins", "magforces")
         } | {name: getattr(batch, name)[graphs] for name in GRAPH_FIELDS}
         parts.append(
             Batch(
@@ -218,6 +223,11 @@ def split_batch(batch: Batch, most: int) -> list[Batch]:
             )
         )
     return parts
+
+
+def with_spin_leaf(batch: Batch) -> Batch:
+    """The batch with spins that an energy can be differentiated by; those that require gradients stay what they are."""
+    return batch if batch.spins.requires_grad else replace(batch, spins=batch.spins.detach().requires_grad_())
 
 
 def moment_labels(predicted: Tensor, labels: Tensor) -> Tensor:

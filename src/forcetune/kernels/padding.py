@@ -193,6 +193,7 @@ def _filler(batch: Batch, numbers: np.ndarray, n_graphs: int, n_edges: int, cuto
         stress=unknown(n_graphs, 3, 3),
         moments=unknown(n_atoms, 3),
         spins=unknown(n_atoms, 3),
+        magforces=unknown(n_atoms, 3),
         weight=torch.zeros(n_graphs, dtype=batch.weight.dtype),
         file_weights=torch.ones(n_graphs, 4, dtype=batch.file_weights.dtype),
         replayed=torch.zeros(n_graphs, dtype=torch.bool),

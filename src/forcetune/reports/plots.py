@@ -124,6 +124,7 @@ def _error_curves_figure(
             ("forces MAE\n(meV/Å)", "forces_mae_mev_per_ang"),
             ("stress MAE\n(meV/Å³)", "stress_mae_mev_per_ang3"),
             ("moments MAE\n(μB)", "moment_mae_mub"),
+            ("magnetic forces\nMAE (meV)", "magforce_mae_mev"),
         )
         if _positive(metrics[f"valid_{key}"]).size
     ]
@@ -249,7 +250,7 @@ def parity(arrays: Mapping[str, NDArray], split: str, quantity: str) -> tuple[Ma
     Args:
         arrays: as from :func:`read_predictions`.
         split: name of the set of frames.
-        quantity: ``energy_per_atom``, ``forces``, ``stress`` or ``moments``.
+        quantity: ``energy_per_atom``, ``forces``, ``stress``, ``moments`` or ``magforces``.
 
     Returns:
         The figure and a note on what is not seen in it; None where there are no labels or no predictions.
@@ -279,6 +280,7 @@ class _ParityPanel:
         "forces": ("force component", "eV/Å", "meV/Å", 1e3),
         "stress": ("stress component", "eV/Å³", "meV/Å³", 1e3),
         "moments": ("moment", "μB", "μB", 1.0),
+        "magforces": ("magnetic force component", "eV", "meV", 1e3),
     }
     """What it is, its unit, the unit of its errors, and how many of the latter are one of the former."""
 

@@ -60,6 +60,7 @@ _TILES = (
     ("Forces MAE", "meV/Å", "forces_mae_mev_per_ang"),
     ("Stress MAE", "meV/Å³", "stress_mae_mev_per_ang3"),
     ("Moments MAE", "μB", "moment_mae_mub"),
+    ("Magnetic forces MAE", "meV/μB or meV/rad", "magforce_mae_mev"),
 )
 _SPLIT_MEANINGS = {"test": "never trained on", "valid": "chose the best epoch", "train": "trained on"}
 _SPLIT_NAMES = {"test": "Test", "valid": "Validation", "train": "Training"}
@@ -208,7 +209,8 @@ def _parity(predictions: Mapping[str, NDArray]) -> dict[str, Any]:
     if not splits:
         return {"split": "", "images": [], "force_errors": None}
     split = next((name for kind in ("test", "valid") for name in splits if name.startswith(kind)), splits[0])
-    plots = [parity(predictions, split, quantity) for quantity in ("energy_per_atom", "forces", "stress", "moments")]
+    quantities = ("energy_per_atom", "forces", "stress", "moments", "magforces")
+    plots = [parity(predictions, split, quantity) for quantity in quantities]
     return {
         "split": split,
         "images": [plot for plot in plots if plot],

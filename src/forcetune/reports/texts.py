@@ -18,6 +18,7 @@ QUANTITIES = (
     ("Forces", "meV/Å", "forces_{}_mev_per_ang"),
     ("Stress", "meV/Å³", "stress_{}_mev_per_ang3"),
     ("Moments", "μB", "moment_{}_mub"),
+    ("Magnetic forces", "meV/μB or meV/rad", "magforce_{}_mev"),
     ("Hessian", "eV/Å²", "hessian_{}_ev_per_ang2"),
 )
 """Name, unit, and key of an error with ``mae`` or ``rmse`` to be filled in."""

@@ -62,6 +62,15 @@ def say_weights(console: Console, asked: TrainingConfig, settled: TrainingConfig
             console.print(f"no {label} (data.{label}_key=none): trained on {others} alone", highlight=False)
     if "hessian" in labelled and not weighs_hessians(settled):
         warn("The training frames have Hessian labels that are not trained on: training.loss.hessian is 0.")
+    if "magforces" in labelled:
+        if loss.magforces_weight == 0:
+            warn("The training frames have magnetic forces that are not trained on: training.loss.magforces is 0.")
+        elif asked.loss.magforces is None:
+            console.print(
+                f"magnetic forces: trained on with weight {loss.magforces_weight:g} (training.loss.magforces; 0 leaves "
+                "them out)",
+                highlight=False,
+            )
     if "stress" not in labelled:
         return
     if loss.stress_weight == 0:

@@ -17,7 +17,7 @@ from forcetune.errors import InputError, warn
 from forcetune.evaluation.hessian import LARGEST, hessian_errors, with_hessians
 from forcetune.evaluation.metrics import Errors, build_graphs, check_finite, evaluate_frames, predict
 from forcetune.frames.frame import Frame, LabelKeys
-from forcetune.frames.labels import AUTO, NONE
+from forcetune.frames.labels import AUTO, MAGNETIC, NONE
 from forcetune.frames.read import read_frames
 from forcetune.frames.spins import with_spins
 from forcetune.magnetism.options import Magnetism
@@ -39,6 +39,7 @@ def evaluate(
     moments_key: str = AUTO,
     spins_key: str = AUTO,
     hessian_key: str = AUTO,
+    magforces_key: str = AUTO,
     type_map: Sequence[str] = (),
     head: str | None = None,
     device: str = "auto",
@@ -53,7 +54,7 @@ def evaluate(
         adapter: adapter folder, run folder or ``hub:owner/name``, when ``model`` is a base.
         base: the base, when ``model`` is a run or adapter whose base has moved.
         energy_key, forces_key, stress_key: as :func:`forcetune.frames.read.read_frames`.
-        moments_key, spins_key: the same, looked for only where there is a magnetic layer.
+        moments_key, spins_key, magforces_key: the same, looked for only where there is a magnetic layer.
         hessian_key: the same; whole Hessians are predicted for frames that have one and at most
             :data:`forcetune.evaluation.hessian.LARGEST` atoms, which takes 6 predictions for each atom.
         type_map: the same.
@@ -65,7 +66,7 @@ def evaluate(
     if base is not None and adapter is None and isinstance(model, (str, Path)):
         model, adapter = base, model
     magnetism = _find_magnetism(model if adapter is None else adapter)
-    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, hessian_key, magforces_key)
     frames = _labelled_frames(data, keys, magnetism, type_map)
     deployed = deploy(model, adapter, head=head, device=device, dtype=dtype, trust=trust)
     errors = evaluate_frames(deployed.backbone, frames).errors()
@@ -83,11 +84,11 @@ def _labelled_frames(
     Raises:
         InputError: bad data, or a magnetic label was asked for that nothing predicts.
     """
-    magnetic: dict[str, Any] = {"moments_key": keys.moments or AUTO, "spins_key": keys.spins or AUTO}
+    magnetic: dict[str, Any] = {f"{label}_key": getattr(keys, label) or AUTO for label in MAGNETIC}
     if magnetism is None:
         for name, key in magnetic.items():
             if key not in (AUTO, NONE):
-                raise InputError(f"{name} is {key!r}, but there is no magnetic layer that moments or spins belong to.")
+                raise InputError(f"{name} is {key!r}, but there is no magnetic layer that it could belong to.")
         magnetic = dict.fromkeys(magnetic, NONE)
     usual: dict[str, Any] = {
         "energy_key": keys.energy or AUTO,
@@ -122,6 +123,7 @@ def evaluate_ensemble(
     stress_key: str = AUTO,
     moments_key: str = AUTO,
     spins_key: str = AUTO,
+    magforces_key: str = AUTO,
     type_map: Sequence[str] = (),
     device: str = "auto",
     dtype: str | None = None,
@@ -133,7 +135,8 @@ def evaluate_ensemble(
         members: run folders, adapter folders or folders of comparisons.
         data: files or patterns.
         base: the base, where it has moved.
-        energy_key, forces_key, stress_key, moments_key, spins_key, type_map, device, dtype, trust: as :func:`evaluate`.
+        energy_key, forces_key, stress_key, moments_key, spins_key, magforces_key, type_map, device, dtype, trust: as
+            :func:`evaluate`.
 
     Returns:
         As ``forcetune evaluate --ensemble --json`` prints it.
@@ -142,7 +145,7 @@ def evaluate_ensemble(
         InputError: bad data, nothing usable at a path, or members of different bases.
     """
     ensemble = load_ensemble(members, base, device=device, dtype=dtype, trust=trust)
-    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key)
+    keys = LabelKeys(energy_key, forces_key, stress_key, moments_key, spins_key, magforces=magforces_key)
     frames = _labelled_frames(data, keys, ensemble.magnetism, type_map)
     predictions = ensemble.predict(build_graphs(ensemble.backbone, frames))
     for one in predictions:

@@ -38,6 +38,9 @@ def save_predictions(path: Path, before: Mapping[str, Predictions], after: Mappi
             if predictions.moments is not None and predictions.moments_label is not None:
                 arrays[f"{name}/{when}/moments"] = predictions.moments
                 arrays[f"{name}/reference/moments"] = predictions.moments_label
+            if predictions.magforces is not None and predictions.magforces_label is not None:
+                arrays[f"{name}/{when}/magforces"] = predictions.magforces
+                arrays[f"{name}/reference/magforces"] = predictions.magforces_label
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]
 

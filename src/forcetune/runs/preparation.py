@@ -260,6 +260,8 @@ class Preparation:
         labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
         if any_label(graphs, "stress"):
             labelled.add("stress")
+        if self.config.magnetism.layer == "spin" and any_label(graphs, "magforces"):
+            labelled.add("magforces")
         if _has_hessians(dataset, weighs_hessians(self.config.training)):
             labelled.add("hessian")
         self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")

@@ -12,6 +12,7 @@ from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import ReplayConfig
 from forcetune.frames.dataset import Dataset, Split
+from forcetune.frames.labels import MAGNETIC
 from forcetune.frames.references import ReferenceEnergies
 from forcetune.frames.store.stored_frames import StoredFrames, count_atoms
 from forcetune.kernels.compiled.choice import kernels_in_use
@@ -90,7 +91,7 @@ def _summarize_split(split: Split) -> DataSummary:
         files=list(split.files),
         n_frames=len(split.frames),
         sha256=split.sha256,
-        keys={name: key for name, key in keys.items() if key or name not in ("moments", "spins", "hessian")},
+        keys={name: key for name, key in keys.items() if key or name not in (*MAGNETIC, "hessian")},
         elements=_symbols(split.elements),
         n_atoms=[int(sizes.min()), int(sizes.max())],
         streamed=isinstance(split.frames, StoredFrames),

@@ -31,7 +31,7 @@ from forcetune.config import LossConfig, PenaltyConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import build_graphs, evaluation_batches
 from forcetune.frames.frame import Frame
-from forcetune.frames.labels import NONE
+from forcetune.frames.labels import MAGNETIC, NONE
 from forcetune.frames.read import read_frames
 from forcetune.frames.store.stored_frames import list_elements
 from forcetune.graphs.graph import Batch
@@ -98,7 +98,7 @@ def read_anchor_frames(config: PenaltyConfig, type_map: Sequence[str] = ()) -> A
         forces_key=NONE,
         stress_key=NONE,
         hessian_key=NONE,
-        ignored=("moments", "spins"),
+        ignored=MAGNETIC,
         require=(),
         name="frames of the penalty",
         type_map=type_map,

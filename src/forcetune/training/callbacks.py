@@ -26,6 +26,8 @@ VALID_KEYS = (
     "stress_rmse_mev_per_ang3",
     "moment_mae_mub",
     "moment_rmse_mub",
+    "magforce_mae_mev",
+    "magforce_rmse_mev",
 )
 COLUMNS = (
     *("epoch", "step", "learning_rate", "stage", "train_loss", "train_penalty", "valid_loss"),

@@ -39,8 +39,8 @@ def settle(config: TrainingConfig, labelled: Collection[str], magnetic: bool = F
     """The configuration with a weight for every term: 0 where no training frame has the label.
 
     Args:
-        config: of the run; weights of stress that were not given are None.
-        labelled: names of the labels that some training frame has.
+        config: of the run; weights of stress and magnetic forces that were not given are None.
+        labelled: names of the labels that some training frame has; magnetic forces only where a layer predicts them.
         magnetic: a run with a magnetic layer weighs all terms alike.
     """
 
@@ -49,7 +49,10 @@ def settle(config: TrainingConfig, labelled: Collection[str], magnetic: bool = F
         stress = loss.stress
         if stress is None:
             stress = default_stress_weight(loss, magnetic) if "stress" in labelled else 0.0
-        return loss.model_copy(update=changed | {"stress": stress})
+        magforces = loss.magforces
+        if magforces is None:
+            magforces = 1.0 if "magforces" in labelled else 0.0
+        return loss.model_copy(update=changed | {"stress": stress, "magforces": magforces})
 
     second = config.second_stage
     return config.model_copy(

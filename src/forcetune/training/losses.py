@@ -1,4 +1,4 @@
-"""The loss of energies, forces, stresses and magnetic moments."""
+"""The loss of energies, forces, stresses, magnetic moments and magnetic forces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGE_FORCES, SMALLER_DELTA = (100.0, 200.0, 300.0), (0.7, 0.4, 0.1)
 def compute_loss(
     config: LossConfig, prediction: Prediction, batch: Batch, *, total: Callable[[Tensor], Tensor] = lambda value: value
 ) -> Tensor:
-    """w_E f(E) + w_F f(F) + w_S f(S) + w_M f(μ), each f a mean over the labels there are.
+    """w_E f(E) + w_F f(F) + w_S f(S) + w_M f(μ) + w_B f(−∂E/∂s), each f a mean over the labels there are.
 
     A term is Σ w v f / Σ w over the labels there are, with w the weight of a replay frame (1 for others) and v that
     which the file gives the label (1 where it gives none).
@@ -31,7 +31,8 @@ def compute_loss(
 
     Args:
         config: weights and form.
-        prediction: energy (graphs,), forces (atoms, 3), stress (graphs, 3, 3) if its weight is not zero.
+        prediction: energy (graphs,), forces (atoms, 3); stress (graphs, 3, 3), moments and fields (atoms, 3) if their
+            weights are not zero.
         batch: with the labels; NaN where there is none.
         total: sum over the processes that have a part of the batch each; the loss is then this part's share of that
             of the whole batch.
@@ -47,7 +48,7 @@ class LossSums:
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
-        self.sums = torch.zeros((4, 2), dtype=torch.float64)
+        self.sums = torch.zeros((5, 2), dtype=torch.float64)
 
     def add(self, prediction: Prediction, batch: Batch) -> None:
         """Count a batch with what was predicted for it."""
@@ -76,6 +77,8 @@ def label_weights(config: LossConfig, batch: Batch) -> list[Tensor]:
         by_label.append(_weights(_counted(config, batch.forces), batch.weight[batch.graph_index]))
     if config.stress_weight:
         by_label.append(_weights(batch.stress, batch.weight))
+    if config.magforces_weight:
+        by_label.append(_weights(batch.magforces, batch.weight[batch.graph_index]))
     return [weights.sum() for weights in by_label]
 
 
@@ -111,6 +114,7 @@ def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
         *((config.forces,) if config.forces else ()),
         *((config.stress_weight,) if config.stress_weight else ()),
         *((config.moments,) if config.moments else ()),
+        *((config.magforces_weight,) if config.magforces_weight else ()),
     )
     parts = [
         factor * (term / torch.where(whole > 0, whole, 1.0))
@@ -123,7 +127,7 @@ def _joined(terms: list[tuple[Tensor, Tensor]], config: LossConfig) -> Tensor:
 
 
 def _terms(config: LossConfig, prediction: Prediction, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """Of energy, forces, stress and moments, where they count: the sum over entries, and the sum of their weights."""
+    """Of each term, in the order of :func:`compute_loss`: the sum over entries, and that of their weights."""
     atoms = batch.atoms_per_graph if config.energy_per_atom else 1
     graph = batch.graph_index
     energy, forces, stress, moments = batch.file_weights.unbind(1)
@@ -144,6 +148,11 @@ def _terms(config: LossConfig, prediction: Prediction, batch: Batch) -> list[tup
         row = moments[graph]
         values = _values(config, prediction.moments, labels, row)
         terms.append(_sums(values, labels, batch.weight[graph], _outside(config, row)))
+    if config.magforces_weight:
+        assert prediction.fields is not None
+        row = moments[graph]
+        values = _values(config, prediction.fields, batch.magforces, row)
+        terms.append(_sums(values, batch.magforces, batch.weight[graph], _outside(config, row)))
     return terms
 
 

@@ -20,7 +20,7 @@ from forcetune.config import DataConfig, ReplayConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_finite, predict
 from forcetune.frames.frame import Frame
-from forcetune.frames.labels import AUTO, NONE, Label
+from forcetune.frames.labels import AUTO, MAGNETIC, NONE, Label
 from forcetune.frames.read import read_frames
 from forcetune.frames.references import composition_matrix, estimate
 from forcetune.frames.splits import separate_isolated
@@ -98,8 +98,8 @@ def read_replay(config: ReplayConfig, data: DataConfig) -> ReplayFrames | None:
         forces_key=(NONE if data.forces_key == NONE else AUTO) if own_labels else NONE,
         stress_key=(NONE if data.stress_key == NONE else AUTO) if own_labels else NONE,
         hessian_key=NONE,
-        # replay frames are not trained on moments, whatever layer the run has
-        ignored=("moments", "spins"),
+        # replay frames are not trained on magnetic labels, whatever layer the run has
+        ignored=MAGNETIC,
         require=(),
         expect=expected if own_labels else (),
         name="replay data",

@@ -176,7 +176,7 @@ def check_trainable_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> N
         InputError: a term of the loss has a weight but no frame has its label.
     """
     stages = [config.loss] + ([config.second_stage.loss] if config.second_stage.start is not None else [])
-    for name in ("energy", "forces", "stress", "moments"):
+    for name in ("energy", "forces", "stress", "moments", "magforces"):
         weight = max(getattr(stage, name) or 0.0 for stage in stages)
         if weight > 0 and not any_label(graphs, name):
             raise InputError(

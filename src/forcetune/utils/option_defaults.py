@@ -101,8 +101,12 @@ def take_record(content: dict[str, Any]) -> DefaultsRecord | None:
     Raises:
         ValueError: the record is damaged.
     """
+    if RECORD not in content and not _is_of_a_run(content):
+        return None
+    if _word(get_value(content, "magnetism.layer")) not in (None, "off") and "magforces_key" not in content["data"]:
+        content["data"]["magforces_key"] = "none"  # of a version that knew no such labels: the run stays what it was
     if RECORD not in content:
-        return _earlier_record(content) if _is_of_a_run(content) else None
+        return _earlier_record(content)
     stored = content.pop(RECORD)
     values = stored.get("values") if isinstance(stored, dict) else None
     parents = stored.get("for") if isinstance(stored, dict) else None

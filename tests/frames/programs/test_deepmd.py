@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from forcetune.errors import ForcetuneNote, InputError
+from forcetune.errors import ForcetuneNote, ForcetuneWarning, InputError
 from forcetune.frames.frame import LabelKeys
 from forcetune.frames.read import read_frames
 from forcetune.frames.sources import content_hash
@@ -66,12 +66,15 @@ def test_text_is_the_same(tmp_path: Path) -> None:
         assert_same(ours, theirs)
 
 
-def test_spins_are_moments(tmp_path: Path) -> None:
-    spins = np.random.default_rng(0).normal(size=(5, 12))
-    path = write_system(tmp_path / "salt", spin=spins, force_mag=spins)
-    with pytest.warns(ForcetuneNote, match=r"Not used: force_mag\.npy"):
-        result = read_frames(path, moments_key="auto")
+def test_spins_are_moments_with_forces_of_their_own(tmp_path: Path) -> None:
+    spins, forces = np.random.default_rng(0).normal(size=(2, 5, 12))
+    path = write_system(tmp_path / "salt", spin=spins, force_mag=forces)
+    with pytest.warns(ForcetuneNote, match=r"force_mag\.npy as magnetic forces"):
+        result = read_frames(path, moments_key="auto", magforces_key="auto")
     np.testing.assert_array_equal(result.frames[3].moments, spins[3].reshape(4, 3))
+    np.testing.assert_array_equal(result.frames[3].magforces, forces[3].reshape(4, 3))
+    with pytest.warns(ForcetuneWarning, match="'force_mag' is read only with a magnetic layer"):
+        assert read_frames(path, moments_key="auto").frames[3].magforces is None
 
 
 def test_mixed_frames_of_any_composition(tmp_path: Path) -> None:
@@ -201,7 +204,8 @@ def test_at_the_command_line(tmp_path: Path, command: Command) -> None:
 
 def test_published_systems(reference_data: Path) -> None:
     formats = reference_data / "formats"
-    result = read_frames(formats / "deepmd_nio_spin", moments_key="auto", require=("energy", "forces"))
+    keys = {"moments_key": "auto", "magforces_key": "auto"}
+    result = read_frames(formats / "deepmd_nio_spin", **keys, require=("energy", "forces"))
     assert len(result) == 60 and result.elements == (8, 28) and result.keys.moments == "magmoms"
     published = ase.io.read(reference_data / "magnetic" / "NiO_spin_train.xyz", ":")
     by_energy = {round(atoms.info["REF_energy"], 6): atoms for atoms in published}
@@ -210,6 +214,7 @@ def test_published_systems(reference_data: Path) -> None:
         atoms = by_energy[round(frame.energy, 6)]
         assert isinstance(atoms, Atoms)
         np.testing.assert_allclose(frame.moments, atoms.arrays["REF_magmoms"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(frame.magforces, atoms.arrays["REF_magforces"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(frame.forces, atoms.arrays["REF_forces"], rtol=0, atol=1e-6)
     water = read_frames(formats / "deepmd_water_dplr", require=("energy", "forces", "stress"))
     first = ase.io.read(reference_data / "water" / "water_dplr_stress_all.xyz", "0")

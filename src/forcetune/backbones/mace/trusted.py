@@ -19,7 +19,7 @@ from forcetune.backbones.mace.module_spec import node_from_module
 from forcetune.backbones.network import NetworkBackbone, per_volume
 from forcetune.backbones.protocol import ADAPTER, Base, Extension, Prediction
 from forcetune.errors import ForcetuneError, InputError
-from forcetune.graphs.graph import Batch
+from forcetune.graphs.graph import Batch, with_spin_leaf
 from forcetune.irreps import parse_irreps
 from forcetune.kernels.site import Site, WeightPath, numbered
 from forcetune.utils.files import atomic_path
@@ -142,8 +142,8 @@ class LibraryMace(NetworkBackbone):
             symmetric = (strain + strain.transpose(1, 2)) / 2
             moved = positions + torch.einsum("ai,aij->aj", positions, symmetric[batch.graph_index])
             cell = batch.cell + batch.cell @ symmetric
-        if batch.spins.requires_grad:
-            leaves.append(batch.spins)
+        batch = with_spin_leaf(batch)
+        leaves.append(batch.spins)
         data = self._inputs(batch, species, moved, cell)
         out = self.model(data, training=create_graph, compute_force=False)
         sender, receiver = batch.edge_index
@@ -156,7 +156,8 @@ class LibraryMace(NetworkBackbone):
             energy.sum(), leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
         stresses = per_volume(slopes[1], batch.cell) if stress else None
-        fields = -slopes[-1] if batch.spins.requires_grad else None
+        # an energy without moments is that of a head, which knows no spins
+        fields = None if extra.energy is None or extra.moments is None else -slopes[-1]
         return Prediction(energy, -slopes[0], stresses, extra.moments, fields)
 
     def _scalar_columns(self) -> Tensor:

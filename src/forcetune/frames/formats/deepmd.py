@@ -27,7 +27,7 @@ from forcetune.frames.text import open_text
 DEEPEST = 5
 """Folders within folders in which systems are looked for."""
 _MOST_TEXT = 2**26
-_READ = ("coord", "box", "energy", "force", "virial", "spin", "real_atom_types")
+_READ = ("coord", "box", "energy", "force", "virial", "spin", "force_mag", "real_atom_types")
 
 
 def is_system(path: Path) -> bool:
@@ -65,7 +65,7 @@ def _read_set(path: Path, arrays: _Set, names: Sequence[str], periodic: bool) ->
     if periodic and box is None:
         raise InputError(f"{arrays.folder}: has no cells (box.npy); add them, or a file nopbc for molecules.")
     energy, virial = arrays.per_frame("energy", 1), arrays.per_frame("virial", 9)
-    force, spin = arrays.per_atom("force", 3), arrays.per_atom("spin", 3)
+    force, spin, force_mag = (arrays.per_atom(name, 3) for name in ("force", "spin", "force_mag"))
     mixed = arrays.per_atom("real_atom_types", 1)
     source = "deepmd without type_map.raw" if mixed is None else "deepmd's mixed data without type_map.raw"
     for index in range(arrays.n_frames):
@@ -81,6 +81,8 @@ def _read_set(path: Path, arrays: _Set, names: Sequence[str], periodic: bool) ->
         stress = None
         if virial is not None and cell is not None:
             stress = -np.asarray(virial[index], dtype=float).reshape(3, 3) / abs(np.linalg.det(cell))
+        if force_mag is not None:
+            atoms.set_array("force_mag", np.asarray(force_mag[index][here], dtype=float))
         yield labelled(
             atoms,
             energy=None if energy is None else float(energy[index, 0]),
@@ -182,7 +184,7 @@ FORMAT = Format(
     name="deepmd",
     title="a folder of DeePMD-kit",
     conversion="energies in eV and forces in eV/Å as they are, stress = −virial / volume, spin.npy as magnetic "
-    "moments.",
+    "moments, force_mag.npy as magnetic forces.",
     recognizes=lambda path, head: is_system(path),
     read=read_system,
     parts=_parts,

@@ -40,7 +40,7 @@ from forcetune.utils import distributed
 from forcetune.utils.files import compute_sha256
 from forcetune.utils.processes import WorkerDiedError, map_in_order
 
-VERSION = 4
+VERSION = 5
 Progress = Callable[[int], None]
 
 
