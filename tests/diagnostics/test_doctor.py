@@ -376,6 +376,42 @@ def test_stress_signs_and_units(factor: float, codes: set[str]) -> None:
     assert {item.code for item in diagnose(compared)} == codes
 
 
+@pytest.mark.parametrize(("hidden", "severity"), [(False, "error"), (True, "warning")])
+def test_energies_of_what_the_model_does_not_know_are_no_error_of_units(hidden: bool, severity: str) -> None:
+    """As those of magnetic states at nearly one place: forces agree, energies are larger and do not follow them."""
+    rng = np.random.default_rng(8)
+    start = structures("train")[0]
+    stiffness = rng.uniform(1.0, 3.0, size=(len(start), 3))
+    frames, energies = [], []
+    for _ in range(60):
+        atoms = start.copy()
+        moved = 0.05 * rng.standard_normal((len(atoms), 3))
+        atoms.positions += moved
+        energies.append(0.5 * float((stiffness * moved**2).sum()))
+        atoms.arrays[FORCES] = -stiffness * moved
+        frames.append(atoms)
+    label = 20 * np.array(energies)
+    if hidden:
+        label = 20 * np.std(energies) * rng.standard_normal(60)
+    energy = label / 20 + (1.2 * np.std(energies) * rng.standard_normal(60) if hidden else 0.0)
+    for atoms, value in zip(frames, label, strict=True):
+        atoms.info["REF_energy"] = value
+    forces = np.concatenate([atoms.arrays[FORCES] for atoms in frames])
+    predictions = Predictions(
+        numbers=np.concatenate([atoms.numbers for atoms in frames]),
+        atoms=np.array([len(atoms) for atoms in frames]),
+        energy=energy,
+        energy_label=label,
+        forces=forces + 0.01 * rng.standard_normal(forces.shape),
+        forces_label=forces,
+        stress=None,
+        stress_label=None,
+    )
+    (finding,) = diagnose(LabelledPredictions.split(frames_from_atoms(frames).frames, predictions))
+    assert (finding.code, finding.severity) == ("energy-unit", severity)
+    assert ("magnetic moments" in finding.message) == (severity == "warning")
+
+
 def test_memory_of_a_step_is_what_is_measured(mini: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = build_graphs(mini, frames_from_atoms(structures("train")).frames)
     monkeypatch.setattr("forcetune.diagnostics.memory.MEASURED_EDGES", 1000)
