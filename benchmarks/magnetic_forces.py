@@ -2,11 +2,12 @@
 
     python benchmarks/magnetic_forces.py --data DATA
 
-DATA is the folder with ``magnetic/NiO_spin_train.xyz``. Of every pair of frames whose atoms are at the same places within
-0.01 Å the difference of energies, less the work of the forces, is compared with the work −½ Σ m θ (F₁·t₁ + F₂·t₂) of
-magnetic forces along the arcs θ between their moments, t being the tangents and m their length, which is nearly the
-same everywhere. The moments of the second frame are turned first, all together, to lie as near to those of the first as
-they can, which costs nothing but anisotropy. Printed is the slope of differences over work, by the largest arc.
+DATA is the folder with ``magnetic/NiO_spin_train.xyz``. Of every pair of frames whose atoms are at the same places
+within 0.01 Å the difference of energies, less the work of the forces, is compared with the work −½ Σ m θ (F₁·t₁ +
+F₂·t₂) of magnetic forces along the arcs θ between their moments, t being the tangents and m their length, which is
+nearly the same everywhere. The moments of the second frame are turned first, all together, to lie as near to those of
+the first as they can, which costs nothing but anisotropy. Printed is the slope of differences over work, by the largest
+arc.
 """
 
 from __future__ import annotations

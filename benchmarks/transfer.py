@@ -10,8 +10,8 @@ short warm-up and a cosine, or schedule-free where the method asks for it; the e
 counts.
 
 Learning rates: the method's default for the base, three times less and three times more are tried with the first seed,
-then further ones as long as the best by validation loss is at the edge. The other seeds run with the best. Errors in
-the table are of test frames, which chose nothing.
+then further ones as long as the best by validation loss is at the edge. The other seeds run with the best; with
+``--default-rates`` all run with the default. Errors in the table are of test frames, which chose nothing.
 
 A method may carry options: ``elora+rank=8`` or ``elora+training.loss.stress=1e4``; what has no dot is an option of the
 method. Several ``--methods`` tables in one OUT share what they have in common: a run that is finished is not repeated.
@@ -235,6 +235,15 @@ def run_job(
     return job.results()
 
 
+def default_rate(base: str, method: str) -> float:
+    """The learning rate of a run that names none."""
+    import forcetune
+    from forcetune.adapters.methods import method as make_method
+
+    name = settings_of(method)[0]
+    return float(forcetune.load(base).learning_rates.get(name, make_method(name).learning_rate))
+
+
 def tried_rates(job_of: Any, default: float) -> Iterator[Job]:
     """Jobs of the search for a rate: around the default, then on until the best is not at the edge.
 
@@ -256,14 +265,14 @@ def tried_rates(job_of: Any, default: float) -> Iterator[Job]:
 
 
 def run_method(arguments: tuple[Any, ...]) -> str:
-    """The search for a rate and all seeds of one method on one set."""
+    """The search for a rate, unless the job has one, and all seeds of one method on one set."""
     job, seeds, default, data, tests = arguments
     from dataclasses import replace
 
     from forcetune.errors import ForcetuneError
 
     jobs = []
-    for one in tried_rates(lambda rate: replace(job, rate=rate), default):
+    for one in [job] if job.rate else tried_rates(lambda rate: replace(job, rate=rate), default):
         try:
             run_job(one, data, tests)
         except ForcetuneError as error:
@@ -289,6 +298,8 @@ def collect(job: Job, seeds: int) -> dict[str, Any] | None:
             continue
         if (folder / "results.json").exists():
             runs.setdefault(key[0], {})[key[1]] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if job.rate:
+        runs = {rate: of_seed for rate, of_seed in runs.items() if math.isclose(rate, job.rate, rel_tol=5e-3)}
     searched = {rate: of_seed[1]["training"]["best_valid_loss"] for rate, of_seed in runs.items() if 1 in of_seed}
     if not searched:
         return None
@@ -406,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tests", type=int, default=60, help="most test frames of each set")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--default-rates", action="store_true", help="no search: what the methods have on this base")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
     parser.add_argument("--processes", type=int, default=2, help="fits at the same time, of one thread each")
     parser.add_argument("--name", default="transfer", help="name of the files with the tables")
@@ -422,7 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     common = (options.frames, options.steps, options.dtype, options.head)
 
     def job(name: str, method: str) -> Job:
-        return Job(options.out, options.base, name, method, 0.0, 1, *common)
+        rate = default_rate(options.base, method) if options.default_rates else 0.0
+        return Job(options.out, options.base, name, method, rate, 1, *common)
 
     work = [
         (
