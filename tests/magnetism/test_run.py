@@ -232,7 +232,7 @@ def test_the_layer_has_a_learning_rate_of_its_own(iron: Path, rate: float | None
     for group in optimizer.param_groups:
         inside = [id(parameter) in layer for parameter in group["params"]]
         assert all(inside) or not any(inside)
-        expected = 0.005 * 0.04 / (rate or 0.04) if inside[0] else 0.04
+        expected = 0.002 * 0.04 / (rate or 0.04) if inside[0] else 0.04
         assert group["lr"] == pytest.approx(expected)
 
 

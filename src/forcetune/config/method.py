@@ -92,5 +92,5 @@ class MagnetismConfig(Section):
     channels: int = Field(default=64, ge=1, le=LARGEST_CHANNELS, description="Width of the layer's perceptrons.")
     radial: int = Field(default=8, ge=1, le=64, description="Radial functions of the layer.")
     learning_rate: float = Field(
-        default=5e-3, gt=0, lt=1e6, description="Of the layer, which starts from nothing, whatever that of the run is."
+        default=2e-3, gt=0, lt=1e6, description="Of the layer, which starts from nothing, whatever that of the run is."
     )

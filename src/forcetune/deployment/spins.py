@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -154,9 +155,21 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
     # a spin of another length is the same state: the gradient along it is zero
     first = (start[spinning] / lengths[spinning, None]).ravel()
     before, _ = energy(first)
-    optimum = minimize(
-        energy, first, jac=True, method="L-BFGS-B", options={"maxfun": evaluations, "gtol": torque, "ftol": 0.0}
-    )
-    after, _ = energy(optimum.x)
-    left = float(np.abs(across(state(optimum.x)[0])).max())
-    return SpinRelaxation(before, after, left, int(optimum.nfev) + 2, left <= torque)
+    values, used, left = first, 1, math.inf
+    while used < evaluations and left > torque:
+        optimum = minimize(
+            energy,
+            values,
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxfun": evaluations - used, "gtol": torque, "ftol": 0},
+        )
+        used += int(optimum.nfev)
+        # lengths have grown on the way, which the gradients are divided by: it goes on from unit vectors
+        values = state(optimum.x)[0].ravel()
+        after, _ = energy(values)
+        used += 1
+        last, left = left, float(np.abs(across(values.reshape(-1, 3))).max())
+        if left >= last:
+            break
+    return SpinRelaxation(before, after, left, used, left <= torque)

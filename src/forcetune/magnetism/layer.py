@@ -54,8 +54,8 @@ RADIAL_GAIN = 15.0
 """Of the first weights of the radial functions in a new layer, beside what PyTorch draws.
 
 The functions are about 0.1 in size. With the usual weights pairs at any distance are alike at first: in NiO, whose
-exchange is that of second neighbors alone, a layer learned one coefficient for all neighbors and stayed there. With 40
-it learns that even faster, but the exchange of iron, which is long-ranged, became rougher.
+exchange is that of second neighbors alone, a layer learned one coefficient for all neighbors and stayed there. Rates
+above 0.003 bring it there, too. With 40 the exchange of iron, which is long-ranged, became rougher.
 """
 
 
