@@ -155,15 +155,10 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
     # a spin of another length is the same state: the gradient along it is zero
     first = (start[spinning] / lengths[spinning, None]).ravel()
     before, _ = energy(first)
-    values, used, left = first, 1, math.inf
+    values, after, used, left = first, before, 1, math.inf
     while used < evaluations and left > torque:
-        optimum = minimize(
-            energy,
-            values,
-            jac=True,
-            method="L-BFGS-B",
-            options={"maxfun": evaluations - used, "gtol": torque, "ftol": 0},
-        )
+        options = {"maxfun": evaluations - used, "gtol": torque, "ftol": 0.0}
+        optimum = minimize(energy, values, jac=True, method="L-BFGS-B", options=options)
         used += int(optimum.nfev)
         # lengths have grown on the way, which the gradients are divided by: it goes on from unit vectors
         values = state(optimum.x)[0].ravel()
