@@ -84,7 +84,7 @@ def test_merge_from_the_command_line(command: Command, data: Path, model: Path, 
     code, out, _ = command("evaluate", tmp_path / "elora", data, "--json")
     assert by_file == pytest.approx(json.loads(out), rel=1e-9)
 
-    assert fit(command, data, model, tmp_path / "mmea")[0] == 0
+    assert fit(command, data, model, tmp_path / "mmea", "--method", "mmea")[0] == 0
     code, _, err = command("merge", tmp_path / "mmea", "-o", tmp_path / "no.model")
     assert code == 2
     assert "depend on the input of their layer (GateActivation)" in err

@@ -1,7 +1,7 @@
 """Fine-tune pretrained equivariant interatomic potentials on your own DFT data by training a small adapter.
 
 >>> import forcetune
->>> run = forcetune.fit("train.xyz", model="mace-off23-medium", method="mmea", test="test.xyz")
+>>> run = forcetune.fit("train.xyz", model="mace-off23-medium", method="elora", test="test.xyz")
 >>> atoms.calc = forcetune.calculator(run.folder)
 """
 

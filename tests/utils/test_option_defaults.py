@@ -135,7 +135,9 @@ def test_the_loss_follows_the_magnetic_layer(tmp_path: Path, record: bool) -> No
 @pytest.mark.parametrize("record", [True, False])
 def test_a_table_of_its_own(tmp_path: Path, record: bool) -> None:
     table = {"linear": [{"update": "SoftThreshold"}], "readout": [{"update": "Dense"}]}
-    path = stored(tmp_path / "config.yaml", record=record, method__table=table)
+    # versions without a record had another default
+    name = {} if record else {"method__name": "mmea"}
+    path = stored(tmp_path / "config.yaml", record=record, method__table=table, **name)
     assert build_method(load_config(path).method).name == "custom"
     assert chosen(load_config(path)) == ("schedulefree", 5e-3, None)
     assert build_method(load_config(path, given={"method": {"name": "mine"}}).method).name == "mine"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help=about(configuration.OutputConfig, "run", default=False))] = "demo",
-    method: Annotated[str, typer.Option(help=about(configuration.MethodConfig, "name", default=False))] = "mmea",
+    method: Annotated[str, typer.Option(help=about(configuration.MethodConfig, "name", default=False))] = "elora",
     picoseconds: Annotated[float, typer.Option(min=0.01, callback=finite, help="Length of the dynamics.")] = 2.0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help=about(configuration.OutputConfig, "overwrite"))

@@ -27,8 +27,8 @@ class MethodConfig(Section):
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(
-        default="mmea",
-        description="mmea, mmea-pure, elora, sparse, sparse-h, gain, lora, adapter, full, freeze, bias, modality, "
+        default="elora",
+        description="elora, mmea, mmea-pure, sparse, sparse-h, gain, lora, adapter, full, freeze, bias, modality, "
         "readout, scratch; a label of your own with `table`.",
     )
     target: str | list[str] | None = Field(

@@ -61,7 +61,7 @@ def demo_file(part: str) -> Path:
 def demo(
     out: str | Path = "demo",
     *,
-    method: str = "mmea",
+    method: str = "elora",
     picoseconds: float = 2.0,
     overwrite: bool = False,
     settings: Mapping[str, Any] | None = None,

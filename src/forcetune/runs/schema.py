@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from forcetune.adapters.methods import METHODS, Method, option_names
 from forcetune.adapters.updates.base import Update
-from forcetune.config import RunConfig
+from forcetune.config import MethodConfig, RunConfig
 from forcetune.errors import InputError
 from forcetune.utils.option_defaults import RECORD
 from forcetune.utils.parsing import short
@@ -102,7 +102,7 @@ def build_schema() -> dict[str, Any]:
             properties[key] = {"anyOf": [entry, {"type": "null"}], "description": description, "default": default}
         # a table that the user writes has a name that the user chooses, or the default of the name
         condition: dict[str, Any] = {"properties": {"name": {"const": name}, "table": {"type": "null"}}}
-        if name != "mmea":
+        if name != MethodConfig.model_fields["name"].default:
             condition["required"] = ["name"]
         allowed = {"properties": {**dict.fromkeys(shared, True), **properties}, "additionalProperties": False}
         branches.append({"if": condition, "then": allowed})
