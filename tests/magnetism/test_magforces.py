@@ -263,6 +263,15 @@ def test_frames_on_disk_train_the_same_adapter(iron: Path, tmp_path: Path) -> No
     assert adapters[0] == adapters[1]
 
 
+def test_an_ensemble_means_them(iron: Path, tmp_path: Path) -> None:
+    runs = [fit(iron, tmp_path / str(seed), 1, **{"training.seed": seed}) for seed in (1, 2)]
+    stored = [np.load(run.folder / "predictions.npz") for run in runs]
+    mean = np.mean([arrays["test/after/magforces"] for arrays in stored], axis=0)
+    expected = 1e3 * float(np.abs(mean - stored[0]["test/reference/magforces"]).mean())
+    errors = forcetune.evaluate_ensemble([run.folder for run in runs], iron / "test.xyz")
+    assert errors["magforce_mae_mev"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_keys_can_be_named(iron: Path, tmp_path: Path, command: Command) -> None:
     run = fit(iron, tmp_path / "run", 1)
     frames: Any = ase.io.read(iron / "test.xyz", ":")

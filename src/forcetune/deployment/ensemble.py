@@ -156,14 +156,18 @@ def _check_same_state(members: Sequence[tuple[Path, AdapterConfig, Adapter, dict
 
 def average_predictions(members: Sequence[Predictions]) -> Predictions:
     """The mean over members, with their labels."""
-    stresses = [member.stress for member in members if member.stress is not None]
-    moments = [member.moments for member in members if member.moments is not None]
+
+    def mean_of_all(values: Sequence[FloatArray | None]) -> FloatArray | None:
+        known = [value for value in values if value is not None]
+        return np.mean(known, axis=0) if len(known) == len(values) else None
+
     return replace(
         members[0],
         energy=np.mean([member.energy for member in members], axis=0),
         forces=np.mean([member.forces for member in members], axis=0),
-        stress=np.mean(stresses, axis=0) if len(stresses) == len(members) else None,
-        moments=np.mean(moments, axis=0) if len(moments) == len(members) else None,
+        stress=mean_of_all([member.stress for member in members]),
+        moments=mean_of_all([member.moments for member in members]),
+        magforces=mean_of_all([member.magforces for member in members]),
     )
 
 
