@@ -190,11 +190,11 @@ def iron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit(iron: Path, out: Path, epochs: int = 4, **settings: Any) -> forcetune.Run:
+def fit(iron: Path, out: Path, epochs: int = 4, method: str = "readout", **settings: Any) -> forcetune.Run:
     return forcetune.fit(
         iron / "train.xyz",
         model=iron / "iron.model",
-        method="readout",
+        method=method,
         valid=iron / "valid.xyz",
         test=iron / "test.xyz",
         epochs=epochs,
@@ -261,6 +261,13 @@ def test_frames_on_disk_train_the_same_adapter(iron: Path, tmp_path: Path) -> No
         adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
         assert run.after["test"].magforce_rmse_mev is not None
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*training.loss.stress is 0")
+def test_ranks_from_gradients_and_refinement_go_with_them(iron: Path, tmp_path: Path) -> None:
+    options = {"method.init": "gradient", "method.budget": 600, "training.refine": 2}
+    run = fit(iron, tmp_path / "run", 2, "elora", **options)
+    assert run.after["test"].magforce_mae_mev is not None
 
 
 def test_an_ensemble_means_them(iron: Path, tmp_path: Path) -> None:

@@ -156,6 +156,8 @@ def _progress_text(module: FineTuning) -> str:
         parts.append(f"F {errors.forces_mae_mev_per_ang:.1f} meV/Å")
     if errors is not None and errors.moment_mae_mub is not None:
         parts.append(f"μ {errors.moment_mae_mub:.4f} μB")
+    if errors is not None and errors.magforce_mae_mev is not None:
+        parts.append(f"magnetic F {errors.magforce_mae_mev:.2f} meV")
     if module.sparsity is not None:
         parts.append(f"{100 * module.sparsity.zeros_of_wrapped:.1f} % zeros")
     return " · ".join(parts)

@@ -53,8 +53,8 @@ def attach_for_training(
         batch_edges=config.batch_edges,
         device=backbone.device,
     )
-    # the foundation model has no moments yet
-    loss = config.loss.model_copy(update={"moments": 0.0})
+    # the foundation model knows nothing magnetic yet
+    loss = config.loss.model_copy(update={"moments": 0.0, "magforces": 0.0})
     if loss.energy == loss.forces == loss.stress_weight == 0:
         raise InputError(
             "a start from the gradient (method.init, method.budget) needs a loss of energies, forces or stresses; "
