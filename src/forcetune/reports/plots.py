@@ -124,7 +124,7 @@ def _error_curves_figure(
             ("forces MAE\n(meV/Å)", "forces_mae_mev_per_ang"),
             ("stress MAE\n(meV/Å³)", "stress_mae_mev_per_ang3"),
             ("moments MAE\n(μB)", "moment_mae_mub"),
-            ("magnetic forces\nMAE (meV)", "magforce_mae_mev"),
+            ("magnetic F\nMAE (meV)", "magforce_mae_mev"),
         )
         if _positive(metrics[f"valid_{key}"]).size
     ]
