@@ -319,6 +319,8 @@ def test_weights_without_a_meaning_are_refused(options: dict[str, Any], word: st
 def test_labels_that_are_not_used_are_named(iron: Path, tmp_path: Path) -> None:
     with pytest.warns(ForcetuneWarning, match="magnetic forces that are not trained on: training.loss.magforces is 0"):
         fit(iron, tmp_path / "run", 1, **{"training.loss.magforces": 0.0})
+    with pytest.warns(ForcetuneWarning, match="magnetic forces, which a layer of magnitudes alone does not predict"):
+        fit(iron, tmp_path / "magnitude", 1, **{"magnetism.layer": "magnitude"})
     frames: Any = ase.io.read(iron / "train.xyz", ":")
     for atoms in frames:
         del atoms.arrays["REF_magforces"]

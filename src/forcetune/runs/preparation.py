@@ -28,7 +28,7 @@ from forcetune.config.training import MOST_EPOCHS
 from forcetune.deployment import phonons
 from forcetune.deployment.loading import BASE_NAME, adapter_folder
 from forcetune.diagnostics.run_checks import check_frames, check_predictions
-from forcetune.errors import InputError
+from forcetune.errors import InputError, warn
 from forcetune.evaluation.metrics import Predictions, build_graphs, check_elements, check_finite, predict
 from forcetune.evaluation.streamed import (
     StreamedPredictions,
@@ -260,8 +260,11 @@ class Preparation:
         labelled = {label for label in ("energy", "forces") if getattr(data, f"{label}_key") != NONE}
         if any_label(graphs, "stress"):
             labelled.add("stress")
-        if self.config.magnetism.layer == "spin" and any_label(graphs, "magforces"):
-            labelled.add("magforces")
+        if any_label(graphs, "magforces"):
+            if self.config.magnetism.layer == "spin":
+                labelled.add("magforces")
+            else:
+                warn("The training frames have magnetic forces, which a layer of magnitudes alone does not predict.")
         if _has_hessians(dataset, weighs_hessians(self.config.training)):
             labelled.add("hessian")
         self.training = settle(self.config.training, labelled, self.config.magnetism.layer != "off")
