@@ -80,7 +80,8 @@ def test_one_option_is_explained(command: Command) -> None:
 
 VALID: list[dict[str, Any]] = [
     {"data": {"train": ["a.xyz"]}},
-    {"data": {"train": ["a.xyz"], "valid": 0.2}, "method": {"rank": 8, "gain": "linear"}},
+    {"data": {"train": ["a.xyz"], "valid": 0.2}, "method": {"rank": 8, "alpha": 4.0}},
+    {"data": {"train": ["a.xyz"]}, "method": {"name": "mmea", "rank": 8, "gain": "linear"}},
     {"data": {"train": ["a.xyz"]}, "method": {"name": "elora", "budget": 100, "init": "gradient"}},
     {"data": {"train": ["a.xyz"]}, "method": {"name": "freeze", "layers": 2}, "training": {"ema": None}},
     {"data": {"train": ["a.xyz"]}, "method": {"name": "mine", "table": {"linear": [{"update": "Gate"}]}}},
@@ -91,6 +92,7 @@ INVALID: list[dict[str, Any]] = [
     {"data": {"train": ["a.xyz"]}, "training": {"epochs": 0}},
     {"data": {"train": ["a.xyz"]}, "training": {"epoch": 3}},
     {"data": {"train": ["a.xyz"]}, "method": {"layers": 2}},
+    {"data": {"train": ["a.xyz"]}, "method": {"gain": "linear"}},
     {"data": {"train": ["a.xyz"]}, "method": {"name": "freeze", "rank": 2}},
     {"data": {"train": ["a.xyz"]}, "method": {"name": "elora", "init": "zeros"}},
 ]
