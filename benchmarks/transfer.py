@@ -136,7 +136,7 @@ def draw_frames(data: Path, out: Path, name: str, frames: int, tests: int) -> di
     order = np.random.default_rng(123).permutation(len(source))
     n_valid = max(frames // 2, 10)
     others = order[frames:]
-    if (0 if definition.valid else n_valid) + (not definition.test) > len(others):
+    if frames + (0 if definition.valid else n_valid) + (not definition.test) > len(source):
         raise SystemExit(
             f"{name}: {frames} frames to train on and {n_valid} others are more than the {len(source)} there are."
         )

@@ -71,9 +71,9 @@ def test_labels_of_directions_are_what_turns_them() -> None:
     frame = replace(labelled_frame(), moments=moments, magforces=forces)
     (turned,) = with_spins([frame], "directions")
     assert turned.magforces is not None
-    np.testing.assert_array_equal(turned.magforces[5], 0.0)
+    assert np.isnan(turned.magforces[5]).all()
     unit = directions(moments)
-    np.testing.assert_allclose((turned.magforces * unit).sum(axis=1), 0.0, atol=1e-14)
+    np.testing.assert_allclose((turned.magforces * unit).sum(axis=1)[moments.any(axis=1)], 0.0, atol=1e-14)
     axis, step = np.array([0.6, 0.0, 0.8]), 1e-5
     for atom in (0, 1, 4):
         slope = 0.0
@@ -91,9 +91,12 @@ def test_labels_of_directions_are_what_turns_them() -> None:
     (kept,) = with_spins([frame], "moments")
     assert kept.magforces is forces
     (of_file,) = with_spins([replace(frame, spins=unit)], "unit")
+    # unit vectors in the file beside moments say the same
+    np.testing.assert_array_equal(of_file.magforces, turned.magforces)
+    (alone,) = with_spins([replace(frame, spins=unit, moments=None)], "unit")
     across = forces - (forces * unit).sum(axis=1, keepdims=True) * unit
-    across[5] = 0.0
-    np.testing.assert_allclose(of_file.magforces, across, atol=1e-14)
+    across[5] = np.nan
+    np.testing.assert_allclose(alone.magforces, across, atol=1e-14)
 
 
 @pytest.mark.parametrize("spin_orbit", [False, True])
@@ -118,6 +121,12 @@ def test_fields_by_directions_only_turn(spin_orbit: bool) -> None:
 def test_gradients_of_their_loss_are_differences(inputs: str) -> None:
     model = magnetic(inputs)
     frames = with_spins([labelled_frame(seed) for seed in (0, 5)], inputs)  # pyright: ignore[reportArgumentType]
+    # one as of replay, without anything magnetic, and an atom without a moment
+    without = replace(frames[0], spins=None, moments=None, magforces=None)
+    still = np.zeros(3)
+    assert frames[1].spins is not None
+    spins = np.concatenate([frames[1].spins[:-1], still[None]])
+    frames = (frames[0], replace(frames[1], spins=spins), without)
     batch = model.place(graph_of(model, *frames))
     config = LossConfig(energy=0.0, forces=0.0, stress=0.0, magforces=1.0)
 
@@ -314,6 +323,18 @@ def test_weights_without_a_meaning_are_refused(options: dict[str, Any], word: st
     data = {"train": ["a.xyz"]} | options.get("data", {})
     with pytest.raises(ValueError, match=word):
         RunConfig.model_validate(options | {"data": data})
+
+
+@pytest.mark.filterwarnings("ignore:.*training.loss.stress is 0")
+def test_they_can_be_all_that_is_trained_on(iron: Path, tmp_path: Path) -> None:
+    nothing = {f"training.loss.{name}": 0.0 for name in ("energy", "forces", "stress", "moments")}
+    run = fit(iron, tmp_path / "run", 1, **nothing)
+    assert run.after["test"].magforce_mae_mev is not None
+
+
+def test_beside_replay_frames_without_spins(iron: Path, tmp_path: Path) -> None:
+    run = fit(iron, tmp_path / "run", 2, **{"replay.data": [str(iron / "valid.xyz")]})
+    assert run.after["test"].magforce_mae_mev is not None
 
 
 def test_labels_that_are_not_used_are_named(iron: Path, tmp_path: Path) -> None:

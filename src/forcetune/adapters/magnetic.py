@@ -43,9 +43,12 @@ class MagneticPart(TrainablePart):
 
 
 def _unit(spins: Tensor) -> Tensor:
-    """(atoms, 3) with length 1, but for what is zero or not known."""
+    """(atoms, 3) with length 1; zero, and without a derivative, where they are zero or not known."""
+    # what is not known must not meet a product: 0 · NaN would reach the weights by second derivatives
+    spins = torch.nan_to_num(spins)
     squared = spins.square().sum(dim=1, keepdim=True)
-    return spins * torch.rsqrt(torch.where(squared > 0, squared, 1.0))
+    known = squared > 0
+    return spins * torch.where(known, torch.rsqrt(torch.where(known, squared, 1.0)), 0.0)
 
 
 def with_magnetism(method: Method, config: MagnetismConfig, keys: LabelKeys, frames: Sequence[Frame]) -> Method:

@@ -109,6 +109,8 @@ class RunConfig(Section):
         magforces = max(training.loss.magforces_weight, training.second_stage.loss.magforces_weight)
         if magforces > 0 and self.magnetism.layer != "spin":
             raise ValueError("training.loss.magforces needs a spin layer; set magnetism.layer=spin (--magnetic)")
+        if self.data.magforces_key not in ("auto", "none") and self.magnetism.layer != "spin":
+            raise ValueError("data.magforces_key names labels of a spin layer; set magnetism.layer=spin (--magnetic)")
         if magforces > 0 and self.data.magforces_key == "none":
             raise ValueError("training.loss.magforces needs labels of magnetic forces, but data.magforces_key is none")
         return self

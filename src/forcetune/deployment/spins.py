@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -155,15 +154,15 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
     # a spin of another length is the same state: the gradient along it is zero
     first = (start[spinning] / lengths[spinning, None]).ravel()
     before, _ = energy(first)
-    values, after, used, left = first, before, 1, math.inf
-    while used < evaluations and left > torque:
-        options = {"maxfun": evaluations - used, "gtol": torque, "ftol": 0.0}
+    values, after, used = first, before, 1
+    left = float(np.abs(across(values.reshape(-1, 3))).max())
+    while used + 1 < evaluations and left > torque:
+        options = {"maxfun": evaluations - used - 1, "gtol": torque, "ftol": 0.0}
         optimum = minimize(energy, values, jac=True, method="L-BFGS-B", options=options)
-        used += int(optimum.nfev)
         # lengths have grown on the way, which the gradients are divided by: it goes on from unit vectors
         values = state(optimum.x)[0].ravel()
         after, _ = energy(values)
-        used += 1
+        used += int(optimum.nfev) + 1
         last, left = left, float(np.abs(across(values.reshape(-1, 3))).max())
         if left >= last:
             break

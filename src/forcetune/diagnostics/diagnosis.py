@@ -186,16 +186,16 @@ def _check_energy_unit(
     text = f"Energy differences are {times(agreement.ratio)} the model's, as if they were " + (
         f"in {named(near)}; convert energies to eV for the whole frame." if near else "in another unit; give eV."
     )
-    if forces is not None and not _is_explained(predictions, agreement, forces):
+    if _is_unexplained(predictions, agreement, forces):
         text += " Or they depend on what the model does not know, such as magnetic moments."
         return [in_set("energy-unit", "warning", text, predictions.frames)]
     return [in_set("energy-unit", "error" if near and forces is not None else "warning", text, predictions.frames)]
 
 
-def _is_explained(predictions: LabelledPredictions, agreement: Agreement, forces: Agreement) -> bool:
-    """Whether the positions alone explain the energies, as the model's energies or the label forces say."""
+def _is_unexplained(predictions: LabelledPredictions, agreement: Agreement, forces: Agreement | None) -> bool:
+    """Whether positions alone do not explain the energies, as the model's energies and the label forces say."""
     followed = _followed(predictions, forces)
-    return agreement.correlation >= SURE or (followed is not None and followed >= AGREES)
+    return agreement.correlation < SURE and followed is not None and followed < AGREES
 
 
 def _check_energy_order(

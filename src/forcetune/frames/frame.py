@@ -49,7 +49,7 @@ class Frame:
         moments: (atoms, 3), magnetic moments, μB (a number per atom in the file stands for its z component), or None.
         spins: (atoms, 3), the magnetic state that the labels belong to, as a spin-aware layer takes it, or None.
         magforces: (atoms, 3), magnetic forces −∂E/∂s, eV per unit of the state s (μB, or a radian where it is a
-            direction), or None.
+            direction, then NaN where it has none), or None.
         hessian: (3 atoms, 3 atoms), ∂²E/∂x∂x′ in the order x, y, z of atom 0, 1, …, symmetric, eV/Å², or None; frames
             on disk have none.
         energy_weight, forces_weight, stress_weight, moments_weight, hessian_weight: how much each label counts in the

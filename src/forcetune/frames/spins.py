@@ -73,19 +73,19 @@ def with_spins(frames: Sequence[Frame], inputs: SpinInputs) -> tuple[Frame, ...]
                 f"data.{key}_key, or choose other inputs (magnetism.inputs)."
             )
         if inputs in DIRECTIONS:
-            frame = replace(frame, magforces=_turning(frame, vectors))
+            frame = replace(frame, magforces=_turning(frame, vectors if frame.moments is None else frame.moments))
             vectors = directions(vectors)
         result.append(replace(frame, spins=vectors))
     return tuple(result)
 
 
-def _turning(frame: Frame, vectors: FloatArray) -> FloatArray | None:
-    """Magnetic forces by the direction of each vector, eV per radian: m (F − (F·m̂) m̂), zero where there is none."""
+def _turning(frame: Frame, moments: FloatArray) -> FloatArray | None:
+    """Magnetic forces by the direction of each moment m, eV per radian: m (F − (F·m̂) m̂), NaN where there is none."""
     if frame.magforces is None:
         return None
-    unit = directions(vectors)
+    unit = directions(moments)
     across = frame.magforces - (frame.magforces * unit).sum(axis=1, keepdims=True) * unit
-    return np.where(unit.any(axis=1, keepdims=True), np.linalg.norm(vectors, axis=1, keepdims=True) * across, 0.0)
+    return np.where(unit.any(axis=1, keepdims=True), np.linalg.norm(moments, axis=1, keepdims=True) * across, np.nan)
 
 
 def directions(moments: FloatArray) -> FloatArray:

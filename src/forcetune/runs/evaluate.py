@@ -90,6 +90,10 @@ def _labelled_frames(
             if key not in (AUTO, NONE):
                 raise InputError(f"{name} is {key!r}, but there is no magnetic layer that it could belong to.")
         magnetic = dict.fromkeys(magnetic, NONE)
+    elif magnetism.layer != "spin" and magnetic["magforces_key"] not in (AUTO, NONE):
+        raise InputError(
+            f"magforces_key is {magnetic['magforces_key']!r}, but a layer of magnitudes predicts no magnetic forces."
+        )
     usual: dict[str, Any] = {
         "energy_key": keys.energy or AUTO,
         "forces_key": keys.forces or AUTO,

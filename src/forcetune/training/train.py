@@ -184,6 +184,7 @@ def check_trainable_labels(config: TrainingConfig, graphs: Sequence[Batch]) -> N
                 f"set data.{name}_key, or training.loss.{name}=0."
             )
     if all(
-        stage.energy == stage.forces == stage.stress_weight == stage.moments == stage.hessian == 0 for stage in stages
+        max(stage.energy, stage.forces, stage.stress_weight, stage.moments, stage.magforces_weight, stage.hessian) == 0
+        for stage in stages
     ):
         raise InputError("every weight of the loss is zero; set training.loss.energy or training.loss.forces.")

@@ -103,8 +103,13 @@ def take_record(content: dict[str, Any]) -> DefaultsRecord | None:
     """
     if RECORD not in content and not _is_of_a_run(content):
         return None
-    if _word(get_value(content, "magnetism.layer")) not in (None, "off") and "magforces_key" not in content["data"]:
-        content["data"]["magforces_key"] = "none"  # of a version that knew no such labels: the run stays what it was
+    data = content.get("data")
+    if (
+        _word(get_value(content, "magnetism.layer")) not in (None, "off")
+        and isinstance(data, dict)
+        and "magforces_key" not in data
+    ):
+        data["magforces_key"] = "none"  # of a version that knew no such labels: the run stays what it was
     if RECORD not in content:
         return _earlier_record(content)
     stored = content.pop(RECORD)
