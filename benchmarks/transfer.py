@@ -11,7 +11,8 @@ counts.
 
 Learning rates: the method's default for the base, three times less and three times more are tried with the first seed,
 then further ones as long as the best by validation loss is at the edge. The other seeds run with the best; with
-``--default-rates`` all run with the default. Errors in the table are of test frames, which chose nothing.
+``--default-rates`` all run with the default, with ``--rates TABLE.json`` with those that another table found. Errors in
+the table are of test frames, which chose nothing.
 
 A method may carry options: ``elora+rank=8`` or ``elora+training.loss.stress=1e4``; what has no dot is an option of the
 method. Several ``--methods`` tables in one OUT share what they have in common: a run that is finished is not repeated.
@@ -244,6 +245,15 @@ def default_rate(base: str, method: str) -> float:
     return float(forcetune.load(base).learning_rates.get(name, make_method(name).learning_rate))
 
 
+def found_rate(path: Path, name: str, method: str) -> float:
+    """The learning rate that another table found for a method on a set; on other sets the median over those it has."""
+    table = json.loads(path.read_text(encoding="utf-8"))["table"]
+    rates = {one: rows[method]["learning_rate"] for one, rows in table.items() if method in rows}
+    if not rates:
+        raise SystemExit(f"--rates {path}: no rate for {method}.")
+    return rates.get(name) or statistics.median_low(rates.values())
+
+
 def tried_rates(job_of: Any, default: float) -> Iterator[Job]:
     """Jobs of the search for a rate: around the default, then on until the best is not at the edge.
 
@@ -307,7 +317,7 @@ def collect(job: Job, seeds: int) -> dict[str, Any] | None:
     chosen = [runs[best][seed] for seed in sorted(runs[best]) if seed <= seeds]
     row: dict[str, Any] = {
         "learning_rate": best,
-        "at_edge": best in (min(searched), max(searched)),
+        "at_edge": not job.rate and best in (min(searched), max(searched)),
         "valid_losses": {f"{rate:g}": searched[rate] for rate in sorted(searched)},
         "test_forces_of_rates": {
             f"{rate:g}": runs[rate][1]["errors"]["test"]["after"][FORCES] for rate in sorted(searched)
@@ -418,6 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--default-rates", action="store_true", help="no search: what the methods have on this base")
+    parser.add_argument("--rates", type=Path, help="no search: the learning rates of this table (…/transfer/sets.json)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
     parser.add_argument("--processes", type=int, default=2, help="fits at the same time, of one thread each")
     parser.add_argument("--name", default="transfer", help="name of the files with the tables")
@@ -435,6 +446,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def job(name: str, method: str) -> Job:
         rate = default_rate(options.base, method) if options.default_rates else 0.0
+        if options.rates:
+            rate = found_rate(options.rates, name, method)
         return Job(options.out, options.base, name, method, rate, 1, *common)
 
     work = [
