@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 import forcetune
 from forcetune.adapters.attach import attach, require_adapter
@@ -25,6 +27,7 @@ from forcetune.frames.read import frames_from_atoms, read_frames
 from forcetune.frames.spins import directions, with_spins
 from forcetune.graphs.graph import Batch, collate, split_batch
 from forcetune.magnetism.options import Magnetism
+from forcetune.runs.fit import run_fit
 from forcetune.training.losses import LossSums, compute_loss, label_weights
 from recipes.spin_lattice.data import directions as choose_directions
 from recipes.spin_lattice.data import labelled, shaken
@@ -300,6 +303,9 @@ def test_keys_can_be_named(iron: Path, tmp_path: Path, command: Command) -> None
     assert json.loads(out)["magforce_mae_mev"] == pytest.approx(expected, rel=1e-6)
     code, _, err = command("evaluate", iron / "iron.model", tmp_path / "other.xyz", "--magforces-key", "b")
     assert (code, "no magnetic layer" in err) == (2, True)
+    magnitude = fit(iron, tmp_path / "magnitude", 1, **{"magnetism.layer": "magnitude", "data.magforces_key": "none"})
+    code, _, err = command("evaluate", magnitude.folder, tmp_path / "other.xyz", "--magforces-key", "b")
+    assert (code, "a layer of magnitudes predicts no magnetic forces" in err) == (2, True)
     with pytest.warns(ForcetuneWarning, match="'REF_magforces' and 'REF_magmoms' are read only with a magnetic layer"):
         read_frames(iron / "test.xyz")
 
@@ -369,3 +375,40 @@ def test_runs_of_versions_that_knew_none_stay_what_they_were(iron: Path, tmp_pat
     # but those of a user are new
     (tmp_path / "own.yaml").write_text("data: {train: [a.xyz]}\nmagnetism: {layer: spin}\n", encoding="utf-8")
     assert forcetune.load_config(tmp_path / "own.yaml").data.magforces_key == "auto"
+    # and a file without data says nothing of them
+    (tmp_path / "part.yaml").write_text("magnetism: {layer: spin}\n", encoding="utf-8")
+    given = {"data": {"train": ["a.xyz"]}}
+    assert forcetune.load_config(tmp_path / "part.yaml", given=given).data.magforces_key == "auto"
+    # a new fit by the earlier file says what it leaves out
+    config = forcetune.load_config(tmp_path / "earlier.yaml", overrides={"output.run": str(tmp_path / "second")})
+    with pytest.warns(ForcetuneWarning, match="'REF_magforces' is not read: no key asks for it"):
+        run_fit(config, console=Console(quiet=True))
+
+
+def test_a_second_stage_weighs_them_anew(iron: Path, tmp_path: Path) -> None:
+    adapters = []
+    for weight in (0.0, 50.0):
+        stage = {"training.second_stage.start": 3, "training.second_stage.loss.magforces": weight}
+        run = fit(iron, tmp_path / str(weight), 4, **stage)
+        adapters.append((run.adapter / "adapter_model.safetensors").read_bytes())
+        with (run.folder / "metrics.csv").open(encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        assert all(float(row["valid_magforce_mae_mev"]) > 0 for row in rows)
+    # the first stage is the same, the second is not
+    assert adapters[0] != adapters[1]
+
+
+def test_an_ensemble_has_no_field_where_there_is_no_moment(iron: Path, tmp_path: Path) -> None:
+    runs = [fit(iron, tmp_path / str(seed), 1, **{"training.seed": seed}) for seed in (1, 2)]
+    atoms: Any = ase.io.read(iron / "test.xyz", 0)
+    moments = atoms.arrays["REF_magmoms"].copy()
+    moments[3] = 0.0
+    atoms.set_initial_magnetic_moments(moments)
+    fields = []
+    for adapter in (runs[0].folder, runs[1].folder, [run.folder for run in runs]):
+        atoms.calc = forcetune.calculator(adapter=adapter)
+        atoms.get_potential_energy()
+        fields.append(atoms.calc.results["effective_field"])
+    assert np.abs(fields[2][3]).max() == 0.0
+    assert np.abs(np.delete(fields[2], 3, axis=0)).min(axis=1).max() > 0
+    np.testing.assert_allclose(fields[2], (fields[0] + fields[1]) / 2, atol=1e-12)

@@ -241,7 +241,7 @@ def test_ranks_from_gradients_go_with_a_layer(iron: Path, tmp_path: Path) -> Non
     run = fit(iron, tmp_path / "run", 2, "elora", **{"method.init": "gradient", "method.budget": 600})
     assert run.after["test"].moment_mae_mub is not None
     alone = {f"training.loss.{name}": 0.0 for name in ("energy", "forces", "stress")}
-    with pytest.raises(InputError, match="moments alone"):
+    with pytest.raises(InputError, match="moments and magnetic forces alone"):
         fit(iron, tmp_path / "no", 2, "elora", **{"method.init": "gradient"}, **alone)
 
 
@@ -412,6 +412,14 @@ def test_spins_relax_to_lower_energy_with_positions_kept(iron: Path, tmp_path: P
     field, final = atoms.calc.results["effective_field"], atoms.get_initial_magnetic_moments() / 2.2
     across = field - (field * final).sum(1, keepdims=True) * final
     assert np.abs(across).max() <= 1.0001e-5
+    # no more evaluations than it may take, and what was reached by then is kept
+    for evaluations in (1, 2, 6):
+        other = atoms.copy()
+        other.set_initial_magnetic_moments(2.2 * spins)
+        other.calc = forcetune.calculator(run.folder)
+        cut = forcetune.relax_spins(other, torque=1e-9, evaluations=evaluations)
+        assert cut.evaluations <= evaluations and not cut.converged
+        assert cut.energy_after <= cut.energy_before
     # numbers along z, which may turn away from it
     collinear = cell((2, 2, 2))
     collinear.set_initial_magnetic_moments(np.where(np.arange(16) % 2 == 0, 2.2, -2.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ ERRORS = Errors(
 def test_stress_counts_in_the_score(loss: dict[str, float], magnetic: bool, weight: float) -> None:
     expected = 1.0 * 0.02**2 + 100.0 * 0.03**2 + weight * 0.0005**2
     assert score(ERRORS, LossConfig.model_validate(loss), magnetic) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight"),
+    [({"moments": 1.0}, 1.0), ({"moments": 1.0, "magforces": 5.0}, 5.0), ({"moments": 2.0, "magforces": 0.0}, 0.0)],
+)
+def test_moments_and_magnetic_forces_count_in_the_score(loss: dict[str, float], weight: float) -> None:
+    magnetic = replace(ERRORS, moment_rmse_mub=0.1, magforce_rmse_mev=4.0)
+    weights = LossConfig.model_validate({"forces": 1.0, **loss})
+    expected = 0.02**2 + 0.03**2 + 0.0005**2 + loss["moments"] * 0.1**2 + weight * 0.004**2
+    assert score(magnetic, weights, magnetic=True) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_search_starts_from_the_learning_rate_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

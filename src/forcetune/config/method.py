@@ -74,8 +74,9 @@ def _with_numbers(value: Any) -> Any:
 class MagnetismConfig(Section):
     """A magnetic layer beside the updates of any method.
 
-    With it the loss is Huber by default, energies per atom, and energy, forces, stress and moments weigh 1 each; in a
-    second stage energies weigh 10. Stress counts where training frames have it.
+    With it the loss is Huber by default, energies per atom, and energy, forces, stress, moments and, with a spin
+    layer, magnetic forces weigh 1 each; in a second stage energies weigh 10. Stress and magnetic forces count where
+    training frames have them.
     """
 
     layer: Layer = Field(

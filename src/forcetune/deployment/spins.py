@@ -112,6 +112,10 @@ def _magnetic_state(atoms: Atoms) -> tuple[ForcetuneCalculator, FloatArray]:
     return calc, moments
 
 
+class _SpentError(Exception):
+    """No evaluation is left for the search."""
+
+
 def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -> SpinRelaxation:
     """Turn the spins of ``atoms``, their lengths kept, until the energy is lowest; positions stay.
 
@@ -141,29 +145,38 @@ def relax_spins(atoms: Atoms, *, torque: float = 1e-4, evaluations: int = 500) -
         field = unit[spinning, None] * calc.results["effective_field"][spinning]
         return field - (field * directions).sum(1, keepdims=True) * directions
 
+    used, lowest = 0, (np.inf, np.empty(0))
+
     def energy(values: FloatArray) -> tuple[float, FloatArray]:
+        nonlocal used, lowest
+        used += 1
         directions, norms = state(values)
         moments = np.zeros_like(start)
         moments[spinning] = lengths[spinning, None] * directions
         atoms.set_initial_magnetic_moments(moments)
         value = float(atoms.get_potential_energy())
+        lowest = min(lowest, (value, directions.ravel()), key=lambda one: one[0])
         return value, (-across(directions) / norms[:, None]).ravel()
+
+    def limited(values: FloatArray) -> tuple[float, FloatArray]:
+        if used + 1 >= evaluations:  # the last one is for the state that is kept
+            raise _SpentError
+        return energy(values)
 
     # one number for each atom may become a vector
     atoms.set_initial_magnetic_moments(None)
     # a spin of another length is the same state: the gradient along it is zero
-    first = (start[spinning] / lengths[spinning, None]).ravel()
-    before, _ = energy(first)
-    values, after, used = first, before, 1
-    left = float(np.abs(across(values.reshape(-1, 3))).max())
-    while used + 1 < evaluations and left > torque:
-        options = {"maxfun": evaluations - used - 1, "gtol": torque, "ftol": 0.0}
-        optimum = minimize(energy, values, jac=True, method="L-BFGS-B", options=options)
-        # lengths have grown on the way, which the gradients are divided by: it goes on from unit vectors
-        values = state(optimum.x)[0].ravel()
-        after, _ = energy(values)
-        used += int(optimum.nfev) + 1
+    values = (start[spinning] / lengths[spinning, None]).ravel()
+    before = after = energy(values)[0]
+    left, last = float(np.abs(across(values.reshape(-1, 3))).max()), np.inf
+    options = {"maxfun": evaluations, "gtol": torque, "ftol": 0.0}
+    while used + 1 < evaluations and torque < left < last:
+        try:
+            optimum = minimize(limited, values, jac=True, method="L-BFGS-B", options=options)
+            # lengths have grown on the way, which the gradients are divided by: it goes on from unit vectors
+            values = state(optimum.x)[0].ravel()
+        except _SpentError:
+            values = lowest[1]
+        after = energy(values)[0]
         last, left = left, float(np.abs(across(values.reshape(-1, 3))).max())
-        if left >= last:
-            break
     return SpinRelaxation(before, after, left, used, left <= torque)

@@ -61,7 +61,7 @@ COMPARED = (
     ("forces", "forces_mae_mev_per_ang", "meV/Å"),
     ("stress", "stress_mae_mev_per_ang3", "meV/Å³"),
     ("moments", "moment_mae_mub", "μB"),
-    ("magnetic forces", "magforce_mae_mev", "meV"),
+    ("magnetic forces", "magforce_mae_mev", "meV/μB or meV/rad"),
 )
 GREW = 1.02
 """Errors that grew by less are noise of a few frames."""

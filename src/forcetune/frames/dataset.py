@@ -96,7 +96,7 @@ def read_dataset(
 
     Some training and validation frame needs an energy and some needs forces, unless ``energy_key`` or ``forces_key``
     is ``none``; some test frame needs an energy. Labels that a frame lacks do not count. With a magnetic layer moments
-    are read, too, and every frame needs the state that it is given.
+    are read, too, with a spin layer magnetic forces, and every frame needs the state that it is given.
 
     Args:
         config: which, and whether they stay on disk.

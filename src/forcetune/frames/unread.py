@@ -52,8 +52,12 @@ def describe_unread(
             f"{'them' if states[1:] else 'it'}, so that frames should not differ in {'them' if states[1:] else 'it'}"
         )
     if magnetic:
+        are = "are" if magnetic[1:] else "is"
+        has_layer = any(getattr(asked, label) not in (None, NONE) for label in MAGNETIC)
         parts.append(
-            f"{_listed(magnetic)} {'are' if magnetic[1:] else 'is'} read only with a magnetic layer (--magnetic)"
+            f"{_listed(magnetic)} {are} not read: no key asks for {'them' if magnetic[1:] else 'it'}"
+            if has_layer
+            else f"{_listed(magnetic)} {are} read only with a magnetic layer (--magnetic)"
         )
     return f"{'; '.join(parts)}." if parts else None
 

@@ -51,11 +51,12 @@ class SearchResult:
 
 
 def score(errors: Errors, loss: LossConfig, magnetic: bool = False) -> float:
-    """w_E RMSE_E² + w_F RMSE_F² + w_S RMSE_S² with the configured weights, eV², eV²/Å² and eV²/Å⁶.
+    """Sum of w RMSE² over energies, forces, stresses, moments and magnetic forces, with the configured weights w.
 
-    It does not depend on the weights of a trial, so that trials with different ones can be compared. Without a weight
-    of its own, or with one of virials for each atom, the stress has the default
-    (:func:`forcetune.training.label_weights.default_stress_weight`).
+    Energies count in eV (for each atom where the loss has them so), the others in eV/Å, eV/Å³, μB and eV per unit of
+    the magnetic state. It does not depend on the weights of a trial, so that trials with different ones can be
+    compared. Without a weight of its own, or with one of virials for each atom, the stress has the default
+    (:func:`forcetune.training.label_weights.default_stress_weight`); magnetic forces have 1, as in training.
 
     Args:
         errors: on the validation frames; those without labels do not count.
@@ -72,10 +73,13 @@ def score(errors: Errors, loss: LossConfig, magnetic: bool = False) -> float:
         (loss.energy, energy),
         (loss.forces, errors.forces_rmse_mev_per_ang),
         (stress_weight, errors.stress_rmse_mev_per_ang3),
+        (1.0 if loss.magforces is None else loss.magforces, errors.magforce_rmse_mev),
     )
     for weight, value in terms:
         if value is not None:
             total += weight * (value / 1000) ** 2
+    if errors.moment_rmse_mub is not None:
+        total += loss.moments * errors.moment_rmse_mub**2
     return total
 
 

@@ -165,8 +165,8 @@ def estimate_fisher(
     """
     if loss.energy == loss.forces == loss.stress_weight == 0:
         raise InputError(
-            "training.penalty.ewc needs a loss of energies, forces or stresses: moments alone say nothing about what "
-            "the foundation model predicts."
+            "training.penalty.ewc needs a loss of energies, forces or stresses: moments and magnetic forces say "
+            "nothing about what the foundation model predicts."
         )
     generator = torch.Generator().manual_seed(seed)
     counts = _Counts(sum(graph.n_atoms for graph in graphs), len(graphs), sum(map(_has_volume, graphs)))

@@ -157,7 +157,7 @@ def _progress_text(module: FineTuning) -> str:
     if errors is not None and errors.moment_mae_mub is not None:
         parts.append(f"μ {errors.moment_mae_mub:.4f} μB")
     if errors is not None and errors.magforce_mae_mev is not None:
-        parts.append(f"magnetic F {errors.magforce_mae_mev:.2f} meV")
+        parts.append(f"magnetic F {errors.magforce_mae_mev:.2f} meV/(μB or rad)")
     if module.sparsity is not None:
         parts.append(f"{100 * module.sparsity.zeros_of_wrapped:.1f} % zeros")
     return " · ".join(parts)

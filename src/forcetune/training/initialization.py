@@ -40,7 +40,8 @@ def attach_for_training(
 
     Raises:
         InputError: as :func:`forcetune.adapters.attach.attach` and
-            :func:`forcetune.adapters.gradients.within_budget`; a gradient is asked for of a loss of moments alone.
+            :func:`forcetune.adapters.gradients.within_budget`; a gradient is asked for of a loss of moments
+            and magnetic forces alone.
     """
     if not method.needs_gradients:
         return _calibrated(_left_alone(attach(backbone, method, seed=config.seed), backbone, elements), graphs)
@@ -58,7 +59,7 @@ def attach_for_training(
     if loss.energy == loss.forces == loss.stress_weight == 0:
         raise InputError(
             "a start from the gradient (method.init, method.budget) needs a loss of energies, forces or stresses; "
-            "moments alone have no gradient yet."
+            "moments and magnetic forces alone have no gradient yet."
         )
     gradients = weight_gradients(
         backbone, loader, lambda prediction, batch: compute_loss(loss, prediction, batch), stress=loss.stress_weight > 0

@@ -219,7 +219,7 @@ def predict_deviations(
 
 
 def join_predictions(parts: Sequence[Predictions]) -> Predictions:
-    """Predictions of batches as one, without stress and moments."""
+    """Predictions of batches as one, without stress, moments and magnetic forces."""
     names = ("numbers", "atoms", "energy", "energy_label", "forces", "forces_label")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     return Predictions(**columns, stress=None, stress_label=None)

@@ -73,7 +73,7 @@ def test_spins_are_moments_with_forces_of_their_own(tmp_path: Path) -> None:
         result = read_frames(path, moments_key="auto", magforces_key="auto")
     np.testing.assert_array_equal(result.frames[3].moments, spins[3].reshape(4, 3))
     np.testing.assert_array_equal(result.frames[3].magforces, forces[3].reshape(4, 3))
-    with pytest.warns(ForcetuneWarning, match="'force_mag' is read only with a magnetic layer"):
+    with pytest.warns(ForcetuneWarning, match="'force_mag' is not read: no key asks for it"):
         assert read_frames(path, moments_key="auto").frames[3].magforces is None
 
 
