@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--changed", default=CHANGED, help="weights and the index of one of their paths, for each change"
     )
+    parser.add_argument("--size", type=float, default=0.5, help="what a changed weight moves by, up or down")
     parser.add_argument(
         "--structures", help="files, comma-separated; every tenth frame validates (default: the demo's)"
     )
