@@ -84,6 +84,7 @@ SETS = {
         "crystals/LiMnO_mattertune_val.xyz",
     ),
     "water": DataSet("water/water_deepmd_train.xyz", "water/water_deepmd_test.xyz", batch=1),
+    "water-stress": DataSet("water/water_dplr_stress_all.xyz", batch=1),
     "acac-300": DataSet("acac/train_300K.xyz", "acac/test_MD_300K.xyz", batch=5),
     "acac-600": DataSet("acac/train_300K.xyz", "acac/test_MD_600K.xyz", batch=5),
     "acac-dihedral": DataSet("acac/train_300K.xyz", "acac/test_dihedral.xyz", batch=5),
