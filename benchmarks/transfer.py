@@ -216,7 +216,7 @@ def run_job(
     }
     warmup = {"warmup_epochs": max(1, epochs // 20)}
     optimizer = training.get("optimizer") or settings.get("training.optimizer") or forcetune.method(name).optimizer
-    if optimizer == "schedulefree":
+    if optimizer in ("schedulefree", "soap"):
         usual["schedule"] = warmup
     else:
         usual |= {"ema": 0.99, "schedule": {"name": "cosine", **warmup}}

@@ -13,7 +13,7 @@ from forcetune.adapters.summaries import SiteCoverage, Sparsity
 from forcetune.adapters.updates import ActivationUpdate, Update, WeightUpdate
 from forcetune.adapters.updates.base import ParameterOptions, TrainablePart
 from forcetune.adapters.updates.soft_threshold import SparseWeight
-from forcetune.backbones.protocol import Backbone, Base, Site
+from forcetune.backbones.protocol import Backbone, Base, Site, WeightPath
 
 
 class Adapter(nn.Module):
@@ -127,6 +127,13 @@ class Adapter(nn.Module):
         if self.magnetic is not None:
             options = self.magnetic.options()
             yield from (("magnetism", parameter, options[name]) for name, parameter in self.magnetic.named_parameters())
+
+    def parameter_paths(self) -> Iterator[tuple[nn.Parameter, tuple[WeightPath, ...]]]:
+        """Parameters that are laid out as a site's whole weight, with the paths of it."""
+        for site in self.sites:
+            part = self.part(site, WeightUpdate)
+            if part is not None:
+                yield from ((getattr(part, name), site.paths) for name in part.weight_shaped)
 
     def sparsity(self) -> Sparsity | None:
         """How many weights a sparse update leaves as they were; None where nothing is sparse."""

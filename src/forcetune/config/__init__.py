@@ -10,6 +10,7 @@ from forcetune.config.method import LARGEST_CHANNELS, LARGEST_RANK, Layer, Magne
 from forcetune.config.run import OutputConfig, RunConfig
 from forcetune.config.section import LARGEST_SEED, Section, as_word, explain
 from forcetune.config.training import (
+    SCHEDULE_FREE,
     LossConfig,
     PenaltyConfig,
     ScheduleConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "LARGEST_CHANNELS",
     "LARGEST_RANK",
     "LARGEST_SEED",
+    "SCHEDULE_FREE",
     "DataConfig",
     "Layer",
     "LearnConfig",

@@ -13,7 +13,14 @@ from forcetune.config.data import DataConfig, ModelConfig, ReferenceConfig, Repl
 from forcetune.config.learn import LearnConfig
 from forcetune.config.method import MagnetismConfig, MethodConfig
 from forcetune.config.section import Section, ThreeWaySwitch, as_names, explain
-from forcetune.config.training import DEFAULT_STEPS, FEWEST_EPOCHS, MOST_EPOCHS, ScheduleConfig, TrainingConfig
+from forcetune.config.training import (
+    DEFAULT_STEPS,
+    FEWEST_EPOCHS,
+    MOST_EPOCHS,
+    SCHEDULE_FREE,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from forcetune.errors import InputError
 from forcetune.utils.files import write_text
 from forcetune.utils.option_defaults import (
@@ -80,13 +87,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         training = self.training
-        if training.optimizer == "schedulefree" and training.ema is not None and "ema" in training.model_fields_set:
-            raise ValueError("training.ema: schedule-free AdamW averages by itself; leave ema out or set it to null")
-        if (
-            training.optimizer == "schedulefree"
-            and training.schedule.model_copy(update={"warmup_epochs": 0}) != ScheduleConfig()
-        ):
-            raise ValueError("training.schedule: schedule-free AdamW takes warmup_epochs only")
+        if training.optimizer in SCHEDULE_FREE:
+            named = f"schedule-free {SCHEDULE_FREE[training.optimizer]}"
+            if training.ema is not None and "ema" in training.model_fields_set:
+                raise ValueError(f"training.ema: {named} averages by itself; leave ema out or set it to null")
+            if training.schedule.model_copy(update={"warmup_epochs": 0}) != ScheduleConfig():
+                raise ValueError(f"training.schedule: {named} takes warmup_epochs only")
         if training.valid_every > training.epochs:
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
         if training.second_stage.start is not None and training.second_stage.start > training.epochs:
@@ -162,7 +168,7 @@ class RunConfig(Section):
         """Defaults that follow from other options, by dotted name."""
         training = self.training
         values: dict[str, Any] = {"training.learning_rate": learning_rate, "training.optimizer": optimizer}
-        if (training.optimizer or optimizer) == "schedulefree":
+        if (training.optimizer or optimizer) in SCHEDULE_FREE:
             values["training.ema"] = None
         if self.magnetism.layer != "off":
             # Huber, all terms alike, energies per atom: as published for the spin-aware layer

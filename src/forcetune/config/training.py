@@ -10,6 +10,8 @@ from forcetune.config.section import LARGEST_SEED, Section, ThreeWaySwitch
 
 MOST_EPOCHS, FEWEST_EPOCHS, DEFAULT_STEPS = 500, 20, 10_000
 """Bounds of a run whose epochs are not given: the published 500 where frames are few, and so many steps otherwise."""
+SCHEDULE_FREE = {"schedulefree": "AdamW", "soap": "SOAP"}
+"""Optimizers that average by themselves and take no schedule but a warm-up, and their names in texts."""
 
 
 class LossConfig(Section):
@@ -173,8 +175,10 @@ class TrainingConfig(Section):
     batch_edges: int | None = Field(
         default=None, ge=1, description="Most edges a batch; batches are then packed by this budget."
     )
-    optimizer: Literal["adam", "adamw", "schedulefree"] | None = Field(
-        default=None, description="Adam with amsgrad, AdamW, schedule-free AdamW; the method's own when not given."
+    optimizer: Literal["adam", "adamw", "schedulefree", "soap"] | None = Field(
+        default=None,
+        description="Adam with amsgrad, AdamW, schedule-free AdamW, schedule-free SOAP (Adam in the eigenbasis of each "
+        "path's gradients); the method's own when not given.",
     )
     learning_rate: float | None = Field(
         default=None,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forcetune.adapters.methods import method as make_method
-from forcetune.config import load_config
+from forcetune.config import SCHEDULE_FREE, load_config
 from forcetune.deployment.calculator import calculator
 from forcetune.deployment.dynamics import EnergyConservation, energy_conservation
 from forcetune.reports.run_page import write_report
@@ -109,7 +109,7 @@ def _training(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     optimizer = settings.get("training.optimizer")
     if optimizer is None and settings.get("method.table") is None:
         optimizer = make_method(settings.get("method.name", name)).optimizer
-    if optimizer != "schedulefree":
+    if optimizer not in SCHEDULE_FREE:
         return TRAINING
     warmup = {"warmup_epochs": TRAINING["schedule"]["warmup_epochs"]}
     return {key: value for key, value in TRAINING.items() if key != "ema"} | {"schedule": warmup}

@@ -14,7 +14,7 @@ from torch import Tensor
 from forcetune.adapters.attach import require_adapter
 from forcetune.adapters.summaries import Sparsity
 from forcetune.backbones.protocol import Backbone, Prediction
-from forcetune.config import LossConfig, TrainingConfig
+from forcetune.config import SCHEDULE_FREE, LossConfig, TrainingConfig
 from forcetune.errors import ForcetuneError, warn
 from forcetune.evaluation.metrics import Errors, Predictions, Tally, gather
 from forcetune.graphs.graph import Batch
@@ -110,7 +110,7 @@ class FineTuning:
         self.hessian = hessian
         self.first_rate = learning_rate
         self.schedule = LearningRate(config.schedule, learning_rate, config.epochs)
-        averaged = config.ema is not None and config.optimizer != "schedulefree"
+        averaged = config.ema is not None and config.optimizer not in SCHEDULE_FREE
         self.average = MovingAverage(list(self.adapter.parameters()), config.ema or 0.0) if averaged else None
         self.stage = 1
         self.best_loss = math.inf
@@ -215,7 +215,7 @@ class FineTuning:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this context the adapter has the weights that count: averaged, where the optimizer or EMA averages."""
-        optimizer: Any = self._optimizer if self.config.optimizer == "schedulefree" else None
+        optimizer: Any = self._optimizer if self.config.optimizer in SCHEDULE_FREE else None
         if optimizer is not None:
             optimizer.eval()
         try:
@@ -272,7 +272,7 @@ class FineTuning:
         self._n_batches = self.loader.n_batches
         self._losses.clear()
         self._penalties.clear()
-        if self.config.optimizer == "schedulefree":
+        if self.config.optimizer in SCHEDULE_FREE:
             optimizer: Any = self._optimizer
             optimizer.train()
         second = self.config.second_stage
@@ -284,7 +284,7 @@ class FineTuning:
 
     def _step(self, batch: Batch, index: int) -> None:
         """One step of the optimizer, for a batch on the CPU: on a GPU nothing of it waits for the device."""
-        if self.config.optimizer != "schedulefree":
+        if self.config.optimizer not in SCHEDULE_FREE:
             self._set_rate(self.schedule.at(self.epoch + self.skipped - 1 + (index + 1) / self._n_batches))
         loss = self._compiled_loss(batch)
         if loss is None:

@@ -14,8 +14,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from forcetune.adapters.attach import Adapter
 from forcetune.adapters.updates.base import ParameterOptions
-from forcetune.config import ScheduleConfig, TrainingConfig
+from forcetune.config import SCHEDULE_FREE, ScheduleConfig, TrainingConfig
 from forcetune.training.replay_head import LEARNING_RATE, ReplayHead
+from forcetune.training.soap import Block, ScheduleFreeSoap, own_block, path_blocks
 
 DECAYED_KINDS = frozenset({"linear", "contraction", "contraction_lower"})
 
@@ -57,9 +58,19 @@ def make_optimizer(
     if config.optimizer == "schedulefree":
         warmup = config.schedule.warmup_epochs * steps_per_epoch
         return schedulefree.AdamWScheduleFree(groups, lr=learning_rate, warmup_steps=warmup)
+    if config.optimizer == "soap":
+        warmup = config.schedule.warmup_epochs * steps_per_epoch
+        return ScheduleFreeSoap(groups, learning_rate, blocks=_blocks(adapter, head), warmup_steps=warmup)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
     return torch.optim.Adam(groups, lr=learning_rate, amsgrad=True, foreach=True)
+
+
+def _blocks(adapter: Adapter, head: ReplayHead | None) -> dict[Tensor, Sequence[Block]]:
+    """The matrices in every parameter: the paths of a weight, or the parameter as a whole."""
+    parameters = [*adapter.parameters(), *(head.parameters() if head else ())]
+    blocks: dict[Tensor, Sequence[Block]] = {parameter: own_block(parameter) for parameter in parameters}
+    return blocks | {parameter: path_blocks(paths) for parameter, paths in adapter.parameter_paths()}
 
 
 def _rate(options: ParameterOptions, begun: float) -> float:
@@ -82,7 +93,7 @@ def decay_that_shrinks(factor: float, rate: float, share: float, steps_per_epoch
     if factor >= 1:
         return 0.0
     exponent = -math.log(factor)
-    if config.optimizer == "schedulefree":
+    if config.optimizer in SCHEDULE_FREE:
         low, high = 0.0, 3.6  # there the average is zero
         for _ in range(40):
             exponent = (low + high) / 2

@@ -96,7 +96,12 @@ class WeightUpdate(TrainablePart):
     """The trainable part of a weight update: maps the frozen weight W to the effective weight W'.
 
     Weight updates merge exactly: the merged model's weight is W'.
+
+    Attributes:
+        weight_shaped: names of the parameters that have the layout of W, path by path.
     """
+
+    weight_shaped: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:

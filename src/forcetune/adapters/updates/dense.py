@@ -14,6 +14,8 @@ from forcetune.backbones.protocol import Site
 class DenseWeight(WeightUpdate):
     """W' is a parameter of its own that starts at W; the frozen W stays as it was."""
 
+    weight_shaped: ClassVar[tuple[str, ...]] = ("value",)
+
     def __init__(self, site: Site, weight: Tensor) -> None:
         super().__init__()
         self.paths = site.paths

@@ -27,6 +27,8 @@ class SparseWeight(WeightUpdate):
     adapter therefore changes the model a little.
     """
 
+    weight_shaped: ClassVar[tuple[str, ...]] = ("change",)
+
     def __init__(self, site: Site, weight: Tensor, spec: SoftThreshold) -> None:
         super().__init__()
         self.paths = site.paths
