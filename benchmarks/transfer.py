@@ -242,8 +242,16 @@ def default_rate(base: str, method: str) -> float:
     import forcetune
     from forcetune.adapters.methods import method as make_method
 
-    name = settings_of(method)[0]
-    return float(forcetune.load(base).learning_rates.get(name, make_method(name).learning_rate))
+    name, settings = settings_of(method)
+    return make_method(name).default_rate(settings.get("training.optimizer"), forcetune.load(base).learning_rates)
+
+
+def searched_from(method: str) -> float:
+    """The learning rate that a search begins with, the same for every base."""
+    from forcetune.adapters.methods import method as make_method
+
+    name, settings = settings_of(method)
+    return make_method(name).default_rate(settings.get("training.optimizer"))
 
 
 def found_rate(path: Path, name: str, method: str) -> float:
@@ -436,7 +444,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--finished", action="store_true", help="only write the tables of what is finished")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
-    from forcetune.adapters.methods import method as make_method
     from forcetune.utils.files import write_text
 
     names, methods = options.sets.split(","), options.methods.split(",")
@@ -455,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (
             job(name, method),
             options.seeds,
-            make_method(settings_of(method)[0]).learning_rate,
+            searched_from(method),
             options.data,
             options.tests,
         )

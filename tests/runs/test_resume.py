@@ -30,6 +30,12 @@ EPOCHS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
     "adam, average, plateau": {"method.name": "mmea", "training.schedule.patience": 0},
     "schedule-free": {"method.name": "sparse"},
+    "SOAP, second stage": {
+        "method.name": "elora",
+        "training.optimizer": "soap",
+        "training.second_stage.start": 4,
+        "training.schedule.warmup_epochs": 1,
+    },
     "second stage, cosine, every other epoch": {
         "method.name": "elora",
         "training.second_stage.start": 4,
@@ -106,7 +112,7 @@ class PowerLossError(BaseException):
 MOMENTS = ("after the second checkpoint", "before it", "while the adapter is replaced")
 
 
-ALWAYS = (*list(OPTIONS)[:2], "replay", "penalty beside replay", "compiled", "Hessians beside compiled steps")
+ALWAYS = (*list(OPTIONS)[:3], "replay", "penalty beside replay", "compiled", "Hessians beside compiled steps")
 NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
 
 

@@ -116,10 +116,15 @@ def labelled_graphs(model: Model) -> list[Batch]:
 
 
 def training_of(
-    model: Model, loss: LossConfig = LOSS, replay: Sequence[Batch] = (), head: ReplayHead | None = None
+    model: Model,
+    loss: LossConfig = LOSS,
+    replay: Sequence[Batch] = (),
+    head: ReplayHead | None = None,
+    **options: Any,
 ) -> tuple[FineTuning, list[Batch]]:
     """A training of three steps an epoch, and the batches of its first epoch."""
-    config = TrainingConfig(batch_size=2, compile="off", clip=10.0, ema=0.9, loss=loss)
+    given = {"batch_size": 2, "compile": "off", "clip": 10.0, "ema": 0.9, "loss": loss}
+    config = TrainingConfig.model_validate(given | options)
     graphs = labelled_graphs(model)
     loader = BatchLoader(graphs, 2, shuffle=True, replay=replay, replay_ratio=1.0 if replay else 0.0)
     training = FineTuning(model, config, 1e-3, loader, lambda errors: None, head=head)
@@ -150,6 +155,14 @@ def test_training_steps_stay_on_the_device_and_wait_for_nothing(kind: str, name:
     model = MAKERS[kind]()
     perturb(attach(model, method(name)))
     check_steps(*training_of(without_values(model)))
+
+
+@pytest.mark.parametrize("name", ["full", "elora"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_steps_of_soap_turn_their_bases_on_the_device(kind: str, name: str) -> None:
+    model = MAKERS[kind]()
+    perturb(attach(model, method(name)))
+    check_steps(*training_of(without_values(model), optimizer="soap", ema=None))
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)

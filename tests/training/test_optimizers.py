@@ -12,7 +12,7 @@ from torch import nn
 from forcetune.adapters.attach import attach, detach
 from forcetune.adapters.methods import custom_method, method
 from forcetune.adapters.updates.soft_threshold import SparseWeight
-from forcetune.config import ScheduleConfig, TrainingConfig
+from forcetune.config import SCHEDULE_FREE, ScheduleConfig, TrainingConfig
 from forcetune.errors import InputError
 from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
 from systems import backbone
@@ -55,7 +55,8 @@ def test_second_stage_starts_anew_and_state_survives() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW"), ("schedulefree", "AdamWScheduleFree")]
+    ("name", "kind"),
+    [("adam", "Adam"), ("adamw", "AdamW"), ("schedulefree", "AdamWScheduleFree"), ("soap", "ScheduleFreeSoap")],
 )
 def test_weight_decay_acts_on_linear_and_contraction_sites_only(name: str, kind: str) -> None:
     model = backbone()
@@ -125,27 +126,32 @@ def test_moving_average_follows_its_formula_and_gives_the_weights_back() -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule"), [("schedulefree", "plateau"), ("adamw", "cosine"), ("adamw", "constant"), ("adam", "cosine")]
+    ("name", "schedule"),
+    [
+        *(("schedulefree", "plateau"), ("soap", "plateau"), ("adamw", "cosine"), ("adamw", "constant")),
+        ("adam", "cosine"),
+    ],
 )
 def test_thresholds_end_where_they_shall_without_gradients(name: Any, schedule: Any) -> None:
     model = backbone()
     adapter = attach(model, method("sparse", final_threshold=0.02, threshold_rate=2.0))
-    shape = ScheduleConfig(warmup_epochs=1) if name == "schedulefree" else ScheduleConfig(name=schedule)
+    averages = name in SCHEDULE_FREE
+    shape = ScheduleConfig(warmup_epochs=1) if averages else ScheduleConfig(name=schedule)
     config = TrainingConfig(optimizer=name, epochs=20, schedule=shape)
     optimizer = make_optimizer(adapter, config, 1e-2, 25)
     rates = LearningRate(config.schedule, 1e-2, config.epochs)
     parts = [part for part in model.model.modules() if isinstance(part, SparseWeight)]
     assert parts
-    if name == "schedulefree":
+    if averages:
         optimizer.train()  # pyright: ignore[reportAttributeAccessIssue]
     for step in range(20 * 25):
         for group in optimizer.param_groups:
-            if name != "schedulefree":
+            if not averages:
                 group["lr"] = group["rate"] * rates.at((step + 0.5) / 25)
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    if name == "schedulefree":
+    if averages:
         optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue]
     for part in parts:
         assert part.tau.detach().tolist() == pytest.approx([math.log(0.02 / 0.98)] * len(part.tau), rel=0.02)

@@ -64,13 +64,14 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "schedulefree"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "schedulefree", "soap"])
 def test_errors_fall(model: MaceBackbone, tmp_path: Path, optimizer: str) -> None:
-    outcome, saved, _ = run(model, tmp_path, optimizer=optimizer, epochs=12)
+    rate, share = (2e-3, 0.96) if optimizer == "soap" else (5e-3, 0.9)
+    outcome, saved, _ = run(model, tmp_path, rate=rate, optimizer=optimizer, epochs=12)
     first, last = saved[0][0], saved[-1][0]
     assert first.forces_mae_mev_per_ang is not None
     assert last.forces_mae_mev_per_ang is not None
-    assert last.forces_mae_mev_per_ang < 0.9 * first.forces_mae_mev_per_ang
+    assert last.forces_mae_mev_per_ang < share * first.forces_mae_mev_per_ang
     assert outcome.status == "finished"
     assert outcome.epochs_done == 12
     assert outcome.steps == 12 * 3

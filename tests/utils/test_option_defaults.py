@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import forcetune
-from forcetune.adapters.methods import build_method
+from forcetune.adapters.methods import build_method, method
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
 from systems import write_labelled, write_model
@@ -19,8 +19,8 @@ LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    method = build_method(config.method)
-    return config.with_method_defaults(method.learning_rate, method.optimizer)
+    made = build_method(config.method)
+    return config.with_method_defaults(made.default_rate(config.training.optimizer), made.optimizer)
 
 
 def stored(path: Path, *, record: bool = True, **options: Any) -> Path:
@@ -86,6 +86,22 @@ def test_the_average_follows_the_optimizer(tmp_path: Path) -> None:
     assert chosen(load_config(path, settings=["training.optimizer=adamw"])) == ("adamw", 1e-2, 0.995)
     path = stored(tmp_path / "config.yaml", method__name="mmea")
     assert chosen(load_config(path, settings=["training.optimizer=schedulefree"])) == ("schedulefree", 5e-3, None)
+
+
+def test_soap_has_rates_of_its_own(tmp_path: Path) -> None:
+    for name, rate, adam in (("full", 2e-2, 1e-3), ("elora", 5e-3, 5e-3), ("sparse", 2e-2, 1e-2), ("mmea", 5e-3, 5e-3)):
+        path = stored(tmp_path / "config.yaml", method__name=name, training__optimizer="soap")
+        assert chosen(load_config(path)) == ("soap", rate, None)
+        assert chosen(load_config(path, settings=["training.optimizer=adamw"])) == ("adamw", adam, 0.995)
+        path = stored(tmp_path / "config.yaml", method__name=name)
+        assert chosen(load_config(path, settings=["training.optimizer=soap"])) == ("soap", rate, None)
+    # on every base, while the other optimizers have those of the base
+    assert method("elora").default_rate("soap", {"elora": 2e-3}) == 5e-3
+    assert method("elora").default_rate(None, {"elora": 2e-3}) == 2e-3
+    with pytest.raises(InputError, match="schedule-free SOAP averages by itself"):
+        load_config(given=LEAST, settings=["training.optimizer=soap", "training.ema=0.9"])
+    with pytest.raises(InputError, match="schedule-free SOAP takes warmup_epochs only"):
+        load_config(given=LEAST, settings=["training.optimizer=soap", "training.schedule.name=cosine"])
 
 
 def test_a_stored_file_can_be_edited(tmp_path: Path) -> None:

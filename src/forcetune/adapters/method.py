@@ -26,6 +26,10 @@ KINDS = (
 )
 
 
+SOAP_RATES = {"full": 2e-2, "freeze": 2e-2, "scratch": 2e-2, "sparse": 2e-2, "sparse-h": 2e-2, "elora": 5e-3}
+"""Learning rates with schedule-free SOAP, by method; the others have their own."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A table from site kinds to updates, with the learning rate it trains best with.
@@ -112,6 +116,17 @@ class Method:
         if isinstance(self.target, str):
             return re.fullmatch(self.target, site.name) is not None
         return any(site.name == ending or site.name.endswith("." + ending) for ending in self.target)
+
+    def default_rate(self, optimizer: str | None, of_base: Mapping[str, float] | None = None) -> float:
+        """The learning rate of a run that names none.
+
+        Args:
+            optimizer: of the run; None for the method's own. Schedule-free SOAP has rates of its own, for every base.
+            of_base: rates of methods, by name, that a foundation model wants with the other optimizers.
+        """
+        if (optimizer or self.optimizer) == "soap":
+            return SOAP_RATES.get(self.name, self.learning_rate)
+        return (of_base or {}).get(self.name, self.learning_rate)
 
     def to_json(self) -> dict[str, Any]:
         """The complete table with every hyper-parameter."""

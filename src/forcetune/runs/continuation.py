@@ -110,7 +110,7 @@ def is_begun(config: RunConfig) -> bool:
 def _resolve(config: RunConfig) -> dict[str, Any]:
     """All that decides the result of a run of this configuration, but for defaults that are settled when it starts."""
     method = build_method(config.method)
-    full = config.with_method_defaults(method.learning_rate, method.optimizer)
+    full = config.with_method_defaults(method.default_rate(config.training.optimizer), method.optimizer)
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)
     content["output"].pop("overwrite")

@@ -105,7 +105,8 @@ class Fitting:
     ) -> None:
         self.method = build_method(config.method)
         self._takes_rate = config.training.learning_rate is None
-        self.config = config.with_method_defaults(self.method.learning_rate, self.method.optimizer)
+        rate = self.method.default_rate(config.training.optimizer)
+        self.config = config.with_method_defaults(rate, self.method.optimizer)
         self.console = console
         self.messages = messages
         self.observe = observe

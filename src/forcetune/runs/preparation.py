@@ -122,8 +122,9 @@ class Preparation:
         others = [frames.elements for frames in (replay, named) if frames is not None]
         backbone = self._load([*dataset.elements, *itertools.chain(*others)], backbone)
         check_penalty(self.config.training.penalty, self.method, backbone.sites())
-        if self.takes_rate and self.method.name in backbone.learning_rates:
-            self.config = self.config.with_default_rate(backbone.learning_rates[self.method.name])
+        if self.takes_rate:
+            rate = self.method.default_rate(self.config.training.optimizer, backbone.learning_rates)
+            self.config = self.config.with_default_rate(rate)
         examined = self.config.data.doctor == "on"
         if examined:
             self._examine(dataset, backbone)

@@ -223,7 +223,7 @@ def default_options(config: RunConfig) -> dict[str, Any]:
     if RATE in names:
         method = build_method(config.method)
         rates = backbone_class(resolve(config.model.model).library).learning_rates
-        defaults[RATE] = rates.get(method.name, method.learning_rate)
+        defaults[RATE] = method.default_rate(config.training.optimizer, rates)
     return {name: defaults[name] for name in names}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,21 +102,16 @@ class ScheduleFreeSoap(torch.optim.Optimizer):
                 group["train_mode"] = train_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step.
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step with the gradients that the parameters have; nothing computes them anew.
 
         Raises:
             RuntimeError: the parameters hold the averages.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             if not group["train_mode"]:
                 raise RuntimeError("call train() of the optimizer before a step.")
             self._step_group(group)
-        return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
         number = group["k"] = group["k"] + 1

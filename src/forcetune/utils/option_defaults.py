@@ -22,7 +22,7 @@ METHOD = ("method.name", "method.table")
 DATA = ("data.train", "data.stress_key")
 PARENTS: dict[str, tuple[str, ...]] = {
     "method.name": ("method.table",),
-    "training.learning_rate": (*METHOD, "model.model"),
+    "training.learning_rate": (*METHOD, "training.optimizer", "model.model"),
     # what decides the number of frames and of steps, and what no default is chosen beside
     "training.epochs": (
         *("data.train", "data.valid", "data.train_only", "data.train_frames"),
