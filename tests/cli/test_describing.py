@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+import forcetune
 from forcetune._version import __version__
 from forcetune.adapters.methods import METHODS, option_names
 from forcetune.backbones.registry import list_models
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
-from forcetune.runs.cite import LIBRARY_PAPERS, METHOD_PAPERS, cite, read_bibliography
+from forcetune.runs.cite import LIBRARY_PAPERS, METHOD_PAPERS, OPTIMIZER_PAPERS, cite, read_bibliography
 from forcetune.runs.schema import build_schema, explain_option, list_options, method_options
 from systems import write_labelled, write_model
 from terminal import Command
@@ -156,7 +157,8 @@ def test_completion_in_the_shell() -> None:
 
 def test_the_bibliography_is_whole() -> None:
     known = read_bibliography()
-    used = {key for keys in (*METHOD_PAPERS.values(), *LIBRARY_PAPERS.values()) for key in keys}
+    papers = (*METHOD_PAPERS.values(), *LIBRARY_PAPERS.values(), *OPTIMIZER_PAPERS.values())
+    used = {key for keys in papers for key in keys}
     for model in list_models():
         used |= set(keys_of(cite(model.name))) - {"forcetune"}
     used.add("liu2024dora")  # an option
@@ -190,6 +192,10 @@ def test_papers_of_a_run(command: Command, tmp_path: Path) -> None:
     code, out, _ = command("cite", run)
     assert code == 0
     assert keys_of(out) == ["forcetune", "wang2025elora", "liu2024dora", "batatia2022mace"]
+    forcetune.fit(
+        data, model=model, method="full", epochs=1, out=tmp_path / "soap", settings={"training.optimizer": "soap"}
+    )
+    assert keys_of(cite(str(tmp_path / "soap"))) == ["forcetune", "vyas2025soap", "defazio2024road", "batatia2022mace"]
     assert keys_of(cite(str(model))) == ["forcetune", "batatia2022mace"]
 
 

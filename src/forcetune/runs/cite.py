@@ -13,6 +13,7 @@ from forcetune.adapters.methods import METHODS
 from forcetune.backbones.registry import PublishedModel, find, list_models, resolve
 from forcetune.deployment.loading import adapter_folder
 from forcetune.errors import InputError
+from forcetune.runs.results import RESULTS_NAME, Results
 
 BIBLIOGRAPHY = Path(__file__).with_name("citations.bib")
 METHOD_PAPERS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,8 @@ UPDATE_PAPERS = {
     "Bottleneck": "houlsby2019adapter",
 }
 """Papers of updates, for a table that the user writes."""
+OPTIMIZER_PAPERS = {"schedulefree": ("defazio2024road",), "soap": ("vyas2025soap", "defazio2024road")}
+"""Papers of optimizers of runs; those that everybody knows have none here."""
 LIBRARY_PAPERS = {
     "mace": ("batatia2022mace",),
     "sevennet": ("park2024sevennet", "batzner2022nequip"),
@@ -74,6 +77,7 @@ def cite(name: str) -> str:
     if folder is not None:
         config = read_adapter_config(folder)
         keys = [key for method in config.methods for key in _list_method_keys(method.to_json())]
+        keys += OPTIMIZER_PAPERS.get(_optimizer_of(folder), ())
         keys += list_model_keys(config.base.name, config.base.library, config.base.sha256)
     elif name in METHODS:
         keys = list(METHOD_PAPERS[name])
@@ -121,6 +125,18 @@ def read_bibliography() -> dict[str, str]:
 
 def _published_file(sha256: str) -> PublishedModel | None:
     return next((model for model in list_models() if sha256 and model.sha256 == sha256), None)
+
+
+def _optimizer_of(adapter: Path) -> str:
+    """Of the run that an adapter folder lies in; empty where there is none, or none that is finished."""
+    results = adapter.parent / RESULTS_NAME
+    if not results.is_file():
+        return ""
+    try:
+        training = Results.model_validate_json(results.read_text(encoding="utf-8")).training
+    except (OSError, ValueError) as error:
+        raise InputError(f"{results}: cannot be read ({error}).") from error
+    return "" if training is None else training.optimizer
 
 
 def _list_method_keys(method: Mapping[str, Any]) -> list[str]:
