@@ -52,11 +52,12 @@ def methods() -> str:
                 f"`{name}`",
                 method.description,
                 f"{method.learning_rate:g}",
+                f"{method.default_rate('soap'):g}",
                 method.optimizer,
                 "yes" if method.mergeable else "no",
             ]
         )
-    return table(["method", "what is trained", "learning rate", "optimizer", "merges"], rows)
+    return table(["method", "what is trained", "learning rate", "with `soap`", "optimizer", "merges"], rows)
 
 
 def targets() -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import yaml
 
-import forcetune
 from forcetune._version import __version__
 from forcetune.adapters.methods import METHODS, option_names
 from forcetune.backbones.registry import list_models
@@ -192,9 +191,9 @@ def test_papers_of_a_run(command: Command, tmp_path: Path) -> None:
     code, out, _ = command("cite", run)
     assert code == 0
     assert keys_of(out) == ["forcetune", "wang2025elora", "liu2024dora", "batatia2022mace"]
-    forcetune.fit(
-        data, model=model, method="full", epochs=1, out=tmp_path / "soap", settings={"training.optimizer": "soap"}
-    )
+    options = ("--method", "full", "--optimizer", "soap", "--epochs", "1", "--out", tmp_path / "soap")
+    code, _, err = command("fit", data, "--model", model, *options)
+    assert code == 0, err
     assert keys_of(cite(str(tmp_path / "soap"))) == ["forcetune", "vyas2025soap", "defazio2024road", "batatia2022mace"]
     assert keys_of(cite(str(model))) == ["forcetune", "batatia2022mace"]
 

@@ -26,7 +26,7 @@ KINDS = (
 )
 
 
-SOAP_RATES = {"full": 2e-2, "freeze": 2e-2, "scratch": 2e-2, "sparse": 2e-2, "sparse-h": 2e-2, "elora": 5e-3}
+SOAP_RATES = {"full": 2e-2, "freeze": 2e-2, "sparse": 2e-2, "sparse-h": 2e-2, "elora": 5e-3}
 """Learning rates with schedule-free SOAP, by method; the others have their own."""
 
 

@@ -74,6 +74,7 @@ def fit(
     rank: Rank = None,
     epochs: Epochs = None,
     batch_size: Annotated[int | None, typer.Option(help=about(configuration.TrainingConfig, "batch_size"))] = None,
+    optimizer: Annotated[str | None, typer.Option(help=about(configuration.TrainingConfig, "optimizer"))] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help=about(configuration.TrainingConfig, "learning_rate"))
     ] = None,
@@ -118,6 +119,7 @@ def fit(
         "training": {
             "epochs": epochs,
             "batch_size": batch_size,
+            "optimizer": optimizer,
             "learning_rate": learning_rate,
             "seed": seed,
             "compile": compile_,
