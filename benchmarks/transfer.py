@@ -196,6 +196,7 @@ def run_job(
         **training: options of ``training`` that go before the usual ones.
     """
     import forcetune
+    from forcetune.config import SCHEDULE_FREE
 
     if job.is_finished:
         return job.results()
@@ -216,7 +217,7 @@ def run_job(
     }
     warmup = {"warmup_epochs": max(1, epochs // 20)}
     optimizer = training.get("optimizer") or settings.get("training.optimizer") or forcetune.method(name).optimizer
-    if optimizer in ("schedulefree", "soap"):
+    if optimizer in SCHEDULE_FREE:
         usual["schedule"] = warmup
     else:
         usual |= {"ema": 0.99, "schedule": {"name": "cosine", **warmup}}
@@ -436,8 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tests", type=int, default=60, help="most test frames of each set")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--default-rates", action="store_true", help="no search: what the methods have on this base")
-    parser.add_argument("--rates", type=Path, help="no search: the learning rates of this table (…/transfer/sets.json)")
+    no_search = parser.add_mutually_exclusive_group()
+    no_search.add_argument("--default-rates", action="store_true", help="no search: what the methods have on this base")
+    no_search.add_argument("--rates", type=Path, help="no search: the rates of this table (…/transfer/sets.json)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
     parser.add_argument("--processes", type=int, default=2, help="fits at the same time, of one thread each")
     parser.add_argument("--name", default="transfer", help="name of the files with the tables")

@@ -11,7 +11,7 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import LossConfig, load_config
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors
-from forcetune.runs.search import default_options, score
+from forcetune.runs.search import default_options, score, with_run_defaults
 from sevennet_models import BATTERY, write_checkpoint
 from systems import write_model
 
@@ -43,6 +43,14 @@ ERRORS = Errors(
 def test_stress_counts_in_the_score(loss: dict[str, float], magnetic: bool, weight: float) -> None:
     expected = 1.0 * 0.02**2 + 100.0 * 0.03**2 + weight * 0.0005**2
     assert score(ERRORS, LossConfig.model_validate(loss), magnetic) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_magnetic_search_has_the_loss_of_a_magnetic_run() -> None:
+    given = {"data": {"train": ["a.xyz"]}, "magnetism": {"layer": "spin"}, "model": {"model": "mini"}}
+    config = load_config(given=given)
+    assert default_options(config)["training.loss.forces"] == 1.0
+    loss = with_run_defaults(config).training.loss
+    assert (loss.forces, loss.moments, loss.form, loss.energy_per_atom) == (1.0, 1.0, "huber", True)
 
 
 @pytest.mark.parametrize(

@@ -129,11 +129,15 @@ class Adapter(nn.Module):
             yield from (("magnetism", parameter, options[name]) for name, parameter in self.magnetic.named_parameters())
 
     def parameter_paths(self) -> Iterator[tuple[nn.Parameter, tuple[WeightPath, ...]]]:
-        """Parameters that are laid out as a site's whole weight, with the paths of it."""
+        """Parameters that are laid out as a site's whole weight, with the paths of it.
+
+        Where every entry is trained for itself, as for a sparse result, there are no paths: nothing may mix them.
+        """
         for site in self.sites:
             part = self.part(site, WeightUpdate)
             if part is not None:
                 yield from ((getattr(part, name), site.paths) for name in part.weight_shaped)
+                yield from ((getattr(part, name), ()) for name in part.elementwise)
 
     def sparsity(self) -> Sparsity | None:
         """How many weights a sparse update leaves as they were; None where nothing is sparse."""

@@ -26,10 +26,6 @@ KINDS = (
 )
 
 
-SOAP_RATES = {"full": 2e-2, "freeze": 2e-2, "sparse": 2e-2, "sparse-h": 2e-2, "elora": 5e-3}
-"""Learning rates with schedule-free SOAP, by method; the others have their own."""
-
-
 @dataclass(frozen=True)
 class Method:
     """A table from site kinds to updates, with the learning rate it trains best with.
@@ -48,6 +44,7 @@ class Method:
         budget: trained parameters that low-rank updates may use, shared among the paths by the gradient at the
             start (:func:`forcetune.adapters.gradients.within_budget`), which puts the ranks into the table.
         magnetism: a magnetic layer beside the updates, or None.
+        soap_rate: default of the learning rate with schedule-free SOAP; None for ``learning_rate``.
     """
 
     name: str
@@ -60,6 +57,7 @@ class Method:
     last_layers: int | None = None
     budget: int | None = None
     magnetism: Magnetism | None = None
+    soap_rate: float | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
@@ -121,11 +119,11 @@ class Method:
         """The learning rate of a run that names none.
 
         Args:
-            optimizer: of the run; None for the method's own. Schedule-free SOAP has rates of its own, for every base.
+            optimizer: of the run; None for the method's own. Schedule-free SOAP has the same rates on every base.
             of_base: rates of methods, by name, that a foundation model wants with the other optimizers.
         """
         if (optimizer or self.optimizer) == "soap":
-            return SOAP_RATES.get(self.name, self.learning_rate)
+            return self.learning_rate if self.soap_rate is None else self.soap_rate
         return (of_base or {}).get(self.name, self.learning_rate)
 
     def to_json(self) -> dict[str, Any]:

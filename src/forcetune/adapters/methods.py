@@ -98,7 +98,7 @@ def elora(budget: Annotated[int, Field(ge=1)] | None = None, **low_rank: Annotat
 
 def full() -> Method:
     """Every parameter is trained."""
-    return Method("full", EVERYWHERE_DENSE, "every parameter", learning_rate=1e-3)
+    return Method("full", EVERYWHERE_DENSE, "every parameter", learning_rate=1e-3, soap_rate=2e-2)
 
 
 def scratch() -> Method:
@@ -117,9 +117,8 @@ def freeze(layers: Annotated[int, Field(ge=1)] = 1) -> Method:
     Args:
         layers: how many interaction layers.
     """
-    return Method(
-        "freeze", EVERYWHERE_DENSE, "every parameter of the last layers", learning_rate=1e-3, last_layers=layers
-    )
+    description = "every parameter of the last layers"
+    return Method("freeze", EVERYWHERE_DENSE, description, learning_rate=1e-3, soap_rate=2e-2, last_layers=layers)
 
 
 def modality() -> Method:

@@ -183,7 +183,7 @@ class TrainingConfig(Section):
     learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="When not given, the default of the method, or the foundation model's for the method.",
+        description="When not given, the default of the method with the optimizer, or the foundation model's.",
     )
     weight_decay: float = Field(
         default=1e-8, ge=0, description="On linear and contraction sites; of sparse updates on all their sites."

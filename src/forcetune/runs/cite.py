@@ -11,9 +11,10 @@ from forcetune._version import __version__
 from forcetune.adapters.config import read_adapter_config
 from forcetune.adapters.methods import METHODS
 from forcetune.backbones.registry import PublishedModel, find, list_models, resolve
+from forcetune.config import load_config
 from forcetune.deployment.loading import adapter_folder
 from forcetune.errors import InputError
-from forcetune.runs.results import RESULTS_NAME, Results
+from forcetune.runs.folder import CONFIG_NAME
 
 BIBLIOGRAPHY = Path(__file__).with_name("citations.bib")
 METHOD_PAPERS: dict[str, tuple[str, ...]] = {
@@ -128,15 +129,11 @@ def _published_file(sha256: str) -> PublishedModel | None:
 
 
 def _optimizer_of(adapter: Path) -> str:
-    """Of the run that an adapter folder lies in; empty where there is none, or none that is finished."""
-    results = adapter.parent / RESULTS_NAME
-    if not results.is_file():
-        return ""
+    """Of the run that an adapter folder lies in; empty where it lies in none."""
     try:
-        training = Results.model_validate_json(results.read_text(encoding="utf-8")).training
-    except (OSError, ValueError) as error:
-        raise InputError(f"{results}: cannot be read ({error}).") from error
-    return "" if training is None else training.optimizer
+        return load_config(adapter.parent / CONFIG_NAME).training.optimizer or ""
+    except InputError:  # an adapter that was moved away from its run
+        return ""
 
 
 def _list_method_keys(method: Mapping[str, Any]) -> list[str]:

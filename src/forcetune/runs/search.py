@@ -29,6 +29,8 @@ RATES = (0.1, 10.0)
 """Limits of the learning rate in units of what a run without a search has."""
 WEIGHTS = (0.1, 10.0)
 """Limits of the forces' weight in units of the configured one."""
+SCORE = 2
+"""Number of the form of :func:`score`; trials of another one are not continued."""
 FIRST = 3
 """Trials that are never pruned, so that there is something to compare with."""
 
@@ -110,6 +112,7 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult
     """
     check_search(config)
     defaults = default_options(config)
+    loss = with_run_defaults(config).training.loss
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
@@ -134,7 +137,7 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult
     if remaining > 0:
 
         def run_trial(trial: Any) -> float:
-            return _run_trial(trial, config, defaults, folder / f"{name}-{trial.number}")
+            return _run_trial(trial, config, loss, defaults, folder / f"{name}-{trial.number}")
 
         study.optimize(run_trial, n_trials=remaining)
     if not study.get_trials(deepcopy=False, states=(complete,)):
@@ -150,7 +153,7 @@ def search_options(config: RunConfig, folder: Path, trials: int) -> SearchResult
     return SearchResult(config.method.name, _round_settings(study.best_params), float(study.best_value), rows)
 
 
-def _run_trial(trial: Any, config: RunConfig, defaults: Mapping[str, Any], run: Path) -> float:
+def _run_trial(trial: Any, config: RunConfig, loss: LossConfig, defaults: Mapping[str, Any], run: Path) -> float:
     """Train with options that the trial suggests; returns the best score of all epochs.
 
     Raises:
@@ -164,7 +167,7 @@ def _run_trial(trial: Any, config: RunConfig, defaults: Mapping[str, Any], run: 
 
     def observe(epoch: int, errors: Errors) -> None:
         nonlocal best
-        best = min(best, score(errors, config.training.loss, config.magnetism.layer != "off"))
+        best = min(best, score(errors, loss, config.magnetism.layer != "off"))
         trial.report(best, epoch)
         if trial.should_prune():
             raise optuna.TrialPruned
@@ -182,6 +185,7 @@ def _digest(config: RunConfig, defaults: Mapping[str, Any]) -> str:
     """Of all that a search depends on."""
     content = config.model_dump(mode="json", exclude={"output": True, "training": {"threads"}})
     content["defaults"] = dict(defaults)
+    content["score"] = SCORE
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -210,6 +214,12 @@ def _list_options(config: RunConfig) -> list[str]:
     return names
 
 
+def with_run_defaults(config: RunConfig) -> RunConfig:
+    """With what the method and a magnetic layer bring where nothing was given."""
+    method = build_method(config.method)
+    return config.with_method_defaults(method.default_rate(config.training.optimizer), method.optimizer)
+
+
 def default_options(config: RunConfig) -> dict[str, Any]:
     """Options to search, as a run without a search has them: the first trial.
 
@@ -219,7 +229,7 @@ def default_options(config: RunConfig) -> dict[str, Any]:
         InputError: all of them are set, or there is no such model.
     """
     names = _list_options(config)
-    defaults: dict[str, Any] = {RANK: 16, FORCES: config.training.loss.forces}
+    defaults: dict[str, Any] = {RANK: 16, FORCES: with_run_defaults(config).training.loss.forces}
     if RATE in names:
         method = build_method(config.method)
         rates = backbone_class(resolve(config.model.model).library).learning_rates

@@ -16,7 +16,7 @@ from forcetune.adapters.attach import Adapter
 from forcetune.adapters.updates.base import ParameterOptions
 from forcetune.config import SCHEDULE_FREE, ScheduleConfig, TrainingConfig
 from forcetune.training.replay_head import LEARNING_RATE, ReplayHead
-from forcetune.training.soap import Block, ScheduleFreeSoap, own_block, path_blocks
+from forcetune.training.soap import WARMUP, Block, ScheduleFreeSoap, path_blocks, whole_block
 
 DECAYED_KINDS = frozenset({"linear", "contraction", "contraction_lower"})
 
@@ -59,7 +59,7 @@ def make_optimizer(
         warmup = config.schedule.warmup_epochs * steps_per_epoch
         return schedulefree.AdamWScheduleFree(groups, lr=learning_rate, warmup_steps=warmup)
     if config.optimizer == "soap":
-        warmup = config.schedule.warmup_epochs * steps_per_epoch
+        warmup = max(WARMUP, config.schedule.warmup_epochs * steps_per_epoch)
         return ScheduleFreeSoap(groups, learning_rate, blocks=_blocks(adapter, head), warmup_steps=warmup)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, foreach=True)
@@ -67,9 +67,9 @@ def make_optimizer(
 
 
 def _blocks(adapter: Adapter, head: ReplayHead | None) -> dict[Tensor, Sequence[Block]]:
-    """The matrices in every parameter: the paths of a weight, or the parameter as a whole."""
+    """The matrices in every parameter: the paths of a weight, or the parameter as a whole; none where entries count."""
     parameters = [*adapter.parameters(), *(head.parameters() if head else ())]
-    blocks: dict[Tensor, Sequence[Block]] = {parameter: own_block(parameter) for parameter in parameters}
+    blocks: dict[Tensor, Sequence[Block]] = {parameter: whole_block(parameter) for parameter in parameters}
     return blocks | {parameter: path_blocks(paths) for parameter, paths in adapter.parameter_paths()}
 
 

@@ -99,9 +99,11 @@ class WeightUpdate(TrainablePart):
 
     Attributes:
         weight_shaped: names of the parameters that have the layout of W, path by path.
+        elementwise: names of those whose entries an optimizer may not mix with each other.
     """
 
     weight_shaped: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:

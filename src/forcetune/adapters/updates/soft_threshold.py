@@ -27,7 +27,7 @@ class SparseWeight(WeightUpdate):
     adapter therefore changes the model a little.
     """
 
-    weight_shaped: ClassVar[tuple[str, ...]] = ("change",)
+    elementwise: ClassVar[tuple[str, ...]] = ("change",)
 
     def __init__(self, site: Site, weight: Tensor, spec: SoftThreshold) -> None:
         super().__init__()
