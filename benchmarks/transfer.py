@@ -370,9 +370,10 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
         head += [*(title for title, _ in optional.values()), *["zeros, %"] * sparse, "s/step"]
         lines += [f"**{name}**", "", "| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
         before = first["before"]
-        cells = ["zero-shot", "0", "", "", "", f"{before[ENERGY]:.2f}", f"{before[FORCES]:.1f}"]
-        known = {key: before.get(key) for key in optional}
-        cells += ["" if value is None else f"{value:.{optional[key][1]}f}" for key, value in known.items()]
+        digits = {ENERGY: 2, FORCES: 1} | {key: digits for key, (_, digits) in optional.items()}
+        known = {key: before.get(key) for key in digits}
+        cells = ["zero-shot", "0", "", "", ""]
+        cells += ["" if value is None else f"{value:.{digits[key]}f}" for key, value in known.items()]
         cells += [""] * sparse + [""]
         lines.append("| " + " | ".join(cells) + " |")
         for method, row in rows.items():
@@ -382,10 +383,8 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
                 f"{row['adapter_bytes'] / 1e3:.0f}",
                 f"{row['learning_rate']:g}" + (" (edge)" if row["at_edge"] else ""),
                 str(row["seeds"]),
-                cell(row, ENERGY, 2),
-                cell(row, FORCES, 1),
+                *(cell(row, key, number) for key, number in digits.items()),
             ]
-            cells += [cell(row, key, digits) for key, (_, digits) in optional.items()]
             zeros = row.get("zeros_of_wrapped_percent")
             cells += ["" if zeros is None else f"{zeros:.0f}"] * sparse
             lines.append("| " + " | ".join([*cells, f"{row['seconds_per_step']:.2f}"]) + " |")
@@ -394,13 +393,15 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def draw(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Force errors of all sets beside zero-shot, and what the learning rate does to them."""
+    """Force errors of all sets that have such labels, beside zero-shot, and what the learning rate does to them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name, rows in table.items() if rows]
+    names = [name for name, rows in table.items() if rows and all(FORCES in row for row in rows.values())]
+    if not names:
+        return
     longest = max(len(method) for name in names for method in table[name])
     width = max((4.2 + 0.07 * longest) * len(names), 0.1 * longest + 1)
     figure, axes = pyplot.subplots(2, len(names), figsize=(width, 7.5), squeeze=False, layout="constrained")
