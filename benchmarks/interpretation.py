@@ -47,6 +47,8 @@ def changed_target(
         if name not in sites:
             raise SystemExit(f"--changed {text}: {base} has no such weights; it has {', '.join(sites)}.")
         site = sites[name]
+        if not index.isdigit() or int(index) >= len(site.paths):
+            raise SystemExit(f"--changed {text}: write weights:path, the latter from 0 to {len(site.paths) - 1}.")
         path = site.paths[int(index)]
         chosen = generator.random(path.size) < SHARE
         weight = target.model.get_submodule(site.module)._parameters[site.parameter]
