@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from forcetune.adapters.updates import UPDATES, Frozen, Gate, LowRank, Update
@@ -45,6 +45,7 @@ class Method:
             start (:func:`forcetune.adapters.gradients.within_budget`), which puts the ranks into the table.
         magnetism: a magnetic layer beside the updates, or None.
         soap_rate: default of the learning rate with schedule-free SOAP; None for ``learning_rate``.
+            A default of runs only: adapters do not keep it.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Method:
     last_layers: int | None = None
     budget: int | None = None
     magnetism: Magnetism | None = None
-    soap_rate: float | None = None
+    soap_rate: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         unknown = set(self.table) - set(KINDS)
