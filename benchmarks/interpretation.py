@@ -59,8 +59,8 @@ def changed_target(
     return target, truth
 
 
-def read_structures(sources: list[Path]) -> list[Atoms]:
-    return [atoms for source in sources for atoms in ase.io.read(source, ":")]  # pyright: ignore[reportReturnType]
+def read_structures(source: str | Path) -> list[Atoms]:
+    return list(ase.io.read(source, ":"))  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
 def label(target: Any, frames: list[Atoms], out: Path) -> Path:
@@ -123,12 +123,10 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.structures:
-        known = [
-            atoms for name in given.structures.split(",") for atoms in read_structures([Path(name)])[: given.limit]
-        ]
+        known = [atoms for name in given.structures.split(",") for atoms in read_structures(name)[: given.limit]]
         parts = {"test": [atoms for k, atoms in enumerate(known) if k % 10], "valid": known[::10]}
     else:
-        parts = {part: read_structures([Path(forcetune.demo_file(part))]) for part in ("test", "valid")}
+        parts = {part: read_structures(forcetune.demo_file(part)) for part in ("test", "valid")}
     elements = sorted({int(number) for frames in parts.values() for atoms in frames for number in atoms.numbers})
     target, truth = changed_target(given.base, elements, given.changed, given.size)
     files = {part: label(target, frames, given.out / f"{part}.xyz") for part, frames in parts.items()}

@@ -255,7 +255,7 @@ def searched_from(method: str) -> float:
     return make_method(name).default_rate(settings.get("training.optimizer"))
 
 
-def found_rate(path: Path, name: str, method: str) -> float:
+def look_up_rate(path: Path, name: str, method: str) -> float:
     """The learning rate that another table found for a method on a set; on other sets the median over those it has."""
     table = json.loads(path.read_text(encoding="utf-8"))["table"]
     rates = {one: rows[method]["learning_rate"] for one, rows in table.items() if method in rows}
@@ -458,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def job(name: str, method: str) -> Job:
         rate = default_rate(options.base, method) if options.default_rates else 0.0
         if options.rates:
-            rate = found_rate(options.rates, name, method)
+            rate = look_up_rate(options.rates, name, method)
         return Job(options.out, options.base, name, method, rate, 1, *common)
 
     work = [
