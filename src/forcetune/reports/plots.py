@@ -124,7 +124,7 @@ def _error_curves_figure(
             ("forces MAE\n(meV/Å)", "forces_mae_mev_per_ang"),
             ("stress MAE\n(meV/Å³)", "stress_mae_mev_per_ang3"),
             ("moments MAE\n(μB)", "moment_mae_mub"),
-            ("magnetic F MAE\n(meV/μB, meV/rad)", "magforce_mae_mev"),
+            ("magnetic F\n(meV/μB|rad)", "magforce_mae_mev"),
         )
         if _positive(metrics[f"valid_{key}"]).size
     ]
@@ -280,7 +280,7 @@ class _ParityPanel:
         "forces": ("force component", "eV/Å", "meV/Å", 1e3),
         "stress": ("stress component", "eV/Å³", "meV/Å³", 1e3),
         "moments": ("moment", "μB", "μB", 1.0),
-        "magforces": ("magnetic force component", "eV/μB or eV/rad", "meV/μB or meV/rad", 1e3),
+        "magforces": ("magnetic force", "eV/μB|rad", "meV/μB|rad", 1e3),
     }
     """What it is, its unit, the unit of its errors, and how many of the latter are one of the former."""
 
