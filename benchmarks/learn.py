@@ -95,6 +95,7 @@ def measure(folder: Path, kind: str, arguments: argparse.Namespace, seed: int) -
     """The rounds of one loop."""
     settings: dict[str, Any] = {
         "training.seed": seed,
+        "training.optimizer": "adam",
         "training.valid_every": max(1, arguments.epochs // 10),
         "data.doctor": "off",
         "learn.labeller_options": json.loads(arguments.labeller_options),

@@ -81,6 +81,7 @@ def fit(train: list[Path], folder: Path, out: Path, seed: int, epochs: int) -> d
     if not (out / "results.json").is_file():
         settings: dict[str, Any] = {
             "training.seed": seed,
+            "training.optimizer": "adam",
             "training.valid_every": max(1, epochs // 10),
             "output.forgetting": False,
             "output.overwrite": True,

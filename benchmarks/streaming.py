@@ -136,6 +136,7 @@ def fit(path: Path, store: Path, mode: str, method: str, edges: int, out: Path) 
     settings = {
         "training.batch_edges": edges,
         "training.threads": 1,
+        "training.optimizer": "adam",
         "training.learning_rate": 1e-3,
         "data.stream": mode,
         "data.store": str(store),

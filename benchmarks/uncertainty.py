@@ -100,6 +100,7 @@ def runs_of(one: Set, train: Path, out: Path) -> list[Path]:
         if not (folder / "results.json").is_file():
             settings: dict[str, Any] = {
                 "training.seed": seed,
+                "training.optimizer": "adam",
                 "training.valid_every": max(1, one.epochs // 20),
                 "output.forgetting": False,
                 "output.overwrite": True,

@@ -190,11 +190,13 @@ def test_papers_of_a_run(command: Command, tmp_path: Path) -> None:
     assert code == 0, err
     code, out, _ = command("cite", run)
     assert code == 0
-    assert keys_of(out) == ["forcetune", "wang2025elora", "liu2024dora", "batatia2022mace"]
-    options = ("--method", "full", "--optimizer", "soap", "--epochs", "1", "--out", tmp_path / "soap")
-    code, _, err = command("fit", data, "--model", model, *options)
-    assert code == 0, err
-    assert keys_of(cite(str(tmp_path / "soap"))) == ["forcetune", "vyas2025soap", "defazio2024road", "batatia2022mace"]
+    soap = ["vyas2025soap", "defazio2024road"]
+    assert keys_of(out) == ["forcetune", "wang2025elora", "liu2024dora", *soap, "batatia2022mace"]
+    for optimizer, papers in (("soap", soap), ("schedulefree", soap[1:]), ("adam", [])):
+        options = ("--method", "full", "--optimizer", optimizer, "--epochs", "1", "--out", tmp_path / optimizer)
+        code, _, err = command("fit", data, "--model", model, *options)
+        assert code == 0, err
+        assert keys_of(cite(str(tmp_path / optimizer))) == ["forcetune", *papers, "batatia2022mace"]
     assert keys_of(cite(str(model))) == ["forcetune", "batatia2022mace"]
 
 

@@ -174,12 +174,42 @@ def test_runs_that_join_earlier_ones_have_their_defaults(
     assert [row.learning_rate for row in run.comparison.methods] == [0.003, 0.003]
 
 
-def change_defaults(run: Path, values: dict[str, float]) -> None:
+def test_runs_that_join_those_of_another_optimizer_have_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a version whose methods trained with Adam."""
+    options: dict[str, Any] = {
+        "data": {"train": [str(write_labelled(tmp_path / "a.xyz", 8))], "valid": 4},
+        "model": {"model": str(write_model(tmp_path / "m.model"))},
+        "training": {"epochs": 1},
+        "output": {"run": str(tmp_path / "compared"), "forgetting": False},
+    }
+    config = forcetune.load_config(given=options)
+    forcetune.compare(config, ["elora"])
+    earlier = {"training.optimizer": "adam", "training.learning_rate": 0.002, "training.ema": 0.995}
+    change_defaults(tmp_path / "compared" / "elora-1", earlier)
+    capsys.readouterr()
+    forcetune.compare(config, ["elora", "full"], seeds=2)
+    out = capsys.readouterr().err
+    assert "1 of 4 runs are finished already" in out
+    assert "training.learning_rate=0.002 (elora), training.optimizer=adam (elora)" in out
+    chosen = {
+        name: load_config(tmp_path / "compared" / name / "config.yaml").training
+        for name in ("elora-1", "elora-2", "full-1", "full-2")
+    }
+    settings = {name: (one.optimizer, one.learning_rate, one.ema) for name, one in chosen.items()}
+    adam, soap = ("adam", 0.002, 0.995), ("soap", 0.02, None)
+    assert settings == {"elora-1": adam, "elora-2": adam, "full-1": soap, "full-2": soap}
+    forcetune.compare(config, ["elora", "full"], seeds=2)
+    assert "4 of 4 runs are finished already" in capsys.readouterr().err
+
+
+def change_defaults(run: Path, values: dict[str, Any]) -> None:
     """Other defaults in a stored configuration, as another version of forcetune would have written them."""
     content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     for name, value in values.items():
         set_value(content, name, value)
         content["defaults"]["values"][name] = value
+        if name in content["defaults"]["for"]:
+            content["defaults"]["for"][name] = value
     (run / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 

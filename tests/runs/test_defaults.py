@@ -40,7 +40,8 @@ def test_default_rates_of_a_model_count_unless_one_is_given(tmp_path: Path, monk
     data, model = write_labelled(tmp_path / "a.xyz"), write_model(tmp_path / "m.model")
     monkeypatch.setattr(MaceBackbone, "learning_rates", {"elora": 0.00125})
     options = {"model": model, "valid": 4, "epochs": 1}
-    chosen = forcetune.fit(data, method="elora", out=tmp_path / "chosen", **options)
+    adam = {"training.optimizer": "adam"}
+    chosen = forcetune.fit(data, method="elora", out=tmp_path / "chosen", settings=adam, **options)
     assert chosen.results["training"]["learning_rate"] == 0.00125
     given = forcetune.fit(
         data, method="elora", out=tmp_path / "given", settings={"training.learning_rate": 0.005}, **options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import LossConfig, load_config
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors
-from forcetune.runs.search import default_options, score, with_run_defaults
+from forcetune.runs.method_defaults import with_run_defaults
+from forcetune.runs.search import default_options, score
 from sevennet_models import BATTERY, write_checkpoint
 from systems import write_model
 
@@ -67,12 +69,15 @@ def test_moments_and_magnetic_forces_count_in_the_score(loss: dict[str, float], 
 def test_a_search_starts_from_the_learning_rate_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run without a search does: SevenNet has learning rates of its own for elora and mmea."""
 
-    def start(model: Path | str, method: str, **training: float) -> dict[str, float]:
+    def start(model: Path | str, method: str, optimizer: str | None = "adam", **training: Any) -> dict[str, float]:
+        training["optimizer"] = optimizer
         given = {"data": {"train": ["-"]}, "model": {"model": str(model)}, "method": {"name": method}}
         return default_options(load_config(given=given | {"training": training}))
 
     sevennet = write_checkpoint(tmp_path / "s.pth", next(iter(BATTERY.values())))
     assert start(sevennet, "elora")["training.learning_rate"] == 2e-3
+    assert start(sevennet, "elora", optimizer=None)["training.learning_rate"] == 5e-3  # SOAP's, on every base
+    assert start(sevennet, "full", optimizer=None)["training.learning_rate"] == 2e-2
     assert start(sevennet, "readout")["training.learning_rate"] == 5e-3
     assert "training.learning_rate" not in start(sevennet, "elora", learning_rate=0.01)
     mace = write_model(tmp_path / "m.model")

@@ -138,8 +138,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_processes_train_the_same_from_one_store(tmp_path: Path, batch: tuple[str, ...]) -> None:
     data, model = frames_for_processes(tmp_path / "frames.xyz"), write_model(tmp_path / "small.model")
     store = ("--set", "data.stream=on", "--set", f"data.store={tmp_path / 'store'}", "--set", "data.workers=1")
-    fit_in_processes(tmp_path / "1", data, model, 1, "--method", "elora", *batch)
-    fit_in_processes(tmp_path / "2", data, model, 2, "--method", "elora", *batch, *store)
+    method = ("--method", "elora", "--optimizer", "adam")  # SOAP makes more of rounding (tests/utils)
+    fit_in_processes(tmp_path / "1", data, model, 1, *method, *batch)
+    fit_in_processes(tmp_path / "2", data, model, 2, *method, *batch, *store)
     assert_same_runs(tmp_path / "1", tmp_path / "2")
     assert sorted(place.name[:6] for place in (tmp_path / "store").iterdir()) == ["frames", "graphs"]
 

@@ -12,6 +12,7 @@ import forcetune
 from forcetune.adapters.methods import build_method, method
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
+from forcetune.runs.method_defaults import with_run_defaults
 from systems import write_labelled, write_model
 from terminal import Command
 
@@ -19,8 +20,7 @@ LEAST: dict[str, Any] = {"data": {"train": ["a.xyz"]}, "model": {"model": "m"}}
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    made = build_method(config.method)
-    return config.with_method_defaults(made.default_rate(config.training.optimizer), made.optimizer)
+    return with_run_defaults(config)
 
 
 def stored(path: Path, *, record: bool = True, **options: Any) -> Path:
@@ -32,6 +32,11 @@ def stored(path: Path, *, record: bool = True, **options: Any) -> Path:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         del content["defaults"]
         content["method"] = {"rank": None, "alpha": None, "wrap": None} | content["method"]
+        if content["training"]["optimizer"] == "soap":  # which they did not know
+            rate = {"full": 1e-3}.get(content["method"]["name"], 5e-3)
+            theirs = {"optimizer": "adam", "learning_rate": rate, "ema": 0.995}
+            given = {key.removeprefix("training__") for key in options}
+            content["training"] |= {key: value for key, value in theirs.items() if key not in given}
         if "method__table" in options:
             content["method"]["name"] = "mmea"  # their default
         path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -48,10 +53,10 @@ def chosen(config: RunConfig) -> tuple[Any, ...]:
     ("first", "second", "expected"),
     [
         ("mmea", "sparse", ("schedulefree", 1e-2, None)),
-        ("sparse", "mmea", ("adam", 5e-3, 0.995)),
-        ("sparse-h", "full", ("adam", 1e-3, 0.995)),
-        ("scratch", "elora", ("adam", 5e-3, 0.995)),
-        ("mmea", "mmea", ("adam", 5e-3, 0.995)),
+        ("sparse", "mmea", ("soap", 5e-3, None)),
+        ("sparse-h", "full", ("soap", 2e-2, None)),
+        ("scratch", "elora", ("soap", 5e-3, None)),
+        ("elora", "scratch", ("adam", 1e-2, 0.995)),
         ("full", "sparse", ("schedulefree", 1e-2, None)),
     ],
 )
@@ -68,14 +73,21 @@ def test_what_was_given_stays(tmp_path: Path, record: bool) -> None:
     options = {"training__learning_rate": 7e-4, "training__ema": None}
     path = stored(tmp_path / "config.yaml", record=record, method__name="mmea", **options)
     assert chosen(load_config(path, given={"method": {"name": "sparse"}})) == ("schedulefree", 7e-4, None)
-    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 7e-4, None)
+    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("soap", 7e-4, None)
     now = {"method": {"name": "full"}, "training": {"learning_rate": 2e-3}}
-    assert chosen(load_config(path, given=now)) == ("adam", 2e-3, None)
+    assert chosen(load_config(path, given=now)) == ("soap", 2e-3, None)
+
+
+@pytest.mark.parametrize("name", ["elora", "full", "mmea"])
+def test_the_same_method_repeats_a_run_of_an_earlier_version(tmp_path: Path, name: str) -> None:
+    path = stored(tmp_path / "config.yaml", record=False, method__name=name)
+    adam = ("adam", 1e-3 if name == "full" else 5e-3, 0.995)
+    assert chosen(load_config(path)) == chosen(load_config(path, given={"method": {"name": name}})) == adam
 
 
 def test_what_was_given_stays_even_where_it_equals_a_default(tmp_path: Path) -> None:
     path = stored(tmp_path / "config.yaml", method__name="mmea", training__learning_rate=5e-3)
-    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 5e-3, 0.995)
+    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("soap", 5e-3, None)
     # a file that a user wrote holds what the user wants
     path.write_text("data: {train: [a]}\nmethod: {name: mmea}\ntraining: {learning_rate: 0.005}\n", encoding="utf-8")
     assert chosen(load_config(path, given={"method": {"name": "sparse"}})) == ("schedulefree", 5e-3, None)
@@ -86,6 +98,32 @@ def test_the_average_follows_the_optimizer(tmp_path: Path) -> None:
     assert chosen(load_config(path, settings=["training.optimizer=adamw"])) == ("adamw", 1e-2, 0.995)
     path = stored(tmp_path / "config.yaml", method__name="mmea")
     assert chosen(load_config(path, settings=["training.optimizer=schedulefree"])) == ("schedulefree", 5e-3, None)
+    assert chosen(load_config(path, settings=["training.optimizer=adam"])) == ("adam", 5e-3, 0.995)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.ema=0.9",
+        "training.schedule.name=cosine",
+        "training.schedule.patience=2",
+        "training.schedule.minimum=0",
+    ],
+)
+def test_a_schedule_or_an_average_asks_for_an_optimizer_that_takes_it(tmp_path: Path, setting: str) -> None:
+    ema = 0.9 if "ema" in setting else 0.995
+    assert chosen(load_config(given=LEAST | {"method": {"name": "full"}}, settings=[setting])) == ("adam", 1e-3, ema)
+    path = stored(tmp_path / "config.yaml", method__name="full")
+    assert chosen(load_config(path)) == ("soap", 2e-2, None)
+    # the rate follows the optimizer, which follows the setting
+    assert chosen(load_config(path, settings=[setting])) == ("adam", 1e-3, ema)
+    # what schedule-free optimizers take, or is their default, decides nothing
+    for harmless in ("training.schedule.warmup_epochs=3", "training.ema=null", "training.schedule.name=plateau"):
+        assert chosen(load_config(path, settings=[harmless])) == ("soap", 2e-2, None)
+    # nor has a magnetic layer it
+    assert chosen(load_config(path, given={"magnetism": {"layer": "spin"}})) == ("adam", 1e-3, 0.995)
+    with pytest.raises(InputError, match="schedule-free AdamW"):
+        resolved(load_config(given=LEAST | {"method": {"name": "sparse"}}, settings=[setting]))
 
 
 def test_soap_has_rates_of_its_own(tmp_path: Path) -> None:
@@ -97,7 +135,8 @@ def test_soap_has_rates_of_its_own(tmp_path: Path) -> None:
         assert chosen(load_config(path, settings=["training.optimizer=soap"])) == ("soap", rate, None)
     # on every base, while the other optimizers have those of the base
     assert method("elora").default_rate("soap", {"elora": 2e-3}) == 5e-3
-    assert method("elora").default_rate(None, {"elora": 2e-3}) == 2e-3
+    assert method("elora").default_rate(None, {"elora": 2e-3}) == 5e-3
+    assert method("elora").default_rate("adam", {"elora": 2e-3}) == 2e-3
     with pytest.raises(InputError, match="schedule-free SOAP averages by itself"):
         load_config(given=LEAST, settings=["training.optimizer=soap", "training.ema=0.9"])
     with pytest.raises(InputError, match="schedule-free SOAP takes warmup_epochs only"):
@@ -107,8 +146,8 @@ def test_soap_has_rates_of_its_own(tmp_path: Path) -> None:
 def test_a_stored_file_can_be_edited(tmp_path: Path) -> None:
     path = stored(tmp_path / "config.yaml", method__name="mmea")
     text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("\n  learning_rate: 0.005\n  weight", "\n  learning_rate: 0.02\n  weight"), "utf-8")
-    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("adam", 0.02, 0.995)
+    path.write_text(text.replace("\n  learning_rate: 0.005\n  weight", "\n  learning_rate: 0.03\n  weight"), "utf-8")
+    assert chosen(load_config(path, given={"method": {"name": "full"}})) == ("soap", 0.03, None)
     path.write_text(text.replace("method:\n  name: mmea", "method:\n  name: sparse"), "utf-8")
     assert chosen(load_config(path)) == ("schedulefree", 1e-2, None)
 
@@ -160,7 +199,7 @@ def test_a_table_of_its_own(tmp_path: Path, record: bool) -> None:
     with pytest.raises(InputError, match="leave the table out"):
         build_method(load_config(path, given={"method": {"name": "full"}}).method)
     other = load_config(path, settings=["method.table=null"], given={"method": {"name": "full"}})
-    assert chosen(other) == ("adam", 1e-3, 0.995)
+    assert chosen(other) == ("soap", 2e-2, None)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{values: 3}", "{values: {training.seed: 3}, for: {}}", "nonsense"])
@@ -184,7 +223,7 @@ def test_fit_and_compare_start_from_the_configuration_of_a_run(tmp_path: Path, c
     assert command("fit", "--config", config, "--method", "sparse", "--out", tmp_path / "two")[0] == 0
     assert settings_of(tmp_path / "two") == ("schedulefree", 1e-2)
     assert command("compare", "--config", config, "--methods", "full,sparse", "--out", tmp_path / "both")[0] == 0
-    assert settings_of(tmp_path / "both" / "full-1") == ("adam", 1e-3)
+    assert settings_of(tmp_path / "both" / "full-1") == ("soap", 2e-2)
     assert settings_of(tmp_path / "both" / "sparse-1") == ("schedulefree", 1e-2)
     two, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("two", "both/sparse-1"))
     assert two.read_bytes() == other.read_bytes()

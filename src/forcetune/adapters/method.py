@@ -35,7 +35,8 @@ class Method:
         table: site kind to the updates made there; kinds not named stay frozen. At most one weight update and one
             activation update share a site.
         description: one line for tables.
-        learning_rate, optimizer: defaults of the optimisation.
+        optimizer: default of the optimisation.
+        learning_rate: default of the learning rate with other optimizers than SOAP.
         target: only these sites: a regular expression that must match the whole site name, or a sequence of
             endings of site names; None for all.
         last_layers: only so many interaction layers, counted from the output, with the readouts; None for all.

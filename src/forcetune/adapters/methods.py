@@ -55,6 +55,7 @@ def mmea(skip: bool = False, **gate: Annotated[Any, Gate]) -> Method:
             "modality": (Dense(),),
         },
         "gates on linears, low rank elsewhere, as published (AAAI 2026)",
+        optimizer="soap",
     )
 
 
@@ -68,7 +69,7 @@ def mmea_pure(skip: bool = False, **gate: Annotated[Any, Gate]) -> Method:
     table: dict[str, tuple[Update, ...]] = {"linear": (Gate(**gate),), "readout": (Gate(**gate),)}
     if skip:
         table["tensor_product"] = (Gate(species=True, **gate),)
-    return Method("mmea-pure", table, "gates on linears only")
+    return Method("mmea-pure", table, "gates on linears only", optimizer="soap")
 
 
 def elora(budget: Annotated[int, Field(ge=1)] | None = None, **low_rank: Annotated[Any, LowRank]) -> Method:
@@ -93,12 +94,13 @@ def elora(budget: Annotated[int, Field(ge=1)] | None = None, **low_rank: Annotat
         },
         "low rank on every path (ICML 2025)",
         budget=budget,
+        optimizer="soap",
     )
 
 
 def full() -> Method:
     """Every parameter is trained."""
-    return Method("full", EVERYWHERE_DENSE, "every parameter", learning_rate=1e-3, soap_rate=2e-2)
+    return Method("full", EVERYWHERE_DENSE, "every parameter", learning_rate=1e-3, optimizer="soap", soap_rate=2e-2)
 
 
 def scratch() -> Method:
@@ -117,8 +119,15 @@ def freeze(layers: Annotated[int, Field(ge=1)] = 1) -> Method:
     Args:
         layers: how many interaction layers.
     """
-    description = "every parameter of the last layers"
-    return Method("freeze", EVERYWHERE_DENSE, description, learning_rate=1e-3, soap_rate=2e-2, last_layers=layers)
+    return Method(
+        "freeze",
+        EVERYWHERE_DENSE,
+        "every parameter of the last layers",
+        learning_rate=1e-3,
+        optimizer="soap",
+        soap_rate=2e-2,
+        last_layers=layers,
+    )
 
 
 def modality() -> Method:

@@ -89,9 +89,9 @@ class RunConfig(Section):
         training = self.training
         if training.optimizer in SCHEDULE_FREE:
             named = f"schedule-free {SCHEDULE_FREE[training.optimizer]}"
-            if training.ema is not None and "ema" in training.model_fields_set:
+            if self._gives_average:
                 raise ValueError(f"training.ema: {named} averages by itself; leave ema out or set it to null")
-            if training.schedule.model_copy(update={"warmup_epochs": 0}) != ScheduleConfig():
+            if self.gives_schedule:
                 raise ValueError(f"training.schedule: {named} takes warmup_epochs only")
         if training.valid_every > training.epochs:
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
@@ -120,6 +120,26 @@ class RunConfig(Section):
         if magforces > 0 and self.data.magforces_key == "none":
             raise ValueError("training.loss.magforces needs labels of magnetic forces, but data.magforces_key is none")
         return self
+
+    @property
+    def _gives_average(self) -> bool:
+        return self.training.ema is not None and "ema" in self.training.model_fields_set
+
+    @property
+    def gives_schedule(self) -> bool:
+        """Whether a schedule that is more than a warm-up, or an average, was given, which schedule-free have not."""
+        schedule = self.training.schedule.model_copy(update={"warmup_epochs": 0})
+        return self._gives_average or schedule != ScheduleConfig()
+
+    def choose_optimizer(self, of_method: str) -> str:
+        """The optimizer that was given, or the method's; Adam instead of SOAP in some runs.
+
+        Schedule-free SOAP has a schedule and an average of its own, so that whoever asks for others means the optimizer
+        that takes them. With a magnetic layer SOAP's energies are worse (docs/evidence.md).
+        """
+        if self.training.optimizer is not None:
+            return self.training.optimizer
+        return "adam" if of_method == "soap" and (self.gives_schedule or self.magnetism.layer != "off") else of_method
 
     def with_method_defaults(self, learning_rate: float, optimizer: str) -> RunConfig:
         """With the method's own learning rate and optimizer where none was given, and what follows from them.

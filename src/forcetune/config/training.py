@@ -160,7 +160,7 @@ class PenaltyConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The optimisation. Defaults are those of the published MMEA runs."""
+    """The optimisation. Apart from the optimizer, defaults are those of the published MMEA runs."""
 
     epochs: int = Field(
         default=MOST_EPOCHS,
@@ -178,7 +178,9 @@ class TrainingConfig(Section):
     optimizer: Literal["adam", "adamw", "schedulefree", "soap"] | None = Field(
         default=None,
         description="Adam with amsgrad, AdamW, schedule-free AdamW, schedule-free SOAP (Adam in the eigenbasis of each "
-        "path's gradients); the method's own when not given.",
+        "path's gradients). When not given, the method's own: soap for elora, mmea, mmea-pure, full and freeze (adam "
+        "instead of it where a schedule or ema is given, and with a magnetic layer), schedulefree for sparse, adam for "
+        "the others.",
     )
     learning_rate: float | None = Field(
         default=None,
@@ -197,7 +199,10 @@ class TrainingConfig(Section):
         default=PenaltyConfig(), description="Cost of changing the foundation model, against forgetting."
     )
     ema: float | None = Field(
-        default=0.995, gt=0, lt=1, description="Decay of the moving average of trainable parameters; null for none."
+        default=0.995,
+        gt=0,
+        lt=1,
+        description="Decay of the moving average of trainable parameters; null for none (not for schedule-free).",
     )
     clip: float | None = Field(default=100.0, gt=0, description="Largest norm of the gradient; null for no clipping.")
     valid_every: int = Field(default=1, ge=1, description="Validate every so many epochs.")

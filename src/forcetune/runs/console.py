@@ -9,7 +9,7 @@ from rich.console import Console
 from forcetune.adapters.attach import Adapter
 from forcetune.adapters.methods import Method
 from forcetune.backbones.protocol import Backbone
-from forcetune.config import ReplayConfig, TrainingConfig
+from forcetune.config import ReplayConfig, RunConfig, TrainingConfig
 from forcetune.errors import warn
 from forcetune.evaluation.streamed import SHOWN
 from forcetune.frames.dataset import Dataset
@@ -19,6 +19,7 @@ from forcetune.frames.store.stored_frames import StoredFrames
 from forcetune.kernels.compiled.choice import kernels_in_use, missing_reason
 from forcetune.training.label_weights import weighs_hessians
 from forcetune.training.replay import ReplayFrames, has_own_head
+from forcetune.utils.option_defaults import is_given
 
 
 def say_data(console: Console, dataset: Dataset, replay: ReplayFrames | None, config: ReplayConfig) -> None:
@@ -52,6 +53,16 @@ def say_isolated(console: Console, isolated: IsolatedAtoms | None, references: R
         warn(text)
     elif references.mode != "isolated":
         console.print(text, highlight=False)
+
+
+def say_optimizer(console: Console, config: RunConfig, method: Method) -> None:
+    """Which optimizer a schedule or an average stands for, where it is not the method's."""
+    optimizer = config.training.optimizer
+    if optimizer != method.optimizer and config.gives_schedule and not is_given(config, "training.optimizer"):
+        console.print(
+            f"optimizer: {optimizer}, as a schedule or ema is given, instead of {method.optimizer} ({method.name})",
+            highlight=False,
+        )
 
 
 def say_weights(console: Console, asked: TrainingConfig, settled: TrainingConfig, labelled: Collection[str]) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forcetune.adapters.methods import build_method
 from forcetune.config import RunConfig, load_config
 from forcetune.errors import InputError
 from forcetune.runs.folder import CONFIG_NAME, FINISHED, read_status
+from forcetune.runs.method_defaults import with_run_defaults
 from forcetune.utils.option_defaults import (
     LOSS,
     SECOND_LOSS,
@@ -25,9 +25,10 @@ from forcetune.utils.option_defaults import (
     with_unset,
 )
 
-RATE, EPOCHS = "training.learning_rate", "training.epochs"
-SETTLED = (RATE, EPOCHS, f"{LOSS}.stress", f"{SECOND_LOSS}.stress")
-"""Options whose default is settled when a run starts."""
+OPTIMIZER, RATE, EPOCHS = "training.optimizer", "training.learning_rate", "training.epochs"
+SETTLED = (RATE, EPOCHS, f"{LOSS}.stress", f"{SECOND_LOSS}.stress", OPTIMIZER)
+"""Options whose default is settled when a run starts, or is another one in another version."""
+OF_METHOD = (OPTIMIZER, RATE)
 Key = tuple[str, ...]
 
 
@@ -36,7 +37,8 @@ class StoredDefaults:
     """Settled defaults of runs that are there.
 
     Attributes:
-        values: by option and what it is the same for: the method for a learning rate, the frames for epochs.
+        values: by option and what it is the same for: the method for an optimizer and a learning rate, the frames for
+            epochs.
     """
 
     values: Mapping[Key, Any]
@@ -49,7 +51,8 @@ class StoredDefaults:
     def describe(self, config: RunConfig) -> list[str]:
         """The same, as one writes them."""
         method = f" ({config.method.name})"
-        return [f"{name}={value:g}{method if name == RATE else ''}" for name, value in self.select(config).items()]
+        selected = self.select(config).items()
+        return [f"{name}={_text(value)}{method if name in OF_METHOD else ''}" for name, value in selected]
 
 
 def read_stored_defaults(configs: Iterable[RunConfig]) -> StoredDefaults:
@@ -70,7 +73,7 @@ def read_stored_defaults(configs: Iterable[RunConfig]) -> StoredDefaults:
         content = load_config(run / CONFIG_NAME).model_dump()
         for name in SETTLED:
             value = get_value(content, name)
-            if is_given(config, name) or (name == RATE and value is None):
+            if is_given(config, name) or (name in OF_METHOD and value is None):
                 continue
             key = _key(name, config)
             if key in values and values[key] != value:
@@ -109,22 +112,23 @@ def is_begun(config: RunConfig) -> bool:
 
 def _resolve(config: RunConfig) -> dict[str, Any]:
     """All that decides the result of a run of this configuration, but for defaults that are settled when it starts."""
-    method = build_method(config.method)
-    full = config.with_method_defaults(method.default_rate(config.training.optimizer), method.optimizer)
+    full = with_run_defaults(config)
     content = full.model_dump(mode="json")
     content["training"].pop("threads", None)
     content["output"].pop("overwrite")
-    for name in SETTLED:
+    for name in (*SETTLED, "training.ema"):  # an average follows from the optimizer
         if not is_given(full, name):
             remove_value(content, name)
     return content
 
 
 def _key(name: str, config: RunConfig) -> Key:
-    if name == RATE:
+    if name in OF_METHOD:
         return name, config.method.name
     return (name, str(config.data.train_frames)) if name == EPOCHS else (name,)
 
 
 def _text(value: Any) -> str:
-    return "chosen by the labels" if value is None else f"{value:g}"
+    if value is None:
+        return "chosen by the labels"
+    return value if isinstance(value, str) else f"{value:g}"

@@ -47,6 +47,7 @@ from forcetune.runs.folder import (
     write_checkpoint,
 )
 from forcetune.runs.measuring import Measuring
+from forcetune.runs.method_defaults import with_run_defaults
 from forcetune.runs.predictions import PREDICTIONS_NAME, save_predictions
 from forcetune.runs.preparation import Preparation, PreparedRun, counting, predict_split
 from forcetune.runs.results import ErrorPair, Results, TrainingSummary, write_results
@@ -105,8 +106,7 @@ class Fitting:
     ) -> None:
         self.method = build_method(config.method)
         self._takes_rate = config.training.learning_rate is None
-        rate = self.method.default_rate(config.training.optimizer)
-        self.config = config.with_method_defaults(rate, self.method.optimizer)
+        self.config = with_run_defaults(config)
         self.console = console
         self.messages = messages
         self.observe = observe

@@ -43,8 +43,9 @@ from forcetune.frames.labels import NONE
 from forcetune.frames.references import ReferenceEnergies, reference_energies
 from forcetune.graphs.graph import Batch
 from forcetune.graphs.stored_graphs import StoredGraphs, any_label
-from forcetune.runs.console import say_adapter, say_data, say_isolated, say_kernels, say_weights
+from forcetune.runs.console import say_adapter, say_data, say_isolated, say_kernels, say_optimizer, say_weights
 from forcetune.runs.folder import ANCHOR
+from forcetune.runs.method_defaults import choose_rate
 from forcetune.runs.results import ParameterSummary
 from forcetune.runs.summaries import (
     summarize_parameters,
@@ -117,13 +118,14 @@ class Preparation:
         replay = read_replay(self.config.replay, self.config.data)
         named = read_anchor_frames(self.config.training.penalty, self.config.data.type_map)
         say_data(self.console, dataset, replay, self.config.replay)
+        say_optimizer(self.console, self.config, self.method)
         self._settle_epochs(len(dataset.train.frames))
         crystal = self._crystal(dataset)
         others = [frames.elements for frames in (replay, named) if frames is not None]
         backbone = self._load([*dataset.elements, *itertools.chain(*others)], backbone)
         check_penalty(self.config.training.penalty, self.method, backbone.sites())
         if self.takes_rate:
-            rate = self.method.default_rate(self.config.training.optimizer, backbone.learning_rates)
+            rate = choose_rate(self.config, self.method, backbone.learning_rates)
             self.config = self.config.with_default_rate(rate)
         examined = self.config.data.doctor == "on"
         if examined:

@@ -19,6 +19,7 @@ from forcetune.config import LossConfig, RunConfig
 from forcetune.errors import ForcetuneError, InputError
 from forcetune.evaluation.metrics import Errors
 from forcetune.runs.fit import run_fit
+from forcetune.runs.method_defaults import choose_rate, with_run_defaults
 from forcetune.training.label_weights import default_stress_weight
 from forcetune.utils.option_defaults import is_given
 
@@ -214,12 +215,6 @@ def _list_options(config: RunConfig) -> list[str]:
     return names
 
 
-def with_run_defaults(config: RunConfig) -> RunConfig:
-    """With what the method and a magnetic layer bring where nothing was given."""
-    method = build_method(config.method)
-    return config.with_method_defaults(method.default_rate(config.training.optimizer), method.optimizer)
-
-
 def default_options(config: RunConfig) -> dict[str, Any]:
     """Options to search, as a run without a search has them: the first trial.
 
@@ -231,9 +226,8 @@ def default_options(config: RunConfig) -> dict[str, Any]:
     names = _list_options(config)
     defaults: dict[str, Any] = {RANK: 16, FORCES: with_run_defaults(config).training.loss.forces}
     if RATE in names:
-        method = build_method(config.method)
         rates = backbone_class(resolve(config.model.model).library).learning_rates
-        defaults[RATE] = method.default_rate(config.training.optimizer, rates)
+        defaults[RATE] = choose_rate(config, build_method(config.method), rates)
     return {name: defaults[name] for name in names}
 
 

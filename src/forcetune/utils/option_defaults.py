@@ -29,7 +29,12 @@ PARENTS: dict[str, tuple[str, ...]] = {
         *("training.valid_every", "training.second_stage.start"),
         *("training.batch_size", "training.batch_atoms", "training.batch_edges", "training.schedule.warmup_epochs"),
     ),
-    "training.optimizer": METHOD,
+    # a schedule or an average that is given, and a magnetic layer, decide against some
+    "training.optimizer": (
+        *(*METHOD, "magnetism.layer"),
+        *("training.ema", "training.schedule.name", "training.schedule.factor", "training.schedule.patience"),
+        "training.schedule.minimum",
+    ),
     "training.ema": (*METHOD, "training.optimizer"),
     **{f"{LOSS}.{name}": ("magnetism.layer",) for name in LOSS_FIELDS},
     **{f"{SECOND_LOSS}.{name}": ("magnetism.layer", "training.second_stage.start") for name in LOSS_FIELDS},
@@ -78,7 +83,11 @@ class DefaultsRecord:
     def outdated(self, merged: Mapping[str, Any], now: set[str]) -> set[str]:
         """Options that were chosen for other values than those in a merged configuration, unless given now."""
         changed = {name for name, value in self.parents.items() if _word(get_value(merged, name)) != _word(value)}
-        return {name for name in self.names - now if changed.intersection(PARENTS[name])}
+        outdated: set[str] = set()
+        while found := {name for name in self.names - now - outdated if changed.intersection(PARENTS[name])}:
+            outdated |= found
+            changed |= found  # what follows from a default that is chosen again is chosen again, too
+        return outdated
 
 
 def make_record(config: BaseModel) -> dict[str, Any]:
