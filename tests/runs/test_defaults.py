@@ -58,6 +58,22 @@ def test_default_rates_of_a_model_count_unless_one_is_given(tmp_path: Path, monk
     assert changed.results["training"]["learning_rate"] == 0.02
 
 
+def test_a_run_says_when_a_schedule_decides_for_an_optimizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, model = write_labelled(tmp_path / "a.xyz"), write_model(tmp_path / "m.model")
+    options = {"model": model, "valid": 4, "epochs": 1}
+    said = "optimizer: adam, as a schedule or ema is given, instead of soap (full)"
+    for setting, chosen in (("training.ema", "adam"), ("training.clip", "soap")):
+        run = forcetune.fit(data, method="full", out=tmp_path / setting, settings={setting: 0.9}, **options)
+        assert run.results["training"]["optimizer"] == chosen
+        assert (said in capsys.readouterr().err) == (chosen == "adam")
+    # nothing to say where it was asked for
+    adam = {"training.ema": 0.9, "training.optimizer": "adam"}
+    forcetune.fit(data, method="full", out=tmp_path / "asked", settings=adam, **options)
+    assert "optimizer:" not in capsys.readouterr().err
+
+
 def test_a_run_of_many_frames_says_its_epochs_and_repeats_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
