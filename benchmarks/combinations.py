@@ -31,7 +31,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transfer import ENERGY, FORCES, Job, collect, draw_frames, markdown, run_job, run_method, settings_of
+from transfer import (
+    ENERGY,
+    FORCES,
+    Job,
+    choose_optimizer_and_rate,
+    collect,
+    draw_frames,
+    markdown,
+    run_job,
+    run_method,
+)
 
 PUBLISHED = "full,elora,mmea,sparse"
 ENERGY_SHARE = 0.3
@@ -213,11 +223,20 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only write the tables of what is finished")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    import forcetune
     from forcetune.utils.files import write_text
 
     searched, proving = options.search.split(","), options.prove.split(",")
-    job = Job(options.out, options.base, "", "elora", 2e-3, 1, options.frames, options.steps, options.dtype)
+    job = Job(
+        options.out,
+        options.base,
+        "",
+        "elora+training.optimizer=adam",
+        2e-3,
+        1,
+        options.frames,
+        options.steps,
+        options.dtype,
+    )
     for of_set in searched + proving:
         draw_frames(options.data, options.out, of_set, options.frames, options.tests)
     study = open_study(options.out, options.name)
@@ -225,7 +244,7 @@ def main() -> None:
         (
             replace(job, set=of_set, method=method, rate=0.0),
             options.seeds,
-            forcetune.method(settings_of(method)[0]).learning_rate,
+            choose_optimizer_and_rate(of_set, method)[1],
             options.data,
             options.tests,
         )

@@ -216,7 +216,7 @@ def run_job(
         "valid_every": every,
     }
     warmup = {"warmup_epochs": max(1, epochs // 20)}
-    optimizer = training.get("optimizer") or settings.get("training.optimizer") or forcetune.method(name).optimizer
+    optimizer = training["optimizer"] if table is not None else choose_optimizer_and_rate(job.set, job.method)[0]
     if optimizer in SCHEDULE_FREE:
         usual["schedule"] = warmup
     else:
@@ -238,21 +238,25 @@ def run_job(
     return job.results()
 
 
-def default_rate(base: str, method: str) -> float:
-    """The learning rate of a run that names none."""
+def choose_optimizer_and_rate(of_set: str, method: str, rates: Mapping[str, float] | None = None) -> tuple[str, float]:
+    """The optimizer of a run, and the learning rate of one that names none.
+
+    Args:
+        of_set: name of the set, which may have settings of its own.
+        method: with its options.
+        rates: defaults of the base, by name of method.
+    """
     import forcetune
-    from forcetune.adapters.methods import method as make_method
+    from forcetune.adapters.methods import build_method
+    from forcetune.runs.method_defaults import choose_rate
 
     name, settings = settings_of(method)
-    return make_method(name).default_rate(settings.get("training.optimizer"), forcetune.load(base).learning_rates)
-
-
-def searched_from(method: str) -> float:
-    """The learning rate that a search begins with, the same for every base."""
-    from forcetune.adapters.methods import method as make_method
-
-    name, settings = settings_of(method)
-    return make_method(name).default_rate(settings.get("training.optimizer"))
+    config = forcetune.load_config(
+        given={"data": {"train": ["-"]}, "method": {"name": name}},
+        settings=[f"{key}={value}" for key, value in {**SETS[of_set].settings, **settings}.items()],
+    )
+    made = build_method(config.method)
+    return config.choose_optimizer(made.optimizer), choose_rate(config, made, rates)
 
 
 def look_up_rate(path: Path, name: str, method: str) -> float:
@@ -447,6 +451,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--finished", action="store_true", help="only write the tables of what is finished")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
+    from forcetune.backbones.loading import backbone_class
+    from forcetune.backbones.registry import resolve
     from forcetune.utils.files import write_text
 
     names, methods = options.sets.split(","), options.methods.split(",")
@@ -454,9 +460,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         raise SystemExit(f"--sets: {', '.join(unknown)} not known; there are {', '.join(SETS)}.")
     common = (options.frames, options.steps, options.dtype, options.head)
+    base_rates = backbone_class(resolve(options.base).library).learning_rates
 
     def job(name: str, method: str) -> Job:
-        rate = default_rate(options.base, method) if options.default_rates else 0.0
+        rate = choose_optimizer_and_rate(name, method, base_rates)[1] if options.default_rates else 0.0
         if options.rates:
             rate = look_up_rate(options.rates, name, method)
         return Job(options.out, options.base, name, method, rate, 1, *common)
@@ -465,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (
             job(name, method),
             options.seeds,
-            searched_from(method),
+            choose_optimizer_and_rate(name, method)[1],
             options.data,
             options.tests,
         )

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from forcetune.adapters.methods import build_method
 from forcetune.backbones.mace.backbone import MaceBackbone
 from forcetune.config import LossConfig, load_config
 from forcetune.errors import InputError
 from forcetune.evaluation.metrics import Errors
+from forcetune.runs import search
 from forcetune.runs.method_defaults import with_run_defaults
 from forcetune.runs.search import default_options, score
 from sevennet_models import BATTERY, write_checkpoint
@@ -87,3 +89,10 @@ def test_a_search_starts_from_the_learning_rate_of_the_model(tmp_path: Path, mon
     assert start("mini", "readout")["training.learning_rate"] == 5e-3
     with pytest.raises(InputError, match="no such file"):
         start(tmp_path / "missing.model", "elora")
+
+
+def test_trials_of_another_default_optimizer_are_of_another_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(given={"data": {"train": ["-"]}, "method": {"name": "elora"}})
+    today = search._digest(config, {})
+    monkeypatch.setattr(search, "build_method", lambda asked: replace(build_method(asked), optimizer="adam"))
+    assert search._digest(config, {}) != today

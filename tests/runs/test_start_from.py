@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ def _fit(first: Path, out: Path, **settings: Any) -> forcetune.Run:
 
 
 def test_training_begins_with_the_values_of_the_adapter(first: Path, tmp_path: Path) -> None:
-    rate = {"training__learning_rate": 1e-30, "training__ema": None}
-    run = _fit(first, tmp_path / "next", training__start_from=str(first / "run"), **rate)
+    rate = {"training__learning_rate": 1e-30, "training__ema": None, "training__optimizer": "adam"}
+    # an adapter of a version with other defaults of the training is of the same method
+    earlier = shutil.copytree(first / "run" / "adapter", tmp_path / "earlier")
+    described = json.loads((earlier / "adapter_config.json").read_text(encoding="utf-8"))
+    described["method"] |= {"optimizer": "adam", "learning_rate": 0.003, "description": "as it was"}
+    (earlier / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    run = _fit(first, tmp_path / "next", training__start_from=str(earlier), **rate)
     before = load_file(first / "run" / "adapter" / "adapter_model.safetensors")
     after = load_file(run.adapter / "adapter_model.safetensors")
     assert before.keys() == after.keys()

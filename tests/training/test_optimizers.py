@@ -14,7 +14,7 @@ from forcetune.adapters.methods import custom_method, method
 from forcetune.adapters.updates.soft_threshold import SparseWeight
 from forcetune.config import SCHEDULE_FREE, ScheduleConfig, TrainingConfig
 from forcetune.errors import InputError
-from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
+from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer, restart_average
 from systems import backbone
 
 
@@ -164,3 +164,35 @@ def test_a_final_threshold_below_the_first_is_refused() -> None:
     same = attach(model, method("sparse", threshold=0.01, final_threshold=0.01))
     groups = make_optimizer(same, TrainingConfig(optimizer="schedulefree"), 1e-2, 10).param_groups
     assert 0.0 in [group["weight_decay"] for group in groups]
+
+
+@pytest.mark.parametrize("name", ["schedulefree", "soap"])
+def test_a_second_stage_goes_on_from_the_average_and_begins_a_new_one(name: str) -> None:
+    model = backbone()
+    adapter = attach(model, method("elora"))
+    config = TrainingConfig.model_validate({"optimizer": name, "ema": None})
+    optimizer: Any = make_optimizer(adapter, config, 1e-2, 10)
+    parameters = list(adapter.parameters())
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.train()
+        optimizer.step()
+
+    for _ in range(5):
+        step()
+    optimizer.eval()
+    averages = [parameter.detach().clone() for parameter in parameters]
+    optimizer.train()
+    assert not all(map(torch.equal, averages, parameters))
+    restart_average(optimizer)
+    for parameter, average in zip(parameters, averages, strict=True):
+        torch.testing.assert_close(parameter.detach(), average)
+    step()
+    optimizer.eval()
+    # the average of one step is where it led
+    for parameter, average in zip(parameters, averages, strict=True):
+        torch.testing.assert_close(parameter.detach(), optimizer.state[parameter]["z"])
+        assert not torch.equal(parameter, average)
+    detach(model)

@@ -143,9 +143,9 @@ def test_another_level_of_theory_disturbs_less_with_a_head_of_its_own(tmp_path: 
             model=model,
             method="full",
             valid=4,
-            epochs=40,
+            epochs=20,
             out=tmp_path / head,
-            settings=settings | {"replay.head": head, "training.learning_rate": 0.01},
+            settings=settings | {"replay.head": head, "training.learning_rate": 0.01, "training.optimizer": "adam"},
         )
         for head in ("shared", "own")
     }

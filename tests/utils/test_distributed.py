@@ -96,6 +96,6 @@ def test_three_processes_with_less_than_a_frame_each(tmp_path: Path) -> None:
     for processes in (1, 3):
         replay = (f"replay.data=[{data}]", "replay.ratio=0.4", "replay.labels=file")
         settings = [part for setting in ("training.batch_size=2", *replay) for part in ("--set", setting)]
-        more = ("--method", "mmea", *settings)
+        more = ("--method", "mmea", "--optimizer", "adam", *settings)
         fit(tmp_path / str(processes), data, model, processes, *more)
     assert_same(tmp_path / "1", tmp_path / "3")

@@ -83,6 +83,23 @@ def test_the_same_method_repeats_a_run_of_an_earlier_version(tmp_path: Path, nam
     path = stored(tmp_path / "config.yaml", record=False, method__name=name)
     adam = ("adam", 1e-3 if name == "full" else 5e-3, 0.995)
     assert chosen(load_config(path)) == chosen(load_config(path, given={"method": {"name": name}})) == adam
+    # what decides today decided nothing then
+    assert chosen(load_config(path, settings=["training.ema=null"])) == (*adam[:2], None)
+    cosine = {"training__schedule__name": "cosine", "training__second_stage__start": 3}
+    path = stored(tmp_path / "cosine.yaml", record=False, method__name=name, **cosine)
+    plain = ["training.schedule.name=plateau", "training.second_stage.start=null"]
+    assert chosen(load_config(path, settings=plain)) == adam
+    # the same in a file that says what its defaults were chosen for
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = ("training.optimizer", "training.learning_rate", "training.ema")
+    values = dict(zip(names, adam, strict=True))
+    content["defaults"] = {"values": values, "for": {"method.name": name, "method.table": None, "model.model": "m"}}
+    content["defaults"]["for"] |= {"training.optimizer": "adam"}
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert chosen(load_config(path, settings=plain)) == adam
+    assert chosen(load_config(path, given={"method": {"name": "gain"}}, settings=plain))[0] == "adam"
+    other = "full" if name == "elora" else "elora"
+    assert chosen(load_config(path, given={"method": {"name": other}}, settings=plain))[0] == "soap"
 
 
 def test_what_was_given_stays_even_where_it_equals_a_default(tmp_path: Path) -> None:
@@ -120,8 +137,9 @@ def test_a_schedule_or_an_average_asks_for_an_optimizer_that_takes_it(tmp_path: 
     # what schedule-free optimizers take, or is their default, decides nothing
     for harmless in ("training.schedule.warmup_epochs=3", "training.ema=null", "training.schedule.name=plateau"):
         assert chosen(load_config(path, settings=[harmless])) == ("soap", 2e-2, None)
-    # nor has a magnetic layer it
+    # nor does it go with a magnetic layer or a second stage
     assert chosen(load_config(path, given={"magnetism": {"layer": "spin"}})) == ("adam", 1e-3, 0.995)
+    assert chosen(load_config(path, settings=["training.second_stage.start=3"])) == ("adam", 1e-3, 0.995)
     with pytest.raises(InputError, match="schedule-free AdamW"):
         resolved(load_config(given=LEAST | {"method": {"name": "sparse"}}, settings=[setting]))
 
@@ -236,3 +254,9 @@ def test_the_demo_has_options_for_every_optimizer(tmp_path: Path, command: Comma
     arguments = ("--out", tmp_path / "demo", "--picoseconds", 0.01, "--set", "training.epochs=2")
     assert command("demo", "--method", "sparse", *arguments)[0] == 0
     assert settings_of(tmp_path / "demo") == ("schedulefree", 1e-2)
+    # an average asks for Adam, which has the demo's schedule
+    again = ("--overwrite", "--method", "readout", "--set", "training.ema=0.9")
+    for more in (again, (*again, "--method", "freeze")):
+        assert command("demo", *arguments, *more)[0] == 0
+        training = load_config(tmp_path / "demo" / "config.yaml").training
+        assert (training.optimizer, training.ema, training.schedule.name) == ("adam", 0.9, "cosine")

@@ -29,6 +29,8 @@ from forcetune.backbones.protocol import Backbone
 from forcetune.errors import InputError
 from forcetune.utils.files import atomic_folder
 
+OF_TRAINING = ("description", "learning_rate", "optimizer")
+"""What an adapter says of its method that does not change what it is; another version may have other defaults."""
 _STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32)
 
 
@@ -234,7 +236,10 @@ def start_from(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None
     check_base(config, backbone, folder)
     if config.combination is not None:
         raise InputError(f"{folder}: is a combination of adapters; training starts from a single one.")
-    theirs, ours = config.method, adapter.method.to_json()
+    theirs, ours = (
+        {key: value for key, value in method.items() if key not in OF_TRAINING}
+        for method in (config.method, adapter.method.to_json())
+    )
     if theirs != ours:
         name = next(key for key in [*ours, *theirs] if ours.get(key) != theirs.get(key))
         raise InputError(

@@ -35,8 +35,7 @@ class Method:
         table: site kind to the updates made there; kinds not named stay frozen. At most one weight update and one
             activation update share a site.
         description: one line for tables.
-        optimizer: default of the optimisation.
-        learning_rate: default of the learning rate with other optimizers than SOAP.
+        optimizer, learning_rate: defaults of the optimisation.
         target: only these sites: a regular expression that must match the whole site name, or a sequence of
             endings of site names; None for all.
         last_layers: only so many interaction layers, counted from the output, with the readouts; None for all.
@@ -45,8 +44,8 @@ class Method:
         budget: trained parameters that low-rank updates may use, shared among the paths by the gradient at the
             start (:func:`forcetune.adapters.gradients.within_budget`), which puts the ranks into the table.
         magnetism: a magnetic layer beside the updates, or None.
-        soap_rate: default of the learning rate with schedule-free SOAP; None for ``learning_rate``.
-            A default of runs only: adapters do not keep it.
+        soap_rate: default of the learning rate with schedule-free SOAP, where it is another one than with the other
+            optimizers. A default of runs only: adapters do not keep it.
     """
 
     name: str

@@ -91,7 +91,7 @@ class RunConfig(Section):
             named = f"schedule-free {SCHEDULE_FREE[training.optimizer]}"
             if self._gives_average:
                 raise ValueError(f"training.ema: {named} averages by itself; leave ema out or set it to null")
-            if self.gives_schedule:
+            if self._gives_schedule:
                 raise ValueError(f"training.schedule: {named} takes warmup_epochs only")
         if training.valid_every > training.epochs:
             raise ValueError("training.valid_every is larger than training.epochs, so no adapter could be chosen")
@@ -126,20 +126,28 @@ class RunConfig(Section):
         return self.training.ema is not None and "ema" in self.training.model_fields_set
 
     @property
-    def gives_schedule(self) -> bool:
-        """Whether a schedule that is more than a warm-up, or an average, was given, which schedule-free have not."""
-        schedule = self.training.schedule.model_copy(update={"warmup_epochs": 0})
-        return self._gives_average or schedule != ScheduleConfig()
+    def _gives_schedule(self) -> bool:
+        return self.training.schedule.model_copy(update={"warmup_epochs": 0}) != ScheduleConfig()
 
-    def choose_optimizer(self, of_method: str) -> str:
-        """The optimizer that was given, or the method's; Adam instead of SOAP in some runs.
+    @property
+    def reason_for_adam(self) -> str | None:
+        """What the run has that schedule-free SOAP does not go with, in words; None where it does.
 
-        Schedule-free SOAP has a schedule and an average of its own, so that whoever asks for others means the optimizer
-        that takes them. With a magnetic layer SOAP's energies are worse (docs/evidence.md).
+        It has an average and a schedule of its own, so that whoever asks for others means an optimizer that takes them;
+        a second stage, whose rate is lower, is a schedule, too. With a magnetic layer its energies are worse
+        (docs/evidence.md).
         """
+        if self._gives_average or self._gives_schedule:
+            return "a schedule or ema is given"
+        if self.training.second_stage.start is not None:
+            return "there is a second stage"
+        return None if self.magnetism.layer == "off" else "there is a magnetic layer"
+
+    def choose_optimizer(self, method_optimizer: str) -> str:
+        """The optimizer that was given, or the method's; Adam instead of SOAP where there is a reason."""
         if self.training.optimizer is not None:
             return self.training.optimizer
-        return "adam" if of_method == "soap" and (self.gives_schedule or self.magnetism.layer != "off") else of_method
+        return "adam" if method_optimizer == "soap" and self.reason_for_adam else method_optimizer
 
     def with_method_defaults(self, learning_rate: float, optimizer: str) -> RunConfig:
         """With the method's own learning rate and optimizer where none was given, and what follows from them.

@@ -179,8 +179,8 @@ class TrainingConfig(Section):
         default=None,
         description="Adam with amsgrad, AdamW, schedule-free AdamW, schedule-free SOAP (Adam in the eigenbasis of each "
         "path's gradients). When not given, the method's own: soap for elora, mmea, mmea-pure, full and freeze (adam "
-        "instead of it where a schedule or ema is given, and with a magnetic layer), schedulefree for sparse, adam for "
-        "the others.",
+        "instead of it where another schedule than the plateau, ema or a second stage is given, and with a magnetic "
+        "layer), schedulefree for sparse, adam for the others.",
     )
     learning_rate: float | None = Field(
         default=None,

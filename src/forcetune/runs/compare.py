@@ -16,13 +16,19 @@ from forcetune.backbones.loading import asked_of_loaded, load, store_base, with_
 from forcetune.backbones.protocol import Backbone
 from forcetune.config import RunConfig
 from forcetune.diagnostics.run_checks import check_frames
-from forcetune.errors import ForcetuneError, InputError
+from forcetune.errors import ForcetuneError, InputError, warn
 from forcetune.frames.dataset import read_dataset
 from forcetune.reports.comparison import Comparison, read_comparison
 from forcetune.reports.comparison_page import write_comparison
 from forcetune.reports.learning_curve import Curve, read_curves
 from forcetune.runs.comparison_plan import ComparisonPlan, Runs, check_sizes
-from forcetune.runs.continuation import is_begun, is_finished, read_stored_defaults, with_stored_defaults
+from forcetune.runs.continuation import (
+    describe_earlier_optimizers,
+    is_begun,
+    is_finished,
+    read_stored_defaults,
+    with_stored_defaults,
+)
 from forcetune.runs.fit import resume, run_fit
 from forcetune.runs.folder import CONFIG_NAME, input_files
 from forcetune.runs.search import SearchResult, check_search, search_options
@@ -80,8 +86,8 @@ def compare(
     unless the configuration names one, or searches for its own options first. Options of ``config.method`` go to the
     methods that have them. A run that is finished with the same configuration is not repeated and one that was
     interrupted goes on, so that the same command continues a comparison; with another configuration the run is made
-    again. Runs that join those of an earlier version have the learning rates, epochs and weight of stress of these
-    where none are set.
+    again. Runs that join those of an earlier version have the optimizers, learning rates, epochs and weight of stress
+    of these where none are set.
 
     Args:
         config: as for one run; ``config.output.run`` is the folder of the comparison, ``config.method.name`` and
@@ -177,6 +183,11 @@ def _continue_runs(runs: Runs, console: Console) -> list[RunConfig]:
         texts |= dict.fromkeys(defaults.describe(config))
     if texts:
         console.print(f"as in the runs that are there: {', '.join(texts)}", highlight=False)
+    if earlier := describe_earlier_optimizers(configs):
+        warn(
+            f"Runs that are there were trained by another version: {', '.join(earlier)}. Write --set "
+            "training.optimizer=… to train all of them alike, or choose another folder with --out."
+        )
     return continued
 
 

@@ -56,11 +56,21 @@ def say_isolated(console: Console, isolated: IsolatedAtoms | None, references: R
 
 
 def say_optimizer(console: Console, config: RunConfig, method: Method) -> None:
-    """Which optimizer a schedule or an average stands for, where it is not the method's."""
-    optimizer = config.training.optimizer
-    if optimizer != method.optimizer and config.gives_schedule and not is_given(config, "training.optimizer"):
+    """Where nobody named the optimizer: why it is not the method's, or that a given rate may be another one's."""
+    training = config.training
+    if is_given(config, "training.optimizer"):
+        return
+    if training.optimizer != method.optimizer and config.reason_for_adam:
         console.print(
-            f"optimizer: {optimizer}, as a schedule or ema is given, instead of {method.optimizer} ({method.name})",
+            f"optimizer: {training.optimizer}, as {config.reason_for_adam}, instead of {method.optimizer} "
+            f"({method.name})",
+            highlight=False,
+        )
+    usual = method.default_rate(training.optimizer)
+    if training.optimizer == "soap" and is_given(config, "training.learning_rate") and training.learning_rate != usual:
+        console.print(
+            f"optimizer: soap with a learning rate of {training.learning_rate:g}; its own for {method.name} is "
+            f"{usual:g}, and rates for adam are others (--optimizer adam)",
             highlight=False,
         )
 

@@ -97,6 +97,23 @@ def with_stored_defaults(config: RunConfig, stored: StoredDefaults) -> RunConfig
     return with_unset(RunConfig.model_validate(content), values)
 
 
+def describe_earlier_optimizers(configs: Iterable[RunConfig]) -> list[str]:
+    """Methods whose runs that are there were trained with another optimizer than today's default.
+
+    Args:
+        configs: of all runs of a comparison.
+    """
+    texts: dict[str, None] = {}
+    for config in configs:
+        if is_given(config, OPTIMIZER) or not is_begun(config):
+            continue
+        stored = load_config(Path(config.output.run) / CONFIG_NAME).training.optimizer
+        today = with_run_defaults(config).training.optimizer
+        if stored is not None and stored != today:
+            texts[f"{config.method.name} with {stored} (now {today})"] = None
+    return list(texts)
+
+
 def is_finished(config: RunConfig) -> bool:
     """Whether the run folder holds a finished run of this very configuration."""
     return is_begun(config) and read_status(Path(config.output.run)) in FINISHED

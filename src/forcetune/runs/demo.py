@@ -13,8 +13,8 @@ from ase import Atoms
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forcetune.adapters.methods import method as make_method
-from forcetune.config import SCHEDULE_FREE, load_config
+from forcetune.adapters.methods import build_method
+from forcetune.config import SCHEDULE_FREE, RunConfig, load_config
 from forcetune.deployment.calculator import calculator
 from forcetune.deployment.dynamics import EnergyConservation, energy_conservation
 from forcetune.reports.run_page import write_report
@@ -82,7 +82,7 @@ def demo(
     """
     began = time.monotonic()
     console = console or Console(stderr=True, soft_wrap=True, emoji=False)
-    options = {
+    options: dict[str, Any] = {
         "data": {
             "train": [str(demo_file("train"))],
             "valid": [str(demo_file("valid"))],
@@ -90,9 +90,9 @@ def demo(
         },
         "model": {"model": "mini"},
         "method": {"name": method},
-        "training": _training(settings or {}, method),
         "output": {"run": str(out), "overwrite": overwrite},
     }
+    options["training"] = _training(load_config(given=options, overrides=settings))
     run = run_fit(load_config(given=options, overrides=settings), console=console)
     with limited_threads(TRAINING["threads"]):
         dynamics = _dynamics(run, picoseconds, console)
@@ -104,12 +104,9 @@ def demo(
     return Demo(run, dynamics, time.monotonic() - began, process_peak_memory())
 
 
-def _training(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _training(config: RunConfig) -> dict[str, Any]:
     """The demo's options of the training that go with the optimizer; schedule-free averages and decays by itself."""
-    optimizer = settings.get("training.optimizer")
-    if optimizer is None and settings.get("method.table") is None:
-        optimizer = make_method(settings.get("method.name", name)).optimizer
-    if optimizer not in SCHEDULE_FREE:
+    if config.choose_optimizer(build_method(config.method).optimizer) not in SCHEDULE_FREE:
         return TRAINING
     warmup = {"warmup_epochs": TRAINING["schedule"]["warmup_epochs"]}
     return {key: value for key, value in TRAINING.items() if key != "ema"} | {"schedule": warmup}

@@ -186,6 +186,7 @@ def _digest(config: RunConfig, defaults: Mapping[str, Any]) -> str:
     """Of all that a search depends on."""
     content = config.model_dump(mode="json", exclude={"output": True, "training": {"threads"}})
     content["defaults"] = dict(defaults)
+    content["optimizer"] = config.choose_optimizer(build_method(config.method).optimizer)
     content["score"] = SCORE
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 

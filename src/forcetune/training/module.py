@@ -24,7 +24,7 @@ from forcetune.training.compiled import CompiledTraining
 from forcetune.training.failure import cause_in_step, copy_values, describe_failure, put_back
 from forcetune.training.hessian import HessianLoss
 from forcetune.training.losses import LossSums, compute_loss
-from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer
+from forcetune.training.optimizers import LearningRate, MovingAverage, make_optimizer, restart_average
 from forcetune.training.penalty import Penalty
 from forcetune.training.replay_head import ReplayHead, objective
 from forcetune.utils import distributed
@@ -280,6 +280,8 @@ class FineTuning:
             self.stage = 2
             self.schedule.restart(second.learning_rate)
             self._set_rate(second.learning_rate)
+            if self.config.optimizer in SCHEDULE_FREE:
+                restart_average(self._optimizer)
             self.best_loss, self.waited = math.inf, 0
 
     def _step(self, batch: Batch, index: int) -> None:

@@ -121,6 +121,21 @@ def _shrunk_average(exponent: float, steps: int = 500, momentum: float = 0.9) ->
     return average
 
 
+@torch.no_grad()
+def restart_average(optimizer: Any) -> None:
+    """Let a schedule-free optimizer go on from its average and begin a new one, as for a stage with another rate.
+
+    Otherwise what the first stage's rate scattered would weigh in the average for as long as that stage took.
+    """
+    optimizer.eval()
+    for group in optimizer.param_groups:
+        group["weight_sum"] = group["lr_max"] = 0.0
+        for parameter in group["params"]:
+            if "z" in optimizer.state[parameter]:
+                optimizer.state[parameter]["z"].copy_(parameter)
+    optimizer.train()
+
+
 class LearningRate:
     """The learning rate of every step: warm-up × (plateau | cosine | constant).
 

@@ -19,6 +19,7 @@ RECORD = "defaults"
 LOSS_FIELDS = ("energy", "forces", "stress", "moments", "form", "energy_per_atom")
 LOSS, SECOND_LOSS = "training.loss", "training.second_stage.loss"
 METHOD = ("method.name", "method.table")
+OPTIMIZER, SCHEDULE = "training.optimizer", "training.schedule.name"
 DATA = ("data.train", "data.stress_key")
 PARENTS: dict[str, tuple[str, ...]] = {
     "method.name": ("method.table",),
@@ -29,10 +30,10 @@ PARENTS: dict[str, tuple[str, ...]] = {
         *("training.valid_every", "training.second_stage.start"),
         *("training.batch_size", "training.batch_atoms", "training.batch_edges", "training.schedule.warmup_epochs"),
     ),
-    # a schedule or an average that is given, and a magnetic layer, decide against some
-    "training.optimizer": (
-        *(*METHOD, "magnetism.layer"),
-        *("training.ema", "training.schedule.name", "training.schedule.factor", "training.schedule.patience"),
+    # a schedule or an average that is given, a second stage and a magnetic layer decide against some
+    OPTIMIZER: (
+        *(*METHOD, "magnetism.layer", "training.second_stage.start"),
+        *("training.ema", SCHEDULE, "training.schedule.factor", "training.schedule.patience"),
         "training.schedule.minimum",
     ),
     "training.ema": (*METHOD, "training.optimizer"),
@@ -84,10 +85,14 @@ class DefaultsRecord:
         """Options that were chosen for other values than those in a merged configuration, unless given now."""
         changed = {name for name, value in self.parents.items() if _word(get_value(merged, name)) != _word(value)}
         outdated: set[str] = set()
-        while found := {name for name in self.names - now - outdated if changed.intersection(PARENTS[name])}:
+        while found := {name for name in self.names - now - outdated if changed.intersection(self._parents(name))}:
             outdated |= found
             changed |= found  # what follows from a default that is chosen again is chosen again, too
         return outdated
+
+    def _parents(self, name: str) -> tuple[str, ...]:
+        """What a default was chosen for. The method alone decided for an optimizer in versions that stored less."""
+        return METHOD if name == OPTIMIZER and SCHEDULE not in self.parents else PARENTS[name]
 
 
 def make_record(config: BaseModel) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _earlier_record(content: Mapping[str, Any]) -> DefaultsRecord:
         for key, value in defaults.items()
         if get_value(content, key) == value or (key in NULL_IS_UNSET and get_value(content, key) is None)
     }
-    parents = dict.fromkeys(parent for key in names for parent in PARENTS[key])
+    parents = dict.fromkeys(parent for key in names for parent in (METHOD if key == OPTIMIZER else PARENTS[key]))
     return DefaultsRecord(frozenset(names), {parent: get_value(content, parent) for parent in parents})
 
 
