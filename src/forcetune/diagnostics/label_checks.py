@@ -129,6 +129,8 @@ def _chance_repeats(frames: Sequence[Frame], step: float) -> float:
 
     For a normal distribution of width s two values fall into one step with the probability step / (2 √π s).
     """
+    if step == 0:  # energies as they were computed do not meet by chance
+        return 0.0
     expected = 0.0
     for members in by_composition(frames).values():
         energies = np.array([frames[k].energy for k in members], dtype=np.float64)
