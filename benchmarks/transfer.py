@@ -397,35 +397,44 @@ def markdown(table: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def draw(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Force errors of all sets that have such labels, beside zero-shot, and what the learning rate does to them."""
+    """Force errors of all sets that have such labels; below, what the learning rate does to them if it was varied."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     names = [name for name, rows in table.items() if rows and all(FORCES in row for row in rows.values())]
     if not names:
         return
     longest = max(len(method) for name in names for method in table[name])
     width = max((4.2 + 0.07 * longest) * len(names), 0.1 * longest + 1)
-    figure, axes = pyplot.subplots(2, len(names), figsize=(width, 7.5), squeeze=False, layout="constrained")
-    for (above, below), name in zip(axes.T, names, strict=True):
+    varied = any(len(row["test_forces_of_rates"]) > 1 for name in names for row in table[name].values())
+    figure, axes = pyplot.subplots(
+        1 + varied, len(names), figsize=(width, 7.5 if varied else 3.5), squeeze=False, layout="constrained"
+    )
+    for (above, *belows), name in zip(axes.T, names, strict=True):
         rows = table[name]
         for place, (method, row) in enumerate(rows.items()):
             value = row[FORCES]
             bar = above.barh(place, value["median"], height=0.7)
             above.plot([value["low"], value["high"]], [place, place], color="black", linewidth=1.5)
             rates = {float(rate): error for rate, error in row["test_forces_of_rates"].items()}
-            below.plot(list(rates), list(rates.values()), "o-", color=bar[0].get_facecolor(), label=method)
+            for below in belows:
+                below.plot(list(rates), list(rates.values()), "o-", color=bar[0].get_facecolor(), label=method)
         above.set_yticks(range(len(rows)), list(rows))
         above.invert_yaxis()
         above.set_xlabel("test force MAE, meV/Å")
         above.set_title(f"{name}, zero-shot {next(iter(rows.values()))['before'][FORCES]:.0f}")
-        below.set_xscale("log")
-        below.set_yscale("log")
-        below.set_xlabel("learning rate")
-        below.set_ylabel("test force MAE, meV/Å")
-    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", fontsize="small")
+        for below in belows:
+            below.set_xscale("log")
+            below.set_yscale("log")
+            below.set_xlabel("learning rate")
+            below.set_ylabel("test force MAE, meV/Å")
+            for axis in (below.xaxis, below.yaxis):
+                axis.set_minor_formatter(NullFormatter())
+    if varied:
+        figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
