@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -276,6 +277,19 @@ def out_of_reach(frames: int = 8, cell: float | None = None) -> list[Atoms]:
         atoms.arrays[FORCES] = np.zeros((2, 3))
         structures_out_of_reach.append(atoms)
     return structures_out_of_reach
+
+
+def test_repeated_energies_beside_a_composition_of_one_frame() -> None:
+    """Energies with all their digits do not meet by chance, and one frame alone has no width to compare with."""
+    structures = labelled(10)
+    lone = structures[0].copy()
+    del lone[[0]]
+    lone.info[ENERGY], lone.arrays[FORCES] = structures[0].info[ENERGY] / 3, structures[0].arrays[FORCES][1:]
+    for index, atoms in enumerate(structures):
+        atoms.info[ENERGY] = structures[0].info[ENERGY] + math.sqrt(index) / 7
+    for index in (3, 5):
+        structures[index].info[ENERGY] = structures[1].info[ENERGY]
+    assert "energy-repeated" in forcetune.doctor([*structures, lone], console=QUIET).codes
 
 
 @pytest.mark.parametrize("cell", [None, 25.0])

@@ -187,8 +187,8 @@ def test_runs_that_join_those_of_another_optimizer_have_it(tmp_path: Path, capsy
     earlier = {"training.optimizer": "adam", "training.learning_rate": 0.002, "training.ema": 0.995}
     change_defaults(tmp_path / "compared" / "elora-1", earlier)
     capsys.readouterr()
-    told = r"trained by another version: elora with adam \(now soap\)\. Write --set training\.optimizer="
-    with pytest.warns(ForcetuneWarning, match=told):
+    message = r"trained by another version: elora with adam \(now soap\)\. Write --set training\.optimizer="
+    with pytest.warns(ForcetuneWarning, match=message):
         forcetune.compare(config, ["elora", "full"], seeds=2)
     out = capsys.readouterr().err
     assert "1 of 4 runs are finished already" in out
@@ -200,7 +200,7 @@ def test_runs_that_join_those_of_another_optimizer_have_it(tmp_path: Path, capsy
     settings = {name: (one.optimizer, one.learning_rate, one.ema) for name, one in chosen.items()}
     adam, soap = ("adam", 0.002, 0.995), ("soap", 0.02, None)
     assert settings == {"elora-1": adam, "elora-2": adam, "full-1": soap, "full-2": soap}
-    with pytest.warns(ForcetuneWarning, match=told):
+    with pytest.warns(ForcetuneWarning, match=message):
         forcetune.compare(config, ["elora", "full"], seeds=2)
     assert "4 of 4 runs are finished already" in capsys.readouterr().err
 

@@ -133,8 +133,8 @@ class RunConfig(Section):
     def reason_for_adam(self) -> str | None:
         """What the run has that schedule-free SOAP does not go with, in words; None where it does.
 
-        It has an average and a schedule of its own, so that whoever asks for others means an optimizer that takes them;
-        a second stage, whose rate is lower, is a schedule, too. With a magnetic layer its energies are worse
+        It has an average and a schedule of its own: another one asks for an optimizer that takes it, and a second
+        stage, whose rate is lower, is a schedule, too. With a magnetic layer its energies are worse
         (docs/evidence.md).
         """
         if self._gives_average or self._gives_schedule:

@@ -56,7 +56,7 @@ def say_isolated(console: Console, isolated: IsolatedAtoms | None, references: R
 
 
 def say_optimizer(console: Console, config: RunConfig, method: Method) -> None:
-    """Where nobody named the optimizer: why it is not the method's, or that a given rate may be another one's."""
+    """Without ``training.optimizer``: why it is not the method's, or that the learning rate may be another one's."""
     training = config.training
     if is_given(config, "training.optimizer"):
         return

@@ -125,8 +125,7 @@ class Preparation:
         backbone = self._load([*dataset.elements, *itertools.chain(*others)], backbone)
         check_penalty(self.config.training.penalty, self.method, backbone.sites())
         if self.takes_rate:
-            rate = choose_rate(self.config, self.method, backbone.learning_rates)
-            self.config = self.config.with_default_rate(rate)
+            self.config = self.config.with_default_rate(choose_rate(self.config, self.method, backbone.learning_rates))
         examined = self.config.data.doctor == "on"
         if examined:
             self._examine(dataset, backbone)

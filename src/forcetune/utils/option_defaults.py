@@ -85,9 +85,9 @@ class DefaultsRecord:
         """Options that were chosen for other values than those in a merged configuration, unless given now."""
         changed = {name for name, value in self.parents.items() if _word(get_value(merged, name)) != _word(value)}
         outdated: set[str] = set()
-        while found := {name for name in self.names - now - outdated if changed.intersection(self._parents(name))}:
-            outdated |= found
-            changed |= found  # what follows from a default that is chosen again is chosen again, too
+        while more := {name for name in self.names - now - outdated if changed.intersection(self._parents(name))}:
+            outdated |= more
+            changed |= more  # what follows from a default that is chosen again is chosen again, too
         return outdated
 
     def _parents(self, name: str) -> tuple[str, ...]:
